@@ -12,14 +12,12 @@ help:
 setup: $(STAMP) ## virtual environment in .venv with everything, extension built
 	@$(BIN)/python setup.py -q build_ext --inplace
 
-# With an NVIDIA driver the default (CUDA) build of torch; without, the CPU build, which is gigabytes smaller: from
-# its own index, or, where that cannot be reached, whatever the configured index has as 2.13.0.
+# With an NVIDIA driver the default (CUDA) build of torch; without, the CPU build, which is gigabytes smaller.
 $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q "torch>=2.11"; \
-	else $(BIN)/pip install -q --retries 0 --index-url https://download.pytorch.org/whl/cpu "torch>=2.11" 2>/dev/null \
-	  || $(BIN)/pip install -q torch==2.13.0; fi
+	else $(BIN)/pip install -q --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"; fi
 	$(BIN)/pip install -q -e ".[dev]"
 	@touch $(STAMP)
 

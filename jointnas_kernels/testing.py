@@ -52,7 +52,7 @@ def assert_close(out: Tensor, ref: Tensor, tol: float | None = None, what: str =
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill everything ``torch.empty`` hands out with NaN (integers: the largest value), so an unwritten output shows."""
+    """Fill what ``torch.empty`` hands out with NaN (integers: the largest value), so that an unwritten output shows."""
     names = ("empty", "empty_like", "empty_strided")
     original = {name: getattr(torch, name) for name in names}
     method = Tensor.new_empty
@@ -70,7 +70,7 @@ def poisoned() -> Iterator[None]:
     try:
         for name, function in original.items():
             setattr(torch, name, wrap(function))
-        Tensor.new_empty = wrap(method)  # type: ignore[method-assign]
+        Tensor.new_empty = wrap(method)
         yield
     finally:
         for name, function in original.items():
