@@ -64,13 +64,13 @@ def poisoned() -> Iterator[None]:
             return tensor.fill_(float("nan"))
         return tensor.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)
 
-    def wrap(function):  # type: ignore[no-untyped-def]
+    def wrap(function):
         return lambda *args, **kwargs: poison(function(*args, **kwargs))
 
     try:
         for name, function in original.items():
             setattr(torch, name, wrap(function))
-        Tensor.new_empty = wrap(method)
+        Tensor.new_empty = wrap(method)  # type: ignore[method-assign]
         yield
     finally:
         for name, function in original.items():
