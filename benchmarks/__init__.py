@@ -1,1 +1,1 @@
-"""One harness, a ``bench_<topic>.py`` per topic, raw rows in ``results/<device>/<topic>.jsonl``; tables are generated."""
+"""One harness, a ``bench_<topic>.py`` per topic, raw rows in ``results/<device>``; tables and plots are generated."""

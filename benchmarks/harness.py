@@ -3,8 +3,8 @@
 Timing
     ``time_rotated``      one kernel: on CUDA, calls captured in a graph (no launch gaps), cycling over input sets that
                           exceed twice the L2 together, so that every call reads cold memory; replays timed with events.
-    ``time_interleaved``  several contenders in one run, round by round A B C A B C …, so that drifting clocks or load hit
-                          all alike; CUDA events around each call, ``perf_counter`` on the CPU.
+    ``time_interleaved``  several contenders in one run, round by round A B C A B C …, so that drifting clocks or load
+                          hit all alike; CUDA events around each call, ``perf_counter`` on the CPU.
 Memory
     CUDA: ``max_memory_allocated`` over one call minus what was allocated before it.
     CPU: peak resident memory of the process (VmHWM, reset through /proc/self/clear_refs) over one call minus what was
