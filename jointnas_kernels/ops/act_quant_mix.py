@@ -1,0 +1,170 @@
+"""The mixture of an activation's precisions, quantized per token (the last dimension), dynamically:
+
+    y = sum_q probs[q] · Q_q(mask ⊙ x),      Q_16 = identity
+
+    asymmetric (default)   mn = min(x, 0), mx = max(x, 0), s = (mx - mn) / (2^b - 1), z = rint(clamp(qmin - mn / s))
+                           Q(x) = (rint(clamp(x / s + z)) - z) · s
+    symmetric              s = max|x| / ((2^b - 1) / 2), z = 0
+    s = 0 becomes the dtype's epsilon.
+
+This is what compressed-tensors executes on a reloaded checkpoint with dynamic per-token activations, bit for bit: every
+operation above is rounded to x's dtype (for bf16 that matters: mx - mn, mn / s, x / s and x / s + z are rounded to 8
+bits each). Only the mixture is summed in fp32 (fp64 for fp64) and rounded once.
+
+Shapes: x [..., N], mask [N] (optional, fp32; the product is rounded to x's dtype first), probs [Q], y [..., N].
+
+Gradients (straight through, s and z constant), with P = sum_q probs[q]:
+    dx = P · mask ⊙ g      dprobs[q] = ⟨g, Q_q⟩      dmask[n] = P · sum_tokens g x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
+from jointnas_kernels.ops.act_quant_mix_triton import act_backward_triton, act_forward_triton
+from jointnas_kernels.ops.fake_quant_weight import _ste, compute_dtype
+
+ACT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+# ---- reference ----
+
+
+def fake_quant_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+    """Q_bits of every row of x [..., N], in plain torch and without gradient; 16 bits return x."""
+    if bits == 16:
+        return x
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    # Tensor divisors: torch turns division by a Python number into a multiplication on CUDA.
+    if symmetric:
+        s = x.abs().amax(-1, keepdim=True) / x.new_full((), (2**bits - 1) / 2)
+        z = None
+    else:
+        least, most = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        s = (most - least) / x.new_full((), 2.0**bits - 1)
+        z = (low - least / s).clamp(low, high).round().nan_to_num(0.0)
+    s = torch.where(s == 0, torch.finfo(x.dtype).eps, s)
+    v = x / s
+    q = (v if z is None else v + z).clamp(low, high).round()
+    return (q if z is None else q - z) * s
+
+
+def act_quant_mix_reference(
+    x: Tensor, bits: Sequence[int], probs: Tensor, symmetric: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    """The op in plain differentiable torch."""
+    dtype = compute_dtype(x.dtype)
+    if mask is not None:
+        x = (x.to(dtype) * mask.to(dtype)).to(x.dtype)
+    wide = x.to(dtype)
+    terms = (probs[i].to(dtype) * _ste(fake_quant_tokens(x.detach(), b, symmetric).to(dtype), wide) for i, b in enumerate(bits))
+    return sum(terms, torch.zeros_like(wide)).to(x.dtype)
+
+
+def act_quant_mix_backward_reference(
+    grad: Tensor, x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, want: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dprobs, dmask) in closed form; an empty tensor for each one not wanted (the flags are in that order)."""
+    dtype = compute_dtype(x.dtype)
+    g, wide = grad.to(dtype), x.to(dtype)
+    total = probs.to(dtype).sum()
+    dx, dprobs, dmask = no_grad_slot(x), no_grad_slot(x), no_grad_slot(x)
+    if want[0]:
+        dx = (g * total if mask is None else g * mask.to(dtype) * total).to(x.dtype)
+    if want[1]:
+        masked = x if mask is None else (wide * mask.to(dtype)).to(x.dtype)
+        sums = [(g * fake_quant_tokens(masked, b, symmetric).to(dtype)).sum() for b in bits]
+        dprobs = torch.stack(sums).to(probs.dtype)
+    if want[2] and mask is not None:
+        dmask = ((g * wide).flatten(0, -2).sum(0) * total).to(mask.dtype)
+    return dx, dprobs, dmask
+
+
+# ---- registration ----
+
+
+@torch.library.custom_op("jointnas::act_quant_mix", mutates_args=())
+def _act_quant_mix(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str
+) -> Tensor:
+    if backend == "triton":
+        return act_forward_triton(x, probs, mask, bits, symmetric)
+    return act_quant_mix_reference(x, bits, probs, symmetric, mask).contiguous()
+
+
+@_act_quant_mix.register_fake
+def _(x, probs, mask, bits, symmetric, backend):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("jointnas::act_quant_mix_backward", mutates_args=())
+def _act_quant_mix_backward(
+    grad: Tensor,
+    x: Tensor,
+    probs: Tensor,
+    mask: Tensor | None,
+    bits: Sequence[int],
+    symmetric: bool,
+    want_x: bool,
+    want_probs: bool,
+    want_mask: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    want = (want_x, want_probs, want_mask)
+    if backend == "triton":
+        return act_backward_triton(grad, x, probs, mask, bits, symmetric, want)
+    return act_quant_mix_backward_reference(grad.contiguous(), x.contiguous(), probs, mask, bits, symmetric, want)
+
+
+@_act_quant_mix_backward.register_fake
+def _(grad, x, probs, mask, bits, symmetric, want_x, want_probs, want_mask, backend):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else no_grad_slot(x)
+    dprobs = torch.empty_like(probs) if want_probs else no_grad_slot(x)
+    dmask = torch.empty_like(mask) if want_mask and mask is not None else no_grad_slot(x)
+    return dx, dprobs, dmask
+
+
+def _setup_context(ctx, inputs, output):
+    x, probs, mask, ctx.bits, ctx.symmetric, ctx.backend = inputs
+    ctx.save_for_backward(x, probs, mask)
+
+
+def _backward(ctx, grad):
+    want = ctx.needs_input_grad[:3]
+    dx, dprobs, dmask = _act_quant_mix_backward(
+        grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, *want, ctx.backend
+    )
+    return dx if want[0] else None, dprobs if want[1] else None, dmask if want[2] else None, None, None, None
+
+
+_act_quant_mix.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ---- public ----
+
+
+def act_quant_mix(
+    x: Tensor,
+    bits: Sequence[int],
+    probs: Tensor,
+    symmetric: bool = False,
+    mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = sum_q probs[q] · Q_q(mask ⊙ x), in the dtype and shape of x."""
+    for width in bits:
+        if width not in ACT_BITS:
+            raise unknown("activation bit width", width, ACT_BITS, where="act_quant_mix")
+    if not bits or tuple(probs.shape) != (len(bits),):
+        raise JointNASError(
+            f"act_quant_mix: probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}"
+        )
+    if mask is not None and tuple(mask.shape) != (x.shape[-1],):
+        raise JointNASError(f"act_quant_mix: mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
+    chosen = resolve("act_quant_mix", backend, x, available=("triton", "reference"))
+    return _act_quant_mix(x, probs, mask, list(bits), symmetric, chosen)

@@ -1,0 +1,193 @@
+"""A linear layer on the precision mixture, y = x W~ᵀ + bias with W~ = quant_lora_mix(...), whose backward never forms
+dL/dW~ = gᵀx (64 MB in fp32 for one 4096 x 4096 weight, and 3x that in traffic):
+
+    weight step, ste="identity"   dx = g W~;  with U = x [A_1; ..; A_P]ᵀ and V = g [B'_1 .. B'_P], both [T, P·r]:
+                                  dB_p = scaling · probs[p] · gᵀ U_p,   dA_p = probs[p] · V_pᵀ x        (rank P·r only)
+    arch step or ste="clip"       one GEMM over gᵀx whose epilogue recomputes Q_p of its tile and keeps only the reductions
+                                  of ``quant_lora_mix``: ⟨dW, Q_p⟩, clip slopes, (m ⊙ dW) A_pᵀ, B'_pᵀ (m ⊙ dW).
+                                  The reference does it for one tile of rows at a time.
+
+W~ (as large as the weight) is kept for dx by default; ``recompute=True`` rebuilds it in backward instead, for models
+whose second copy of the weights would not fit and that do not already checkpoint whole blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
+from jointnas_kernels.ops.quant_lora_mix import (
+    MixGradients,
+    check_mix,
+    compute_dtype,
+    fake_gradients,
+    finish,
+    mix_forward,
+    rounded_lora,
+    tiles,
+    wanted,
+)
+from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton
+
+
+@torch.library.custom_op("jointnas::quant_lora_linear", mutates_args=())
+def _quant_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    probs: Tensor,
+    clip: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    bits: Sequence[int],
+    group_size: int,
+    ste: str,
+    mode: str,
+    recompute: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, W~ in the dtype of x)."""
+    mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, mixed, None if bias is None else bias.to(x.dtype)), mixed
+
+
+@_quant_lora_linear.register_fake
+def _(x, weight, lora_a, lora_b, probs, clip, bias, scaling, bits, group_size, ste, mode, recompute, backend):
+    mixed = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), mixed
+
+
+@torch.library.custom_op("jointnas::quant_lora_linear_backward", mutates_args=())
+def _quant_lora_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    mixed: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    probs: Tensor,
+    clip: Tensor | None,
+    scaling: float,
+    bits: Sequence[int],
+    group_size: int,
+    ste: str,
+    want_x: bool,
+    want_lora: bool,
+    want_probs: bool,
+    want_clip: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dB, dprobs, dclip)."""
+    with torch.autocast(x.device.type, enabled=False):
+        dx = no_grad_slot(x)
+        if want_x:
+            if mixed is None:
+                mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend).to(x.dtype)
+            dx = grad @ mixed
+        g2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rank_only = want_lora and ste == "identity"
+        want = (want_lora and not rank_only, want_probs, want_clip)
+        if not any(want):
+            sums = (no_grad_slot(x), no_grad_slot(x), no_grad_slot(x), no_grad_slot(x))
+        elif backend == "triton":
+            sums = mix_backward_triton(
+                g2, x2, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
+            )
+        else:
+            gradients = MixGradients(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
+            for rows in tiles(weight.shape[0]):
+                gradients.add(rows, g2[:, rows].T @ x2)
+            sums = finish(gradients, lora_a, lora_b, probs, clip)
+        da, db, dprobs, dclip = sums
+        if rank_only:
+            da, db = lora_gradients(g2, x2, weight, lora_a, lora_b, probs, scaling)
+        return dx, da, db, dprobs, dclip
+
+
+def lora_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(dA, dB) of ste="identity" from grad [T, O] and x [T, I] in four GEMMs of rank P·r."""
+    a, b = rounded_lora(weight, lora_a, lora_b, scaling)
+    p, r, i = a.shape
+    stacked = a.to(x.dtype).reshape(p * r, i)
+    beside = b.to(x.dtype).permute(1, 0, 2).reshape(-1, p * r)
+    pi = probs.to(compute_dtype(weight.dtype)).view(p, 1, 1)
+    da = ((grad @ beside).T @ x).view(p, r, i) * pi
+    db = (grad.T @ (x @ stacked.T)).view(-1, p, r).permute(1, 0, 2) * (pi * scaling)
+    return da.to(lora_a.dtype), db.to(lora_b.dtype).contiguous()
+
+
+@_quant_lora_linear_backward.register_fake
+def _(
+    grad, x, mixed, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste,
+    want_x, want_lora, want_probs, want_clip, backend,
+):  # fmt: skip
+    dx = x.new_empty(x.shape) if want_x else no_grad_slot(x)
+    return dx, *fake_gradients(weight, lora_a, lora_b, probs, clip, want_lora, want_probs, want_clip)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, lora_a, lora_b, probs, clip, bias, *rest = inputs
+    ctx.scaling, ctx.bits, ctx.group_size, ctx.ste, ctx.mode, recompute, ctx.backend = rest
+    keep = output[1] if ctx.needs_input_grad[0] and not recompute else None
+    ctx.save_for_backward(x, keep, weight, lora_a, lora_b, probs, clip)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    lora, probs, clip = want = wanted(ctx, 2)
+    want_x = ctx.needs_input_grad[0]
+    dx, da, db, dprobs, dclip = _quant_lora_linear_backward(
+        grad, *ctx.saved_tensors, ctx.scaling, ctx.bits, ctx.group_size, ctx.ste, want_x, *want, ctx.backend
+    )
+    dbias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[6] else None
+    return (
+        dx if want_x else None,
+        None,
+        da if lora else None,
+        db if lora else None,
+        dprobs if probs else None,
+        dclip if clip else None,
+        dbias,
+        *(None,) * 7,
+    )
+
+
+_quant_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def quant_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bits: Sequence[int],
+    probs: Tensor,
+    group_size: int,
+    clip: Tensor | None = None,
+    ste: str = "identity",
+    mode: str = "full",
+    bias: Tensor | None = None,
+    recompute: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """x [..., I] -> [..., O] in the dtype of x (of autocast, where it is on). ``mode`` as in ``quant_lora_mix``; dx always."""
+    check_mix("quant_lora_linear", weight, lora_a, lora_b, bits, probs, group_size, clip, ste, mode)
+    if x.shape[-1] != weight.shape[1]:
+        raise JointNASError(f"quant_lora_linear: x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    chosen = resolve("quant_lora_linear", backend, weight, available=("triton", "reference"))
+    return _quant_lora_linear(
+        x, weight, lora_a, lora_b, probs, clip, bias, float(scaling), list(bits), group_size, ste, mode, recompute, chosen
+    )[0]
