@@ -1,0 +1,139 @@
+"""The embedded small model: where its files are and how to read them.
+
+    corpus/   text the model was trained on, one document per blank-line separated block
+    model/    Hugging Face folder (config, bf16 safetensors, tokenizer): ``AutoModelForCausalLM.from_pretrained``
+    tasks/    multiple-choice tasks built from the test split (lm-eval YAML + JSONL)
+
+The split is a function of each document's own text (SHA-256), so it needs no index file: 4 % of the documents
+are ``test`` (held-out perplexity and the tasks), 2 % ``valid`` (early stopping of the training), the rest ``train``.
+Only torch, transformers, tokenizers, safetensors and numpy are imported, so that training runs on a bare machine.
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import hashlib
+import lzma
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+Split = Literal["train", "valid", "test"]
+SOURCES = ("austen", "web_bible", "jargon", "wordnet")
+TEST_PERCENT, VALID_PERCENT = 4, 2
+
+
+def root() -> Path:
+    """Folder of the embedded assets (the package is always installed unpacked)."""
+    return Path(str(resources.files(__package__)))
+
+
+def model_dir() -> Path:
+    return root() / "model"
+
+
+def corpus_dir() -> Path:
+    return root() / "corpus"
+
+
+def task_dir() -> Path:
+    return root() / "tasks"
+
+
+def _fail(message: str) -> Exception:
+    from jointnas_kernels.errors import JointNASError  # late: training must not need the kernels
+
+    return JointNASError(message)
+
+
+def has_weights() -> bool:
+    """Whether the trained weights are installed."""
+    return (model_dir() / "model.safetensors").is_file()
+
+
+def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    """The embedded model in evaluation mode, on the CPU."""
+    from transformers import LlamaForCausalLM
+
+    if not has_weights():
+        raise _fail(
+            f"the embedded model has no weights: {model_dir() / 'model.safetensors'} is missing; train it with "
+            "'python -m jointnas.train_base --out DIR' and install it with 'python -m jointnas.train_base --install DIR'"
+        )
+    return LlamaForCausalLM.from_pretrained(model_dir(), dtype=dtype).eval()
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded byte-level BPE tokenizer (4,096 entries; ``<|endoftext|>`` starts and ends documents)."""
+    from transformers import PreTrainedTokenizerFast
+
+    if not (model_dir() / "tokenizer.json").is_file():
+        raise _fail(f"the embedded tokenizer is missing: {model_dir() / 'tokenizer.json'}")
+    return PreTrainedTokenizerFast.from_pretrained(model_dir())
+
+
+def _split_of(document: str) -> Split:
+    percent = int.from_bytes(hashlib.sha256(document.encode()).digest()[:4], "big") % 100
+    if percent < TEST_PERCENT:
+        return "test"
+    return "valid" if percent < TEST_PERCENT + VALID_PERCENT else "train"
+
+
+@functools.cache
+def _all_documents(source: str) -> tuple[str, ...]:
+    path = next((p for p in sorted(corpus_dir().glob(f"{source}.txt.*"))), None)
+    if path is None:
+        raise _fail(f"no corpus {source!r} in {corpus_dir()}; allowed: {', '.join(SOURCES)}")
+    raw = path.read_bytes()
+    text = (bz2.decompress(raw) if path.suffix == ".bz2" else lzma.decompress(raw)).decode()
+    return tuple(text.split("\n\n"))
+
+
+def documents(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> list[str]:
+    """Documents of a split in corpus order; a document is some consecutive paragraphs (one per line) or one gloss."""
+    if split not in ("train", "valid", "test"):
+        raise _fail(f"unknown split {split!r}; allowed: train, valid, test")
+    return [d for source in sources for d in _all_documents(source) if _split_of(d) == split]
+
+
+def text(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> str:
+    """The documents of a split, separated by blank lines."""
+    return "\n\n".join(documents(split, sources))
+
+
+@functools.cache
+def token_documents(split: Split = "train") -> tuple[np.ndarray, ...]:
+    """Documents as int64 token arrays, each led by ``<|endoftext|>`` (id 0)."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model_dir() / "tokenizer.json"))
+    encoded = tokenizer.encode_batch(documents(split))  # the post-processor puts <|endoftext|> first
+    return tuple(np.array(e.ids, dtype=np.int64) for e in encoded)
+
+
+def _stream(split: Split, seed: int) -> torch.Tensor:
+    docs = token_documents(split)
+    order = np.random.default_rng(seed).permutation(len(docs))
+    return torch.from_numpy(np.concatenate([docs[i] for i in order]))
+
+
+def train_tokens(seed: int = 0) -> torch.Tensor:
+    """All training documents in a random order as one int64 stream [N]."""
+    return _stream("train", seed)
+
+
+def valid_tokens() -> torch.Tensor:
+    """Validation stream [N] (used to stop the training; do not report on it)."""
+    return _stream("valid", 0)
+
+
+def held_out_tokens() -> torch.Tensor:
+    """Test stream [N] for perplexity; no paragraph of it is in the training or validation text."""
+    return _stream("test", 0)
