@@ -1,0 +1,29 @@
+"""Latency tables: measure every operation of a search space on a device, predict and differentiate whole models."""
+
+from jointnas_kernels.latency.backends import Backend, LinearWeight, Target, register, survey, unregister
+from jointnas_kernels.latency.measure import calibrate, deploy, feasible_choices, measure_model
+from jointnas_kernels.latency.profiler import profile
+from jointnas_kernels.latency.spec import OpSpec, Workload, enumerate_ops
+from jointnas_kernels.latency.table import Coverage, Expected, LatencyTable
+from jointnas_kernels.latency.timing import describe
+
+__all__ = [
+    "Backend",
+    "Coverage",
+    "Expected",
+    "LatencyTable",
+    "LinearWeight",
+    "OpSpec",
+    "Target",
+    "Workload",
+    "calibrate",
+    "deploy",
+    "describe",
+    "enumerate_ops",
+    "feasible_choices",
+    "measure_model",
+    "profile",
+    "register",
+    "survey",
+    "unregister",
+]

@@ -1,0 +1,62 @@
+"""The backend registry. `register` adds one (also from outside this package); names are unique."""
+
+from __future__ import annotations
+
+import torch
+
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.latency.backends.base import Backend, LinearWeight, Target, failure, random_input, random_weight
+from jointnas_kernels.latency.backends.ours import Ours
+from jointnas_kernels.latency.backends.torch_dense import TorchDense
+from jointnas_kernels.latency.backends.torch_lowbit import TorchInt4, TorchInt8
+from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
+
+_REGISTRY: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Makes a backend known to `profile`, `deploy` and `doctor`."""
+    if backend.name in _REGISTRY:
+        raise JointNASError(f"a latency backend named {backend.name!r} is already registered")
+    _REGISTRY[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    get(name)
+    del _REGISTRY[name]
+
+
+def names() -> list[str]:
+    return list(_REGISTRY)
+
+
+def get(name: str) -> Backend:
+    if name not in _REGISTRY:
+        raise unknown("latency backend", name, _REGISTRY)
+    return _REGISTRY[name]
+
+
+_BUILTIN = (TorchDense(), TorchInt8(), TorchInt4(), Ours("cpu", "cpu"), Ours("triton", "cuda"), Ours("cuda", "cuda"))
+for _backend in _BUILTIN:
+    register(_backend)
+
+
+def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, str]]:
+    """For `doctor`: backend -> {"W4A16": "works" or why not} on one small linear per bit combination."""
+    target = Target(device, Workload(dtype=dtype), 1)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, dict[str, str]] = {}
+    for name in names():
+        found[name] = {}
+        for w in (2, 4, 8, DENSE):
+            for a in (2, 4, 8, 16) if w < DENSE else (DENSE,):
+                spec = OpSpec("linear", 32, 256, 256, w, a, 128 if w < DENSE else 0)
+                reason = get(name).unsupported(spec, target)
+                if reason is None:
+                    weight = random_weight(spec, target, generator)
+                    reason = failure(get(name), spec, target, random_input(spec, target, generator), weight)
+                found[name][f"W{w}A{a}"] = reason or "works"
+    return found
+
+
+__all__ = ["Backend", "LinearWeight", "Target", "get", "names", "register", "survey", "unregister"]

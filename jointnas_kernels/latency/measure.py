@@ -1,0 +1,185 @@
+"""Whole models: the same blocks with the table's kernels, measured, and the calibration of a table against them.
+
+A table adds up operations; a model also spends time between them (module calls, views, the rotary table, Python).
+`calibrate` measures a few random choices whole and fits two numbers, by least squares on the relative error:
+
+    measured ≈ fixed + per_block · blocks + Σ operations
+
+Both may be negative: inside a model a result is still in the cache when the next operation reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency import backends as registry
+from jointnas_kernels.latency.backends.base import LinearWeight, Target, quantize_weight
+from jointnas_kernels.latency.schema import Calibration
+from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
+from jointnas_kernels.latency.table import LatencyTable
+from jointnas_kernels.latency.timing import measure, pinned_threads
+from jointnas_kernels.space import LINEARS, Choice, SearchSpace, kept_blocks
+
+
+class BackendLinear(nn.Module):
+    """A linear that runs on one backend; its weight lives only in the backend's packed form."""
+
+    def __init__(self, spec: OpSpec, target: Target, backend: str, weight: LinearWeight) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, backend
+        self._run = registry.get(backend).prepare(spec, target, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x.reshape(-1, self.spec.k)).view(*x.shape[:-1], self.spec.n)
+
+
+def choice_config(config: Any, choice: Choice) -> Any:
+    """The transformers config of a choice's extracted model."""
+    small = copy.deepcopy(config)
+    small.hidden_size, small.num_attention_heads = choice.hidden, choice.heads
+    small.head_dim, small.intermediate_size = choice.head_dim, choice.intermediate
+    small.num_hidden_layers = choice.blocks
+    if getattr(small, "layer_types", None):
+        small.layer_types = list(small.layer_types)[: choice.blocks]
+    return small
+
+
+def deploy(
+    model: nn.Module,
+    choice: Choice,
+    space: SearchSpace,
+    table: LatencyTable,
+    block_rank: Sequence[int] | None = None,
+) -> nn.Module:
+    """Replaces the linears of an extracted model's blocks by the table's fastest backend for its bits, in place.
+
+    The weights are quantized by rounding to nearest: this model has the latency of the choice, not its quality.
+    """
+    if choice.weight_bits is None and choice.act_bits is None:
+        return model
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    kept = kept_blocks(block_rank if block_rank is not None else range(space.depth), choice.blocks)
+    if len(layers) != len(kept):
+        raise JointNASError(f"the model has {len(layers)} blocks, the choice {len(kept)}")
+    target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
+    group, o_group = groups(space)
+    for layer, b in zip(layers, kept, strict=True):
+        wbits = choice.weight_bits[b] if choice.weight_bits else DENSE
+        abits = choice.act_bits[b] if choice.act_bits else DENSE
+        for name in LINEARS:
+            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+            linear = getattr(parent, name)
+            n, k = linear.weight.shape
+            g = o_group if name == "o_proj" else group
+            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, g)
+            row = table.best(spec)
+            if row is None:
+                raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
+            dense = linear.weight.detach()
+            weight = LinearWeight(dense=dense) if wbits == DENSE else quantize_weight(dense, wbits, g)
+            setattr(parent, name, BackendLinear(spec, target, row.backend, weight))
+    return model
+
+
+def measure_model(
+    model: nn.Module, workload: Workload, *, threads: int | None = None, seconds: float = 0.5, samples: int = 15
+) -> tuple[float, float, float]:
+    """(p10, median, p90) milliseconds of one prefill, or one decoded token, of a transformers causal model."""
+    model.eval()
+    device = next(model.parameters()).device
+    with pinned_threads(threads or 0):
+        p10, median, p90, _ = measure([_call(model, workload, device)], device, seconds, samples)
+    return p10, median, p90
+
+
+@torch.inference_mode()
+def _call(model: nn.Module, workload: Workload, device: torch.device) -> Callable[[], object]:
+    vocab: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+    ids = torch.randint(vocab, (workload.batch, workload.queries), device=device)
+    if workload.mode == "prefill":
+        return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    prompt = torch.randint(vocab, (workload.batch, workload.seq), device=device)
+    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode() -> object:
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-1)  # a view: the next call appends to the same context again
+        return output
+
+    return decode
+
+
+def calibrate(
+    table: LatencyTable,
+    space: SearchSpace,
+    config: Any,
+    choices: Sequence[Choice] | int = 8,
+    *,
+    seed: int = 0,
+    seconds: float = 0.3,
+) -> LatencyTable:
+    """A table whose predictions are fitted to whole models of these choices (or of that many feasible random ones).
+
+    Weights are random: latency does not depend on them.
+    """
+    from transformers import LlamaForCausalLM  # late: reading tables needs no transformers
+
+    plain = LatencyTable(table.header, table.rows)
+    bound = plain.bind(space)
+    if isinstance(choices, int):
+        choices = feasible_choices(plain, space, choices, seed)
+    device = torch.device(table.header.device.type)
+    points: list[tuple[float, int, float]] = []
+    for choice in choices:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = LlamaForCausalLM(choice_config(config, choice))
+        model = model.to(dtype=getattr(torch, table.workload.dtype)).to(device)  # type: ignore[arg-type]
+        deploy(model, choice, space, plain)
+        _, median, _ = measure_model(
+            model, table.workload, threads=table.header.device.threads, seconds=seconds, samples=9
+        )
+        points.append((bound.predict(choice), choice.blocks, median))
+    return LatencyTable(table.header, table.rows, fit(points))
+
+
+def feasible_choices(table: LatencyTable, space: SearchSpace, count: int, seed: int = 0) -> list[Choice]:
+    """Random choices this device can run; the first is the largest, for the range of the fit."""
+    generator = torch.Generator().manual_seed(seed)
+    bound = table.bind(space)
+    found: list[Choice] = []
+    for attempt in range(200 * count):
+        choice = space.full() if attempt == 0 else space.sample(generator)
+        try:
+            bound.predict(choice)
+        except JointNASError:
+            continue
+        found.append(choice)
+        if len(found) == count:
+            return found
+    raise JointNASError(f"only {len(found)} of {200 * count} random choices are feasible on this device")
+
+
+def fit(points: Sequence[tuple[float, int, float]]) -> Calibration:
+    """The two overhead terms from (Σ operations, blocks, measured)."""
+    ops, blocks, measured = torch.tensor(points, dtype=torch.float64).T
+    # relative residual (fixed + per_block * blocks + ops - measured) / measured
+    design = torch.stack((1 / measured, blocks / measured), 1)
+    if len({int(b) for b in blocks.tolist()}) < 2:  # fixed and per-block cannot be told apart
+        design = design[:, 1:]
+    solution = torch.linalg.lstsq(design, 1 - ops / measured).solution.tolist()
+    fixed, per_block = solution if len(solution) == 2 else (0.0, solution[0])
+    error = lambda predicted: float(((predicted - measured).abs() / measured).mean())  # noqa: E731
+    return Calibration(
+        fixed=fixed,
+        per_block=per_block,
+        mape_before=error(ops),
+        mape=error(fixed + per_block * blocks + ops),
+        points=[(float(o), int(b), float(m)) for o, b, m in points],
+    )

@@ -1,0 +1,343 @@
+"""`LatencyTable`: what every operation costs on one device and workload, and what follows from it.
+
+    predict(choice)         fixed + per_block · L + Σ operations of the choice
+    expected(space, probs)  the same in expectation, differentiable in the probabilities
+
+The expectation is exact for independent dimensions: with widths v ~ p and per-block bits (w, a) ~ (π_b, ρ_b),
+
+    E = fixed + Σ_v p(v) once(v) + Σ_b P(block b kept) · (per_block + Σ_v p(v) block(v) + Σ_{w,a} π_b(w) ρ_b(a) S(w,a)),
+    S(w,a) = Σ_v p(v) linears(v, w, a)
+
+and each part depends on at most three widths, so nothing of the size of the space is ever formed.
+
+Where no backend can run a linear there is no value, and none is made up: `infeasible` values are reported by
+`coverage`, choices that need one cannot be predicted, and `expected` averages over the feasible (w, a) only, i.e. it is
+conditional on feasibility, and returns the probability that the condition excludes, for the objective to penalise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency.schema import Calibration, Device, Header, Row, read, save
+from jointnas_kernels.latency.spec import (
+    DENSE,
+    WIDTHS,
+    ModelDims,
+    OpSpec,
+    Part,
+    Workload,
+    bit_choices,
+    combinations,
+    enumerate_ops,
+    groups,
+    parts,
+    with_bits,
+)
+from jointnas_kernels.latency.timing import describe
+from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
+
+
+class Expected(NamedTuple):
+    """`latency` over the feasible choices; `infeasible`: mean probability, over the kept blocks, of infeasible bits."""
+
+    latency: Tensor
+    infeasible: Tensor
+
+
+class Coverage(NamedTuple):
+    needed: int
+    measured: int
+    infeasible: dict[str, int]  # "W2A4" -> operations nobody can run
+    missing: list[OpSpec]  # never tried
+    reasons: dict[str, str]  # "W2A4" -> why, from one of them
+
+    def __str__(self) -> str:
+        lines = [f"{self.measured} of {self.needed} operations measured, {len(self.missing)} not yet tried"]
+        for bits, count in sorted(self.infeasible.items()):
+            lines.append(f"  {bits}: {count} infeasible ({self.reasons[bits]})")
+        return "\n".join(lines)
+
+
+class LatencyTable:
+    def __init__(self, header: Header, rows: Sequence[Row], calibration: Calibration | None = None) -> None:
+        self.header, self.rows, self.calibration = header, list(rows), calibration
+        self._best: dict[OpSpec, Row] = {}
+        for row in self.rows:
+            known = self._best.get(row.spec)
+            if known is None or _rank(row) < _rank(known):
+                self._best[row.spec] = row
+        self._bound: dict[tuple[SearchSpace, tuple[int, ...] | None], Bound] = {}
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | Device | None = "cpu", force: bool = False) -> LatencyTable:
+        """Reads a finished table.
+
+        device: what it is going to be used for ("cpu", "cuda", or an identity); a table from another device is
+            refused unless `force`. None: no check, for looking at or merging tables of other machines.
+
+        Raises:
+            JointNASError: missing, truncated, edited or invalid file; another device.
+        """
+        contents = read(path)
+        if device is not None and not force:
+            here = describe(device, contents.header.device.threads) if isinstance(device, str) else device
+            if here != contents.header.device:
+                raise JointNASError(
+                    f"latency table {path} was measured on {contents.header.device}, this device is {here}; profile it "
+                    "here, or force its use"
+                )
+        return cls(contents.header, contents.rows, contents.calibration)
+
+    def save(self, path: str | Path) -> None:
+        save(path, self.header, self.rows, self.calibration)
+
+    def merge(self, other: LatencyTable) -> LatencyTable:
+        """Both tables' rows; where both have one, `other`'s. The calibration is dropped: it fits one set of rows."""
+        difference = self.header.differs_from(other.header)
+        if difference:
+            raise JointNASError(f"latency tables cannot be merged: different {difference}")
+        rows = {(r.spec, r.backend): r for r in (*self.rows, *other.rows)}
+        return LatencyTable(self.header, list(rows.values()))
+
+    # ---- looking up -------------------------------------------------------------------------------------------------
+
+    @property
+    def workload(self) -> Workload:
+        return self.header.workload.value()
+
+    @property
+    def dims(self) -> ModelDims:
+        return ModelDims(**self.header.model.model_dump())
+
+    def best(self, spec: OpSpec) -> Row | None:
+        """The fastest backend's row, None where the operation is infeasible or was never tried."""
+        row = self._best.get(spec)
+        return row if row is not None and row.status == "ok" else None
+
+    def coverage(self, space: SearchSpace, config: Any) -> Coverage:
+        """What of a space the table holds."""
+        needed = enumerate_ops(space, config, self.workload)
+        infeasible: Counter[str] = Counter()
+        reasons: dict[str, str] = {}
+        missing = []
+        for spec in needed:
+            row = self._best.get(spec)
+            if row is None:
+                missing.append(spec)
+            elif row.status != "ok":
+                infeasible[f"W{spec.wbits}A{spec.abits}"] += 1
+                reasons.setdefault(f"W{spec.wbits}A{spec.abits}", row.reason)
+        measured = len(needed) - len(missing) - infeasible.total()
+        return Coverage(len(needed), measured, dict(infeasible), missing, reasons)
+
+    @property
+    def overhead(self) -> tuple[float, float]:
+        """(fixed, per block) of the calibration, in the header's unit; zero without one."""
+        return (self.calibration.fixed, self.calibration.per_block) if self.calibration else (0.0, 0.0)
+
+    def predict(self, choice: Choice, space: SearchSpace, block_rank: Sequence[int] | None = None) -> float:
+        """Latency of one choice. `block_rank` (most important first) says whose bits count."""
+        return self.bind(space, block_rank).predict(choice)
+
+    def expected(
+        self, space: SearchSpace, probs: Mapping[str, Tensor], block_rank: Sequence[int] | None = None
+    ) -> Expected:
+        """Differentiable expectation under independent `probs` (keyed by dimension, bits [blocks, choices])."""
+        return self.bind(space, block_rank).expected(probs)
+
+    def bind(self, space: SearchSpace, block_rank: Sequence[int] | None = None) -> Bound:
+        """The table as tensors over one space; cached."""
+        key = (space, tuple(block_rank) if block_rank is not None else None)
+        if key not in self._bound:
+            self._bound[key] = Bound(self, space, block_rank)
+        return self._bound[key]
+
+    def restrict(self, space: SearchSpace) -> tuple[SearchSpace, list[str]]:
+        """The space without bit values that no feasible combination uses, and one line per removal."""
+        wbits, abits = bit_choices(space)
+        feasible = self.bind(space).feasible.flatten(0, -3).all(0)  # [W, A]: at every width
+        keep_w = [w for w, ok in zip(wbits, feasible.any(1).tolist(), strict=True) if ok]
+        keep_a = [a for a, ok in zip(abits, feasible.any(0).tolist(), strict=True) if ok]
+        if not keep_w:
+            raise JointNASError(
+                "the latency table has no feasible bits for this space: " + "; ".join(self._why(space).values())
+            )
+        values = space.to_dict()
+        removed = [f"weight_bits {w}: infeasible on this device" for w in wbits if w not in keep_w]
+        removed += [f"act_bits {a}: infeasible on this device" for a in abits if a not in keep_a]
+        if space.weight_bits:
+            values["weight_bits"] = keep_w
+        if space.act_bits:
+            values["act_bits"] = keep_a
+        return SearchSpace.from_dict(values), removed
+
+    def _why(self, space: SearchSpace) -> dict[str, str]:
+        return {
+            f"W{r.wbits}A{r.abits}": f"W{r.wbits}A{r.abits}: {r.reason}"
+            for r in self._best.values()
+            if r.status != "ok"
+        }
+
+
+def _rank(row: Row) -> tuple[bool, float]:
+    return (row.status != "ok", row.median if row.median is not None else 0.0)
+
+
+class Bound:
+    """A table over one space: dense tensors per part, so that expectations are a few small contractions."""
+
+    def __init__(self, table: LatencyTable, space: SearchSpace, block_rank: Sequence[int] | None) -> None:
+        self.table, self.space = table, space
+        self.fixed, self.per_block = table.overhead
+        self.rank = tuple(block_rank) if block_rank is not None else tuple(range(space.depth))
+        self.keep = keep_matrix(space, self.rank)  # [blocks of the model, depth choices]
+        self.wbits, self.abits = bit_choices(space)
+        self.parts = parts(table.workload, table.dims, *groups(space))
+        self.values: dict[str, Tensor] = {}
+        absent: list[OpSpec] = []
+        for part in self.parts:
+            self.values[part.name] = self._tensor(part, absent)
+        if absent:
+            raise JointNASError(
+                f"the latency table lacks {len(absent)} operations of this space, first {absent[0]}; "
+                "measure them with `jointnas profile --resume`"
+            )
+        # [*WIDTHS, W, A]: whether all linears of a block exist at these widths and bits
+        spread = [_spread(self.values[p.name], p.dims) for p in self.parts if p.group]
+        self.feasible = torch.stack(torch.broadcast_tensors(*spread)).isfinite().all(0)
+        self._finite = {n: v.nan_to_num(0.0) for n, v in self.values.items()}
+
+    def _tensor(self, part: Part, absent: list[OpSpec]) -> Tensor:
+        """fp64, one axis per width of the part, then [W, A] for linears; NaN where infeasible."""
+        pairs = list(itertools.product(self.wbits, self.abits)) if part.group else [(DENSE, DENSE)]
+        values: list[float] = []
+        for sizes in combinations(self.space, part.dims):
+            for w, a in pairs:
+                spec = with_bits(part.spec(*sizes), w, a, part.group) if part.group else part.spec(*sizes)
+                row = self.table._best.get(spec)
+                if row is None or (row.status != "ok" and not part.group):
+                    absent.append(spec)
+                ok = row is not None and row.median is not None
+                values.append(row.median * part.count if ok else float("nan"))  # type: ignore[union-attr, operator]
+        shape = [len(getattr(self.space, d)) for d in part.dims]
+        return torch.tensor(values, dtype=torch.float64).view(
+            *shape, *((len(self.wbits), len(self.abits)) if part.group else ())
+        )
+
+    def to(self, device: torch.device) -> Bound:
+        for store in (self.values, self._finite):
+            for name in store:
+                store[name] = store[name].to(device)
+        self.keep, self.feasible = self.keep.to(device), self.feasible.to(device)
+        return self
+
+    def expected(self, probs: Mapping[str, Tensor]) -> Expected:
+        p = {k: v.double() for k, v in probs.items()}
+        device = p["hidden"].device
+        if self.keep.device != device:
+            self.to(device)
+        keep = self.keep @ p["blocks"]  # [blocks of the model]
+        once = keep.new_tensor(self.fixed)
+        block = keep.new_tensor(self.per_block)
+        for part in self.parts:
+            if part.group:
+                continue
+            value = _contract(self._finite[part.name], [p[d] for d in part.dims])
+            if part.per_block:
+                block = block + value
+            else:
+                once = once + value
+        # Linears are averaged over the feasible (widths, bits) of their block. feasible [*WIDTHS, W, A] is a
+        # product of masks that hardly ever depend on widths; contracting it directly stays exact either way.
+        weight = self.feasible.double()
+        mass = _contract(weight, [p[d] for d in WIDTHS])  # [W, A]: P(feasible | bits)
+        cost = torch.zeros_like(mass)
+        dependent = not bool((self.feasible == self.feasible[:1, :1, :1, :1]).all())
+        for part in (q for q in self.parts if q.group):
+            if dependent:
+                cost = cost + _contract(_spread(self._finite[part.name], part.dims) * weight, [p[d] for d in WIDTHS])
+            else:
+                cost = cost + _contract(self._finite[part.name], [p[d] for d in part.dims]) * weight[0, 0, 0, 0]
+        pi, rho = self._bits(p, keep)
+        total = torch.einsum("bw,wa,ba->b", pi, cost, rho)
+        allowed = torch.einsum("bw,wa,ba->b", pi, mass, rho)
+        linear = total / allowed.clamp_min(1e-12)
+        latency = once + (keep * (block + linear)).sum()
+        return Expected(latency, (keep * (1 - allowed)).sum() / keep.sum())
+
+    def _bits(self, p: Mapping[str, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
+        """([blocks, W], [blocks, A]); certain where the space has no such bits."""
+        one = keep.new_ones(len(self.keep), 1)
+        return (
+            p["weight_bits"] if self.space.weight_bits else one,
+            p["act_bits"] if self.space.act_bits else one,
+        )
+
+    # ---- one choice -------------------------------------------------------------------------------------------------
+
+    def _index(self, choice: Choice, dims: Sequence[str]) -> tuple[int, ...]:
+        return tuple(getattr(self.space, d).index(getattr(choice, d)) for d in dims)
+
+    def predict(self, choice: Choice) -> float:
+        """Latency of the choice.
+
+        Raises:
+            JointNASError: it is outside the space, or needs an operation this device cannot run.
+        """
+        self.space.check(choice)
+        structure, linear = self.structure(choice)
+        total = structure
+        for b in kept_blocks(self.rank, choice.blocks):
+            w = choice.weight_bits[b] if choice.weight_bits else DENSE
+            a = choice.act_bits[b] if choice.act_bits else DENSE
+            value = float(linear[self.wbits.index(w), self.abits.index(a)])
+            if value != value:
+                raise JointNASError(f"W{w}A{a} linears of {choice.hidden} channels are infeasible on this device")
+            total += value
+        return total
+
+    def structure(self, choice: Choice) -> tuple[float, Tensor]:
+        """(latency of everything but the blocks' linears, latency [W, A] of one block's linears, NaN: infeasible)."""
+        total = self.fixed + self.per_block * choice.blocks
+        linear = torch.zeros(len(self.wbits), len(self.abits), dtype=torch.float64)
+        for part in self.parts:
+            value = self.values[part.name][self._index(choice, part.dims)]
+            if part.group:
+                linear = linear + value.cpu()
+            else:
+                total += float(value) * (choice.blocks if part.per_block else 1)
+        return total, linear
+
+    def original(self) -> float:
+        """The unquantized model with the largest size of every dimension: the objective's unit of latency."""
+        total = self.fixed + self.per_block * self.space.blocks[-1]
+        for part in self.parts:
+            sizes = [getattr(self.space, d)[-1] for d in part.dims]
+            row = self.table.best(part.spec(*sizes))
+            if row is None or row.median is None:
+                raise JointNASError(f"the latency table lacks {part.spec(*sizes)}, needed by the original model")
+            total += row.median * part.count * (self.space.blocks[-1] if part.per_block else 1)
+        return total
+
+
+def _spread(value: Tensor, dims: Sequence[str]) -> Tensor:
+    """A part's tensor broadcastable over all four widths, bit axes last."""
+    return value[tuple(slice(None) if d in dims else None for d in WIDTHS)]
+
+
+def _contract(value: Tensor, probabilities: Sequence[Tensor]) -> Tensor:
+    """Σ over the leading axes, each weighted by its probabilities."""
+    for p in probabilities:
+        value = torch.tensordot(p, value, dims=1)
+    return value
