@@ -1,0 +1,139 @@
+"""gated_residual: the residual add, with the hidden OUT mask and the depth gate folded in.
+
+    z = h + m * y                          h, y, x [..., N] any float; m [N] fp32 or None (all ones)
+    out = z                                without a gate
+    out = gate * z + (1 - gate) * x        gate a 0-dim tensor; x the block's input
+
+The gated form equals x + gate * (z - x) but is exact at gate = 0 and 1, so a kept block is the plain block and a
+skipped one the identity, bit for bit. With g = dL/dout:
+
+    dh = gate g    dy = gate m g    dx = (1 - gate) g    dm = sum over rows of gate g y    dgate = sum g (z - x)
+"""
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve
+
+
+def reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
+    acc = compute_dtype(h)
+    z = h.to(acc) + (y.to(acc) if mask is None else mask.to(acc) * y.to(acc))
+    if gate is not None and x is not None:
+        k = gate.to(acc)
+        z = k * z + (1 - k) * x.to(acc)
+    return z.to(h.dtype)
+
+
+def reference_backward(
+    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool, need_gate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    acc = compute_dtype(grad)
+    g, k = grad.to(acc), gate.to(acc)
+    dh, dx = (k * g).to(grad.dtype), ((1 - k) * g).to(grad.dtype)
+    dy = no_grad_slot(grad) if mask is None else (k * g * mask.to(acc)).to(grad.dtype)
+    dmask, dgate = no_grad_slot(grad), no_grad_slot(grad)
+    if need_mask and mask is not None:
+        dmask = (k * g * y.to(acc)).reshape(-1, grad.shape[-1]).sum(0).to(mask.dtype)
+    if need_gate:
+        z = h.to(acc) + (y.to(acc) if mask is None else mask.to(acc) * y.to(acc))
+        dgate = (g * (z - x.to(acc))).sum().to(gate.dtype)
+    return dh, dy, dx, dmask, dgate
+
+
+@torch.library.custom_op(
+    "jointnas::gated_residual",
+    mutates_args=(),
+    schema="(Tensor h, Tensor y, Tensor? mask, Tensor? gate, Tensor? x, str? backend) -> Tensor",
+)
+def _gated_residual(
+    h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
+) -> Tensor:
+    resolve("gated_residual", backend, h, ("reference",))
+    return reference(h, y, mask, gate, x).contiguous()
+
+
+@_gated_residual.register_fake
+def _(
+    h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
+) -> Tensor:
+    return torch.empty(h.shape, dtype=h.dtype, device=h.device)
+
+
+@torch.library.custom_op(
+    "jointnas::gated_residual_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor h, Tensor y, Tensor? mask, Tensor gate, Tensor x, bool need_mask, bool need_gate, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _gated_residual_backward(
+    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool,
+    need_gate: bool, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dh, dy (empty when mask is None: it equals dh), dx, dmask, dgate. Without need_gate, h and x are not read."""
+    resolve("gated_residual", backend, grad, ("reference",))
+    dh, dy, dx, dmask, dgate = reference_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
+    return dh.contiguous(), dy.contiguous(), dx.contiguous(), dmask, dgate
+
+
+@_gated_residual_backward.register_fake
+def _(
+    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool,
+    need_gate: bool, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def like() -> Tensor:
+        return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+
+    dy = no_grad_slot(grad) if mask is None else like()
+    dmask = torch.empty_like(mask) if need_mask and mask is not None else no_grad_slot(grad)
+    return like(), dy, like(), dmask, torch.empty_like(gate) if need_gate else no_grad_slot(grad)
+
+
+def _setup(ctx, inputs, output):
+    h, y, mask, gate, x, backend = inputs
+    need_mask, need_gate = ctx.needs_input_grad[2:4]
+    # arch steps need the activations for dmask and dgate; weight steps keep nothing but the vectors
+    ctx.save_for_backward(h if need_gate else None, y if need_mask or need_gate else None, mask, gate,
+                          x if need_gate else None)
+    ctx.backend = backend
+
+
+def _backward(ctx, grad):
+    h, y, mask, gate, x = ctx.saved_tensors
+    need_mask, need_gate = ctx.needs_input_grad[2:4]
+    if gate is None:
+        if mask is None:
+            return grad, grad, None, None, None, None
+        dy, dmask = torch.ops.jointnas.channel_mask_backward(
+            grad, grad if y is None else y, mask, need_mask, ctx.backend
+        )
+        return grad, dy, dmask if need_mask else None, None, None, None
+    dh, dy, dx, dmask, dgate = torch.ops.jointnas.gated_residual_backward(
+        grad, grad if h is None else h, grad if y is None else y, mask, gate, grad if x is None else x,
+        need_mask, need_gate, ctx.backend,
+    )
+    return (dh, dh if mask is None else dy, dmask if need_mask else None, dgate if need_gate else None, dx, None)
+
+
+_gated_residual.register_autograd(_backward, setup_context=_setup)
+
+
+def gated_residual(
+    h: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    gate: Tensor | None = None,
+    x: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """h + mask * y, or with a gate its blend x + gate * (h + mask * y - x) with the block input x."""
+    check(h.shape == y.shape and h.dtype == y.dtype, "gated_residual",
+          f"h {h.dtype} {tuple(h.shape)} and y {y.dtype} {tuple(y.shape)} differ")
+    check(mask is None or mask.shape == h.shape[-1:], "gated_residual",
+          f"mask does not match h {tuple(h.shape)}: it must be [{h.shape[-1]}]")
+    check((gate is None) == (x is None), "gated_residual", "gate and x go together: give both or neither")
+    if gate is not None and x is not None:
+        check(gate.dim() == 0, "gated_residual", f"gate must be a 0-dim tensor, got {tuple(gate.shape)}")
+        check(x.shape == h.shape and x.dtype == h.dtype, "gated_residual",
+              f"x {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)} differ")
+    return torch.ops.jointnas.gated_residual(h, y, mask, gate, x, backend)
