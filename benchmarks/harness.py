@@ -16,6 +16,7 @@ Rows
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import gc
@@ -27,6 +28,7 @@ import re
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +138,27 @@ def _human(value: float, unit: str) -> str:
     if unit == "B":
         return f"{value / 1e9:.3f} GB"
     return f"{value:.4g} {unit}"
+
+
+# --- what every benchmark script has ----------------------------------------------------------------------------------
+
+
+def guarded(what: str, call: Callable[[], None]) -> None:
+    """One failing topic must not cost the others their device time; its traceback is printed."""
+    try:
+        call()
+    except Exception:
+        print(f"FAILED {what}", flush=True)
+        traceback.print_exc()
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Options every benchmark has."""
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--out", default=None, help="folder for the rows (default: benchmarks/results/<device>)")
+    parser.add_argument("--commit", default=None, help="recorded when the tree has no git history")
+    parser.add_argument("--tiny", action="store_true", help="smallest shapes: only whether everything runs")
+    return parser
 
 
 # --- correctness gate -------------------------------------------------------------------------------------------------
