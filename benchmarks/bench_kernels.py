@@ -226,7 +226,8 @@ def _mix(i: Inputs, backend: str | None) -> Tensor:
 
 def plain_mix(w: Tensor, a: Tensor, b: Tensor, probs: Tensor) -> Tensor:
     """The same math in eager torch (clip ratio 1): what torch.compile gets."""
-    parts = [probs[p] * models.fake_quant(w + 0.5 * (b[p] @ a[p]), bits, 128) for p, bits in enumerate(W_BITS)]
+    merged = (w.float() + 0.5 * (b[p] @ a[p]).float() for p in range(len(W_BITS)))
+    parts = [probs[p] * models.fake_quant(m, W_BITS[p], 128, w.dtype) for p, m in enumerate(merged)]
     return (parts[0] + parts[1] + parts[2]).to(w.dtype)
 
 
@@ -260,7 +261,7 @@ def run_mix_peers(rec: Recorder, dtype: torch.dtype, o: int, i: int, compiled: b
         fast = torch.compile(plain_mix, fullgraph=True, dynamic=False)
         contenders["torch.compile"] = lambda: fast(*arguments)
     with torch.no_grad():
-        # eager torch rounds B A to bf16 before the quantizer, which moves some weights across a level
+        # eager torch rounds B A to bf16 before it is added, which moves some weights across a level
         error = gate("quant_lora_mix", {"eager torch": (ours(), plain_mix(*arguments))}, 5e-2)
         times = time_interleaved(contenders, 7 if rec.device == "cpu" else 30, 2, rec.device)
     for name, t in times.items():

@@ -145,13 +145,13 @@ def axes(config: Any, space: Mapping[str, tuple[int, ...]], device: str) -> dict
     }
 
 
-def fake_quant(w: Tensor, bits: int, group: int) -> Tensor:
-    """Symmetric group quantizer with identity straight-through gradient, as eager torch writes it."""
-    g = w.float().unflatten(-1, (-1, group))
+def fake_quant(w: Tensor, bits: int, group: int, scale_dtype: torch.dtype) -> Tensor:
+    """Symmetric group quantizer of fp32 ``w`` with identity straight-through gradient, as eager torch writes it."""
+    g = w.unflatten(-1, (-1, group))
     scale = g.detach().abs().amax(-1, keepdim=True) / ((2**bits - 1) / 2)
-    scale = torch.where(scale == 0, 1.0, scale).to(w.dtype).float()
+    scale = torch.where(scale == 0, 1.0, scale).to(scale_dtype).float()
     q = torch.clamp(torch.round(g / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
-    return w + (q.flatten(-2) - w.float()).detach().to(w.dtype)
+    return w + (q.flatten(-2) - w).detach()
 
 
 def fake_quant_act(x: Tensor, bits: int) -> Tensor:
@@ -274,7 +274,7 @@ class PlainSupernet(nn.Module):
             group = min(self.group, *self.space["head_dim"]) if name == "o_proj" else self.group
             # Σ_p π_p Q_p(W0 + s B_p A_p), masks outside: they commute with group quantization
             merged = [
-                bits[p] * fake_quant(weight + self.scaling * (b[p] @ a[p]), n, group)
+                bits[p] * fake_quant(weight.float() + self.scaling * (b[p] @ a[p]).float(), n, group, weight.dtype)
                 for p, n in enumerate(self.weight_bits)
             ]
             return r * F.linear(c * x, sum(merged[1:], merged[0]).to(x.dtype))
