@@ -1,0 +1,33 @@
+// Torch-free launchers. Raw device pointers and a stream in, CUDA error code out (0: launched).
+#pragma once
+#include <cstdint>
+
+extern "C" {
+
+// Element type codes of activations, scales and outputs.
+enum { JN_F16 = 0, JN_BF16 = 1, JN_F32 = 2 };
+
+// y[M, O] = x_hat @ (q * scale)^T for few tokens; weights streamed once (lowbit_stream.cu).
+struct JnStreamArgs {
+  const void* weight;         // tiled layout of ops/pack.py: [tiles, groups, bits/2, 32, 4] int32
+  const void* scale;          // [groups, 16 * tiles], rows g and g + 8 of a tile adjacent; dtype
+  const void* x;              // [M, I] dtype, or int8 as written by jn_act_quant_pack
+  const float* act_scale;     // [M]; null for 16-bit activations
+  const int* act_zero;        // [M]; null for 16-bit activations
+  void* y;                    // [M, O] dtype
+  float* partial;             // [splits, M, O] if splits > 1
+  int* locks;                 // [row blocks * token blocks], zero before and after, if splits > 1
+  int tokens, rows, inputs;   // M, O, I
+  int w_bits, dtype;
+  int token_tiles;            // 8-token tiles per pass: 1, 2 or 4
+  int warp_rows;              // 64-row strips per block: 1, 2, 4 or 8
+  int splits;                 // blocks along the inputs
+  int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
+};
+int jn_lowbit_stream(const JnStreamArgs* args, void* stream);
+
+// Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) to int8 in the order the kernels read.
+// symmetric: 0 or 1. Writes a[M, I], scale[M] (the rounded scale, as fp32) and zero[M].
+int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
+                      int symmetric, int dtype, void* stream);
+}  // extern "C"

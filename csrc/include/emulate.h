@@ -1,0 +1,283 @@
+// Test-only twin of ptx.cuh: runs a kernel's blocks one after another on the CPU, a block's threads as fibers.
+// Barriers and warp-wide instructions switch fibers until every participant has arrived. Shared memory starts out as
+// 0xFF bytes; a cp.async destination holds 0xFF until its group is waited for, so a read that comes too early gives NaN.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#undef JN_INLINE
+#define JN_INLINE inline
+#define JN_DEVICE inline
+#define JN_HOST_DEVICE inline
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define JN_DYNAMIC_SHARED(name) unsigned char* name = ::jointnas::emu::block().shared.data()
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+using cudaStream_t = void*;
+
+namespace jointnas::emu {
+
+struct Copy { void* dst; const void* src; bool valid; };
+struct Fiber {
+  ucontext_t start;
+  jmp_buf resume;
+  bool started = false, done = false;
+  std::unique_ptr<char[]> stack;
+  std::vector<Copy> open;                 // copies not yet committed
+  std::vector<std::vector<Copy>> groups;  // committed, oldest first
+};
+struct Meeting { unsigned generation = 0; int arrived = 0; };
+struct Warp { Meeting meeting; alignas(16) unsigned char in[32][64], out[32][64]; };
+struct Block {
+  std::vector<unsigned char> shared;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Meeting barrier;
+  int current = 0, idle = 0;
+  jmp_buf scheduler;
+  std::function<void()> body;
+};
+inline Block*& block_pointer() { static Block* b = nullptr; return b; }
+inline Block& block() { return *block_pointer(); }
+inline dim3& thread_index() { static dim3 d; return d; }
+inline dim3& block_index() { static dim3 d; return d; }
+inline dim3& block_size() { static dim3 d; return d; }
+inline dim3& grid_size() { static dim3 d; return d; }
+
+constexpr size_t kStack = 128 * 1024;
+
+inline void yield() {
+  Block& b = block();
+  if (_setjmp(b.fibers[b.current].resume) == 0) _longjmp(b.scheduler, 1);
+}
+inline void entry() {
+  Block& b = block();
+  b.body();
+  b.fibers[b.current].done = true;
+  b.idle = 0;
+  _longjmp(b.scheduler, 1);
+}
+inline void run_block(const std::function<void()>& body, unsigned threads, size_t shared_bytes) {
+  static Block b;  // fibers and their stacks are reused
+  block_pointer() = &b;
+  b.body = body;
+  b.shared.assign(shared_bytes + 16, 0xFF);
+  b.warps.assign((threads + 31) / 32, Warp{});
+  b.barrier = Meeting{};
+  b.idle = 0;
+  if (b.fibers.size() != threads) b.fibers = std::vector<Fiber>(threads);
+  for (Fiber& f : b.fibers) {
+    f.started = f.done = false;
+    f.open.clear();
+    f.groups.clear();
+    if (!f.stack) f.stack.reset(new char[kStack]);
+  }
+  volatile unsigned live = threads, next = 0;
+  while (live) {
+    while (b.fibers[next].done) next = (next + 1) % threads;
+    b.current = static_cast<int>(next);
+    thread_index() = dim3(next);
+    Fiber& f = b.fibers[next];
+    if (++b.idle > static_cast<int>(threads) * 4) {
+      std::fprintf(stderr, "emulated block is deadlocked: thread %u waits for ever\n", unsigned(next));
+      std::abort();
+    }
+    if (_setjmp(b.scheduler) == 0) {
+      if (f.started) _longjmp(f.resume, 1);
+      f.started = true;
+      getcontext(&f.start);
+      f.start.uc_stack.ss_sp = f.stack.get();
+      f.start.uc_stack.ss_size = kStack;
+      f.start.uc_link = nullptr;
+      makecontext(&f.start, entry, 0);
+      setcontext(&f.start);
+    }
+    if (b.fibers[next].done) live = live - 1;
+    next = (next + 1) % threads;
+  }
+}
+// Wait until `count` threads have called; the last one runs `act` first.
+template <class F> void meet(Meeting& m, int count, F act) {
+  const unsigned mine = m.generation;
+  block().idle = 0;
+  if (++m.arrived == count) {
+    act();
+    m.arrived = 0;
+    ++m.generation;
+  }
+  while (m.generation == mine) yield();
+}
+// Every lane gives `in`; `act(in[32], out[32])` runs once; every lane gets its out.
+template <class In, class Out, class F> Out warp_wide(const In& in, F act) {
+  static_assert(sizeof(In) <= 64 && sizeof(Out) <= 64);
+  Block& b = block();
+  const int lane = b.current % 32;
+  Warp& w = b.warps[b.current / 32];
+  std::memcpy(w.in[lane], &in, sizeof(In));
+  meet(w.meeting, 32, [&] {
+    In all[32];
+    Out result[32];
+    for (int i = 0; i < 32; ++i) std::memcpy(&all[i], w.in[i], sizeof(In));
+    act(all, result);
+    for (int i = 0; i < 32; ++i) std::memcpy(w.out[i], &result[i], sizeof(Out));
+  });
+  Out out;
+  std::memcpy(&out, w.out[lane], sizeof(Out));
+  return out;
+}
+}  // namespace jointnas::emu
+
+#define threadIdx (::jointnas::emu::thread_index())
+#define blockIdx (::jointnas::emu::block_index())
+#define blockDim (::jointnas::emu::block_size())
+#define gridDim (::jointnas::emu::grid_size())
+
+namespace jointnas::ptx {
+
+inline float to_float(float v) { return v; }
+inline float bits_float(uint32_t u) { float f; std::memcpy(&f, &u, 4); return f; }
+inline uint32_t float_bits(float f) { uint32_t u; std::memcpy(&u, &f, 4); return u; }
+inline float to_float(BF16 v) { return bits_float(static_cast<uint32_t>(v.bits) << 16); }
+inline float to_float(F16 v) {
+  const int sign = v.bits >> 15, exponent = (v.bits >> 10) & 31, mantissa = v.bits & 1023;
+  float f = exponent == 31 ? (mantissa ? NAN : INFINITY)
+          : exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(float(mantissa), -24);
+  return sign ? -f : f;
+}
+template <class T> T from_float(float v);
+template <> inline float from_float<float>(float v) { return v; }
+template <> inline BF16 from_float<BF16>(float v) {
+  uint32_t u = float_bits(v);
+  if (std::isnan(v)) return BF16{0x7fff};
+  return BF16{static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <> inline F16 from_float<F16>(float v) {
+  const uint16_t sign = std::signbit(v) ? 0x8000 : 0;
+  const float a = std::fabs(v);
+  if (std::isnan(v)) return F16{0x7fff};
+  if (a >= 65520.0f) return F16{static_cast<uint16_t>(sign | 0x7c00)};
+  if (a == 0) return F16{sign};
+  int e = std::max(std::ilogb(a), -14);
+  const int m = static_cast<int>(std::nearbyint(std::ldexp(a, 10 - e)));  // 10 fraction bits; a carry raises the exponent
+  return F16{static_cast<uint16_t>(sign | (m >= 1024 ? ((e + 15) << 10) + (m - 1024) : m))};
+}
+inline float divide(float a, float b) { return a / b; }
+inline float round_even(float a) { return std::nearbyint(a); }
+template <class T> float half_of(uint32_t v, int i) { return to_float(T{static_cast<uint16_t>(v >> (16 * i))}); }
+template <class T> uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d = 0;
+  for (int i = 0; i < 2; ++i) {  // exact in double for 11-bit operands, then one rounding in practice
+    const double r = double(half_of<T>(a, i)) * half_of<T>(b, i) + half_of<T>(c, i);
+    d |= uint32_t(from_float<T>(float(r)).bits) << (16 * i);
+  }
+  return d;
+}
+
+struct MmaIn { uint32_t a[4], b[2]; uint32_t c[4]; };
+struct MmaOut { uint32_t c[4]; };
+// One m16n8 product; `dot(a registers of a row, b registers of a column)`: lane 4g+t of A holds rows g, g+8 in
+// registers {0,2}, {1,3}; lane 4g+t of B holds column g; C holds rows g (0,1), g+8 (2,3), columns 2t, 2t+1.
+template <class C, class F> void mma(C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F dot) {
+  MmaIn in;
+  std::memcpy(in.a, a, 16);
+  in.b[0] = b0;
+  in.b[1] = b1;
+  std::memcpy(in.c, c, 16);
+  const MmaOut out = emu::warp_wide<MmaIn, MmaOut>(in, [&](const MmaIn* all, MmaOut* result) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+        C sum;
+        std::memcpy(&sum, &all[lane].c[i], 4);
+        for (int t = 0; t < 4; ++t)
+          for (int half = 0; half < 2; ++half)
+            sum += dot(all[4 * (row % 8) + t].a[2 * half + row / 8], all[4 * column + t].b[half]);
+        std::memcpy(&result[lane].c[i], &sum, 4);
+      }
+  });
+  std::memcpy(c, out.c, 16);
+}
+template <class T> void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint32_t x, uint32_t y) {
+    return half_of<T>(x, 0) * half_of<T>(y, 0) + half_of<T>(x, 1) * half_of<T>(y, 1);
+  });
+}
+inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint32_t x, uint32_t y) {
+    int s = 0;
+    for (int i = 0; i < 4; ++i) s += int(int8_t(x >> (8 * i))) * int(int8_t(y >> (8 * i)));
+    return s;
+  });
+}
+inline void mma_m16n8k256_and(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
+}
+
+inline emu::Fiber& fiber() { return emu::block().fibers[emu::block().current]; }
+inline void cp_async16(void* dst, const void* src, bool valid) {
+  if (reinterpret_cast<uintptr_t>(dst) % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16)) {
+    std::fprintf(stderr, "cp.async with an address that is no multiple of 16\n");
+    std::abort();
+  }
+  std::memset(dst, 0xFF, 16);
+  fiber().open.push_back({dst, src, valid});
+}
+inline void cp_async_commit() {
+  fiber().groups.push_back(std::move(fiber().open));
+  fiber().open.clear();
+}
+template <int PENDING> void cp_async_wait() {
+  auto& groups = fiber().groups;
+  while (groups.size() > PENDING) {
+    for (const emu::Copy& copy : groups.front()) {
+      if (copy.valid) std::memcpy(copy.dst, copy.src, 16);
+      else std::memset(copy.dst, 0, 16);
+    }
+    groups.erase(groups.begin());
+  }
+}
+inline Vec4 load_readonly(const void* p) { Vec4 v; std::memcpy(&v, p, 16); return v; }
+inline float load_l2(const float* p) { return *p; }
+
+inline void sync_threads() { emu::meet(emu::block().barrier, static_cast<int>(emu::block().fibers.size()), [] {}); }
+inline void sync_warp() { emu::meet(emu::block().warps[emu::block().current / 32].meeting, 32, [] {}); }
+template <class T> T shuffle_xor(T v, int mask) {
+  return emu::warp_wide<T, T>(v, [mask](const T* in, T* out) { for (int i = 0; i < 32; ++i) out[i] = in[i ^ mask]; });
+}
+inline int atomic_add(int* p, int v) { const int old = *p; *p += v; return old; }
+inline void fence_device() {}
+inline int popcount(uint32_t v) { return __builtin_popcount(v); }
+inline void launch_dependents() {}
+inline void wait_dependencies() {}
+
+}  // namespace jointnas::ptx
+
+namespace jointnas {
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, bool, A... args) {
+  emu::grid_size() = grid;
+  emu::block_size() = block;
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        emu::block_index() = dim3(x, y, z);
+        emu::run_block([&] { kernel(static_cast<P>(args)...); }, block.x, shared_bytes);
+      }
+  return 0;
+}
+}  // namespace jointnas

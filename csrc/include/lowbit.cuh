@@ -1,0 +1,78 @@
+// The tiled weight layout (ops/pack.py) and what a lane does with its words.
+//
+// A tile is 16 rows x 128 inputs = BITS*256 bytes: vectors [BITS/2][32 lanes] of 16 bytes. Field F = 4i + 2s + r of lane
+// 4g + t holds inputs 32i + 8t + 4s + {0..3} of row 8r + g, as bytes j = 2e + h for input 2h + e.
+#pragma once
+#include "ptx.cuh"
+
+namespace jointnas {
+
+constexpr int kTileRows = 16;
+constexpr int kGroup = 128;  // inputs per scale, and per tile
+
+// Where a weight sits: 32-bit word index inside its tile's BITS*64 words, and the bit inside the word.
+struct Place { int word, bit; };
+JN_HOST_DEVICE Place place_in_tile(int bits, int row, int input) {
+  const int r = row / 8, g = row % 8;
+  const int i = input / 32, t = input / 8 % 4, s = input / 4 % 2, h = input / 2 % 2, e = input % 2;
+  const int field = 4 * i + 2 * s + r, word = field * bits / 8, lane = 4 * g + t;
+  return {(word / 4 * 32 + lane) * 4 + word % 4, 8 * (2 * e + h) + bits * (field % (8 / bits))};
+}
+
+// Storage index of a token's input inside its group after quantization (act_quant_pack.cu): lane t's 32 bytes are
+// contiguous, four bytes per (i, s) in the byte order of the weights.
+JN_HOST_DEVICE int place_in_token(int input) {
+  const int i = input / 32, t = input / 8 % 4, s = input / 4 % 2, h = input / 2 % 2, e = input % 2;
+  return 32 * t + 8 * i + 4 * s + 2 * e + h;
+}
+
+// Bits of a small number as F16 / BF16; exact for every constant used below.
+JN_HOST_DEVICE constexpr uint32_t half_bits(bool bf16, double v) {
+  const uint32_t sign = v < 0 ? 0x8000u : 0u;
+  if (v < 0) v = -v;
+  int e = 0;
+  while (v >= 2) { v /= 2; ++e; }
+  while (v < 1) { v *= 2; --e; }
+  const int mantissa = bf16 ? 7 : 10;
+  const double scaled = (v - 1) * (1 << mantissa);
+  return sign | static_cast<uint32_t>((e + (bf16 ? 127 : 15)) << mantissa) | static_cast<uint32_t>(scaled);
+}
+JN_HOST_DEVICE constexpr uint32_t both(uint32_t half) { return half | half << 16; }
+
+template <class T> constexpr bool kIsBf16 = false;
+template <> inline constexpr bool kIsBf16<BF16> = true;
+
+// Two weights as packed T: field `f` (counted inside the word), half `h` of its bytes. Magic numbers: with the exponent
+// of 2^m (m = mantissa bits) or-ed onto a field at bit p, the number is 2^m + u*2^p; one fma takes the offset off and
+// scales down, exactly.
+template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t word) {
+  constexpr bool bf = kIsBf16<T>;
+  constexpr int mantissa = bf ? 7 : 10, magic_exponent = bf ? 0x4300 : 0x6400;
+  constexpr int position = BITS * F + 8 * H;
+  constexpr double offset = 1 << (BITS - 1);
+  if constexpr (BITS == 8 && bf) {  // 8 bits do not fit beside the hidden one: the top bit goes separately
+    constexpr uint32_t magic = both(magic_exponent), one = both(half_bits(true, 1)), off = both(half_bits(true, -384));
+    const uint32_t v = H ? word >> 8 : word;
+    const uint32_t low = (v & 0x007f007fu) | magic;  // 128 + low 7 bits
+    const uint32_t top = (v & 0x00800080u) | magic;  // 128 or 256
+    return ptx::fma2<T>(low, one, ptx::fma2<T>(top, one, off));
+  } else {
+    constexpr int step = bf ? 4 : 8;  // few distinct shifts, so that the compiler shares them
+    constexpr int shift = position + BITS <= mantissa ? 0 : position / step * step;
+    constexpr int p = position - shift;
+    static_assert(p + BITS <= mantissa);
+    constexpr uint32_t magic = both(magic_exponent), mask = both(((1u << BITS) - 1) << p);
+    constexpr uint32_t down = both(half_bits(bf, 1.0 / (1 << p)));
+    constexpr uint32_t off = both(half_bits(bf, -(double(1 << mantissa) / (1 << p) + offset)));
+    return ptx::fma2<T>(((word >> shift) & mask) | magic, down, off);
+  }
+}
+
+// Four weights as signed bytes, times 2^(8-BITS): the field moved to the top of its byte, sign bit flipped.
+template <int BITS, int F> JN_DEVICE uint32_t spread(uint32_t word) {
+  constexpr int up = 8 - BITS - BITS * F;
+  constexpr uint32_t top = (0xffu << (8 - BITS)) & 0xffu;
+  return ((word << up) & (top * 0x01010101u)) ^ 0x80808080u;
+}
+
+}  // namespace jointnas

@@ -1,0 +1,149 @@
+// Every PTX instruction the kernels use, one small wrapper each. With JN_EMULATE the same names come from emulate.h,
+// where a block's threads are fibers and each instruction does what its documentation says, so that tests run the
+// kernels' own code on the CPU.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#define JN_INLINE __forceinline__
+
+namespace jointnas {
+struct F16 { uint16_t bits; };   // storage types: arithmetic only through the wrappers below
+struct BF16 { uint16_t bits; };
+struct alignas(16) Vec4 { uint32_t w[4]; };
+}  // namespace jointnas
+
+#ifdef JN_EMULATE
+#include "emulate.h"
+#else
+#include <cuda_runtime.h>
+
+#define JN_DEVICE __device__ JN_INLINE
+#define JN_HOST_DEVICE __host__ __device__ JN_INLINE
+#define JN_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
+namespace jointnas::ptx {
+
+JN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+// ---- tensor cores: fragment layouts as in the PTX manual, "Matrix Fragments for mma" ----
+template <class T> JN_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> JN_DEVICE void mma_m16n8k16<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> JN_DEVICE void mma_m16n8k16<BF16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+JN_DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// c[i][j] += popcount(A row i AND B column j) over 256 bits
+JN_DEVICE void mma_m16n8k256_and(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- packed half arithmetic: a * b + c on both halves, one rounding ----
+template <class T> JN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <> JN_DEVICE uint32_t fma2<F16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+template <> JN_DEVICE uint32_t fma2<BF16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
+// ---- conversions, round to nearest even ----
+JN_DEVICE float to_float(float v) { return v; }
+JN_DEVICE float to_float(F16 v) {
+  float f;
+  asm("cvt.f32.f16 %0,%1;" : "=f"(f) : "h"(v.bits));
+  return f;
+}
+JN_DEVICE float to_float(BF16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
+template <class T> JN_DEVICE T from_float(float v);
+template <> JN_DEVICE float from_float<float>(float v) { return v; }
+template <> JN_DEVICE F16 from_float<F16>(float v) {
+  F16 h;
+  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h.bits) : "f"(v));
+  return h;
+}
+template <> JN_DEVICE BF16 from_float<BF16>(float v) {
+  BF16 h;
+  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(h.bits) : "f"(v));
+  return h;
+}
+JN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+JN_DEVICE float round_even(float a) { return rintf(a); }
+
+// ---- memory ----
+// 16 bytes global -> shared, past L1; zeros when !valid (src is then not read)
+JN_DEVICE void cp_async16(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0)
+               : "memory");
+}
+JN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> JN_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+JN_DEVICE Vec4 load_readonly(const void* p) {
+  Vec4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+  return v;
+}
+JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by other blocks: L1 may be stale
+
+// ---- threads ----
+JN_DEVICE void sync_threads() { __syncthreads(); }
+JN_DEVICE void sync_warp() { __syncwarp(); }
+JN_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+JN_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+JN_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }
+JN_DEVICE void fence_device() { __threadfence(); }
+JN_DEVICE int popcount(uint32_t v) { return __popc(v); }
+// With programmatic dependent launch: let the next kernel start / wait for the previous one's results.
+JN_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+JN_DEVICE void wait_dependencies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+}  // namespace jointnas::ptx
+
+namespace jointnas {
+// Launch on `stream`; `early` allows the kernel to start before its predecessor ends (sm_90, programmatic dependent
+// launch). Returns the CUDA error code.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+  if (shared_bytes > 48 * 1024) {
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (e != cudaSuccess) return static_cast<int>(e);
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...));
+}
+}  // namespace jointnas
+#endif
