@@ -62,11 +62,13 @@ STAGES = (
 
 def model_config(large: bool = False) -> LlamaConfig:
     """The embedded model's configuration, or that of the larger teacher (27M parameters)."""
-    width = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "num_hidden_layers": 6}  # fmt: skip
-    if large:
-        width = {"hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8, "num_key_value_heads": 8,
-                 "num_hidden_layers": 8}  # fmt: skip
+    width: dict[str, Any] = {
+        "hidden_size": 512 if large else 256,
+        "intermediate_size": 1408 if large else 768,
+        "num_attention_heads": 8 if large else 4,
+        "num_key_value_heads": 8 if large else 2,
+        "num_hidden_layers": 8 if large else 6,
+    }
     return LlamaConfig(
         **width, head_dim=64, vocab_size=4096, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.02, rms_norm_eps=1e-5,
@@ -90,7 +92,7 @@ def build(config: LlamaConfig, dropout: float, seed: int, device: str) -> LlamaF
             block.self_attn.o_proj.register_forward_hook(drop)
             block.mlp.down_proj.register_forward_hook(drop)
         model.model.embed_tokens.register_forward_hook(drop)
-    return model.to(device)
+    return nn.Module.to(model, device)
 
 
 class Batches:
@@ -117,7 +119,8 @@ class Batches:
             stream = self._epoch()
             offset = int(torch.randint(CONTEXT, (1,), generator=self.generator))
             for i in range(offset, self.tokens - need - 1, need):
-                yield stream[i : i + need].view(self.batch, CONTEXT), stream[i + 1 : i + need + 1].view(self.batch, CONTEXT)
+                x, y = stream[i : i + need], stream[i + 1 : i + need + 1]
+                yield x.view(self.batch, CONTEXT), y.view(self.batch, CONTEXT)
 
 
 def autocast(device: str) -> torch.autocast:
@@ -155,8 +158,8 @@ class Run:
         name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
         self.best = math.inf
         self.record: dict[str, Any] = {
-            "command": f"python -m jointnas.train_base --device {args.device} --minutes {args.minutes:g} --seed {args.seed}"
-            f" --batch {args.batch}",
+            "command": f"python -m jointnas.train_base --device {args.device} --minutes {args.minutes:g}"
+            f" --seed {args.seed} --batch {args.batch} --stages {args.stages}",
             "device": name, "torch": torch.__version__, "seed": args.seed, "minutes": args.minutes,
             "batch": [args.batch, CONTEXT], "train_tokens": self.batches.tokens, "valid_tokens": len(self.valid),
             "stages": {},
@@ -182,7 +185,8 @@ class Run:
         copy = LlamaForCausalLM(model.config)
         copy.load_state_dict({k: v.detach().cpu() for k, v in model.state_dict().items()})
         partial = self.out / ".part"
-        copy.to(torch.bfloat16).save_pretrained(partial)
+        nn.Module.to(copy, torch.bfloat16)
+        copy.save_pretrained(partial)
         for file in partial.iterdir():  # rename is atomic: a kill leaves the last complete checkpoint
             file.replace(self.out / file.name)
         partial.rmdir()
@@ -312,7 +316,8 @@ def train(stage: Stage, run: Run, minutes: float, teachers: dict[str, LlamaForCa
 
 def finish(run: Run) -> None:
     """Losses of the saved bf16 checkpoint itself, read back from disk, also on the test split."""
-    model = LlamaForCausalLM.from_pretrained(run.out, dtype=torch.float32).to(run.device)
+    model = LlamaForCausalLM.from_pretrained(run.out, dtype=torch.float32)
+    nn.Module.to(model, run.device)
     for split, tokens in (("valid", run.valid), ("test", assets.held_out_tokens())):
         loss = mean_loss(model, tokens, run.device)
         run.record[f"saved_{split}_loss"], run.record[f"saved_{split}_perplexity"] = loss, math.exp(loss)
@@ -328,7 +333,8 @@ def install(source: Path) -> None:
         raise SystemExit(f"{source} holds no checkpoint: its record has no 'best'")
     for name in INSTALLED:
         shutil.copyfile(source / name, assets.model_dir() / {"record.json": "training.json"}.get(name, name))
-    print(f"installed into {assets.model_dir()}: stage {record['best']['stage']}, valid loss {record['best']['valid_loss']:.4f}")
+    best = record["best"]
+    print(f"installed into {assets.model_dir()}: stage {best['stage']}, validation loss {best['valid_loss']:.4f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -340,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="sequences of 256 tokens per step")
     parser.add_argument("--stages", default="plain,teacher,distil", help="which stages to run, in this order")
     parser.add_argument("--max-steps", type=int, help="cap on the steps of each stage (for trying it out)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA only)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     parser.add_argument("--install", type=Path, metavar="DIR", help="copy the run in DIR into the package and stop")
     args = parser.parse_args(argv)
     if args.install:

@@ -65,7 +65,7 @@ def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     if not has_weights():
         raise _fail(
             f"the embedded model has no weights: {model_dir() / 'model.safetensors'} is missing; train it with "
-            "'python -m jointnas.train_base --out DIR' and install it with 'python -m jointnas.train_base --install DIR'"
+            "'python -m jointnas.train_base --out DIR', then 'python -m jointnas.train_base --install DIR'"
         )
     return LlamaForCausalLM.from_pretrained(model_dir(), dtype=dtype).eval()
 
