@@ -9,7 +9,8 @@
 
 This is what compressed-tensors executes on a reloaded checkpoint with dynamic per-token activations, bit for bit: every
 operation above is rounded to x's dtype (for bf16 that matters: mx - mn, mn / s, x / s and x / s + z are rounded to 8
-bits each). Only the mixture is summed in fp32 (fp64 for fp64) and rounded once.
+bits each). Only the last product enters the mixture unrounded, which is summed in fp32 (fp64 for fp64) and rounded once;
+for a one-hot mixture that is the same.
 
 Shapes: x [..., N], mask [N] (optional, fp32; the product is rounded to x's dtype first), probs [Q], y [..., N].
 
@@ -36,9 +37,10 @@ ACT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
 def fake_quant_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
-    """Q_bits of every row of x [..., N], in plain torch and without gradient; 16 bits return x."""
+    """Q_bits of every row of x [..., N] in the compute dtype (not yet rounded to x's); 16 bits return x."""
+    wide = compute_dtype(x.dtype)
     if bits == 16:
-        return x
+        return x.to(wide)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     # Tensor divisors: torch turns division by a Python number into a multiplication on CUDA.
     if symmetric:
@@ -51,7 +53,7 @@ def fake_quant_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     s = torch.where(s == 0, torch.finfo(x.dtype).eps, s)
     v = x / s
     q = (v if z is None else v + z).clamp(low, high).round()
-    return (q if z is None else q - z) * s
+    return (q if z is None else q - z).to(wide) * s.to(wide)
 
 
 def act_quant_mix_reference(
@@ -62,8 +64,10 @@ def act_quant_mix_reference(
     if mask is not None:
         x = (x.to(dtype) * mask.to(dtype)).to(x.dtype)
     wide = x.to(dtype)
-    terms = (probs[i].to(dtype) * _ste(fake_quant_tokens(x.detach(), b, symmetric).to(dtype), wide) for i, b in enumerate(bits))
-    return sum(terms, torch.zeros_like(wide)).to(x.dtype)
+    out = torch.zeros_like(wide)
+    for p, width in zip(probs.to(dtype), bits, strict=True):
+        out = out + p * _ste(fake_quant_tokens(x.detach(), width, symmetric), wide)
+    return out.to(x.dtype)
 
 
 def act_quant_mix_backward_reference(
@@ -78,7 +82,7 @@ def act_quant_mix_backward_reference(
         dx = (g * total if mask is None else g * mask.to(dtype) * total).to(x.dtype)
     if want[1]:
         masked = x if mask is None else (wide * mask.to(dtype)).to(x.dtype)
-        sums = [(g * fake_quant_tokens(masked, b, symmetric).to(dtype)).sum() for b in bits]
+        sums = [(g * fake_quant_tokens(masked, b, symmetric)).sum() for b in bits]
         dprobs = torch.stack(sums).to(probs.dtype)
     if want[2] and mask is not None:
         dmask = ((g * wide).flatten(0, -2).sum(0) * total).to(mask.dtype)
