@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops._dispatch import check, compute_dtype, resolve
-from jointnas_kernels.ops.pack import WEIGHT_BITS, check_bits, unpack_weight
+from jointnas_kernels.ops.lowbit_cuda import CudaWeight, matmul
+from jointnas_kernels.ops.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
 
 ACT_BITS = (2, 4, 8, 16)
 NAME = "lowbit_linear"
@@ -68,7 +69,10 @@ SCHEMA = (
 @torch.library.custom_op("jointnas::lowbit_linear", mutates_args=(), schema=SCHEMA)
 def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
                    symmetric: bool, backend: str | None) -> Tensor:
-    resolve(NAME, backend, x, ("reference",))
+    chosen = resolve(NAME, backend, x, ("reference", "cuda"))
+    if chosen == "cuda":
+        check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")
+        return matmul(x, CudaWeight.build(packed, scale, w_bits), a_bits, symmetric)
     return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
 
 

@@ -1,0 +1,136 @@
+"""CUDA side of lowbit_linear: weights tiled once, plans, launches (csrc/cuda/lowbit_*.cu).
+
+``CudaWeight.build(packed, scale, bits)`` lays the weights out for the kernels (ops/pack.py: tile_weight); ``matmul``
+runs them. Groups of 128 inputs, fp16 or bf16. ``lowbit_linear(backend="cuda")`` builds the layout on every call and is
+meant for tests; a runtime keeps the ``CudaWeight``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels import _ext
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.pack import TILE_INPUTS, TILE_ROWS, tile_scale, tile_weight
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+STRIP_ROWS = 64  # rows of one warp
+BLOCK_WARPS = 8
+STREAM_TOKENS = 64  # up to here the weights' bytes dominate
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamPlan:
+    """How lowbit_stream splits the work: 8-token tiles per pass, 64-row strips per block, blocks along the inputs."""
+
+    token_tiles: int
+    warp_rows: int
+    splits: int
+
+    def blocks(self, tokens: int, rows: int) -> int:
+        return -(-rows // (STRIP_ROWS * self.warp_rows)) * self.splits * -(-tokens // (8 * self.token_tiles))
+
+
+def stream_plan(tokens: int, rows: int, inputs: int, multiprocessors: int) -> StreamPlan:
+    """One wave of blocks: as few strips per block as fit the chip at once, then as many splits as are left over."""
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    passes = -(-tokens // (8 * token_tiles))
+    strips = -(-rows // STRIP_ROWS)
+    warp_rows = next((w for w in (1, 2, 4, 8) if -(-strips // w) * passes <= multiprocessors), 8)
+    row_blocks = -(-strips // warp_rows) * passes
+    # a split is worth its reduction only while every warp still gets a group
+    most = max(1, inputs // TILE_INPUTS // (BLOCK_WARPS // warp_rows))
+    return StreamPlan(token_tiles, warp_rows, max(1, min(multiprocessors // row_blocks, most)))
+
+
+@dataclasses.dataclass(frozen=True)
+class CudaWeight:
+    """Weights in the kernels' layout. One instance must not be used on two streams at once (``locks``)."""
+
+    weight: Tensor  # int32 [tiles, groups, bits/2, 32, 4]
+    scale: Tensor  # [groups, 16 * tiles]
+    locks: Tensor  # int32, zero between launches
+    bits: int
+    rows: int
+    inputs: int
+
+    @staticmethod
+    def build(packed: Tensor, scale: Tensor, bits: int) -> CudaWeight:
+        """Tile ``packed`` int32 [O, I*bits/32] and ``scale`` [O, I/128] (fp16 or bf16)."""
+        if scale.dtype not in DTYPES:
+            raise JointNASError(f"the CUDA kernels take float16 or bfloat16 scales, got {scale.dtype}")
+        rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
+        if scale.shape != (rows, inputs // TILE_INPUTS) or inputs % TILE_INPUTS:
+            raise JointNASError(
+                f"the CUDA kernels take groups of {TILE_INPUTS} inputs; got weights {(rows, inputs)} with scales "
+                f"{tuple(scale.shape)}"
+            )
+        locks = torch.zeros(max(64, -(-rows // TILE_ROWS)), dtype=torch.int32, device=packed.device)
+        return CudaWeight(tile_weight(packed, bits), tile_scale(scale), locks, bits, rows, inputs)
+
+    @property
+    def bytes(self) -> int:
+        """What one product has to read of the weights."""
+        return self.weight.numel() * 4 + self.scale.numel() * self.scale.element_size()
+
+
+def check_launch(code: int, what: str) -> None:
+    """Raise unless a launcher returned cudaSuccess."""
+    if code:
+        raise JointNASError(f"{what} failed to launch: CUDA error {code}")
+
+
+def current_stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def quantize_pack(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, I] to (a int8 [M, I] in the kernels' order, scale fp32 [M], zero int32 [M])."""
+    tokens, inputs = x.shape
+    a = torch.empty(tokens, inputs, dtype=torch.int8, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    code = _ext.load(cuda=True).act_quant_pack(x.data_ptr(), a.data_ptr(), scale.data_ptr(), zero.data_ptr(), tokens,
+                                               inputs, bits, int(symmetric), DTYPES[x.dtype], current_stream(x))
+    check_launch(code, "act_quant_pack")
+    return a, scale, zero
+
+
+def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
+           plan: StreamPlan | None = None, early: bool = False) -> Tensor:
+    """y [M, O] for few tokens. ``activation``: (scale, zero) of an ``x`` from :func:`quantize_pack`.
+
+    ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90): not when that wrote them.
+    """
+    tokens = x.shape[0]
+    device = x.device
+    if plan is None:
+        plan = stream_plan(tokens, weight.rows, weight.inputs, torch.cuda.get_device_properties(device).multi_processor_count)
+    y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=device)
+    partial = torch.empty(plan.splits, tokens, weight.rows, device=device) if plan.splits > 1 else None
+    act_scale, act_zero = activation if activation is not None else (None, None)
+    pointers = [0 if t is None else t.data_ptr()
+                for t in (weight.weight, weight.scale, x, act_scale, act_zero, y, partial, weight.locks)]
+    code = _ext.load(cuda=True).lowbit_stream(
+        *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], plan.token_tiles,
+        plan.warp_rows, plan.splits, int(early), current_stream(x))
+    check_launch(code, "lowbit_stream")
+    return y
+
+
+def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = False) -> Tensor:
+    """y = x_hat @ (q * scale)^T for x [..., I] in the scales' dtype."""
+    if x.dtype != weight.scale.dtype:
+        raise JointNASError(f"x is {x.dtype} but the weights' scales are {weight.scale.dtype}")
+    flat = x.reshape(-1, weight.inputs).contiguous()
+    if flat.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.rows)
+    if a_bits == 16:
+        y = stream(flat, weight)
+    else:
+        a, scale, zero = quantize_pack(flat, a_bits, symmetric)
+        y = stream(a, weight, (scale, zero))
+    return y.view(*x.shape[:-1], weight.rows)
