@@ -20,7 +20,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall"]
+# No contraction: a * b + c is fused only where a kernel says so, else quantization levels would depend on the compiler.
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp-contract=off"]
 # sm_80 and sm_90a machine code (90a, because wgmma exists in no plain target) and PTX for whatever comes later.
 NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr"),
@@ -63,7 +64,7 @@ def ninja_file(target: Path, build_dir: Path) -> str:
         link = f"{nvcc} -shared -cudart static -Xcompiler -pthread"
     else:
         print("nvcc not found: building the CPU part only", file=sys.stderr)
-    include_flags = " ".join(f"-isystem {i}" for i in includes)
+    include_flags = " ".join(f"{'-I' if n == 0 else '-isystem '}{i}" for n, i in enumerate(includes))
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",

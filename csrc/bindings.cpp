@@ -1,0 +1,82 @@
+// Python module jointnas_kernels._C: the only glue between Python and csrc.
+// Pointers come as integers (tensor.data_ptr()), streams too; shapes and dtypes were checked in Python. The GIL is
+// released during every call. Result: an int, 0 on success (isa.h for CPU, cudaError_t for CUDA functions).
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu_ops.h"
+#include "isa.h"
+#include "parallel.h"
+#ifdef JN_WITH_CUDA
+#include "cuda_ops.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+// How a C++ parameter looks from Python: pointers are integers, everything else is itself.
+template <class T>
+struct Argument {
+  using Python = T;
+  static T from(T x) { return x; }
+};
+template <class T>
+struct Argument<T*> {
+  using Python = uintptr_t;
+  static T* from(uintptr_t x) { return reinterpret_cast<T*>(x); }
+};
+
+template <class... A>
+void def(py::module_& m, const char* name, int (*function)(A...)) {
+  m.def(name, [function](typename Argument<A>::Python... a) {
+    py::gil_scoped_release release;
+    return function(Argument<A>::from(a)...);
+  });
+}
+
+// The same for a function that takes its arguments in a struct: Python passes the listed members in order, then the
+// stream.
+template <class S, class... F>
+[[maybe_unused]] void def(py::module_& m, const char* name, int (*function)(const S*, void*), F S::*... members) {
+  m.def(name, [=](typename Argument<F>::Python... values, uintptr_t stream) {
+    S args{};
+    ((args.*members = Argument<F>::from(values)), ...);
+    py::gil_scoped_release release;
+    return function(&args, reinterpret_cast<void*>(stream));
+  });
+}
+
+py::dict cpu_features() {
+  const uint32_t f = jnk::cpu_features();
+  py::dict d;
+  d["avx2"] = (f & jnk::kHasAvx2) != 0;
+  d["avx512f"] = (f & jnk::kHasAvx512) != 0;
+  d["avx512_bf16"] = (f & jnk::kHasBf16) != 0;
+  d["avx512_vnni"] = (f & jnk::kHasVnni) != 0;
+  d["avx512_vbmi"] = (f & jnk::kHasVbmi) != 0;
+  return d;
+}
+
+}  // namespace
+
+// jn_NAME becomes _C.NAME.
+#define JN_DEF(name) def(m, #name, jn_##name)
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of jointnas_kernels (csrc/).";
+  m.def("cpu_features", &cpu_features, "Instruction sets this CPU has, of those the kernels can use.");
+  m.def("parallel_backend", [] { return jnk::parallel_backend(); }, "Where threads come from: openmp or std::thread.");
+  JN_DEF(cpu_mixed_weight);
+#ifdef JN_WITH_CUDA
+  m.attr("has_cuda") = true;
+  JN_DEF(act_quant_pack);
+  using S = JnStreamArgs;
+  def(m, "lowbit_stream", jn_lowbit_stream, &S::weight, &S::scale, &S::x, &S::act_scale, &S::act_zero, &S::y,
+      &S::partial, &S::locks, &S::tokens, &S::rows, &S::inputs, &S::w_bits, &S::dtype, &S::token_tiles, &S::warp_rows,
+      &S::splits, &S::early);
+#else
+  m.attr("has_cuda") = false;
+#endif
+}

@@ -1,0 +1,62 @@
+// Compiles a kernel file once per instruction set. The file ends with
+//     #define JN_THIS_FILE "name.cpp"
+//     #include "each_isa.h"
+// and is then included three times with JN_ISA = scalar, avx2, avx512 (a namespace; code between its own
+// `#ifdef JN_ISA` and `#else`), each time with vec.h for that instruction set and the matching target options.
+// Level 4 kernels (bf16, VNNI) sit in the avx512 pass behind their own target attribute.
+// Everything these passes use must be included before: inline functions of the standard library that were first
+// seen under a target option could otherwise be emitted with instructions the CPU lacks.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <cmath>
+#include <algorithm>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+// GCC 12 reports the deliberately undefined operands inside its own AVX-512 intrinsics (PR 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+
+#define JN_ISA scalar
+#include "vec.h"
+#include JN_THIS_FILE
+#undef JN_ISA
+
+#if defined(__x86_64__)
+#define JN_AVX2 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define JN_ISA avx2
+#include "vec.h"
+#include JN_THIS_FILE
+#undef JN_ISA
+#pragma GCC pop_options
+#undef JN_AVX2
+
+#define JN_AVX512 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define JN_ISA avx512
+#include "vec.h"
+#include JN_THIS_FILE
+#undef JN_ISA
+#pragma GCC pop_options
+#undef JN_AVX512
+#endif
+
+// JN_DISPATCH(level, f(args)): the variant of f for that level; levels 3 and 4 share avx512.
+#if defined(__x86_64__)
+#define JN_DISPATCH(level, call)             \
+  do {                                       \
+    if ((level) >= jnk::kAvx512)              \
+      jnk::avx512::call;                      \
+    else if ((level) == jnk::kAvx2)           \
+      jnk::avx2::call;                        \
+    else                                     \
+      jnk::scalar::call;                      \
+  } while (0)
+#else
+#define JN_DISPATCH(level, call) jnk::scalar::call
+#endif

@@ -1,0 +1,187 @@
+// A vector of W floats for the instruction set of the current pass (see each_isa.h; hence no include guard).
+// load/store convert from and to float or bf16; the forms with a count handle tails (missing lanes are 0).
+#include "bf16.h"
+
+namespace jnk {
+namespace JN_ISA {
+
+#if defined(JN_AVX512)
+
+constexpr int W = 16;
+struct vf {
+  __m512 v;
+};
+inline __mmask16 lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+inline vf set(float x) { return {_mm512_set1_ps(x)}; }
+inline vf load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline vf load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes(n), p)}; }
+inline vf widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
+inline vf load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline vf load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
+// Round to nearest even by integer arithmetic: vcvtneps2bf16 would flush denormals to zero.
+inline __m256i narrow(vf a) {
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+inline void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, vf a, int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
+inline void store(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a)); }
+inline void store(bf16* p, vf a, int64_t n) { _mm256_mask_storeu_epi16(p, lanes(n), narrow(a)); }
+// Non-temporal stores of 2 W elements, p aligned to 64 bytes: the line about to be overwritten is not read first.
+// Only whole lines are worth it: mixed_weight of a 4096^2 bf16 matrix ran at 5.6 GB/s with half lines, 46 with whole.
+constexpr bool kStreams = true;
+inline void stream2(float* p, vf a, vf b) {
+  _mm512_stream_ps(p, a.v);
+  _mm512_stream_ps(p + W, b.v);
+}
+inline void stream2(bf16* p, vf a, vf b) {
+  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+}
+inline void stream_end() { _mm_sfence(); }
+inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf fnma(vf a, vf b, vf c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
+inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline vf abs(vf a) { return {_mm512_abs_ps(a.v)}; }
+inline vf round(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// 2^k for integral k in [-126, 127]
+inline vf exp2i(vf k) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(k.v), _mm512_set1_epi32(127)), 23))};
+}
+// a < b ? x : y
+inline vf less(vf a, vf b, vf x, vf y) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)}; }
+inline float sum(vf a) { return _mm512_reduce_add_ps(a.v); }
+inline float hmax(vf a) { return _mm512_reduce_max_ps(a.v); }
+inline float hmin(vf a) { return _mm512_reduce_min_ps(a.v); }
+
+#elif defined(JN_AVX2)
+
+constexpr int W = 8;
+struct vf {
+  __m256 v;
+};
+inline vf set(float x) { return {_mm256_set1_ps(x)}; }
+inline vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline vf widen(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
+inline vf load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+template <class T>
+inline vf load(const T* p, int64_t n) {
+  T t[W] = {};
+  std::memcpy(t, p, static_cast<size_t>(n) * sizeof(T));
+  return load(t);
+}
+inline __m128i narrow(vf a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
+  r = _mm256_srli_epi32(r, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+inline void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
+inline void store(bf16* p, vf a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
+template <class T>
+inline void store(T* p, vf a, int64_t n) {
+  T t[W];
+  store(t, a);
+  std::memcpy(p, t, static_cast<size_t>(n) * sizeof(T));
+}
+inline vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline vf fnma(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+inline vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline vf abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline vf exp2i(vf k) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k.v), _mm256_set1_epi32(127)), 23))};
+}
+inline vf less(vf a, vf b, vf x, vf y) { return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
+inline float sum(vf a) {
+  float t[W];
+  store(t, a);
+  return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
+}
+inline float hmax(vf a) {
+  float t[W];
+  store(t, a);
+  for (int i = 1; i < W; ++i) t[0] = t[0] < t[i] ? t[i] : t[0];
+  return t[0];
+}
+inline float hmin(vf a) {
+  float t[W];
+  store(t, a);
+  for (int i = 1; i < W; ++i) t[0] = t[i] < t[0] ? t[i] : t[0];
+  return t[0];
+}
+
+#else  // scalar
+
+constexpr int W = 1;
+struct vf {
+  float v;
+};
+inline vf set(float x) { return {x}; }
+template <class T>
+inline vf load(const T* p) {
+  return {to_float(*p)};
+}
+template <class T>
+inline vf load(const T* p, int64_t) {
+  return {to_float(*p)};
+}
+template <class T>
+inline void store(T* p, vf a) {
+  *p = from_float<T>(a.v);
+}
+template <class T>
+inline void store(T* p, vf a, int64_t) {
+  store(p, a);
+}
+inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
+inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
+inline vf operator*(vf a, vf b) { return {a.v * b.v}; }
+inline vf operator/(vf a, vf b) { return {a.v / b.v}; }
+inline vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
+inline vf fnma(vf a, vf b, vf c) { return {c.v - a.v * b.v}; }
+// As the vector instructions: the second operand if either is NaN.
+inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
+inline vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
+inline vf abs(vf a) { return {std::fabs(a.v)}; }
+inline vf round(vf a) { return {std::nearbyint(a.v)}; }
+inline vf exp2i(vf k) {
+  const uint32_t u = static_cast<uint32_t>(static_cast<int>(k.v) + 127) << 23;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return {f};
+}
+inline vf less(vf a, vf b, vf x, vf y) { return a.v < b.v ? x : y; }
+inline float sum(vf a) { return a.v; }
+inline float hmax(vf a) { return a.v; }
+inline float hmin(vf a) { return a.v; }
+
+#endif
+
+#if !defined(JN_AVX512)
+constexpr bool kStreams = false;
+template <class T>
+inline void stream2(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + W, b);
+}
+inline void stream_end() {}
+#endif
+
+}  // namespace JN_ISA
+}  // namespace jnk
