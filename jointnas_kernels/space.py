@@ -199,7 +199,8 @@ class SearchSpace:
         for structure in itertools.product(*(self.sizes(k) for k in (*WIDTHS, "blocks"))):
             for w in itertools.product(self.weight_bits, repeat=self.depth) if self.weight_bits else (None,):
                 for a in itertools.product(self.act_bits, repeat=self.depth) if self.act_bits else (None,):
-                    yield Choice(*structure, w, a)  # type: ignore[arg-type]
+                    h, heads, d, i, n = structure
+                    yield Choice(h, heads, d, i, n, w, a)
 
     def check(self, choice: Choice) -> None:
         """Raise unless the choice is a point of this space."""

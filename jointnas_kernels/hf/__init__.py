@@ -1,0 +1,19 @@
+"""Hugging Face Llama models as supernets, and back."""
+
+from .convert import convert
+from .extract import extract, shrink, subnet_config
+from .importance import Importance, importance_scores
+from .reorder import Order, reorder
+from .supernet import Supernet
+
+__all__ = [
+    "Importance",
+    "Order",
+    "Supernet",
+    "convert",
+    "extract",
+    "importance_scores",
+    "reorder",
+    "shrink",
+    "subnet_config",
+]

@@ -1,0 +1,157 @@
+"""Cut one choice out of a supernet: as a plain transformers model, or as a smaller supernet that can still be trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ..nn.block import ActQuant, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from ..nn.choices import ArchParameters
+from ..nn.linear import ActQuantLinear, SupernetLinear
+from ..ops.masks import strided_pair_index
+from ..space import LINEARS, Choice, SearchSpace, kept_blocks, original_sizes
+from .reorder import Order
+from .supernet import Supernet
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def subnet_config(config: Any, choice: Choice) -> LlamaConfig:
+    """The config of the extracted model."""
+    data = {
+        **config.to_dict(),
+        "hidden_size": choice.hidden,
+        "num_attention_heads": choice.heads,
+        "head_dim": choice.head_dim,
+        "intermediate_size": choice.intermediate,
+        "num_hidden_layers": choice.blocks,
+    }
+    for stale in ("layer_types", "_name_or_path"):
+        data.pop(stale, None)
+    return LlamaConfig(**data)
+
+
+def kept_channels(config: Any, choice: Choice, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
+    """(rows, columns) that a choice keeps of each of a block's linears, in the reordered model."""
+    s, n_kv = original_sizes(config), config.num_key_value_heads
+    heads, dim, d = s["heads"], s["head_dim"], choice.head_dim
+    hidden, neurons = torch.arange(choice.hidden), torch.arange(choice.intermediate)
+    pairs, prefix = strided_pair_index(dim, d), torch.arange(d)
+    groups = torch.arange(n_kv)[:, None] * (heads // n_kv)
+    kept_heads = (groups + torch.arange(choice.heads // n_kv)).flatten()
+
+    def inside(of: Tensor, dims: Tensor) -> Tensor:
+        return (of[:, None] * dim + dims).flatten()
+
+    kv = torch.arange(n_kv)
+    rows_columns = (
+        (inside(kept_heads, pairs), hidden),
+        (inside(kv, pairs), hidden),
+        (inside(kv, prefix), hidden),
+        (hidden, inside(kept_heads, prefix)),
+        (neurons, hidden),
+        (neurons, hidden),
+        (hidden, neurons),
+    )
+    return {n: (r.to(device), c.to(device)) for n, (r, c) in zip(LINEARS, rows_columns, strict=True)}
+
+
+@torch.no_grad()
+def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
+    """A plain LlamaForCausalLM that computes what the supernet computes when fixed to the choice.
+
+    LoRA is merged; weights of searched precision are the fake-quantized ones; where a block's act_bits are below 16 its
+    linears quantize their input per token (`ActQuantLinear`). Its weights are copies. To train the choice further with its
+    LoRA and quantizers alive, use `shrink`.
+    """
+    space = supernet.space
+    space.check(choice)
+    config = subnet_config(supernet.config, choice)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    hidden = slice(0, choice.hidden)
+    channels = kept_channels(supernet.config, choice, supernet.device)
+    _set(model.model.embed_tokens, supernet.embedding[:, hidden])
+    _set(model.model.norm, supernet.norm.weight[hidden])
+    if supernet.lm_head is not None:
+        _set(model.lm_head, supernet.lm_head[:, hidden])
+    for target, b in zip(model.model.layers, kept_blocks(supernet.block_rank, choice.blocks), strict=True):
+        source: Any = supernet.blocks[b]
+        _set(target.input_layernorm, source.input_norm.weight[hidden])
+        _set(target.post_attention_layernorm, source.post_norm.weight[hidden])
+        index = None if choice.weight_bits is None else space.sizes("weight_bits").index(choice.weight_bits[b])
+        act_bits = 16 if choice.act_bits is None else choice.act_bits[b]
+        for name in LINEARS:
+            part, new = (source.attention, target.self_attn) if name in ATTENTION else (source.mlp, target.mlp)
+            linear: SupernetLinear = getattr(part, name)
+            rows, columns = channels[name]
+            weight = linear.merged(index)[rows][:, columns].contiguous()
+            bias = None if linear.bias is None else linear.bias[rows].clone()
+            if act_bits == 16:
+                _set(getattr(new, name), weight, bias)
+            else:
+                setattr(new, name, ActQuantLinear(weight, bias, act_bits, part.act.symmetric))
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(supernet.device)
+    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+@torch.no_grad()
+def shrink(supernet: Supernet, choice: Choice) -> Supernet:
+    """The choice as a supernet of its own size, fixed to it: what `supernet.fix(choice)` computes, at the cost of the small
+    model, with LoRA and quantizers still trainable (quantization-aware fine-tuning). Blocks are renumbered in order.
+
+    Quantizing sliced weights equals slicing quantized ones up to the rounding of s B A, whose GEMM has another shape.
+    """
+    space = supernet.space
+    space.check(choice)
+    kept = kept_blocks(supernet.block_rank, choice.blocks)
+    config = subnet_config(supernet.config, choice)
+    small_space = SearchSpace(
+        (choice.hidden,), (choice.heads,), (choice.head_dim,), (choice.intermediate,), (choice.blocks,),
+        space.weight_bits, space.act_bits, space.group_size,
+    )
+    rank = {b: i for i, b in enumerate(kept)}
+    order = Order(
+        supernet.order.hidden[: choice.hidden], tuple(rank[b] for b in supernet.block_rank if b in rank)
+    )
+    channels = kept_channels(supernet.config, choice, supernet.device)
+    hidden = slice(0, choice.hidden)
+
+    def norm(module: SupernetNorm) -> SupernetNorm:
+        return SupernetNorm(module.weight[hidden].clone(), module.eps, module.backend)
+
+    old: Any = supernet.blocks[kept[0]]
+    act = ActQuant(old.mlp.act.bits, old.mlp.act.symmetric, supernet.backend)
+    blocks = []
+    for b in kept:
+        source: Any = supernet.blocks[b]
+        parts = {n: getattr(source.attention if n in ATTENTION else source.mlp, n).sliced(*channels[n]) for n in LINEARS}
+        attention = SupernetAttention(*(parts[n] for n in ATTENTION), choice.head_dim, act)
+        mlp = SupernetMLP(*(parts[n] for n in LINEARS if n not in ATTENTION), act)
+        blocks.append(SupernetBlock(norm(source.input_norm), attention, norm(source.post_norm), mlp))
+    arch = ArchParameters(
+        small_space, config, order.block_rank, relaxation=supernet.arch.relaxation,
+        bit_relaxation=supernet.arch.bit_relaxation, tau=supernet.arch.tau,
+    )
+    small = Supernet(
+        config, small_space, order, arch, supernet.embedding[:, hidden].clone(), blocks, norm(supernet.norm),
+        None if supernet.lm_head is None else supernet.lm_head[:, hidden].clone(),
+        LlamaRotaryEmbedding(config).to(supernet.device), supernet.backend,
+    )
+    small.gradient_checkpointing = supernet.gradient_checkpointing
+    bits = {k: None if v is None else tuple(v[b] for b in kept)
+            for k, v in (("weight_bits", choice.weight_bits), ("act_bits", choice.act_bits))}
+    return small.fix(Choice(choice.hidden, choice.heads, choice.head_dim, choice.intermediate, choice.blocks, **bits))
+
+
+def _set(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
+    module.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach())

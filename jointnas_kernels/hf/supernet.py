@@ -1,0 +1,269 @@
+"""The supernet: a Llama whose blocks compute the expectation over a search space, with LoRA on frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutput
+
+from ..errors import JointNASError, unknown
+from ..nn.block import Step, SupernetBlock, SupernetNorm
+from ..nn.choices import ArchParameters, ArchSample, Masks
+from ..nn.linear import MODES, SupernetLinear
+from ..nn.loss import linear_cross_entropy
+from ..ops.channel_mask import channel_mask
+from ..space import Choice, SearchSpace, original_sizes
+from .reorder import Order
+
+
+class Supernet(nn.Module):
+    """Made by `convert`. Before a forward pass: `fix(choice)`, or `draw(generator)` once per step.
+
+    Modes say whose gradients a backward pass computes: "weight" LoRA's, "arch" those of the architecture parameters
+    (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample and keeps a fixed choice.
+
+    Attributes:
+        arch: the architecture parameters; they stay on the host.
+        block_rank: original block indices, most important first.
+        full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to give
+            their gates a gradient; their output is the identity either way. "weight" mode always skips them.
+        gradient_checkpointing: recompute blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        space: SearchSpace,
+        order: Order,
+        arch: ArchParameters,
+        embedding: Tensor,
+        blocks: list[SupernetBlock],
+        norm: SupernetNorm,
+        lm_head: Tensor | None,
+        rotary: nn.Module,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.space, self.order, self.backend = config, space, order, backend
+        self.arch = arch
+        self.embedding = nn.Parameter(embedding.detach(), requires_grad=False)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+        self.lm_head = None if lm_head is None else nn.Parameter(lm_head.detach(), requires_grad=False)
+        self.rotary = rotary
+        self.full_depth_gradient = True
+        self.gradient_checkpointing = False
+        self.sample: ArchSample | None = None
+        self.choice: Choice | None = None
+        self._mode = "weight"
+        self.replaced = sum(isinstance(m, (SupernetLinear, SupernetNorm)) for m in self.modules())
+
+    @property
+    def block_rank(self) -> tuple[int, ...]:
+        """Original block indices, most important first."""
+        return self.order.block_rank
+
+    # ---- what runs --------------------------------------------------------------------------------------------------
+
+    def mode(self, name: str) -> Supernet:
+        """Whose gradients the next steps compute: "weight", "arch" or "full"."""
+        if name not in MODES:
+            raise unknown("mode", name, MODES)
+        if name != self._mode:
+            self._mode, self.sample = name, None
+            self._refresh()
+        return self
+
+    def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> ArchSample:
+        """One architecture sample for the next forward passes; the generator is one of the host."""
+        with torch.set_grad_enabled(self._mode != "weight" and torch.is_grad_enabled()):
+            self.sample = self.arch.sample(generator, relaxation, device=self.device, dtype=self._mask_dtype)
+        self.choice = None
+        return self.sample
+
+    def use(self, alphas: Mapping[str, Tensor]) -> ArchSample:
+        """Like `draw`, with given values (keyed as `arch.draw` returns them); gradients reach them."""
+        self.choice = None
+        self.sample = self.arch.assemble(alphas, device=self.device, dtype=self._mask_dtype)
+        return self.sample
+
+    def fix(self, choice: Choice) -> Supernet:
+        """Compute exactly this choice from now on; equal to the extracted model."""
+        self.space.check(choice)
+        self.choice = choice
+        self._refresh()
+        return self
+
+    def relax(self) -> Supernet:
+        """Back to sampling: the next forward pass needs a `draw`."""
+        self.choice = self.sample = None
+        return self
+
+    def _refresh(self) -> None:
+        if self.choice is not None:
+            alphas = self.arch.one_hot(self.choice)
+            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self._mask_dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Supernet:
+        super()._apply(fn, recurse)
+        self.sample = None  # its masks are on the old device
+        self._refresh()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def _mask_dtype(self) -> torch.dtype:
+        return torch.float64 if self.embedding.dtype == torch.float64 else torch.float32
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        return_logits: bool | None = None,
+    ) -> CausalLMOutput:
+        """Loss (if labels are given) and logits [B, T, V].
+
+        With labels the logits are left out unless `return_logits=True`: the loss is then computed chunk by chunk and the
+        full logits never exist. `attention_mask` [B, T] marks padding with 0; leave it out when there is none, because
+        only then attention can use the causal kernel. Labels are the input ids, shifted here; -100 is ignored.
+        """
+        if self.sample is None:
+            raise JointNASError("the supernet has no architecture: call draw(generator) or fix(choice) before a step.")
+        sample = self.sample
+        x, step = self._embed(input_ids, attention_mask, sample.masks, self.space.hidden)
+        for block, one, gate in zip(self.blocks, sample.blocks, sample.gates, strict=True):
+            run: Any = block
+            if gate == 0:
+                if one.gate is None or not one.gate.requires_grad or not self.full_depth_gradient:
+                    continue
+                run = block.skipped
+            if self.gradient_checkpointing and torch.is_grad_enabled() and gate != 0:
+                x = checkpoint(run, x, step, one, use_reentrant=False)
+            else:
+                x = run(x, step, one)
+        return self._output(x, step, labels, return_logits)
+
+    @torch.no_grad()
+    def original(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> CausalLMOutput:
+        """The model before conversion, from the same weights: a distillation teacher without a second copy."""
+        s, n_kv = original_sizes(self.config), self.config.num_key_value_heads
+
+        def ones(*shape: int) -> Tensor:
+            return torch.ones(*shape, dtype=self._mask_dtype, device=self.device)
+
+        heads, dim = s["heads"], s["head_dim"]
+        masks = Masks(
+            ones(1), ones(s["hidden"]), ones(heads, dim) / dim**0.5, ones(n_kv, dim), ones(heads * dim),
+            ones(s["intermediate"]),
+        )
+        x, step = self._embed(input_ids, attention_mask, masks, (s["hidden"],), original=True)
+        sample = self.arch.assemble(self.arch.one_hot(self.space.full())).blocks[self.block_rank[0]]._replace(gate=None)
+        for block in self.blocks:
+            x = block(x, step, sample)
+        return self._output(x, step, labels, True)
+
+    def _embed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, masks: Masks, sizes: tuple[int, ...],
+        original: bool = False,
+    ) -> tuple[Tensor, Step]:
+        """Masked embeddings [B, T, N], and what the blocks share."""
+        kind = self.device.type
+        x = nn.functional.embedding(input_ids, self.embedding)
+        if torch.is_autocast_enabled(kind):  # the whole residual stream runs in the autocast dtype
+            x = x.to(torch.get_autocast_dtype(kind))
+        x = channel_mask(x, masks.hidden, backend=self.backend)
+        length = input_ids.shape[1]
+        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])
+        look = None
+        if attention_mask is not None:
+            causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            look = causal & attention_mask[:, None, None, :].bool()
+            look = look | torch.eye(length, dtype=torch.bool, device=x.device)  # left padding would see nothing: NaN
+        return x, Step(masks, sizes, cos, sin, look, self._mode, original)
+
+    def _output(self, x: Tensor, step: Step, labels: Tensor | None, return_logits: bool | None) -> CausalLMOutput:
+        x = self.norm(x, step)
+        weight = (self.embedding if self.lm_head is None else self.lm_head).to(x.dtype)
+        loss = logits = None
+        if labels is not None:
+            target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        if return_logits or (return_logits is None and labels is None):
+            logits = nn.functional.linear(x, weight)
+            if labels is not None:
+                wide = torch.promote_types(logits.dtype, torch.float32)
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), target)
+        elif labels is not None:
+            loss = linear_cross_entropy(x.flatten(0, 1), weight, target)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    # ---- parameters and state ---------------------------------------------------------------------------------------
+
+    def argmax(self) -> Choice:
+        """The most probable choice."""
+        return self.arch.argmax()
+
+    def linears(self) -> Iterator[tuple[str, SupernetLinear]]:
+        """Name and layer of every linear of the blocks."""
+        for name, module in self.named_modules():
+            if isinstance(module, SupernetLinear):
+                yield name, module
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """What weight steps train: LoRA, and clip logits where they are learned."""
+        return [p for p in self.blocks.parameters() if p.requires_grad]
+
+    def arch_parameters(self) -> list[nn.Parameter]:
+        """What arch steps train."""
+        return list(self.arch.parameters())
+
+    def search_state(self) -> dict[str, Tensor]:
+        """Everything a search changes, as a flat dict for safetensors: LoRA, architecture parameters, quantizer state, and
+        the channel order they belong to. The base weights are not in it."""
+        state = {f"arch.{k}": v.detach() for k, v in self.arch.logits.items()}
+        for name, linear in self.linears():
+            for part in ("lora_a", "lora_b", "clip", "clip_logits"):
+                value = getattr(linear, part)
+                if value is not None:
+                    state[f"{name}.{part}"] = value.detach()
+        state["order.hidden"] = torch.tensor(self.order.hidden)
+        state["order.block_rank"] = torch.tensor(self.order.block_rank)
+        return state
+
+    @torch.no_grad()
+    def load_search_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `search_state`, for a supernet converted from the same model with the same space and importance."""
+        for name, own in (("hidden", self.order.hidden), ("block_rank", self.order.block_rank)):
+            saved = state.get(f"order.{name}")
+            if saved is None or tuple(saved.tolist()) != own:
+                raise JointNASError(
+                    f"search state: its {name} order is not this supernet's; convert with the importance it was saved with."
+                )
+        for name, linear in self.linears():
+            clip, logits = state.get(f"{name}.clip"), state.get(f"{name}.clip_logits")
+            linear.set_clip(clip)
+            if logits is not None and linear.clip_logits is None:
+                linear.learn_clip()
+        own_state = self.search_state()
+        missing, extra = sorted(set(own_state) - set(state)), sorted(set(state) - set(own_state))
+        if missing or extra:
+            raise JointNASError(f"search state: missing {missing[:3]}, unexpected {extra[:3]} (of {len(missing)}, {len(extra)}).")
+        for name, value in own_state.items():
+            if state[name].shape != value.shape:
+                raise JointNASError(
+                    f"search state: {name} has shape {tuple(state[name].shape)}; this supernet needs {tuple(value.shape)}."
+                )
+            value.copy_(state[name])

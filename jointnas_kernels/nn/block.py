@@ -1,0 +1,147 @@
+"""One transformer block of the supernet: RMSNorm, attention, MLP, depth gate; the masks sit in the elementwise kernels.
+
+    h   = x + m * o(value * attend(rope(q_mask * q), rope(k_mask * k), v))      q, k, v of  m * norm(x)
+    out = h + m * down(swiglu(f * gate, f * up) * f)                            gate, up of m * norm(h)
+    out = x + g (out - x)                                                       g the block's depth gate
+
+m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. Each input shared by
+several linears (q, k, v and gate, up) is quantized once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.act_quant_mix import act_quant_mix
+from ..ops.channel_mask import channel_mask
+from ..ops.gated_residual import gated_residual
+from ..ops.masked_rope import masked_rope
+from ..ops.masked_swiglu import masked_swiglu
+from ..ops.mixed_rmsnorm import mixed_rmsnorm
+from .choices import BlockSample, Masks
+from .linear import SupernetLinear
+
+
+class Step(NamedTuple):
+    """What all blocks share in one forward pass."""
+
+    masks: Masks
+    sizes: tuple[int, ...]  # hidden sizes that masks.alpha weighs
+    cos: Tensor  # [1, T, D]
+    sin: Tensor
+    attention_mask: Tensor | None = None  # [B, 1, T, T] bool, True where a query may look; None: causal
+    mode: str = "full"  # which gradients: "weight" LoRA, "arch" masks and probabilities, "full" both
+    original: bool = False  # the model before conversion: no LoRA, no quantizers
+
+
+class SupernetNorm(nn.Module):
+    """RMSNorm with a frozen weight, with the IN mask of the linears behind it folded in."""
+
+    def __init__(self, weight: Tensor, eps: float, backend: str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps, self.backend = eps, backend
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x [..., N] -> [..., N]."""
+        return mixed_rmsnorm(
+            x, self.weight, step.masks.alpha, step.sizes, self.eps, step.masks.hidden, backend=self.backend
+        )
+
+
+class ActQuant(nn.Module):
+    """Mixture of activation precisions, per token; 16 bits are the identity."""
+
+    def __init__(self, bits: tuple[int, ...] | None, symmetric: bool = False, backend: str | None = None) -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.backend = bits, symmetric, backend
+
+    def forward(self, x: Tensor, step: Step, sample: BlockSample, mask: Tensor | None = None) -> Tensor:
+        """sum_q rho_q Q_q(mask * x)."""
+        bits, probs = self.bits, sample.act_probs
+        if bits is not None and sample.act_index is not None:
+            bits = bits[sample.act_index : sample.act_index + 1]
+            probs = torch.ones(1, dtype=torch.float32, device=x.device)
+        if bits is None or step.original or bits == (16,):
+            return x if mask is None else channel_mask(x, mask, backend=self.backend)
+        assert probs is not None  # a space with act_bits always samples them
+        return act_quant_mix(x, bits, probs, symmetric=self.symmetric, mask=mask, backend=self.backend)
+
+
+class SupernetAttention(nn.Module):
+    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked."""
+
+    def __init__(
+        self, q: SupernetLinear, k: SupernetLinear, v: SupernetLinear, o: SupernetLinear, head_dim: int, act: ActQuant
+    ) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.act = q, k, v, o, act
+        self.head_dim = head_dim
+        self.gqa = q.out_features != k.out_features
+
+    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+        """x [B, T, N], masked and normalised -> [B, T, N], to be masked."""
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = apply_shared(self.act(x, step, sample), (self.q_proj, self.k_proj, self.v_proj), step, sample)
+        q, k = masked_rope(
+            q.view(heads), k.view(heads), step.cos, step.sin, step.masks.q, step.masks.k, backend=self.act.backend
+        )
+        y = nn.functional.scaled_dot_product_attention(
+            q, k, v.view(heads).transpose(1, 2), attn_mask=step.attention_mask,
+            is_causal=step.attention_mask is None, scale=1.0, enable_gqa=self.gqa,
+        )  # [B, H, T, D]; the scale is in the query mask
+        y = self.act(y.transpose(1, 2).flatten(2), step, sample, step.masks.value)
+        return apply_shared(y, (self.o_proj,), step, sample)[0]
+
+
+class SupernetMLP(nn.Module):
+    """SwiGLU MLP with masked neurons."""
+
+    def __init__(self, gate: SupernetLinear, up: SupernetLinear, down: SupernetLinear, act: ActQuant) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act = gate, up, down, act
+
+    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+        """x [B, T, N], masked and normalised -> [B, T, N], to be masked."""
+        gate, up = apply_shared(self.act(x, step, sample), (self.gate_proj, self.up_proj), step, sample)
+        f = step.masks.intermediate
+        y = self.act(masked_swiglu(gate, up, f, f, backend=self.act.backend), step, sample)
+        return apply_shared(y, (self.down_proj,), step, sample)[0]
+
+
+class SupernetBlock(nn.Module):
+    """One decoder block."""
+
+    def __init__(
+        self, input_norm: SupernetNorm, attention: SupernetAttention, post_norm: SupernetNorm, mlp: SupernetMLP
+    ) -> None:
+        super().__init__()
+        self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
+
+    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+        """x [B, T, N] -> [B, T, N]."""
+        backend, hidden = self.mlp.act.backend, step.masks.hidden
+        y = self.attention(self.input_norm(x, step), step, sample)
+        h = gated_residual(x, y, hidden, backend=backend)
+        y = self.mlp(self.post_norm(h, step), step, sample)
+        return gated_residual(h, y, hidden, sample.gate, None if sample.gate is None else x, backend=backend)
+
+    def skipped(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+        """The identity on x, with the exact gradient of a gate that is 0: the block runs without a graph of its own,
+        because everything behind the gate is multiplied by 0."""
+        backend, hidden = self.mlp.act.backend, step.masks.hidden.detach()
+        with torch.no_grad():
+            y = self.attention(self.input_norm(x, step), step, sample)
+            h = gated_residual(x, y, hidden, backend=backend)
+            y = self.mlp(self.post_norm(h, step), step, sample)
+        return gated_residual(h, y, hidden, sample.gate, x, backend=backend)
+
+
+def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample) -> list[Tensor]:
+    """Several linears on one input."""
+    if step.original:
+        return [linear.original(x) for linear in linears]
+    return [linear(x, step.mode, sample.weight_probs, sample.weight_index) for linear in linears]

@@ -1,0 +1,299 @@
+"""Architecture parameters, and one sample of them per step turned into the mask vectors that every layer shares.
+
+Widths: one draw a ~ Dirichlet(elu(alpha) + 1 + 1e-3) per dimension (DrNAS, arXiv 2006.10355), reparameterised, or a hard
+one-hot by ReinMax, or Gumbel-softmax. Depth: one hard ReinMax draw D over the numbers of blocks; block b has the gate
+sum over {l: choice l keeps b} of D_l. Bits: softmax probabilities per block (or a draw of the same three kinds).
+
+Masks, with the head, rotary-pair and value-dim memberships of the choices (channel order of the reordered model):
+
+    hidden[n]       = sum_{i: n < N_i} a_i            OUT of embedding, o, down; IN of q, k, v, gate, up, lm_head
+    q[h, d]         = heads[h] pairs[d] scale         scale = sum_j a_j / sqrt(d_j), so that attention runs at scale 1
+    k[g, d]         = pairs[d]                        every key-value head is kept
+    value[h, d]     = heads[h] prefix[d]^2            V's OUT mask, then o_proj's IN mask
+    intermediate[n]                                   OUT of gate, up; IN of down
+
+The parameters, a few hundred numbers, stay on the host in fp32 whatever the model does: the depth draw decides on the host
+which blocks run, so nothing waits for the device; one seed gives the same architectures on every device and rank; and the
+masks of a step travel in a single copy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import JointNASError, unknown
+from ..ops.masks import membership, strided_pair_mask
+from ..ops.reinmax import reinmax
+from ..space import WIDTHS, Choice, SearchSpace, keep_matrix, original_sizes
+
+RELAXATIONS = ("dirichlet", "reinmax", "gumbel")
+BIT_RELAXATIONS = ("softmax", *RELAXATIONS)
+FLOOR = 1e-3  # of the Dirichlet concentration: elu + 1 reaches 0 in fp32 below -17
+
+
+class Masks(NamedTuple):
+    """Device vectors shared by all layers of one step."""
+
+    alpha: Tensor  # [K] of the hidden size, for the norms
+    hidden: Tensor  # [N]
+    q: Tensor  # [H, D]
+    k: Tensor  # [Hkv, D]
+    value: Tensor  # [H * D]
+    intermediate: Tensor  # [I]
+
+
+class BlockSample(NamedTuple):
+    """What one block needs to know. `weight_index`, `act_index`: the one precision to compute, known on the host."""
+
+    gate: Tensor | None = None  # 0-dim; None: the block runs as it is
+    weight_probs: Tensor | None = None  # [P]
+    act_probs: Tensor | None = None  # [Q]
+    weight_index: int | None = None
+    act_index: int | None = None
+
+
+@dataclass(frozen=True)
+class ArchSample:
+    """One architecture sample. `alphas` are the drawn values on the host, keyed like the search space's dimensions."""
+
+    alphas: Mapping[str, Tensor]
+    gates: tuple[float, ...]  # value of each block's gate
+    masks: Masks
+    blocks: tuple[BlockSample, ...]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a backward pass reaches the architecture parameters."""
+        return any(a.requires_grad for a in self.alphas.values())
+
+
+class _Dirichlet(torch.autograd.Function):
+    """torch.distributions.Dirichlet.rsample, with an explicit generator."""
+
+    @staticmethod
+    def forward(ctx: Any, concentration: Tensor, generator: torch.Generator | None) -> Tensor:
+        x = torch._sample_dirichlet(concentration, generator)
+        ctx.save_for_backward(x, concentration)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, concentration = ctx.saved_tensors
+        (grad,) = grads
+        total = concentration.sum(-1, True).expand_as(concentration)
+        slope = torch._dirichlet_grad(x, concentration, total)
+        return slope * (grad - (x * grad).sum(-1, True)), None
+
+
+class _ToDevice(torch.autograd.Function):
+    """Copy many small host tensors to the device at once, and their gradients back at once."""
+
+    ALIGN = 64  # elements: vectors start at multiples of 256 bytes, so kernels can use wide loads
+
+    @staticmethod
+    def forward(ctx: Any, device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.shapes = [t.shape for t in tensors]
+        ctx.dtype = tensors[0].dtype
+        flat = _ToDevice.pack(list(tensors), pin=device.type == "cuda")
+        return _ToDevice.unpack(flat.to(device, non_blocking=True), ctx.shapes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        flat = _ToDevice.pack([g.to(ctx.dtype) for g in grads]).cpu()
+        return None, *_ToDevice.unpack(flat, ctx.shapes)
+
+    @staticmethod
+    def pack(tensors: list[Tensor], pin: bool = False) -> Tensor:
+        padded = [-(-t.numel() // _ToDevice.ALIGN) * _ToDevice.ALIGN for t in tensors]
+        flat = torch.zeros(sum(padded), dtype=tensors[0].dtype, device=tensors[0].device, pin_memory=pin)
+        for t, part in zip(tensors, flat.split(padded), strict=True):
+            part[: t.numel()].copy_(t.reshape(-1))
+        return flat
+
+    @staticmethod
+    def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
+        parts, start = [], 0
+        for shape in shapes:
+            parts.append(flat[start : start + shape.numel()].view(shape))
+            start += -(-shape.numel() // _ToDevice.ALIGN) * _ToDevice.ALIGN
+        return tuple(parts)
+
+
+class ArchParameters(nn.Module):
+    """The logits of every searched dimension: `logits[key]` of shape [K], or [blocks, K] for bits.
+
+    Args:
+        space: what is searched.
+        config: the model's sizes (LlamaConfig attributes).
+        block_rank: original block indices, most important first.
+        relaxation: of the widths: "dirichlet", "reinmax" or "gumbel".
+        bit_relaxation: of the bits: "softmax" (no draw), or one of the three.
+        tau: temperature of "gumbel", and of ReinMax's backward.
+        alpha_init: added to the logit of the full size of every dimension but the bits. At 0 the Dirichlet starts uniform
+            and producer and consumer masks compound, so the network starts faint; 3 gives the full size 4x the mass.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        config: Any,
+        block_rank: Sequence[int] | None = None,
+        *,
+        relaxation: str = "dirichlet",
+        bit_relaxation: str = "softmax",
+        tau: float = 1.0,
+        alpha_init: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if relaxation not in RELAXATIONS:
+            raise unknown("relaxation", relaxation, RELAXATIONS)
+        if bit_relaxation not in BIT_RELAXATIONS:
+            raise unknown("bit relaxation", bit_relaxation, BIT_RELAXATIONS)
+        if not tau > 0:
+            raise JointNASError(f"tau is {tau}; a temperature must be positive.")
+        self.space, self.relaxation, self.bit_relaxation, self.tau = space, relaxation, bit_relaxation, tau
+        full = original_sizes(config)
+        n_kv, heads, dim = config.num_key_value_heads, full["heads"], full["head_dim"]
+        self.block_rank = tuple(block_rank if block_rank is not None else range(full["blocks"]))
+        with torch.device("cpu"):
+            logits = {}
+            for key in (*WIDTHS, "blocks"):
+                logits[key] = torch.zeros(len(space.sizes(key)))
+                logits[key][-1] = alpha_init
+            for key in ("weight_bits", "act_bits"):
+                if space.sizes(key):
+                    logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
+            self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
+            # memberships in fp64: 0 and 1, cast to the dtype of a sample
+            group = torch.tensor([h // n_kv for h in space.heads])
+            self._member = {
+                "hidden": membership(space.hidden, full["hidden"], dtype=torch.float64),
+                "heads": (torch.arange(heads)[:, None] % (heads // n_kv) < group).double(),
+                "pairs": torch.stack([strided_pair_mask(e, space.head_dim, dim)
+                                      for e in torch.eye(len(space.head_dim), dtype=torch.float64)], dim=1),
+                "prefix": membership(space.head_dim, dim, dtype=torch.float64),
+                "scale": torch.tensor([1 / math.sqrt(d) for d in space.head_dim], dtype=torch.float64),
+                "intermediate": membership(space.intermediate, full["intermediate"], dtype=torch.float64),
+                "blocks": keep_matrix(space, self.block_rank),
+            }
+        self._kv = n_kv
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ArchParameters:
+        return self  # stays on the host in fp32: see the top of this file
+
+    # ---- probabilities ----------------------------------------------------------------------------------------------
+
+    def concentration(self, key: str) -> Tensor:
+        """Of the Dirichlet of a width."""
+        return nn.functional.elu(self.logits[key]) + 1 + FLOOR
+
+    def probs(self) -> dict[str, Tensor]:
+        """Expected probabilities of every dimension, differentiable."""
+        result = {}
+        for key, logits in self.logits.items():
+            kind = self._kind(key)
+            c = self.concentration(key) if kind == "dirichlet" else logits.softmax(-1)
+            result[key] = c / c.sum(-1, keepdim=True)
+        return result
+
+    def argmax(self) -> Choice:
+        """The most probable size of every dimension."""
+        best = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
+        widths = {k: self.space.sizes(k)[best[k]] for k in (*WIDTHS, "blocks")}
+        bits = {k: tuple(self.space.sizes(k)[i] for i in best[k]) for k in best if k.endswith("_bits")}
+        return Choice(**widths, **bits)
+
+    def one_hot(self, choice: Choice) -> dict[str, Tensor]:
+        """Certain probabilities of a choice, keyed like `probs`."""
+        self.space.check(choice)
+        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)])
+                  for k in (*WIDTHS, "blocks")}
+        for key in ("weight_bits", "act_bits"):
+            if self.space.sizes(key):
+                result[key] = torch.tensor([[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)])
+        return result
+
+    # ---- sampling ---------------------------------------------------------------------------------------------------
+
+    def _kind(self, key: str) -> str:
+        return "reinmax" if key == "blocks" else self.bit_relaxation if key.endswith("_bits") else self.relaxation
+
+    def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> dict[str, Tensor]:
+        """One draw of every dimension, keyed like `probs`; differentiable in the logits. The generator is a host one."""
+        if relaxation is not None and relaxation not in RELAXATIONS:
+            raise unknown("relaxation", relaxation, RELAXATIONS)
+        result = {}
+        for key, logits in self.logits.items():
+            kind = self._kind(key) if relaxation is None or key not in WIDTHS else relaxation
+            if kind == "softmax":
+                value = logits.softmax(-1)
+            elif kind == "dirichlet":  # in fp64: a fp32 draw at the floor underflows to exact zeros
+                value = _Dirichlet.apply(self.concentration(key).double(), generator).to(logits.dtype)
+            elif kind == "reinmax":
+                value = reinmax(logits, self.tau, generator)
+            else:
+                noise = torch.empty_like(logits).exponential_(generator=generator).log()
+                value = ((logits - noise) / self.tau).softmax(-1)
+            result[key] = value
+        return result
+
+    def sample(
+        self,
+        generator: torch.Generator | None = None,
+        relaxation: str | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ArchSample:
+        """`assemble(draw(...))`."""
+        return self.assemble(self.draw(generator, relaxation), device=device, dtype=dtype)
+
+    def assemble(
+        self, alphas: Mapping[str, Tensor], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> ArchSample:
+        """Masks, gates and bit probabilities of given host values, on the device; differentiable in them."""
+        a = {k: v.to(dtype) for k, v in alphas.items()}
+        m = {k: v.to(dtype) for k, v in self._member.items()}
+        heads, pairs, prefix = m["heads"] @ a["heads"], m["pairs"] @ a["head_dim"], m["prefix"] @ a["head_dim"]
+        scale = m["scale"] @ a["head_dim"]
+        gates = m["blocks"] @ a["blocks"]
+        host = [
+            a["hidden"],
+            m["hidden"] @ a["hidden"],
+            heads[:, None] * (pairs * scale),
+            pairs.expand(self._kv, -1),
+            (heads[:, None] * prefix.square()).flatten(),
+            m["intermediate"] @ a["intermediate"],
+            gates,
+            *(a[k] for k in ("weight_bits", "act_bits") if k in a),
+        ]
+        device = torch.device(device)
+        moved = list(host) if device.type == "cpu" else list(_ToDevice.apply(device, *host))
+        masks = Masks(*moved[:6])
+        blocks = len(self.block_rank)
+        values = tuple(gates.detach().tolist())
+        on_device = {"gate": moved[6].unbind()}
+        for key, name in (("weight_bits", "weight"), ("act_bits", "act")):
+            present = key in a
+            on_device[f"{name}_probs"] = moved[7 if name == "weight" else -1].unbind() if present else (None,) * blocks
+            on_device[f"{name}_index"] = self._certain(a[key]) if present else (None,) * blocks
+        # a certain gate of 1 is no gate at all
+        if not gates.requires_grad:
+            on_device["gate"] = tuple(None if v == 1 else g for v, g in zip(values, on_device["gate"], strict=True))
+        names = BlockSample._fields
+        rows = zip(*(on_device[n] for n in names), strict=True)
+        return ArchSample(dict(alphas), values, masks, tuple(BlockSample(*row) for row in rows))
+
+    @staticmethod
+    def _certain(probs: Tensor) -> tuple[int | None, ...]:
+        """Per block the index of a precision that has probability 1 and wants no gradient, else None."""
+        if probs.requires_grad:
+            return (None,) * probs.shape[0]
+        top = probs.max(-1)
+        return tuple(i if v == 1 else None for i, v in zip(top.indices.tolist(), top.values.tolist(), strict=True))

@@ -1,0 +1,187 @@
+"""Linear layers of the supernet: a frozen base weight with LoRA, one pair per weight precision when bits are searched.
+
+Width masks are not applied here. They are rank 1, so they commute with the linear and with group quantization whose
+groups they do not cut, and sit in the elementwise kernels around it:
+
+    y = r * ((W + s B A) (c * x))                      unquantized;   s = lora_alpha / rank
+    y = r * (sum_p pi_p Q_p(W + s B_p A_p) (c * x))    quantized
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import JointNASError, unknown
+from ..ops.act_quant_mix import act_quant_mix
+from ..ops.mixed_linear import mixed_linear
+from ..ops.quant_lora_linear import quant_lora_linear
+from ..ops.quant_lora_mix import quant_lora_mix
+
+MODES = ("weight", "arch", "full")
+
+
+class SupernetLinear(nn.Module):
+    """W [O, I] and bias frozen; lora_a [r, I], lora_b [O, r], or with bits [P, r, I], [P, O, r].
+
+    Args:
+        weight, bias: of the original layer; shared with it, not copied.
+        rank, alpha: of LoRA; s = alpha / rank.
+        bits: the weight precisions, or None.
+        group_size: quantization group along the input.
+        ste: straight-through estimator, "identity" or "clip".
+        lora_dtype: of the trained parameters; fp32 keeps AdamW's small steps that bf16 would round away.
+    """
+
+    clip: Tensor | None  # [P, O, I / group]: ratio in (0, 1] of each group's absmax; set by `set_clip`
+    clip_logits: nn.Parameter | None  # trained instead of `clip` after `learn_clip`
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        rank: int = 32,
+        alpha: float = 16,
+        bits: Sequence[int] | None = None,
+        group_size: int = 128,
+        ste: str = "identity",
+        lora_dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise JointNASError(f"LoRA rank is {rank}; it must be positive.")
+        if ste not in ("identity", "clip"):
+            raise unknown("straight-through estimator", ste, ("identity", "clip"))
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.rank, self.scaling, self.ste, self.backend = rank, alpha / rank, ste, backend
+        self.bits = None if bits is None else tuple(bits)
+        self.group_size = group_size
+        pairs = () if self.bits is None else (len(self.bits),)
+        dtype = lora_dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        self.lora_a = nn.Parameter(torch.empty(*pairs, rank, self.in_features, device=weight.device, dtype=dtype))
+        self.lora_b = nn.Parameter(torch.zeros(*pairs, self.out_features, rank, device=weight.device, dtype=dtype))
+        bound = 1 / math.sqrt(self.in_features)  # PEFT's kaiming_uniform(a=sqrt(5)); B = 0 leaves the base model
+        nn.init.uniform_(self.lora_a, -bound, bound)
+        self.register_buffer("clip", None)
+        self.register_parameter("clip_logits", None)
+
+    def extra_repr(self) -> str:
+        quant = "" if self.bits is None else f", bits={self.bits}, group={self.group_size}, ste={self.ste}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rank={self.rank}{quant}"
+
+    # ---- quantizer state --------------------------------------------------------------------------------------------
+
+    def set_clip(self, ratio: Tensor | None) -> None:
+        """Clip ratios [P, O, I / group] of a quantizer initialiser; None: the plain absmax."""
+        if ratio is not None:
+            bits = self.bits or ()
+            shape = (len(bits), self.out_features, self.in_features // self.group_size)
+            if not bits or tuple(ratio.shape) != shape:
+                raise JointNASError(f"clip ratios have shape {tuple(ratio.shape)}; this layer needs {shape}.")
+            dtype = self.lora_a.dtype
+            ratio = ratio.detach().to(self.weight.device, dtype)
+        self.clip, self.clip_logits = ratio, None
+
+    def learn_clip(self) -> None:
+        """Turn the clip ratios into trained logits (sigmoid(4) = 0.98 where none were set); needs ste="clip"."""
+        if self.bits is None or self.ste != "clip":
+            raise JointNASError('learn_clip: needs searched weight bits and ste="clip".')
+        shape = (len(self.bits), self.out_features, self.in_features // self.group_size)
+        ratio = self.lora_a.new_full(shape, torch.sigmoid(torch.tensor(4.0)).item()) if self.clip is None else self.clip
+        self.clip_logits = nn.Parameter(torch.logit(ratio.clamp(1e-3, 1 - 1e-3)))
+        self.clip = None
+
+    def clip_ratio(self) -> Tensor | None:
+        """Current clip ratios, None for the plain absmax."""
+        return self.clip if self.clip_logits is None else self.clip_logits.sigmoid()
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+
+    def lora(self, mode: str) -> tuple[Tensor, Tensor]:
+        """The LoRA pair(s), detached in "arch" mode: arch steps need neither dA nor dB."""
+        return (self.lora_a.detach(), self.lora_b.detach()) if mode == "arch" else (self.lora_a, self.lora_b)
+
+    def forward(self, x: Tensor, mode: str = "full", probs: Tensor | None = None, index: int | None = None) -> Tensor:
+        """x [..., I] -> [..., O]. With bits: `probs` [P] mixes the precisions, `index` computes one of them only."""
+        a, b = self.lora(mode)
+        if self.bits is None:
+            return mixed_linear(
+                x, self.weight, lora_a=a, lora_b=b, scaling=self.scaling, bias=self.bias, backend=self.backend
+            )
+        bits, clip = self.bits, self.clip_ratio()
+        if index is not None:
+            bits, a, b = bits[index : index + 1], a[index : index + 1], b[index : index + 1]
+            clip = None if clip is None else clip[index : index + 1]
+            probs = a.new_ones(1, dtype=torch.float32)
+        if probs is None:
+            raise JointNASError("a linear with searched bits needs their probabilities.")
+        return quant_lora_linear(
+            x, self.weight, a, b, self.scaling, bits, probs, self.group_size, clip=clip, ste=self.ste, mode=mode,
+            bias=self.bias, backend=self.backend,
+        )
+
+    def original(self, x: Tensor) -> Tensor:
+        """The layer as it was before conversion (up to the reordering)."""
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    # ---- extraction -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merged(self, index: int | None = None) -> Tensor:
+        """W + s B A in the weight's dtype; with bits, Q_p(W + s B_p A_p) of precision number `index`."""
+        if self.bits is None:
+            wide = torch.promote_types(self.weight.dtype, torch.float32)
+            return (self.weight.to(wide) + self.scaling * (self.lora_b.to(wide) @ self.lora_a.to(wide))).to(
+                self.weight.dtype
+            )
+        if index is None:
+            raise JointNASError("a linear with searched bits needs the index of one precision to be merged.")
+        one = slice(index, index + 1)
+        clip = self.clip_ratio()
+        return quant_lora_mix(
+            self.weight, self.lora_a[one], self.lora_b[one], self.scaling, self.bits[one],
+            self.lora_a.new_ones(1, dtype=torch.float32), self.group_size,
+            clip=None if clip is None else clip[one], ste=self.ste, backend=self.backend,
+        )
+
+    @torch.no_grad()
+    def sliced(self, rows: Tensor, columns: Tensor) -> SupernetLinear:
+        """The layer on a subset of its channels, LoRA and quantizer state included. `columns` must keep whole groups."""
+        small = SupernetLinear(
+            self.weight[rows][:, columns], None if self.bias is None else self.bias[rows], rank=self.rank,
+            alpha=self.scaling * self.rank, bits=self.bits, group_size=self.group_size, ste=self.ste,
+            lora_dtype=self.lora_a.dtype, backend=self.backend,
+        )
+        small.lora_a.copy_(self.lora_a[..., columns])
+        small.lora_b.copy_(self.lora_b[..., rows, :])
+        groups = columns[:: self.group_size] // self.group_size
+        if self.clip is not None:
+            small.set_clip(self.clip[:, rows][..., groups])
+        if self.clip_logits is not None:
+            small.clip_logits = nn.Parameter(self.clip_logits.detach()[:, rows][..., groups])
+        return small
+
+
+class ActQuantLinear(nn.Linear):
+    """A plain linear whose input is fake-quantized per token: what a layer with act_bits < 16 extracts to."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, act_bits: int, symmetric: bool = False) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.act_bits, self.symmetric = act_bits, symmetric
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act_bits={self.act_bits}, symmetric={self.symmetric}"
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        one = torch.ones(1, dtype=torch.float32, device=input.device)
+        return super().forward(act_quant_mix(input, (self.act_bits,), one, symmetric=self.symmetric))

@@ -1,0 +1,55 @@
+"""Cross-entropy of a frozen output projection, without the logits of all tokens in memory.
+
+    logits = x W^T [T, V];  loss = mean over labelled tokens of logsumexp(logits) - logits[label]
+    dx = (softmax(logits) - onehot(label)) W / labelled tokens
+
+The projection is frozen, so dx is all the backward needs: it is computed in the forward pass, chunk by chunk of tokens,
+from the same logits (as in Liger-Kernel's fused linear cross-entropy), and only scaled by the incoming gradient later.
+At 1024 tokens x 128k words the fp32 logits, their softmax and its gradient would take 1.5 GB.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+CHUNK = 1 << 26  # logits held at once: 256 MB in fp32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        need = ctx.needs_input_grad[0]
+        dx = torch.empty_like(x) if need else None
+        count = (labels != IGNORE).sum()
+        total = torch.zeros((), dtype=wide, device=x.device)
+        step = max(1, CHUNK // weight.shape[0])
+        for start in range(0, x.shape[0], step):
+            rows = slice(start, start + step)
+            target = labels[rows]
+            valid = target != IGNORE
+            safe = target.clamp_min(0).unsqueeze(1)
+            logits = (x[rows] @ weight.t()).to(wide)
+            log_norm = logits.logsumexp(-1, keepdim=True)
+            total += ((log_norm - logits.gather(1, safe)).squeeze(1) * valid).sum()
+            if dx is not None:
+                grad = logits.sub_(log_norm).exp_()
+                grad.scatter_add_(1, safe, grad.new_full((), -1.0).expand_as(safe))
+                grad *= (valid / count).unsqueeze(1)
+                dx[rows] = grad.to(x.dtype) @ weight
+        ctx.save_for_backward(dx)
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (dx,) = ctx.saved_tensors
+        return None if dx is None else (dx * grads[0]).to(dx.dtype), None, None
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T]; -100 is ignored. The weight gets no gradient."""
+    return _LinearCrossEntropy.apply(x, weight.detach(), labels)
