@@ -40,7 +40,7 @@ def convert(
     lora_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Supernet:
-    """A supernet on the weights of a LlamaForCausalLM (not copied: the model is reordered in place and should be let go).
+    """A supernet on the weights of a LlamaForCausalLM: not copied, and reordered in place, so let go of the model.
 
     Args:
         model: on any device, also meta (then without importance).
@@ -97,12 +97,12 @@ def convert(
 
 def check_model(model: nn.Module) -> None:
     """Raise unless this is a plain Llama whose every linear and norm can be replaced."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     family = getattr(config, "model_type", type(model).__name__)
     if not isinstance(model, LlamaForCausalLM):
         raise JointNASError(
-            f"convert: {type(model).__name__} ({family!r}) is not supported. Supported model types: {', '.join(FAMILIES)}"
-            " (as LlamaForCausalLM; merge or remove adapters first)."
+            f"convert: {type(model).__name__} ({family!r}) is not supported. Supported model types:"
+            f" {', '.join(FAMILIES)} (as LlamaForCausalLM; merge or remove adapters first)."
         )
     if config.hidden_act != "silu":
         raise JointNASError(f"convert: hidden_act {config.hidden_act!r} is not supported. Allowed: silu.")
@@ -115,8 +115,8 @@ def check_model(model: nn.Module) -> None:
         for name, part in parts.items():
             if type(part) is not nn.Linear:
                 raise JointNASError(
-                    f"convert: model.layers.{i}.{name} is a {type(part).__name__}, not a plain torch.nn.Linear; load the"
-                    " model unquantized and without adapters."
+                    f"convert: model.layers.{i}.{name} is a {type(part).__name__}, not a plain torch.nn.Linear; load"
+                    " the model unquantized and without adapters."
                 )
             replaced += 1
         for name in ("input_layernorm", "post_attention_layernorm"):
@@ -137,8 +137,8 @@ def check_rotary(config: Any, space: SearchSpace) -> None:
         if small[1] != own[1] or not torch.allclose(small[0], kept, rtol=1e-5, atol=0):
             kind = config.rope_parameters["rope_type"]
             raise JointNASError(
-                f"convert: rope type {kind!r} changes its frequencies with head_dim, so head_dim {d} of {full} cannot be"
-                f" extracted exactly. Allowed for this model: head_dim [{full}]."
+                f"convert: rope type {kind!r} changes its frequencies with head_dim, so head_dim {d} of {full} cannot"
+                f" be extracted exactly. Allowed for this model: head_dim [{full}]."
             )
 
 

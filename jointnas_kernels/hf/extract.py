@@ -1,4 +1,4 @@
-"""Cut one choice out of a supernet: as a plain transformers model, or as a smaller supernet that can still be trained."""
+"""Cut one choice out of a supernet: as a plain transformers model, or as a smaller supernet that still trains."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def kept_channels(config: Any, choice: Choice, device: torch.device | str = "cpu
 def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
     """A plain LlamaForCausalLM that computes what the supernet computes when fixed to the choice.
 
-    LoRA is merged; weights of searched precision are the fake-quantized ones; where a block's act_bits are below 16 its
-    linears quantize their input per token (`ActQuantLinear`). Its weights are copies. To train the choice further with its
-    LoRA and quantizers alive, use `shrink`.
+    LoRA is merged; weights of searched precision are the fake-quantized ones; where a block's act_bits are below 16
+    its linears quantize their input per token (`ActQuantLinear`). Its weights are copies. To train the choice further
+    with its LoRA and quantizers alive, use `shrink`.
     """
     space = supernet.space
     space.check(choice)
@@ -104,8 +104,8 @@ def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def shrink(supernet: Supernet, choice: Choice) -> Supernet:
-    """The choice as a supernet of its own size, fixed to it: what `supernet.fix(choice)` computes, at the cost of the small
-    model, with LoRA and quantizers still trainable (quantization-aware fine-tuning). Blocks are renumbered in order.
+    """The choice as a supernet of its own size, fixed to it: what `supernet.fix(choice)` computes, at the cost of the
+    small model, with LoRA and quantizers still trainable (quantization-aware fine-tuning). Blocks are renumbered.
 
     Quantizing sliced weights equals slicing quantized ones up to the rounding of s B A, whose GEMM has another shape.
     """
@@ -118,9 +118,8 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
         space.weight_bits, space.act_bits, space.group_size,
     )
     rank = {b: i for i, b in enumerate(kept)}
-    order = Order(
-        supernet.order.hidden[: choice.hidden], tuple(rank[b] for b in supernet.block_rank if b in rank)
-    )
+    block_rank = tuple(rank[b] for b in supernet.block_rank if b in rank)
+    order = Order(supernet.order.hidden[: choice.hidden], block_rank)
     channels = kept_channels(supernet.config, choice, supernet.device)
     hidden = slice(0, choice.hidden)
 
@@ -132,9 +131,9 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     blocks = []
     for b in kept:
         source: Any = supernet.blocks[b]
-        parts = {n: getattr(source.attention if n in ATTENTION else source.mlp, n).sliced(*channels[n]) for n in LINEARS}
-        attention = SupernetAttention(*(parts[n] for n in ATTENTION), choice.head_dim, act)
-        mlp = SupernetMLP(*(parts[n] for n in LINEARS if n not in ATTENTION), act)
+        linears = [getattr(source.attention if n in ATTENTION else source.mlp, n) for n in LINEARS]
+        q, k, v, o, gate, up, down = (m.sliced(*channels[n]) for n, m in zip(LINEARS, linears, strict=True))
+        attention, mlp = SupernetAttention(q, k, v, o, choice.head_dim, act), SupernetMLP(gate, up, down, act)
         blocks.append(SupernetBlock(norm(source.input_norm), attention, norm(source.post_norm), mlp))
     arch = ArchParameters(
         small_space, config, order.block_rank, relaxation=supernet.arch.relaxation,

@@ -62,13 +62,14 @@ class Importance:
         data = load_file(str(path))
         names = {f.name for f in fields(cls)}
         if set(data) != names:
-            raise JointNASError(f"{path}: expected the tensors {', '.join(sorted(names))}; found {', '.join(sorted(data))}.")
+            found, needed = ", ".join(sorted(data)), ", ".join(sorted(names))
+            raise JointNASError(f"{path}: expected the tensors {needed}; found {found}.")
         return cls(**data)
 
 
 @torch.no_grad()
 def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Importance:
-    """Run the model on calibration batches (token ids [B, T], or keyword arguments of its forward) and score everything."""
+    """Run the model on calibration batches (token ids [B, T], or keyword arguments of its forward) and score it."""
     config: Any = model.config
     s, n_kv = original_sizes(config), config.num_key_value_heads
     layers: Any = model.get_submodule("model.layers")
@@ -78,9 +79,8 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-    hidden, context, neurons = zeros(2 * count, s["hidden"]), zeros(count, s["heads"] * s["head_dim"]), zeros(
-        count, s["intermediate"]
-    )
+    hidden, neurons = zeros(2 * count, s["hidden"]), zeros(count, s["intermediate"])
+    context = zeros(count, s["heads"] * s["head_dim"])
     cosine, tokens, current = zeros(count), 0, None  # sums over tokens; `current`: padding mask of the running batch
 
     def rows(x: Tensor) -> Tensor:

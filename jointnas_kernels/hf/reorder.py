@@ -1,8 +1,8 @@
-"""Put the most important channels first, so that every choice of a space is a prefix; the model's outputs stay the same.
+"""Put the most important channels first, so that every choice of a space is a prefix; the outputs stay the same.
 
-One permutation of the hidden channels for the whole model (RMSNorm does not see it), one of the MLP neurons per block, one
-of the query heads inside each key-value group, one of the value dims per key-value head. Query and key dims stay: rotary
-embedding ties them in pairs to frequencies. Blocks are not moved, only ranked.
+One permutation of the hidden channels for the whole model (RMSNorm does not see it), one of the MLP neurons per block,
+one of the query heads inside each key-value group, one of the value dims per key-value head. Query and key dims stay:
+rotary embedding ties them in pairs to frequencies. Blocks are not moved, only ranked.
 """
 
 from __future__ import annotations

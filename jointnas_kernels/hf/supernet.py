@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import JointNASError, unknown
 from ..nn.block import Step, SupernetBlock, SupernetNorm
-from ..nn.choices import ArchParameters, ArchSample, Masks
+from ..nn.choices import ArchParameters, ArchSample, BlockSample, Masks
 from ..nn.linear import MODES, SupernetLinear
 from ..nn.loss import linear_cross_entropy
 from ..ops.channel_mask import channel_mask
@@ -24,13 +24,13 @@ class Supernet(nn.Module):
     """Made by `convert`. Before a forward pass: `fix(choice)`, or `draw(generator)` once per step.
 
     Modes say whose gradients a backward pass computes: "weight" LoRA's, "arch" those of the architecture parameters
-    (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample and keeps a fixed choice.
+    (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample, not a fixed choice.
 
     Attributes:
         arch: the architecture parameters; they stay on the host.
         block_rank: original block indices, most important first.
-        full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to give
-            their gates a gradient; their output is the identity either way. "weight" mode always skips them.
+        full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
+            give their gates a gradient; their output is the identity either way. "weight" mode always skips them.
         gradient_checkpointing: recompute blocks in the backward pass.
     """
 
@@ -135,9 +135,9 @@ class Supernet(nn.Module):
     ) -> CausalLMOutput:
         """Loss (if labels are given) and logits [B, T, V].
 
-        With labels the logits are left out unless `return_logits=True`: the loss is then computed chunk by chunk and the
-        full logits never exist. `attention_mask` [B, T] marks padding with 0; leave it out when there is none, because
-        only then attention can use the causal kernel. Labels are the input ids, shifted here; -100 is ignored.
+        With labels the logits are left out unless `return_logits=True`: the loss is then computed chunk by chunk and
+        the full logits never exist. `attention_mask` [B, T] marks padding with 0; leave it out when there is none,
+        because only then attention can use the causal kernel. Labels are the input ids, shifted here; -100 is ignored.
         """
         if self.sample is None:
             raise JointNASError("the supernet has no architecture: call draw(generator) or fix(choice) before a step.")
@@ -171,9 +171,8 @@ class Supernet(nn.Module):
             ones(s["intermediate"]),
         )
         x, step = self._embed(input_ids, attention_mask, masks, (s["hidden"],), original=True)
-        sample = self.arch.assemble(self.arch.one_hot(self.space.full())).blocks[self.block_rank[0]]._replace(gate=None)
         for block in self.blocks:
-            x = block(x, step, sample)
+            x = block(x, step, BlockSample())
         return self._output(x, step, labels, True)
 
     def _embed(
@@ -231,8 +230,8 @@ class Supernet(nn.Module):
         return list(self.arch.parameters())
 
     def search_state(self) -> dict[str, Tensor]:
-        """Everything a search changes, as a flat dict for safetensors: LoRA, architecture parameters, quantizer state, and
-        the channel order they belong to. The base weights are not in it."""
+        """Everything a search changes, as a flat dict for safetensors: LoRA, architecture parameters, quantizer state,
+        and the channel order they belong to. The base weights are not in it."""
         state = {f"arch.{k}": v.detach() for k, v in self.arch.logits.items()}
         for name, linear in self.linears():
             for part in ("lora_a", "lora_b", "clip", "clip_logits"):
@@ -245,12 +244,13 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def load_search_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `search_state`, for a supernet converted from the same model with the same space and importance."""
+        """Inverse of `search_state`, for a supernet of the same model, space and importance."""
         for name, own in (("hidden", self.order.hidden), ("block_rank", self.order.block_rank)):
             saved = state.get(f"order.{name}")
             if saved is None or tuple(saved.tolist()) != own:
                 raise JointNASError(
-                    f"search state: its {name} order is not this supernet's; convert with the importance it was saved with."
+                    f"search state: its {name} order is not this supernet's; convert with the importance it was saved"
+                    " with."
                 )
         for name, linear in self.linears():
             clip, logits = state.get(f"{name}.clip"), state.get(f"{name}.clip_logits")
@@ -260,10 +260,13 @@ class Supernet(nn.Module):
         own_state = self.search_state()
         missing, extra = sorted(set(own_state) - set(state)), sorted(set(state) - set(own_state))
         if missing or extra:
-            raise JointNASError(f"search state: missing {missing[:3]}, unexpected {extra[:3]} (of {len(missing)}, {len(extra)}).")
+            raise JointNASError(
+                f"search state: {len(missing)} missing tensors {missing[:3]}, {len(extra)} unexpected {extra[:3]}."
+            )
         for name, value in own_state.items():
             if state[name].shape != value.shape:
                 raise JointNASError(
-                    f"search state: {name} has shape {tuple(state[name].shape)}; this supernet needs {tuple(value.shape)}."
+                    f"search state: {name} has shape {tuple(state[name].shape)}; this supernet needs"
+                    f" {tuple(value.shape)}."
                 )
             value.copy_(state[name])

@@ -4,8 +4,8 @@
     out = h + m * down(swiglu(f * gate, f * up) * f)                            gate, up of m * norm(h)
     out = x + g (out - x)                                                       g the block's depth gate
 
-m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. Each input shared by
-several linears (q, k, v and gate, up) is quantized once.
+m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. Each input shared
+by several linears (q, k, v and gate, up) is quantized once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..ops.channel_mask import channel_mask
 from ..ops.gated_residual import gated_residual
 from ..ops.masked_rope import masked_rope
 from ..ops.masked_swiglu import masked_swiglu
+from ..ops.mixed_linear_group import mixed_linear_group
 from ..ops.mixed_rmsnorm import mixed_rmsnorm
 from .choices import BlockSample, Masks
 from .linear import SupernetLinear
@@ -141,7 +142,15 @@ class SupernetBlock(nn.Module):
 
 
 def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample) -> list[Tensor]:
-    """Several linears on one input."""
+    """Several linears on one input; unquantized ones as one op, which reads x for LoRA once."""
     if step.original:
         return [linear.original(x) for linear in linears]
+    first = linears[0]
+    if first.bits is None and len(linears) > 1:
+        pairs = [linear.lora(step.mode) for linear in linears]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        return list(
+            mixed_linear_group(x, [m.weight for m in linears], [a for a, _ in pairs], [b for _, b in pairs],
+                               first.scaling, biases)
+        )
     return [linear(x, step.mode, sample.weight_probs, sample.weight_index) for linear in linears]

@@ -1,8 +1,8 @@
 """Architecture parameters, and one sample of them per step turned into the mask vectors that every layer shares.
 
-Widths: one draw a ~ Dirichlet(elu(alpha) + 1 + 1e-3) per dimension (DrNAS, arXiv 2006.10355), reparameterised, or a hard
-one-hot by ReinMax, or Gumbel-softmax. Depth: one hard ReinMax draw D over the numbers of blocks; block b has the gate
-sum over {l: choice l keeps b} of D_l. Bits: softmax probabilities per block (or a draw of the same three kinds).
+Widths: one draw a ~ Dirichlet(elu(alpha) + 1 + 1e-3) per dimension (DrNAS, arXiv 2006.10355), reparameterised, or a
+hard one-hot by ReinMax, or Gumbel-softmax. Depth: one hard ReinMax draw D over the numbers of blocks; block b has the
+gate sum over {l: choice l keeps b} of D_l. Bits: softmax probabilities per block (or a draw of the same three kinds).
 
 Masks, with the head, rotary-pair and value-dim memberships of the choices (channel order of the reordered model):
 
@@ -12,9 +12,9 @@ Masks, with the head, rotary-pair and value-dim memberships of the choices (chan
     value[h, d]     = heads[h] prefix[d]^2            V's OUT mask, then o_proj's IN mask
     intermediate[n]                                   OUT of gate, up; IN of down
 
-The parameters, a few hundred numbers, stay on the host in fp32 whatever the model does: the depth draw decides on the host
-which blocks run, so nothing waits for the device; one seed gives the same architectures on every device and rank; and the
-masks of a step travel in a single copy.
+The parameters, a few hundred numbers, stay on the host in fp32 whatever the model does: the depth draw decides on the
+host which blocks run, so nothing waits for the device; one seed gives the same architectures on every device and rank;
+and the masks of a step travel in a single copy.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ class ArchParameters(nn.Module):
         relaxation: of the widths: "dirichlet", "reinmax" or "gumbel".
         bit_relaxation: of the bits: "softmax" (no draw), or one of the three.
         tau: temperature of "gumbel", and of ReinMax's backward.
-        alpha_init: added to the logit of the full size of every dimension but the bits. At 0 the Dirichlet starts uniform
-            and producer and consumer masks compound, so the network starts faint; 3 gives the full size 4x the mass.
+        alpha_init: added to the logit of the full size of every dimension but the bits. At 0 the Dirichlet starts
+            uniform and, as producer and consumer masks compound, the network faint; 3 gives the full size 4x the mass.
     """
 
     def __init__(
@@ -170,17 +170,16 @@ class ArchParameters(nn.Module):
                 if space.sizes(key):
                     logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
             self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
-            # memberships in fp64: 0 and 1, cast to the dtype of a sample
             group = torch.tensor([h // n_kv for h in space.heads])
             self._member = {
-                "hidden": membership(space.hidden, full["hidden"], dtype=torch.float64),
-                "heads": (torch.arange(heads)[:, None] % (heads // n_kv) < group).double(),
+                "hidden": membership(space.hidden, full["hidden"]),
+                "heads": (torch.arange(heads)[:, None] % (heads // n_kv) < group).float(),
                 "pairs": torch.stack([strided_pair_mask(e, space.head_dim, dim)
-                                      for e in torch.eye(len(space.head_dim), dtype=torch.float64)], dim=1),
-                "prefix": membership(space.head_dim, dim, dtype=torch.float64),
+                                      for e in torch.eye(len(space.head_dim))], dim=1),
+                "prefix": membership(space.head_dim, dim),
                 "scale": torch.tensor([1 / math.sqrt(d) for d in space.head_dim], dtype=torch.float64),
-                "intermediate": membership(space.intermediate, full["intermediate"], dtype=torch.float64),
-                "blocks": keep_matrix(space, self.block_rank),
+                "intermediate": membership(space.intermediate, full["intermediate"]),
+                "blocks": keep_matrix(space, self.block_rank).float(),
             }
         self._kv = n_kv
 
@@ -204,10 +203,10 @@ class ArchParameters(nn.Module):
 
     def argmax(self) -> Choice:
         """The most probable size of every dimension."""
-        best = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
+        best: dict[str, Any] = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
         widths = {k: self.space.sizes(k)[best[k]] for k in (*WIDTHS, "blocks")}
         bits = {k: tuple(self.space.sizes(k)[i] for i in best[k]) for k in best if k.endswith("_bits")}
-        return Choice(**widths, **bits)
+        return Choice(**widths, **bits)  # type: ignore[arg-type]
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
         """Certain probabilities of a choice, keyed like `probs`."""
@@ -216,7 +215,8 @@ class ArchParameters(nn.Module):
                   for k in (*WIDTHS, "blocks")}
         for key in ("weight_bits", "act_bits"):
             if self.space.sizes(key):
-                result[key] = torch.tensor([[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)])
+                rows = [[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)]
+                result[key] = torch.tensor(rows)
         return result
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
@@ -225,7 +225,7 @@ class ArchParameters(nn.Module):
         return "reinmax" if key == "blocks" else self.bit_relaxation if key.endswith("_bits") else self.relaxation
 
     def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> dict[str, Tensor]:
-        """One draw of every dimension, keyed like `probs`; differentiable in the logits. The generator is a host one."""
+        """One draw of every dimension, keyed like `probs`, differentiable in the logits; a host generator."""
         if relaxation is not None and relaxation not in RELAXATIONS:
             raise unknown("relaxation", relaxation, RELAXATIONS)
         result = {}

@@ -153,7 +153,7 @@ class SupernetLinear(nn.Module):
 
     @torch.no_grad()
     def sliced(self, rows: Tensor, columns: Tensor) -> SupernetLinear:
-        """The layer on a subset of its channels, LoRA and quantizer state included. `columns` must keep whole groups."""
+        """The layer on a subset of its channels, LoRA and quantizer state included; `columns` keep whole groups."""
         small = SupernetLinear(
             self.weight[rows][:, columns], None if self.bias is None else self.bias[rows], rank=self.rank,
             alpha=self.scaling * self.rank, bits=self.bits, group_size=self.group_size, ste=self.ste,
@@ -165,7 +165,7 @@ class SupernetLinear(nn.Module):
         if self.clip is not None:
             small.set_clip(self.clip[:, rows][..., groups])
         if self.clip_logits is not None:
-            small.clip_logits = nn.Parameter(self.clip_logits.detach()[:, rows][..., groups])
+            small.register_parameter("clip_logits", nn.Parameter(self.clip_logits.detach()[:, rows][..., groups]))
         return small
 
 
@@ -175,7 +175,7 @@ class ActQuantLinear(nn.Linear):
     def __init__(self, weight: Tensor, bias: Tensor | None, act_bits: int, symmetric: bool = False) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.act_bits, self.symmetric = act_bits, symmetric
 
     def extra_repr(self) -> str:
