@@ -8,6 +8,7 @@ token is predicted from nothing and not counted). ``evaluate`` runs the embedded
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import tempfile
@@ -52,22 +53,17 @@ def perplexity(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval and datasets log every step and draw progress bars; only their warnings are of use here."""
-    import datasets
-
+    """Hold back the log lines and progress bars of lm-eval and datasets; exceptions pass."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
     levels = [logger.level for logger in loggers]
-    bars = datasets.utils.logging.is_progress_bar_enabled()
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    datasets.utils.logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):  # their bars cannot be switched off after import
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-        if bars:
-            datasets.utils.logging.enable_progress_bar()
 
 
 def _task_config(name: str, cache: str) -> dict[str, Any]:
