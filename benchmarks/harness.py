@@ -271,6 +271,14 @@ def _status_kib(key: str) -> int:
     return int(match[1])
 
 
+def free(device: str) -> None:
+    """Give back what dead objects held, so that the next contender starts clean."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
 def peak_memory(call: Callable[[], Any], device: str) -> int:
     """Bytes that one ``call`` needs at its peak beyond what was held before it."""
     gc.collect()

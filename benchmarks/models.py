@@ -17,7 +17,7 @@ Llama-3.1-8B), which favours the peers again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,11 +102,9 @@ def random_tokens(config: Any, batch: int, tokens: int, device: str, seed: int =
     return torch.randint(2, config.vocab_size, (batch, tokens), generator=generator).to(device)
 
 
-def training_step(
-    loss: Callable[[], Tensor], parameters: list[Tensor], device: str, lr: float = 1e-5
-) -> Callable[[], Tensor]:
-    """zero_grad, forward, backward, AdamW: the same for every contender, capturable in a CUDA graph."""
-    fused = {"fused": True, "capturable": True} if device == "cuda" else {}
+def training_step(loss: Callable[[], Tensor], parameters: Sequence[Tensor], lr: float = 1e-5) -> Callable[[], Tensor]:
+    """zero_grad, forward, backward, AdamW: the same for every contender, and capturable in a CUDA graph."""
+    fused = {"fused": True, "capturable": True} if parameters[0].is_cuda else {}
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, **fused)
 
     def step() -> Tensor:

@@ -1,0 +1,273 @@
+"""A supernet training step against the same model under plain PEFT LoRA, interleaved in one run.
+
+    python -m benchmarks.bench_step [--device cuda|cpu] [--layers N] [--batch 8] [--tokens 128] [--panels main,...]
+
+One step is zero_grad, forward with loss, backward, AdamW. Weight steps train LoRA, arch steps the architecture
+parameters; each supernet step draws a new architecture. Depth is pinned to all blocks (its logit is set so high that
+no draw skips one), because skipping would beat the LoRA step it is compared with; gates are computed all the same.
+All sides: the same random weights of Llama-3.1-8B's shapes, sdpa attention, no gradient checkpointing unless the panel
+says so. PEFT: r 32, alpha 16, all seven linears, dropout 0, adapters in fp32 (its default) and in the model's dtype;
+the ratio is over the faster of the two. On the CPU the model is one block with a vocabulary of 256.
+
+Panels
+    main       both spaces, weight and arch steps, both adapter dtypes, PEFT with the paper's dropout of 0.05
+    graph      weight steps and PEFT captured in CUDA graphs: what remains without the host's launch time
+    long       main at four times the tokens
+    checkpoint with gradient checkpointing on both sides
+    compiled   the relaxed math in plain torch under torch.compile, and compiled PEFT LoRA
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import models
+from benchmarks.harness import (
+    Recorder,
+    Timing,
+    WrongResult,
+    arguments,
+    free,
+    gate,
+    graphed,
+    guarded,
+    peak_memory,
+    time_interleaved,
+)
+from jointnas_kernels import hf
+from jointnas_kernels.space import SearchSpace
+
+PANELS = ("main", "graph", "long", "checkpoint", "compiled")
+Step = Callable[[], Any]
+
+
+class Bench:
+    """The base model whose weights every contender shares, and how to make contenders from it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.device, self.tiny = args.device, args.tiny
+        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+        layers = args.layers or (32 if args.device == "cuda" else 1)
+        vocab = 128256 if args.device == "cuda" else 256
+        self.config = models.llama_tiny(layers=2) if args.tiny else models.llama_8b(layers, vocab)
+        self.base = models.build_llama(self.config, self.device, self.dtype)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def space(self, name: str) -> SearchSpace:
+        depths = tuple(range(1, self.config.num_hidden_layers + 1))
+        if self.tiny:
+            tiny = {"hidden": (128, 256), "heads": (2, 4), "head_dim": (32, 64), "intermediate": (256, 512)}
+            bits = {"weight_bits": (2, 4, 8), "act_bits": (2, 4, 8, 16)} if name == "qllama3" else {}
+            return SearchSpace(blocks=depths, **tiny, **bits)  # type: ignore[arg-type]
+        return dataclasses.replace(SearchSpace.named(name), blocks=depths)
+
+    def supernet(self, name: str, lora_dtype: torch.dtype, backend: str | None = None) -> hf.Supernet:
+        model = models.build_llama(self.config, self.device, self.dtype, like=self.base)
+        net = hf.convert(model, self.space(name), lora_dtype=lora_dtype, backend=backend)
+        with torch.no_grad():
+            net.arch.logits["blocks"][-1] = 60.0
+            for parameter in net.lora_parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.02)
+        return net
+
+    def supernet_step(self, net: hf.Supernet, mode: str, ids: Tensor) -> Step:
+        net.mode(mode)
+        parameters = list(net.lora_parameters() if mode == "weight" else net.arch_parameters())
+
+        def loss() -> Tensor:
+            net.mode(mode)
+            net.draw(self.generator)
+            return net(ids, labels=ids).loss
+
+        return models.training_step(loss, parameters)
+
+    def peft(self, dropout: float, fp32: bool, ids: Tensor, compiled: bool = False) -> tuple[Any, Step]:
+        model = models.build_llama(self.config, self.device, self.dtype, like=self.base)
+        net: Any = models.peft_lora(model, dropout, fp32)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        if compiled:
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        return net, models.training_step(lambda: net(input_ids=ids, labels=ids).loss, parameters)
+
+    def ids(self, batch: int, tokens: int) -> Tensor:
+        return models.random_tokens(self.config, batch, tokens, self.device)
+
+
+def agrees(bench: Bench, name: str) -> float:
+    """Gate: on one draw, loss and LoRA or architecture gradients of the default backend equal the reference's."""
+    small = Bench.__new__(Bench)
+    small.__dict__.update(bench.__dict__)
+    small.config = type(bench.config)(**{**bench.config.to_dict(), "num_hidden_layers": 1, "vocab_size": 256})
+    small.base = models.build_llama(small.config, bench.device, bench.dtype)
+    fast, slow = small.supernet(name, torch.float32), small.supernet(name, torch.float32, "reference")
+    slow.load_search_state({k: v.clone() for k, v in fast.search_state().items()})
+    ids = models.random_tokens(small.config, 2, 64, bench.device)
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for mode in ("weight", "arch"):
+        alphas = fast.arch.draw(torch.Generator().manual_seed(1))
+        found = []
+        for net in (fast, slow):
+            net.mode(mode)
+            leaves = {k: v.detach().clone().requires_grad_(mode == "arch") for k, v in alphas.items()}
+            net.use(leaves)
+            loss = net(ids, labels=ids).loss
+            wanted = (
+                list(net.lora_parameters()) if mode == "weight" else [v for k, v in leaves.items() if k != "blocks"]
+            )
+            grads = torch.autograd.grad(loss, wanted)
+            found.append((loss, torch.cat([g.flatten().float() for g in grads])))
+        pairs |= {f"{mode} loss": (found[0][0], found[1][0]), f"{mode} gradient": (found[0][1], found[1][1])}
+    # half-precision activations through one block and back: 2^-8 per rounding, some twenty roundings in a row
+    return gate(name, pairs, 6e-2 if bench.dtype == torch.bfloat16 else 1e-3)
+
+
+def measure(
+    rec: Recorder, bench: Bench, panel: str, contenders: dict[str, Step], ids: Tensor, rounds: int, budget: float
+) -> dict[str, Timing]:
+    """Warm up (a contender that fails is left out, loudly), time interleaved, write a row for each with its ratio."""
+    device, usable, peaks = bench.device, {}, {}
+    for name, step in contenders.items():
+        try:
+            step()
+            peaks[name] = peak_memory(step, device)
+            usable[name] = step
+        except Exception:
+            print(f"FAILED {panel}: {name}", flush=True)
+            traceback.print_exc()
+    times = time_interleaved(usable, rounds, 2 if device == "cuda" else 1, device, budget)
+    lora = [t.median for name, t in times.items() if name.startswith("PEFT") and "dropout" not in name]
+    for name, t in times.items():
+        extra: dict[str, Any] = {"peak": peaks[name]}
+        if lora:
+            extra |= {"ratio": t.median / min(lora)}
+        shape = {"layers": bench.config.num_hidden_layers, "batch": ids.shape[0], "tokens": ids.shape[1]}
+        rec.row(name, t, "s", extra, panel=panel, dtype=str(bench.dtype).removeprefix("torch."), **shape)
+    return times
+
+
+def main_panel(rec: Recorder, bench: Bench, panel: str, ids: Tensor, rounds: int, budget: float) -> None:
+    low = bench.dtype
+    contenders: dict[str, Step] = {}
+    kept: list[Any] = []  # models stay alive through their steps; the list says so
+    adapters = {"fp32 adapters": torch.float32} | ({f"{_short(low)} adapters": low} if low != torch.float32 else {})
+    for label, dtype in adapters.items():
+        contenders[f"PEFT LoRA, {label}"] = bench.peft(0.0, dtype == torch.float32, ids)[1]
+    label, dtype = list(adapters.items())[-1]
+    contenders[f"PEFT LoRA, {label}, dropout 0.05"] = bench.peft(0.05, dtype == torch.float32, ids)[1]
+    for space in ("llama3", "qllama3"):
+        for label, dtype in adapters.items():
+            net = bench.supernet(space, dtype)
+            kept.append(net)
+            contenders[f"{space} weight step, {label}"] = bench.supernet_step(net, "weight", ids)
+        contenders[f"{space} arch step"] = bench.supernet_step(net, "arch", ids)
+    measure(rec, bench, panel, contenders, ids, rounds, budget)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def graph_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
+    """Forward, backward and AdamW of weight steps and PEFT, each captured once and replayed."""
+    contenders: dict[str, Step] = {}
+    for fp32 in (True, False):
+        label = "fp32 adapters" if fp32 else f"{_short(bench.dtype)} adapters"
+        net, step = bench.peft(0.0, fp32, ids)
+        contenders[f"PEFT LoRA, {label}, graph"] = graphed(step)
+    for space in ("llama3", "qllama3"):
+        net = bench.supernet(space, bench.dtype)
+        net.mode("weight")
+        net.draw(bench.generator)  # its masks are buffers that a replay reads; a new draw is one small copy into them
+        step = models.training_step(partial(_loss, net, ids), list(net.lora_parameters()))
+        try:
+            contenders[f"{space} weight step, {_short(bench.dtype)} adapters, graph"] = graphed(step)
+        except Exception:
+            print(f"FAILED graph: {space}", flush=True)
+            traceback.print_exc()
+    measure(rec, bench, "graph", contenders, ids, rounds, budget)
+
+
+def _loss(net: Any, ids: Tensor) -> Tensor:
+    return net(ids, labels=ids).loss
+
+
+def checkpoint_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
+    net, step = bench.peft(0.0, False, ids)
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    contenders = {f"PEFT LoRA, {_short(bench.dtype)} adapters": step}
+    for space in ("llama3", "qllama3"):
+        own = bench.supernet(space, bench.dtype)
+        own.gradient_checkpointing = True
+        contenders[f"{space} weight step"] = bench.supernet_step(own, "weight", ids)
+    measure(rec, bench, "checkpoint", contenders, ids, rounds, budget)
+
+
+def compiled_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
+    """Compile time is part of the warm-up and not of the rows; it is printed by torch.compile's caller as wall time."""
+    contenders = {"PEFT LoRA, eager": bench.peft(0.0, False, ids)[1]}
+    contenders["torch.compile: LoRA"] = bench.peft(0.0, False, ids, compiled=True)[1]
+    for name in ("llama3", "qllama3"):
+        space = bench.space(name)
+        sizes = {k: getattr(space, k) for k in ("hidden", "heads", "head_dim", "intermediate")}
+        bits = (space.weight_bits or (), space.act_bits or ())
+        own = bench.supernet(name, bench.dtype)
+        for mode in ("weight", "arch"):
+            plain = models.PlainSupernet(bench.base, sizes, "factored", *bits)
+            parameters = plain.mode(mode)
+            plain.compile_blocks()
+            contenders[f"torch.compile: {name} {mode} step"] = models.training_step(partial(plain, ids), parameters)
+            contenders[f"ours: {name} {mode} step"] = bench.supernet_step(own, mode, ids)
+    measure(rec, bench, "compiled", contenders, ids, rounds, budget)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter))
+    parser.add_argument("--layers", type=int, default=None, help="blocks (default: 32 on a GPU, 1 on a CPU)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--panels", default=None, help=f"comma-separated, of {','.join(PANELS)}")
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--budget", type=float, default=20, help="seconds of timed rounds per panel")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        args.batch, args.tokens = 2, 16
+    cuda = args.device == "cuda"
+    panels = (args.panels or ("main,graph,long,checkpoint" if cuda else "main")).split(",")
+    rounds = args.rounds or (2 if args.tiny else 15 if cuda else 5)
+    rec = Recorder("step", args.device, args.out, args.commit)
+    bench = Bench(args)
+    for space in ("llama3", "qllama3"):
+        try:
+            print(f"gate {space}: {agrees(bench, space):.3g}", flush=True)
+        except WrongResult as wrong:
+            print(f"FAILED gate: {wrong}; its times are not results", flush=True)
+    ids = bench.ids(args.batch, args.tokens)
+    budget = args.budget
+    plan: dict[str, Callable[[], None]] = {
+        "main": lambda: main_panel(rec, bench, "main", ids, rounds, budget),
+        "graph": lambda: graph_panel(rec, bench, ids, rounds, budget),
+        "long": lambda: main_panel(rec, bench, "long", bench.ids(args.batch, 4 * args.tokens), rounds, budget),
+        "checkpoint": lambda: checkpoint_panel(rec, bench, ids, rounds, budget),
+        "compiled": lambda: compiled_panel(rec, bench, ids, rounds, budget),
+    }
+    for panel in panels:
+        if panel not in plan:
+            parser.error(f"unknown panel {panel!r}; allowed: {', '.join(plan)}")
+        guarded(panel, plan[panel])
+        free(args.device)
+    return rec.rows
+
+
+if __name__ == "__main__":
+    main()
