@@ -34,16 +34,16 @@ class StreamPlan:
         return -(-rows // (STRIP_ROWS * self.warp_rows)) * self.splits * -(-tokens // (8 * self.token_tiles))
 
 
-def stream_plan(tokens: int, rows: int, inputs: int, multiprocessors: int) -> StreamPlan:
+def stream_plan(tokens: int, rows: int, inputs: int, sms: int) -> StreamPlan:
     """One wave of blocks: as few strips per block as fit the chip at once, then as many splits as are left over."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
     passes = -(-tokens // (8 * token_tiles))
     strips = -(-rows // STRIP_ROWS)
-    warp_rows = next((w for w in (1, 2, 4, 8) if -(-strips // w) * passes <= multiprocessors), 8)
+    warp_rows = next((w for w in (1, 2, 4, 8) if -(-strips // w) * passes <= sms), 8)
     row_blocks = -(-strips // warp_rows) * passes
     # a split is worth its reduction only while every warp still gets a group
     most = max(1, inputs // TILE_INPUTS // (BLOCK_WARPS // warp_rows))
-    return StreamPlan(token_tiles, warp_rows, max(1, min(multiprocessors // row_blocks, most)))
+    return StreamPlan(token_tiles, warp_rows, max(1, min(sms // row_blocks, most)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,10 @@ def current_stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
+def multiprocessors(tensor: Tensor) -> int:
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def quantize_pack(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, I] to (a int8 [M, I] in the kernels' order, scale fp32 [M], zero int32 [M])."""
     tokens, inputs = x.shape
@@ -106,11 +110,10 @@ def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | No
     ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90): not when that wrote them.
     """
     tokens = x.shape[0]
-    device = x.device
     if plan is None:
-        plan = stream_plan(tokens, weight.rows, weight.inputs, torch.cuda.get_device_properties(device).multi_processor_count)
-    y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=device)
-    partial = torch.empty(plan.splits, tokens, weight.rows, device=device) if plan.splits > 1 else None
+        plan = stream_plan(tokens, weight.rows, weight.inputs, multiprocessors(x))
+    y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=x.device)
+    partial = torch.empty(plan.splits, tokens, weight.rows, device=x.device) if plan.splits > 1 else None
     act_scale, act_zero = activation if activation is not None else (None, None)
     pointers = [0 if t is None else t.data_ptr()
                 for t in (weight.weight, weight.scale, x, act_scale, act_zero, y, partial, weight.locks)]

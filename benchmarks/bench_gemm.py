@@ -1,0 +1,230 @@
+"""Low-bit GEMMs: microseconds per call against torch bf16 and, where installed, humming-kernels and gemlite.
+
+python -m benchmarks.bench_gemm [--rows 8192 --inputs 8192] [--tokens 1 16 64 512 4096] [--schemes w4a16 w2a8 ...]
+                                [--sweep] [--no-peers]
+
+CUDA graphs of at least 10 calls that cycle over weight copies of more than twice the L2 together, so every call reads
+cold weights; extra.share is the achieved part of --peak (bytes of weights, scales, activations and outputs over time).
+Every contender is checked against the fp64 product of the dequantised weights before it is timed. For activations of
+8 bits or less the quantization of x is part of the call (name "ours") or left out ("ours, quantized x"). Peers quantize
+activations their own way (symmetric int8), so they are held to their own reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Recorder, arguments, gate, guarded, rotation, time_rotated
+from jointnas_kernels.ops import lowbit_cuda
+from jointnas_kernels.ops.lowbit_linear import dequantize, quantize_tokens
+from jointnas_kernels.ops.pack import pack_weight
+
+GROUP = 128
+PEAK = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}  # datasheet B/s
+Product = Callable[[Any, Tensor], Tensor]
+
+
+def scheme_bits(scheme: str) -> tuple[int, int]:
+    w, a = scheme.removeprefix("w").split("a")
+    return int(w), int(a)
+
+
+class Case:
+    """One weight matrix in canonical form, and what every contender must compute with it."""
+
+    def __init__(self, rows: int, inputs: int, bits: int, dtype: torch.dtype) -> None:
+        self.rows, self.inputs, self.bits, self.dtype = rows, inputs, bits, dtype
+        low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+        self.q = torch.randint(low, high + 1, (rows, inputs), dtype=torch.int8, device="cuda")
+        self.packed = pack_weight(self.q, bits)
+        self.scale = (torch.rand(rows, inputs // GROUP, device="cuda") * 0.01 + 0.005).to(dtype)
+        self.weight64 = dequantize(self.packed, self.scale, bits, GROUP, torch.float32)
+
+    def reference(self, x: Tensor, a_bits: int, symmetric: bool = False) -> Tensor:
+        if a_bits < 16:
+            a, s, z = quantize_tokens(x, a_bits, symmetric)
+            x = (a.double() - z.double()) * s.double()
+        return x.double() @ self.weight64.double().t()
+
+
+def ours(case: Case) -> Any:
+    return lowbit_cuda.CudaWeight.build(case.packed, case.scale, case.bits)
+
+
+def humming(case: Case, a_bits: int) -> Any:
+    from humming.layer import HummingLayer
+
+    layer = HummingLayer(
+        shape_n=case.rows,
+        shape_k=case.inputs,
+        weight_config={"dtype": f"int{case.bits}", "group_size": GROUP},
+        input_config={"dtype": "int8"} if a_bits == 8 else None,
+        torch_dtype=case.dtype,
+    ).cuda()
+    layer.load_from_tensors({"weight": case.packed, "weight_scale": case.scale})
+    layer.transform()
+    return layer
+
+
+def gemlite(case: Case) -> Any:
+    from gemlite.helper import A16Wn
+
+    stored = (case.q.to(torch.int32) + (1 << (case.bits - 1))).to(torch.uint8)
+    zeros = torch.full_like(case.scale, 1 << (case.bits - 1))
+    return A16Wn(device="cuda", dtype=case.dtype).from_weights(stored, case.scale, zeros, case.bits, GROUP)
+
+
+def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable[[], Any], Product, bool]]:
+    """name: (make one weight copy, product, whether activations are quantized symmetrically)."""
+    found: dict[str, tuple[Callable[[], Any], Product, bool]] = {
+        "ours": (partial(ours, case), lambda w, x: lowbit_cuda.matmul(x, w, a_bits), False)
+    }
+    if peers and importlib.util.find_spec("humming") and a_bits in (8, 16):
+        found["humming"] = (partial(humming, case, a_bits), lambda w, x: w(x), True)
+    if peers and importlib.util.find_spec("gemlite") and a_bits == 16:
+        found["gemlite"] = (partial(gemlite, case), lambda w, x: w(x), True)
+    return found
+
+
+def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> None:
+    a_bits = scheme_bits(scheme)[1]
+    for name, (make, product, symmetric) in contenders(case, a_bits, not args.no_peers).items():
+        nbytes = case.packed.numel() * 4 + case.scale.numel() * 2
+        try:
+            weights = rotation(make, nbytes, "cuda")
+        except Exception as error:
+            print(f"FAILED {name} {scheme}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            continue
+        for tokens in args.tokens:
+            x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
+            common = {"scheme": scheme, "m": tokens, "n": case.rows, "k": case.inputs, "dtype": str(case.dtype)[6:]}
+            traffic = nbytes + 2 * tokens * (case.inputs + case.rows)
+
+            def timed(
+                label: str,
+                call: Callable[[Any], Any],
+                error: float,
+                traffic: int = traffic,
+                common: dict[str, Any] = common,
+                weights: list[Any] = weights,
+            ) -> None:
+                time = time_rotated(call, weights, "cuda")
+                share = traffic / time.median / args.peak
+                rec.row(label, time, extra={"share": share, "error": error, "copies": len(weights)}, **common)
+
+            def one(
+                x: Tensor = x,
+                name: str = name,
+                product: Product = product,
+                symmetric: bool = symmetric,
+                weights: list[Any] = weights,
+                timed: Callable[..., None] = timed,
+            ) -> None:
+                error = gate(name, {"y": (product(weights[0], x), case.reference(x, a_bits, symmetric))}, 1e-2)
+                timed(name, lambda w: product(w, x), error)
+                if name == "ours" and a_bits < 16:
+                    a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+                    timed("ours, quantized x", lambda w: lowbit_cuda.stream(a, w, (s, z)), error)
+
+            guarded(f"{name} {scheme} m={tokens}", one)
+        del weights
+        torch.cuda.empty_cache()
+
+
+def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
+    nbytes = args.rows * args.inputs * 2
+    weights = rotation(lambda: torch.randn(args.rows, args.inputs, device="cuda").to(dtype), nbytes, "cuda")
+    for tokens in args.tokens:
+        x = torch.randn(tokens, args.inputs, device="cuda").to(dtype)
+        time = time_rotated(lambda w, x=x: x @ w.t(), weights, "cuda")
+        share = (nbytes + 2 * tokens * (args.inputs + args.rows)) / time.median / args.peak
+        rec.row(
+            "torch",
+            time,
+            extra={"share": share},
+            scheme="16",
+            m=tokens,
+            n=args.rows,
+            k=args.inputs,
+            dtype=str(dtype)[6:],
+        )
+
+
+def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> None:
+    """Plans of the streaming kernel, with and without programmatic dependent launch."""
+    a_bits = scheme_bits(scheme)[1]
+    nbytes = case.packed.numel() * 4 + case.scale.numel() * 2
+    weights = rotation(partial(ours, case), nbytes, "cuda")
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for tokens in [t for t in args.tokens if t <= 64]:
+        x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
+        reference = case.reference(x, a_bits)
+        activation = None
+        if a_bits < 16:
+            x, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+            activation = (s, z)
+        default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, multiprocessors)
+        plans = {default}
+        for tiles in {default.token_tiles, 4 if tokens > 16 else default.token_tiles}:
+            for warp_rows in (1, 2, 4):
+                for splits in (1, 2, 3, 4, 6, 8):
+                    plan = lowbit_cuda.StreamPlan(tiles, warp_rows, splits)
+                    if multiprocessors // 2 < plan.blocks(tokens, case.rows) <= 2 * multiprocessors:
+                        plans.add(plan)
+        for plan in sorted(plans, key=str):
+            for early in (False, True):
+                call = lambda w, x=x, a=activation, p=plan, e=early: lowbit_cuda.stream(x, w, a, p, e)  # noqa: E731
+                error = gate("plan", {"y": (call(weights[0]), reference)}, 1e-2)
+                time = time_rotated(call, weights, "cuda")
+                rec.row(
+                    "plan",
+                    time,
+                    extra={"share": nbytes / time.median / args.peak, "error": error, "default": plan == default},
+                    scheme=scheme,
+                    m=tokens,
+                    n=case.rows,
+                    k=case.inputs,
+                    tiles=plan.token_tiles,
+                    warp_rows=plan.warp_rows,
+                    splits=plan.splits,
+                    early=early,
+                )
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(argparse.ArgumentParser(description=__doc__))
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--inputs", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 4096])
+    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8"])
+    parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
+    parser.add_argument("--sweep", action="store_true", help="time every plan of the streaming kernel instead")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peak", type=float, default=None, help="bytes per second that shares refer to")
+    args = parser.parse_args(argv)
+    rec = Recorder("gemm", args.device, args.out, args.commit)
+    if args.device != "cuda":
+        print("the low-bit GEMM benchmark needs a CUDA device")
+        return rec.rows
+    if args.tiny:
+        args.rows, args.inputs, args.tokens = 256, 512, [1, 16]
+    if args.peak is None:
+        args.peak = PEAK.get(torch.cuda.get_device_name(), 1e12)
+    dtype = getattr(torch, args.dtype)
+    if not args.sweep:
+        guarded("torch", partial(dense, rec, args, dtype))
+    for scheme in args.schemes:
+        case = Case(args.rows, args.inputs, scheme_bits(scheme)[0], dtype)
+        guarded(scheme, partial(sweep if args.sweep else measure, rec, args, case, scheme))
+    return rec.rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The CUDA kernels' own code on the CPU: csrc/cuda compiled by g++ with csrc/include/emulate.h in place of PTX.
+
+``emulated`` is a stand-in for the compiled module ``jointnas_kernels._C``; ``on_cpu`` makes the launch code of
+jointnas_kernels/ops use it, so that everything between the public function and the last instruction is executed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jointnas_kernels.ops import lowbit_cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ["lowbit_stream.cu", "act_quant_pack.cu"]
+POINTER, INT = ctypes.c_void_p, ctypes.c_int
+
+
+def structure(pointers: str, integers: str) -> type[ctypes.Structure]:
+    fields = [(name, POINTER) for name in pointers.split()] + [(name, INT) for name in integers.split()]
+    return type("Args", (ctypes.Structure,), {"_fields_": fields})
+
+
+STREAM = structure(
+    "weight scale x act_scale act_zero y partial locks",
+    "tokens rows inputs w_bits dtype token_tiles warp_rows splits early",
+)
+
+
+def with_struct(function: Any, kind: type[ctypes.Structure]) -> Callable[..., int]:
+    def call(*values: int) -> int:
+        return function(ctypes.byref(kind(*values[:-1])), POINTER(values[-1]))
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    library = tmp_path_factory.mktemp("emulated") / "libemulated.so"
+    flags = ["-std=c++17", "-O1", "-DJN_EMULATE", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    sources = [str(ROOT / "csrc" / "cuda" / name) for name in SOURCES]
+    command = ["g++", *flags, f"-I{ROOT / 'csrc' / 'include'}", "-x", "c++", *sources, "-o", str(library)]
+    subprocess.run(command, check=True)
+    c = ctypes.CDLL(str(library))
+    c.jn_act_quant_pack.argtypes = [POINTER] * 4 + [INT] * 5 + [POINTER]
+    return SimpleNamespace(
+        has_cuda=True,
+        act_quant_pack=c.jn_act_quant_pack,
+        lowbit_stream=with_struct(c.jn_lowbit_stream, STREAM),
+    )
+
+
+@pytest.fixture
+def on_cpu(emulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowbit_cuda._ext, "load", lambda cuda=False: emulated)
+    monkeypatch.setattr(lowbit_cuda, "current_stream", lambda tensor: 0)
+    monkeypatch.setattr(lowbit_cuda, "multiprocessors", lambda tensor: 4)

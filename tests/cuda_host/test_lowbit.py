@@ -1,0 +1,73 @@
+"""The CUDA low-bit kernels, executed on the CPU (conftest.py), against the fp64 product of the dequantised weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jointnas_kernels.ops import lowbit_cuda
+from jointnas_kernels.ops.lowbit_linear import quantize_tokens, reference
+from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.testing import assert_close, poisoned
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def make(rows: int, inputs: int, bits: int, dtype: torch.dtype):
+    q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (rows, inputs), dtype=torch.int8)
+    return pack_weight(q, bits), (torch.rand(rows, inputs // 128) * 0.02 + 0.01).to(dtype)
+
+
+def expected(x, packed, scale, w_bits, a_bits, symmetric=False):
+    if a_bits < 16:  # quantize in x's dtype, as the kernel does, then multiply exactly
+        a, s, z = quantize_tokens(x, a_bits, symmetric)
+        x = (a.double() - z.double()) * s.double()
+    return reference(x.double(), packed, scale, w_bits, 16, 128, False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("a_bits", [16, 8, 4, 2], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize("shape", [(1, 1, 128), (3, 80, 1280), (17, 200, 512)], ids=lambda s: "x".join(map(str, s)))
+def test_matmul(shape, w_bits, a_bits, dtype):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    x = torch.randn(tokens, inputs).to(dtype)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    with poisoned():
+        y = lowbit_cuda.matmul(x, weight, a_bits)
+    assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
+
+
+@pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("plan", [(1, 1, 3), (1, 2, 4), (2, 4, 2), (2, 8, 1), (4, 2, 5)], ids=str)
+def test_stream_plans(plan, a_bits):
+    packed, scale = make(150, 1024, 4, torch.float16)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, 4)
+    x = torch.randn(21, 1024).half()
+    operand, activation = x, None
+    if a_bits < 16:
+        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+        activation = (s, z)
+    with poisoned():
+        y = lowbit_cuda.stream(operand, weight, activation, lowbit_cuda.StreamPlan(*plan))
+    assert_close(y, expected(x, packed, scale, 4, a_bits))
+    assert not weight.locks.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_activation_quantization_is_exact(bits, symmetric, dtype):
+    for tokens, inputs in ((1, 128), (5, 4224), (3, 2048)):
+        x = (torch.randn(tokens, inputs) * 3 + torch.randn(tokens, 1)).to(dtype)
+        x[0] = 0
+        with poisoned():
+            a, scale, zero = lowbit_cuda.quantize_pack(x, bits, symmetric)
+        expected_a, expected_s, expected_z = quantize_tokens(x, bits, symmetric)
+        # storage order inside a group: input 32i + 8t + 4s + 2h + e at byte 32t + 8i + 4s + 2e + h
+        stored = a.view(tokens, -1, 4, 4, 2, 2, 2)  # t i s e h
+        assert torch.equal(stored.permute(0, 1, 3, 2, 4, 6, 5).reshape(tokens, inputs), expected_a)
+        assert torch.equal(scale, expected_s.flatten().float())
+        assert torch.equal(zero, expected_z.flatten().int())

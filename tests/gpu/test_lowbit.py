@@ -1,0 +1,75 @@
+"""Every CUDA low-bit kernel on the device against the fp64 product of the dequantised weights: odd shapes, poison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jointnas_kernels import _ext
+from jointnas_kernels.ops import lowbit_cuda
+from jointnas_kernels.ops.lowbit_linear import lowbit_linear, quantize_tokens, reference
+from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.testing import assert_close
+
+pytestmark = [
+    pytest.mark.usefixtures("poison"),
+    pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part"),
+]
+DTYPES = [torch.float16, torch.bfloat16]
+# (tokens, rows, inputs): token counts off every tile, rows off 16 and 64, one and many groups
+SHAPES = [(1, 1, 128), (3, 80, 1280), (17, 200, 512), (63, 1000, 1152), (8, 4096, 4096), (16, 33, 8192)]
+
+
+def make(rows: int, inputs: int, bits: int, dtype: torch.dtype, device: torch.device):
+    q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (rows, inputs), dtype=torch.int8, device=device)
+    scale = (torch.rand(rows, inputs // 128, device=device) * 0.02 + 0.01).to(dtype)
+    return pack_weight(q, bits), scale
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("a_bits", [16, 8, 4, 2], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_cuda_matches_reference(shape, w_bits, a_bits, dtype, device):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype, device)
+    x = torch.randn(tokens, inputs, device=device).to(dtype)
+    y = lowbit_linear(x, packed, scale, w_bits, a_bits, 128, backend="cuda")
+    if a_bits == 16:
+        expected = reference(x.double(), packed, scale, w_bits, 16, 128, False)
+    else:  # quantize in x's dtype, as the kernel does, then multiply exactly
+        a, s, z = quantize_tokens(x, a_bits)
+        expected = reference((a.double() - z.double()) * s.double(), packed, scale, w_bits, 16, 128, False)
+    assert_close(y, expected, what=f"W{w_bits}A{a_bits}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("plan", [(1, 1, 3), (1, 2, 4), (2, 4, 2), (2, 8, 1), (4, 2, 5), (4, 8, 2)], ids=str)
+@pytest.mark.parametrize("early", [False, True])
+def test_stream_plans(plan, early, dtype, device):
+    packed, scale = make(300, 2048, 4, dtype, device)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, 4)
+    x = torch.randn(21, 2048, device=device).to(dtype)
+    torch.cuda.synchronize()
+    first = lowbit_cuda.stream(x, weight, plan=lowbit_cuda.StreamPlan(*plan), early=early)
+    assert_close(first, reference(x.double(), packed, scale, 4, 16, 128, False))
+    assert not weight.locks.any()
+    for _ in range(20):  # the order of the final sum is fixed
+        again = lowbit_cuda.stream(x, weight, plan=lowbit_cuda.StreamPlan(*plan), early=early)
+        assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_activation_quantization_is_exact(bits, symmetric, dtype, device):
+    for tokens, inputs in ((1, 128), (5, 4224), (37, 2048)):
+        x = (torch.randn(tokens, inputs, device=device) * 3 + torch.randn(tokens, 1, device=device)).to(dtype)
+        x[0] = 0
+        a, scale, zero = lowbit_cuda.quantize_pack(x, bits, symmetric)
+        expected_a, expected_s, expected_z = quantize_tokens(x, bits, symmetric)
+        # storage order inside a group: input 32i + 8t + 4s + 2h + e at byte 32t + 8i + 4s + 2e + h
+        stored = a.view(tokens, -1, 4, 4, 2, 2, 2)  # t i s e h
+        assert torch.equal(stored.permute(0, 1, 3, 2, 4, 6, 5).reshape(tokens, inputs), expected_a)
+        assert torch.equal(scale, expected_s.flatten().float())
+        assert torch.equal(zero, expected_z.flatten().int())
