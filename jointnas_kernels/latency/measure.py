@@ -3,9 +3,7 @@
 A table adds up operations; a model also spends time between them (module calls, views, the rotary table, Python).
 `calibrate` measures a few random choices whole and fits two numbers, by least squares on the relative error:
 
-    measured ≈ fixed + per_block · blocks + Σ operations
-
-Both may be negative: inside a model a result is still in the cache when the next operation reads it.
+    measured ≈ fixed + per_block · blocks + Σ operations,   fixed, per_block >= 0
 """
 
 from __future__ import annotations
@@ -140,7 +138,7 @@ def calibrate(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = LlamaForCausalLM(choice_config(config, choice))
-        model = model.to(dtype=getattr(torch, table.workload.dtype)).to(device)  # type: ignore[arg-type]
+        nn.Module.to(model, device, getattr(torch, table.workload.dtype))
         deploy(model, choice, space, plain)
         _, median, _ = measure_model(
             model, table.workload, threads=table.header.device.threads, seconds=seconds, samples=9
@@ -167,14 +165,22 @@ def feasible_choices(table: LatencyTable, space: SearchSpace, count: int, seed: 
 
 
 def fit(points: Sequence[tuple[float, int, float]]) -> Calibration:
-    """The two overhead terms from (Σ operations, blocks, measured)."""
+    """The two overhead terms from (Σ operations, blocks, measured); neither is negative."""
     ops, blocks, measured = torch.tensor(points, dtype=torch.float64).T
     # relative residual (fixed + per_block * blocks + ops - measured) / measured
-    design = torch.stack((1 / measured, blocks / measured), 1)
-    if len({int(b) for b in blocks.tolist()}) < 2:  # fixed and per-block cannot be told apart
-        design = design[:, 1:]
-    solution = torch.linalg.lstsq(design, 1 - ops / measured).solution.tolist()
-    fixed, per_block = solution if len(solution) == 2 else (0.0, solution[0])
+    design, target = torch.stack((1 / measured, blocks / measured), 1), 1 - ops / measured
+    candidates = [(0.0, 0.0)]
+    for columns in ((0, 1), (0,), (1,)):  # non-negative least squares in two variables: the best valid subset
+        if len(columns) == 2 and len({int(b) for b in blocks.tolist()}) < 2:
+            continue  # fixed and per-block cannot be told apart
+        solution = dict(zip(columns, torch.linalg.lstsq(design[:, columns], target).solution.tolist(), strict=True))
+        if all(v >= 0 for v in solution.values()):
+            candidates.append((solution.get(0, 0.0), solution.get(1, 0.0)))
+
+    def residual(pair: tuple[float, float]) -> float:
+        return float((design @ torch.tensor(pair, dtype=torch.float64) - target).square().sum())
+
+    fixed, per_block = min(candidates, key=residual)
     error = lambda predicted: float(((predicted - measured).abs() / measured).mean())  # noqa: E731
     return Calibration(
         fixed=fixed,

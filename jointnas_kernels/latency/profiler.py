@@ -8,6 +8,7 @@ that claims an operation is first checked against the dequantised reference; one
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def profile(
     target = Target(torch.device(device), workload, dims.kv_heads)
     model_bytes = _weight_bytes(space, dims, target)
     todo = [spec for spec in specs if spec not in done]
+    pace = 0.1 if sys.stderr.isatty() else 15.0  # seconds between updates of the bar
     try:
         with pinned_threads(header.device.threads):
-            for spec in tqdm(todo, desc=f"profile {device}", unit="op", disable=not progress):
+            for spec in tqdm(todo, desc=f"profile {device}", unit="op", disable=not progress, mininterval=pace):
                 for row in time_operation(spec, target, names, model_bytes, generator, seconds):
                     writer.write(row)
         writer.finish()

@@ -1,0 +1,210 @@
+"""One configuration schema: filled by YAML files and `--a.b=c`, unknown keys are errors, saved resolved with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.latency import Workload
+from jointnas_kernels.space import SearchSpace
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which model is compressed, and where it runs."""
+
+    source: str = Field(default="embedded", description="'embedded', a transformers folder, or a hub name (Llama only)")
+    revision: str | None = Field(default=None, description="hub revision")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
+
+
+class DataConfig(Section):
+    """Token streams. One part trains the LoRA weights, the other the architecture."""
+
+    source: str = Field(
+        default="embedded",
+        description="'embedded', a text file or folder of .txt, or 'hf:NAME' or 'hf:NAME/config=SUBSET'",
+    )
+    text_column: str = "text"
+    seq_len: int = Field(default=128, ge=2)
+    batch_size: int = Field(default=8, ge=1)
+    arch_fraction: float = Field(default=0.5, gt=0, lt=1, description="share of the data that trains the architecture")
+    held_out_fraction: float = Field(
+        default=0.05, gt=0, lt=0.5, description="for evaluation only; embedded data has its own"
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="use only so many tokens")
+
+
+class SpaceConfig(Section):
+    """A named space, a YAML file, and overrides of single dimensions."""
+
+    base: str = Field(default="tiny", description="llama3, qllama3, tiny, or a YAML file")
+    hidden: list[int] | None = None
+    heads: list[int] | None = None
+    head_dim: list[int] | None = None
+    intermediate: list[int] | None = None
+    blocks: list[int] | None = None
+    weight_bits: list[int] | Literal["none"] | None = Field(default=None, description="'none': not searched")
+    act_bits: list[int] | Literal["none"] | None = Field(default=None, description="'none': not searched")
+    group_size: int | None = None
+
+    def build(self) -> SearchSpace:
+        is_file = self.base.endswith((".yaml", ".yml")) or "/" in self.base
+        base = SearchSpace.from_yaml(self.base) if is_file else SearchSpace.named(self.base)
+        values = base.to_dict()
+        for key, value in self.model_dump(exclude={"base"}).items():
+            if value is not None:
+                values[key] = None if value == "none" else value
+        return SearchSpace.from_dict(values, where="space")
+
+
+class LatencyConfig(Section):
+    """The latency table and the workload it describes."""
+
+    table: str | None = Field(default=None, description="table file; none: measured into the run folder")
+    force: bool = Field(default=False, description="accept a table of another device")
+    workload: Literal["prefill", "decode"] = "prefill"
+    batch: int = Field(default=1, ge=1)
+    seq: int = Field(default=128, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int | None = Field(default=None, ge=1)
+    backends: list[str] | None = Field(default=None, description="which to try; none: all")
+    seconds: float = Field(default=0.03, gt=0, description="time spent on each measurement")
+    calibrate: int = Field(default=6, ge=0, description="whole models measured to fit the overhead; 0: none")
+
+    def value(self) -> Workload:
+        return Workload(self.workload, self.batch, self.seq, self.dtype)
+
+
+class SearchConfig(Section):
+    """The bilevel loop. Defaults suit a model of billions of parameters; the demo shows those of a small one."""
+
+    steps: int = Field(default=2000, ge=1, description="hard cap; reaching it without convergence is warned about")
+    min_steps: int = Field(default=0, ge=0, description="do not stop earlier")
+    weight_warmup: int = Field(default=0, ge=0, description="weight steps before the first architecture step")
+    lora_rank: int = Field(default=32, ge=1)
+    lora_alpha: float = Field(default=16, gt=0)
+    lr_weight: float = Field(default=2e-4, gt=0)
+    lr_arch: float = Field(default=3e-3, gt=0)
+    clip_weight: float = Field(default=1.0, gt=0)
+    clip_arch: float = Field(default=10.0, gt=0)
+    relaxation: Literal["dirichlet", "reinmax", "gumbel"] = "dirichlet"
+    alpha_init: float = Field(default=0.0, description="added to the logits of the full sizes")
+    importance: bool = Field(default=True, description="reorder channels, heads and blocks by importance first")
+    importance_batches: int = Field(default=8, ge=1)
+    eta: float = Field(default=1.0, ge=0, description="weight of E[latency] / latency of the original")
+    budget_min: float | None = Field(default=None, ge=0, description="parameters; below 2: as a share of the original")
+    budget_max: float | None = Field(default=None, gt=0, description="parameters; below 2: as a share of the original")
+    lambda_budget: float = Field(
+        default=20.0, ge=0, description="final weight of the budget and target-latency penalties"
+    )
+    lambda_ramp: float = Field(default=0.5, ge=0, le=1, description="share of the steps over which it grows from 0")
+    mu_infeasible: float = Field(default=1.0, ge=0, description="weight of the probability of infeasible bits")
+    entropy_stop: float = Field(
+        default=0.3, ge=0, le=1, description="stop when every dimension's normalised entropy is lower"
+    )
+    log_every: int = Field(default=10, ge=1)
+    gap_every: int = Field(default=50, ge=1, description="how often the discretisation gap is measured")
+    gap_batches: int = Field(default=2, ge=1)
+    save_every: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+class FinetuneConfig(Section):
+    """Distillation of the found model from the original: kd · KL(original || model) + (1 - kd) · cross-entropy."""
+
+    steps: int = Field(default=1000, ge=0)
+    lr: float = Field(default=3e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps; then cosine to a tenth")
+    weight_decay: float = Field(default=0.01, ge=0)
+    kd: float = Field(default=0.7, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+    clip: float = Field(default=1.0, gt=0)
+    batch_size: int | None = Field(default=None, ge=1, description="none: that of the data section")
+    log_every: int = Field(default=20, ge=1)
+    max_seconds: float | None = Field(default=None, gt=0, description="end the schedule early after this time")
+
+
+class EvalConfig(Section):
+    """What is reported of a model."""
+
+    tokens: int = Field(default=65536, ge=256, description="held-out tokens for the perplexity")
+    tasks: bool = Field(default=True, description="the embedded multiple-choice tasks (embedded tokenizer only)")
+    task_limit: int | None = Field(default=None, ge=1, description="questions per task; none: all")
+
+
+class RunConfig(Section):
+    """One search run."""
+
+    out: str = Field(default="runs/search", description="the run's folder")
+    seed: int = Field(default=0, ge=0)
+    resume: Literal["auto", "never"] = Field(
+        default="never", description="auto: continue from the last whole checkpoint"
+    )
+    target_latency_ms: float | None = Field(default=None, gt=0, description="hard limit on the found model's latency")
+    progress: bool = True
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    space: SpaceConfig = SpaceConfig()
+    latency: LatencyConfig = LatencyConfig()
+    search: SearchConfig = SearchConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    eval: EvalConfig = EvalConfig()
+
+
+S = TypeVar("S", bound=Section)
+
+
+def build(schema: type[S], values: Mapping[str, Any], where: str = "configuration") -> S:
+    """Validates plain values: unknown keys with the nearest allowed one, everything else with its dotted name."""
+    check_keys(schema, values, where)
+    try:
+        return schema.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise JointNASError(f"{where}: {name}: {first['msg']}, got {first['input']!r}") from None
+
+
+def check_keys(schema: type[BaseModel], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Raises on the first key, at any depth, that the schema does not have."""
+    for key, value in values.items():
+        field = schema.model_fields.get(str(key))
+        if field is None:
+            raise unknown("key", f"{prefix}{key}", [f"{prefix}{name}" for name in schema.model_fields], where)
+        inner = field.annotation
+        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
+            check_keys(inner, value, where, f"{prefix}{key}.")
+
+
+def load(path: str | Path) -> RunConfig:
+    """A run configuration from YAML."""
+    return build(RunConfig, read_yaml(path), where=str(path))
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    path = Path(path)
+    if not path.is_file():
+        raise JointNASError(f"configuration file {str(path)!r} does not exist")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JointNASError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise JointNASError(f"{path}: expected a mapping, found {type(data).__name__}")
+    return data
+
+
+def dump(config: BaseModel) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,80 @@
+"""Loading what is compressed: the embedded model, a transformers folder, or a hub name. Remote code is never run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+from jointnas import assets
+from jointnas.config import ModelConfig
+from jointnas_kernels.errors import JointNASError
+
+
+def check_device(device: str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise JointNASError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise JointNASError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu")
+    return found
+
+
+def load_model(config: ModelConfig) -> LlamaForCausalLM:
+    """The model in evaluation mode on its device."""
+    device, dtype = check_device(config.device), getattr(torch, config.dtype)
+    if config.source == "embedded":
+        model = assets.load_model(dtype)
+    else:
+        check_source(config)
+        family = model_config(config).model_type
+        if family != "llama":
+            raise JointNASError(f"model {config.source!r} is a {family!r}; supported model types: llama")
+        try:
+            model = LlamaForCausalLM.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise JointNASError(f"model {config.source!r} cannot be loaded: {_line(error)}") from None
+    model.eval().requires_grad_(False)
+    torch.nn.Module.to(model, device)
+    return model
+
+
+def model_config(config: ModelConfig) -> Any:
+    """The transformers config alone (for profiling, no weights are needed)."""
+    check_source(config)
+    source = str(assets.model_dir()) if config.source == "embedded" else config.source
+    try:
+        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise JointNASError(f"model {config.source!r} cannot be loaded: {_line(error)}") from None
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    if config.source == "embedded":
+        return assets.load_tokenizer()
+    check_source(config)
+    try:
+        return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise JointNASError(f"the tokenizer of {config.source!r} cannot be loaded: {_line(error)}") from None
+
+
+def check_source(config: ModelConfig) -> None:
+    """Raise if a model that looks like a folder is not there."""
+    if config.source == "embedded":
+        return
+    path = Path(config.source)
+    is_path = path.is_absolute() or config.source.startswith((".", "~")) or config.source.count("/") > 1
+    if is_path and not path.is_dir():
+        raise JointNASError(f"model folder {config.source!r} does not exist; give a folder, a hub name or 'embedded'")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise JointNASError(f"model folder {config.source!r} has no config.json")
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

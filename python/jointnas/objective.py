@@ -1,0 +1,242 @@
+"""What the architecture step minimises, and the choice that finally has to satisfy the constraints.
+
+    L = CE + η E[latency] / latency_original + λ(t) (over + under + late) + μ P(infeasible bits)
+    over = relu(E[params] / B_max - 1)   under = relu(1 - E[params] / B_min)   late = relu(E[latency] / target - 1)
+
+All expectations are exact under the current probabilities. λ(t) grows linearly from 0 to its final value, so that the
+first steps are led by the quality of the choices, not by their size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jointnas.config import RunConfig
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.space import (
+    WIDTHS,
+    Choice,
+    SearchSpace,
+    count_params,
+    expected_params,
+    keep_probability,
+    kept_blocks,
+    original_sizes,
+)
+
+Probs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Hard limits of the final choice; infinite or zero where there is none."""
+
+    params_min: float = 0.0
+    params_max: float = math.inf
+    latency_max: float = math.inf
+
+    @staticmethod
+    def of(config: RunConfig, model_config: Any) -> Limits:
+        """A budget below 2 is a share of the original model's parameters."""
+        full = original_params(model_config)
+
+        def absolute(value: float | None, default: float) -> float:
+            return default if value is None else value * full if value < 2 else value
+
+        low, high = absolute(config.search.budget_min, 0.0), absolute(config.search.budget_max, math.inf)
+        if low > high:
+            raise JointNASError(f"the budget is empty: budget_min {low:,.0f} exceeds budget_max {high:,.0f}")
+        return Limits(low, high, config.target_latency_ms or math.inf)
+
+
+def original_params(model_config: Any) -> int:
+    return count_params(model_config, original_choice(model_config))
+
+
+class Objective:
+    def __init__(self, config: RunConfig, model_config: Any, bound: Bound) -> None:
+        self.config, self.model_config, self.bound = config.search, model_config, bound
+        self.limits = Limits.of(config, model_config)
+        self.latency_original = bound.original()
+
+    def penalty_weight(self, step: int) -> float:
+        ramp = self.config.lambda_ramp * self.config.steps
+        return self.config.lambda_budget * (min(1.0, step / ramp) if ramp else 1.0)
+
+    def regularizer(self, probs: Probs, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Everything but the CE, on the host, and its parts for the log."""
+        latency, infeasible = self.bound.expected(probs)
+        params = expected_params(self.model_config, self.bound.space, probs)
+        limits = self.limits
+        penalty = latency.new_zeros(())
+        if limits.params_max < math.inf:
+            penalty = penalty + (params / limits.params_max - 1).relu()
+        if limits.params_min > 0:
+            penalty = penalty + (1 - params / limits.params_min).relu()
+        if limits.latency_max < math.inf:
+            penalty = penalty + (latency / limits.latency_max - 1).relu()
+        weight = self.penalty_weight(step)
+        total = self.config.eta * latency / self.latency_original + weight * penalty
+        total = total + self.config.mu_infeasible * infeasible
+        return total, {
+            "latency_ms": latency.item(),
+            "latency_share": latency.item() / self.latency_original,
+            "params": params.item(),
+            "penalty": penalty.item(),
+            "lambda": weight,
+            "infeasible": infeasible.item(),
+        }
+
+
+def entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> dict[str, float]:
+    """Normalised entropy (0 decided, 1 uniform) per dimension. Bits count in blocks that are probably kept: those of
+    removed blocks get no gradient, so they would never be decided."""
+    keep = keep_probability(space, probs["blocks"].detach(), block_rank)
+    found: dict[str, float] = {}
+    for key, p in probs.items():
+        p = p.detach().double()
+        choices = p.shape[-1]
+        if choices == 1:
+            continue
+        entropy = -(p * p.clamp_min(1e-30).log()).sum(-1) / math.log(choices)
+        if p.dim() == 1:
+            found[key] = entropy.item()
+        else:
+            found.update({f"{key}.{b}": entropy[b].item() for b in range(len(p)) if keep[b] > 0.5})
+    return found
+
+
+# ---- the final choice -----------------------------------------------------------------------------------------------
+
+
+class Feasibility:
+    """Exact check of a choice against the limits, and all structures of the space with their sizes."""
+
+    def __init__(self, model_config: Any, bound: Bound, limits: Limits) -> None:
+        self.model_config, self.bound, self.limits, self.space = model_config, bound, limits, bound.space
+
+    def violations(self, choice: Choice) -> list[str]:
+        """What the choice breaks, in words; empty if nothing."""
+        found = []
+        params = count_params(self.model_config, choice)
+        if params > self.limits.params_max:
+            found.append(f"{params:,} parameters exceed {self.limits.params_max:,.0f}")
+        if params < self.limits.params_min:
+            found.append(f"{params:,} parameters are below {self.limits.params_min:,.0f}")
+        try:
+            latency = self.bound.predict(choice)
+        except JointNASError as error:
+            return [*found, str(error)]
+        if latency > self.limits.latency_max:
+            found.append(f"{latency:.3f} ms exceed {self.limits.latency_max:.3f} ms")
+        return found
+
+    def repair(self, probs: Probs) -> Choice:
+        """The most probable choice that satisfies every limit.
+
+        Structures (widths and depth) are tried from the most probable on. For each, bits start at their most probable
+        feasible values; while the model is too slow, the change of one block's bits that buys most latency per lost
+        log-probability is made. A structure is skipped once it cannot beat the best found.
+        """
+        p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
+        keys = (*WIDTHS, "blocks")
+        total = p["hidden"]
+        for key in keys[1:]:
+            total = total[..., None] + p[key]
+        order = total.flatten().argsort(descending=True).tolist()
+        shape = total.shape
+        bits = self._bit_scores(p)
+        best: tuple[float, Choice] | None = None
+        for flat in order:
+            score = total.flatten()[flat].item()
+            if best is not None and score + self._bits_bound(bits) <= best[0]:
+                break
+            index = torch.unravel_index(torch.tensor(flat), shape)
+            structure = self._structure([int(i) for i in index])
+            params = count_params(self.model_config, structure)
+            if not self.limits.params_min <= params <= self.limits.params_max:
+                continue
+            found = self._fit_bits(structure, bits)
+            if found is not None and (best is None or score + found[0] > best[0]):
+                best = score + found[0], found[1]
+        if best is None:
+            raise JointNASError(self._nothing())
+        return best[1]
+
+    def _nothing(self) -> str:
+        sizes = [count_params(self.model_config, self._structure([i] * 5)) for i in (0, -1)]
+        text = (
+            f"no choice of the space satisfies the limits (parameters {self.limits.params_min:,.0f} to "
+            f"{self.limits.params_max:,.0f}, latency up to {self.limits.latency_max:g} ms); the space spans "
+            f"{sizes[0]:,} to {sizes[1]:,} parameters"
+        )
+        fastest = self._fastest()
+        return text + (f" and its fastest choice takes {fastest:.3f} ms" if fastest is not None else "")
+
+    def _structure(self, index: Sequence[int]) -> Choice:
+        sizes: dict[str, Any] = {k: self.space.sizes(k)[i] for k, i in zip((*WIDTHS, "blocks"), index, strict=True)}
+        return Choice(**sizes)
+
+    def _fastest(self) -> float | None:
+        smallest = self._structure([0] * 5)
+        fixed, linear = self.bound.structure(smallest)
+        finite = linear[linear.isfinite()]
+        return fixed + smallest.blocks * finite.min().item() if len(finite) else None
+
+    def _bit_scores(self, p: Mapping[str, Tensor]) -> Tensor:
+        """Log-probability [blocks, W, A] of every pair."""
+        blocks = self.space.depth
+        w = p["weight_bits"] if self.space.weight_bits else torch.zeros(blocks, 1, dtype=torch.float64)
+        a = p["act_bits"] if self.space.act_bits else torch.zeros(blocks, 1, dtype=torch.float64)
+        return w[:, :, None] + a[:, None, :]
+
+    def _bits_bound(self, bits: Tensor) -> float:
+        return bits.flatten(1).amax(1).sum().item()
+
+    def _fit_bits(self, structure: Choice, bits: Tensor) -> tuple[float, Choice] | None:
+        """(log-probability, choice) with the structure's best feasible bits, None if none is fast enough."""
+        fixed, linear = self.bound.structure(structure)
+        feasible = linear.isfinite().flatten()
+        if not feasible.any():
+            return None
+        scores = bits.flatten(1).masked_fill(~feasible, -math.inf)  # [blocks, W·A]
+        cost = linear.flatten()
+        current = scores.argmax(1)
+        kept = kept_blocks(self.bound.rank, structure.blocks)
+        latency = fixed + sum(cost[current[b]].item() for b in kept)
+        while latency > self.limits.latency_max:
+            best: tuple[float, int, int] | None = None
+            for b in kept:
+                now = int(current[b])
+                for other in feasible.nonzero().flatten().tolist():
+                    gain = (cost[now] - cost[other]).item()
+                    if gain > 0:
+                        loss = (scores[b, now] - scores[b, other]).item()
+                        rate = gain / max(loss, 1e-9)
+                        if best is None or rate > best[0]:
+                            best = rate, b, other
+            if best is None:
+                return None
+            _, b, other = best
+            latency -= (cost[current[b]] - cost[other]).item()
+            current[b] = other
+        total = scores.gather(1, current[:, None]).sum().item()
+        w_index, a_index = current // linear.shape[1], current % linear.shape[1]
+        weight = tuple(self.space.weight_bits[i] for i in w_index.tolist()) if self.space.weight_bits else None
+        act = tuple(self.space.act_bits[i] for i in a_index.tolist()) if self.space.act_bits else None
+        return total, Choice(
+            structure.hidden, structure.heads, structure.head_dim, structure.intermediate, structure.blocks, weight, act
+        )
+
+
+def original_choice(model_config: Any) -> Choice:
+    """The unquantized original as a choice without bits."""
+    sizes: dict[str, Any] = dict(original_sizes(model_config))
+    return Choice(**sizes)
