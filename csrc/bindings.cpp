@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "cpu_ops.h"
 #include "isa.h"
@@ -69,13 +70,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets this CPU has, of those the kernels can use.");
   m.def("parallel_backend", [] { return jnk::parallel_backend(); }, "Where threads come from: openmp or std::thread.");
   JN_DEF(cpu_mixed_weight);
+  JN_DEF(cpu_quant_lora_mix);
 #ifdef JN_WITH_CUDA
   m.attr("has_cuda") = true;
   JN_DEF(act_quant_pack);
-  using S = JnStreamArgs;
-  def(m, "lowbit_stream", jn_lowbit_stream, &S::weight, &S::scale, &S::x, &S::act_scale, &S::act_zero, &S::y,
-      &S::partial, &S::locks, &S::tokens, &S::rows, &S::inputs, &S::w_bits, &S::dtype, &S::token_tiles, &S::warp_rows,
-      &S::splits, &S::early);
+  using L = JnLowbitArgs;
+  for (auto [name, function] : {std::pair{"lowbit_stream", jn_lowbit_stream}, {"lowbit_tile", jn_lowbit_tile}})
+    def(m, name, function, &L::weight, &L::scale, &L::x, &L::act_scale, &L::act_zero, &L::y, &L::partial, &L::locks,
+        &L::tokens, &L::rows, &L::inputs, &L::w_bits, &L::dtype, &L::token_tiles, &L::warp_rows, &L::splits, &L::early);
 #else
   m.attr("has_cuda") = false;
 #endif

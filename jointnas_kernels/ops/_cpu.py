@@ -8,6 +8,8 @@ count (default: torch's); results do not depend on the thread count.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,4 +39,22 @@ def mixed_weight(weight: Tensor, r: Tensor, c: Tensor, *, isa: int = 0, threads:
     w = weight.contiguous()
     out = torch.empty_like(w)
     call("mixed_weight", w, vector(r), vector(c), out, *w.shape, DTYPES[w.dtype], isa=isa, threads=threads)
+    return out
+
+
+def quant_lora_mix(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
+    bits: Sequence[int], group_size: int, *, isa: int = 0, threads: int | None = None,
+) -> Tensor:
+    """sum_p probs[p] Q_p(weight + scaling lora_b[p] lora_a[p]), as ops/quant_lora_mix.py defines it."""
+    w = weight.contiguous()
+    out = torch.empty_like(w)
+    lora = torch.promote_types(lora_a.dtype, lora_b.dtype)
+    lora = lora if lora in DTYPES else torch.float32
+    a, b = lora_a.to(lora).contiguous(), lora_b.to(lora).contiguous()
+    call(
+        "quant_lora_mix", w, a, b, vector(probs), None if clip is None else vector(clip),
+        torch.tensor(bits, dtype=torch.int32), out, *w.shape, len(bits), a.shape[1], group_size, float(scaling),
+        DTYPES[w.dtype], DTYPES[lora], isa=isa, threads=threads,
+    )
     return out

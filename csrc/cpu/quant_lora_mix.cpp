@@ -1,0 +1,348 @@
+// quant_lora_mix forward:  out = sum_p probs[p] * Q_p(W + B'_p A_p)   in one pass over W
+//     W, out [O, I] dtype; A [P, r, I], B [P, O, r] lora_dtype; B' = scaling * B; A and B' rounded to dtype
+//     Q_p: signed symmetric, bits[p], groups of g along I: s = clip * max|w| / ((2^b - 1)/2) rounded to dtype,
+//          s < 2^-100 becomes 1, q = clamp(rint(w / s), -2^(b-1), 2^(b-1) - 1), Q = q * s
+//
+// Order: 12 rows x one tile of columns (whole groups, ~128 columns) at a time, and there all precisions, so that the
+// tile of A (8 KB at rank 32) and the row buffers stay in the first-level cache and W is read from memory once.
+// Per precision: (1) T = W + B'A in registers, 3 rows x 8 vectors; (2) max|T| per group; (3) the scales of all rows
+// in vector operations, because one by one their chain of reduction, two divisions and rounding is ~60 cycles; (4)
+// levels and mixture.
+// Cost at P = 3, r = 32: per 16 elements and precision 16 vdpbf16ps (or 32 fma) and 9 others.
+//
+// Division: with r = RN(1/s), y = RN(w r), e = fma(-y, s, w), fma(e, r, y) is RN(w / s) (Markstein); without fma
+// instructions (scalar) a real division. Levels equal those of an fp32 reference except where the LoRA sum, whose
+// order of addition differs, puts w/s on the other side of a rounding boundary: |dT| <= (r + 2) 2^-24 (|W| + |B'||A|).
+
+#ifdef JN_ISA  // once per instruction set
+
+namespace jnk {
+namespace JN_ISA {
+
+constexpr int kVecs = W == 16 ? 8 : W == 8 ? 4 : 8;  // register block: kRowBlock rows x kVecs vectors
+constexpr int kRowBlock = W == 8 ? 2 : 3;
+
+inline vf divide(vf x, vf s, vf r) {
+  if constexpr (W == 1) return x / s;
+  const vf y = x * r;
+  return fma(fnma(y, s, x), r, y);
+}
+
+// t[R][NV W] = base + sum_k b[row][k] a[k][.]   a [K][lda], b [.][K], t and base [.][ld]
+template <int R, int NV>
+void lora_fma(const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda, int64_t ld) {
+  vf acc[R][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[i][v] = load(base + i * ld + v * W);
+  for (int64_t k = 0; k < K; ++k) {
+    vf bk[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) bk[i] = set(b[i * K + k]);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const vf ak = load(a + k * lda + v * W);
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) acc[i][v] = fma(ak, bk[i], acc[i][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(t + i * ld + v * W, acc[i][v]);
+}
+
+#if defined(JN_AVX512)
+// The same with bf16 operands in pairs along k: a [K/2][lda] and b [.][K/2] hold two bf16 per 32-bit word.
+template <int R, int NV>
+__attribute__((target("avx512bf16"))) void lora_dot(const float* base, const float* a, const float* b, float* t,
+                                                    int64_t K, int64_t lda, int64_t ld) {
+  __m512 acc[R][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_loadu_ps(base + i * ld + v * W);
+  for (int64_t k = 0; k < K; ++k) {
+    __m512bh bk[R];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) bk[i] = reinterpret_cast<__m512bh>(_mm512_set1_ps(b[i * K + k]));
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const __m512bh ak = reinterpret_cast<__m512bh>(_mm512_loadu_ps(a + k * lda + v * W));
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], ak, bk[i]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) _mm512_storeu_ps(t + i * ld + v * W, acc[i][v]);
+}
+#endif
+
+template <int R, int NV>
+void lora_block(bool dot, const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda,
+                int64_t ld) {
+#if defined(JN_AVX512)
+  if (dot) return lora_dot<R, NV>(base, a, b, t, K, lda, ld);
+#endif
+  (void)dot;
+  lora_fma<R, NV>(base, a, b, t, K, lda, ld);
+}
+
+template <int R>
+void lora_rows(bool dot, const float* base, const float* a, const float* b, float* t, int64_t K, int64_t cols,
+               int64_t ld) {
+  int64_t c = 0;
+  for (; c + kVecs * W <= cols; c += kVecs * W) lora_block<R, kVecs>(dot, base + c, a + c, b, t + c, K, ld, ld);
+  for (; c < cols; c += W) lora_block<R, 1>(dot, base + c, a + c, b, t + c, K, ld, ld);
+}
+
+// T of `rows` rows; the buffers are padded to whole vectors, so there are no tails.
+inline void lora_tile(bool dot, const float* base, const float* a, const float* b, float* t, int64_t rows, int64_t K,
+                      int64_t cols, int64_t ld) {
+  int64_t i = 0;
+  for (; i + kRowBlock <= rows; i += kRowBlock)
+    lora_rows<kRowBlock>(dot, base + i * ld, a, b + i * K, t + i * ld, K, cols, ld);
+  for (; i < rows; ++i) lora_rows<1>(dot, base + i * ld, a, b + i * K, t + i * ld, K, cols, ld);
+}
+
+inline float group_max(const float* t, int64_t g) {
+  vf m = set(0.0f);
+  int64_t j = 0;
+  for (; j + W <= g; j += W) m = max(m, abs(load(t + j)));
+  if (j < g) m = max(m, abs(load(t + j, g - j)));
+  return hmax(m);
+}
+
+// absmax [n] -> s and 1/s [n]; clip null or [n]
+template <class T>
+void group_scales(const float* absmax, const float* clip, float* s, float* r, int64_t n, float divisor) {
+  for (int64_t j = 0; j < n; j += W) {
+    const int64_t k = std::min<int64_t>(W, n - j);
+    vf x = load(absmax + j, k);
+    if (clip) x = load(clip + j, k) * x;
+    T rounded[W];
+    store(rounded, x / set(divisor));
+    x = load(rounded);
+    x = less(x, set(0x1p-100f), set(1.0f), x);
+    store(s + j, x, k);
+    store(r + j, set(1.0f) / x, k);
+  }
+}
+
+inline vf level(vf t, vf s, vf r, vf low, vf high) { return min(max(round(divide(t, s, r)), low), high); }
+
+// mix (+)= q * weight, weight = probs[p] * s
+template <bool kFirst>
+void mix_group(const float* t, float* mix, int64_t g, float s1, float r1, float weight1, float low1, float high1) {
+  const vf s = set(s1), r = set(r1), weight = set(weight1), low = set(low1), high = set(high1);
+  int64_t j = 0;
+  for (; j + W <= g; j += W) {
+    const vf q = level(load(t + j), s, r, low, high);
+    store(mix + j, kFirst ? q * weight : fma(q, weight, load(mix + j)));
+  }
+  if (j < g) {
+    const vf q = level(load(t + j, g - j), s, r, low, high);
+    store(mix + j, kFirst ? q * weight : fma(q, weight, load(mix + j, g - j)), g - j);
+  }
+}
+
+template <class T>
+void widen_row(const T* w, float* base, int64_t n) {
+  int64_t j = 0;
+  for (; j + W <= n; j += W) store(base + j, load(w + j));
+  if (j < n) store(base + j, load(w + j, n - j));  // the pad becomes 0
+}
+
+template <class T>
+void write_row(const float* mix, T* out, int64_t n, bool nontemporal) {
+  int64_t j = 0;
+  if (kStreams && nontemporal && reinterpret_cast<uintptr_t>(out) % 64 == 0)
+    for (; j + 2 * W <= n; j += 2 * W) stream2(out + j, load(mix + j), load(mix + j + W));
+  for (; j + W <= n; j += W) store(out + j, load(mix + j));
+  if (j < n) store(out + j, load(mix + j, n - j), n - j);
+}
+
+// One chunk: rows [row0, row0 + rows) of everything.
+template <class T>
+void mix_rows(const MixPlan& plan, int64_t row0, int64_t rows, float* scratch) {
+  const int64_t ld = plan.ld, g = plan.g, per_tile = plan.tile / g;
+  float* base = scratch;
+  float* t = base + kRows * ld;
+  float* mix = t + kRows * ld;
+  float* absmax = mix + kRows * ld;
+  float* clip = absmax + kRows * per_tile;
+  float* s = clip + kRows * per_tile;
+  float* r = s + kRows * per_tile;
+  float* b = r + kRows * per_tile;  // [P][rows][K]
+  plan.pack_b(plan, b, row0, rows);
+  for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+    const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0), groups = cols / g;
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* w = static_cast<const T*>(plan.w) + (row0 + i) * plan.I + col0;
+      widen_row(w, base + i * ld, cols);
+      // The next tile of this row: 4 to 8 lines that the hardware does not expect, as the rows are pages apart.
+      if (tile + 1 < plan.tiles)
+        for (int64_t j = 0; j < plan.tile; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(w + cols + j);
+    }
+    for (int64_t p = 0; p < plan.P; ++p) {
+      const float* a = plan.a + (tile * plan.P + p) * plan.K * ld;
+      lora_tile(plan.dot, base, a, b + p * rows * plan.K, t, rows, plan.K, cols, ld);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < groups; ++k) {
+          absmax[i * groups + k] = group_max(t + i * ld + k * g, g);
+          if (plan.clip) clip[i * groups + k] = plan.clip[(p * plan.O + row0 + i) * (plan.I / g) + col0 / g + k];
+        }
+      const float levels = static_cast<float>(1 << plan.bits[p]);
+      group_scales<T>(absmax, plan.clip ? clip : nullptr, s, r, rows * groups, (levels - 1.0f) / 2.0f);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < groups; ++k) {
+          const int64_t n = i * groups + k, at = i * ld + k * g;
+          const auto f = p == 0 ? mix_group<true> : mix_group<false>;
+          f(t + at, mix + at, g, s[n], r[n], plan.probs[p] * s[n], -levels / 2.0f, levels / 2.0f - 1.0f);
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      write_row(mix + i * ld, static_cast<T*>(plan.out) + (row0 + i) * plan.I + col0, cols, plan.nontemporal);
+  }
+  if (plan.nontemporal) stream_end();
+}
+
+}  // namespace JN_ISA
+}  // namespace jnk
+
+#else
+
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+
+#include "bf16.h"
+#include "cpu_ops.h"
+#include "isa.h"
+#include "parallel.h"
+
+namespace jnk {
+
+constexpr int64_t kRows = 12;      // rows of a chunk: a multiple of 3 and 2, below one AVX-512 vector
+constexpr int64_t kColumns = 128;  // columns of a tile, if a group is not larger
+
+struct MixPlan {
+  const void* w;
+  const void* lora_b;
+  const float* a;  // packed [tiles][P][K][ld]: fp32, or two bf16 along k per word if dot
+  const float* probs;
+  const float* clip;  // [P, O, I/g] or null
+  const int* bits;
+  void* out;
+  int64_t O, I, P, rank, g;
+  int64_t K;     // rank, or rank/2 rounded up if dot
+  int64_t tile;  // columns per tile, whole groups
+  int64_t ld;    // tile rounded up to whole vectors of the widest instruction set
+  int64_t tiles;
+  float scaling;
+  bool dot, nontemporal;
+  void (*pack_b)(const MixPlan&, float* b, int64_t row0, int64_t rows);
+};
+
+}  // namespace jnk
+
+#define JN_THIS_FILE "../cpu/quant_lora_mix.cpp"
+#include "each_isa.h"
+
+namespace jnk {
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float, Free>;
+Buffer allocate(int64_t floats) {
+  return Buffer(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64))));
+}
+
+// Operand k of a LoRA factor as the kernel wants it: rounded to the weight's dtype; fp32, or a pair of bf16.
+template <class T, class At>
+float operand(const MixPlan& plan, int64_t k, const At& at) {
+  if (!plan.dot) return to_float(from_float<T>(at(k)));
+  const uint32_t low = from_float<bf16>(at(2 * k)).bits;
+  const uint32_t high = 2 * k + 1 < plan.rank ? from_float<bf16>(at(2 * k + 1)).bits : 0u;
+  const uint32_t pair = low | high << 16;
+  float f;
+  std::memcpy(&f, &pair, 4);
+  return f;
+}
+
+template <class T, class L>
+void pack_a_tile(const MixPlan& plan, const L* lora_a, float* packed, int64_t tile) {
+  const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0);
+  for (int64_t p = 0; p < plan.P; ++p)
+    for (int64_t k = 0; k < plan.K; ++k) {
+      float* row = packed + ((tile * plan.P + p) * plan.K + k) * plan.ld;
+      for (int64_t c = 0; c < cols; ++c)
+        row[c] = operand<T>(plan, k, [&](int64_t j) { return to_float(lora_a[(p * plan.rank + j) * plan.I + col0 + c]); });
+      std::fill(row + cols, row + plan.ld, 0.0f);
+    }
+}
+
+template <class T, class L>
+void pack_b_rows(const MixPlan& plan, float* b, int64_t row0, int64_t rows) {
+  const L* lora_b = static_cast<const L*>(plan.lora_b);
+  for (int64_t p = 0; p < plan.P; ++p)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t k = 0; k < plan.K; ++k)
+        b[(p * rows + i) * plan.K + k] = operand<T>(
+            plan, k, [&](int64_t j) { return plan.scaling * to_float(lora_b[(p * plan.O + row0 + i) * plan.rank + j]); });
+}
+
+template <class T, class L>
+int run(MixPlan plan, const void* lora_a, int level, int threads) {
+  const Buffer packed = allocate(plan.tiles * plan.P * plan.K * plan.ld);
+  if (!packed) return kNoMemory;
+  parallel_for(plan.tiles, threads, [&](int64_t tile) {
+    pack_a_tile<T>(plan, static_cast<const L*>(lora_a), packed.get(), tile);
+  });
+  plan.a = packed.get();
+  plan.pack_b = pack_b_rows<T, L>;
+  const int64_t scratch = 3 * kRows * plan.ld + 4 * kRows * (plan.tile / plan.g) + plan.P * kRows * plan.K;
+  std::atomic<int> error{kOk};
+  parallel_for((plan.O + kRows - 1) / kRows, threads, [&](int64_t chunk) {
+    const int64_t row0 = chunk * kRows;
+    const Buffer buffer = allocate(scratch);
+    if (!buffer) {
+      error = kNoMemory;
+      return;
+    }
+    JN_DISPATCH(level, mix_rows<T>(plan, row0, std::min(kRows, plan.O - row0), buffer.get()));
+  });
+  return error;
+}
+
+}  // namespace
+}  // namespace jnk
+
+int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b, const float* probs, const float* clip,
+                          const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,
+                          float scaling, int dtype, int lora_dtype, int threads, int isa) {
+  using namespace jnk;
+  const int level = choose_isa(isa, dtype == kBf16 ? kHasBf16 : kNone);
+  if (!level) return kIsaMissing;
+  MixPlan plan{};
+  plan.w = w, plan.lora_b = lora_b, plan.probs = probs, plan.clip = clip, plan.bits = bits, plan.out = out;
+  plan.O = O, plan.I = I, plan.P = P, plan.rank = rank, plan.g = g, plan.scaling = scaling;
+  plan.dot = dtype == kBf16 && level == kAvx512Ext;
+  plan.K = plan.dot ? (rank + 1) / 2 : rank;
+  plan.tile = std::max(g, kColumns / g * g);
+  plan.ld = (plan.tile + 15) / 16 * 16;
+  plan.tiles = (I + plan.tile - 1) / plan.tile;
+  plan.nontemporal = O * I * (dtype == kBf16 ? 2 : 4) > (8 << 20);
+  if (dtype == kF32 && lora_dtype == kF32) return run<float, float>(plan, lora_a, level, threads);
+  if (dtype == kF32 && lora_dtype == kBf16) return run<float, bf16>(plan, lora_a, level, threads);
+  if (dtype == kBf16 && lora_dtype == kF32) return run<bf16, float>(plan, lora_a, level, threads);
+  if (dtype == kBf16 && lora_dtype == kBf16) return run<bf16, bf16>(plan, lora_a, level, threads);
+  return kBadArgument;
+}
+
+#endif
