@@ -8,6 +8,7 @@
 
 #include "cuda_ops.h"
 #include "lowbit.cuh"
+#include "lowbit_finish.cuh"
 
 namespace jointnas {
 namespace {
@@ -31,7 +32,7 @@ template <class T, int BITS, int NT> struct HalfMath {
   using Sum = float;
   Vec4 x[NT][4];  // [token tile][i]: inputs 32i + 8t .. + 7 of token g
 
-  JN_DEVICE void load(const JnStreamArgs& p, int first_token, int group, int lane) {
+  JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = first_token + 8 * n + lane / 4;
@@ -64,7 +65,7 @@ template <int BITS, int NT> struct IntMath {
   using Sum = int;
   Vec4 x[NT][2];  // lane t's 32 bytes of the group, token g
 
-  JN_DEVICE void load(const JnStreamArgs& p, int first_token, int group, int lane) {
+  JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = first_token + 8 * n + lane / 4;
@@ -96,7 +97,7 @@ template <int BITS, int NT> struct IntMath {
 };
 
 template <class T, class Math, int BITS, int NT>
-__global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnStreamArgs p) {
+__global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnLowbitArgs p) {
   JN_DYNAMIC_SHARED(shared);
   constexpr int stages = kStages<BITS>, tile_bytes = kTileBytes<BITS>, stage_bytes = kStageBytes<BITS>;
   constexpr bool quantized = sizeof(typename Math::Sum) && !std::is_same_v<typename Math::Sum, float>;
@@ -195,47 +196,16 @@ __global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnStreamAr
       }
   ptx::sync_threads();
 
-  const int block_rows = p.warp_rows * 64, first_row = blockIdx.x * block_rows;
-  const int tokens = p.tokens - first_token < NT * 8 ? p.tokens - first_token : NT * 8;
-  auto finish = [&](int token, int row, float v) {  // row, token inside the block
-    const int m = first_token + token;
-    if constexpr (quantized) v *= p.act_scale[m] * (1.0f / (1 << (8 - BITS)));
-    static_cast<T*>(p.y)[size_t(m) * p.rows + first_row + row] = ptx::from_float<T>(v);
-  };
-  for (int i = threadIdx.x; i < tokens * block_rows; i += kWarps * 32) {
-    const int token = i / block_rows, row = i % block_rows;
-    if (first_row + row >= p.rows) continue;
+  finish_block<T, quantized, BITS>(p, kWarps * 32, blockIdx.x * p.warp_rows * 64, p.warp_rows * 64, first_token, NT * 8,
+                                   shared, [&](int token, int row) {
     float v = 0;
     for (int k = 0; k < k_warps; ++k)
       v += sums[((k * p.warp_rows + row / 64) * NT * 8 + token) * kSumPitch + row % 64];
-    if (p.splits == 1) finish(token, row, v);
-    else p.partial[(size_t(blockIdx.y) * p.tokens + first_token + token) * p.rows + first_row + row] = v;
-  }
-  if (p.splits == 1) return;
-
-  // The last block of a row strip adds the shares in order: the result does not depend on who was last.
-  ptx::fence_device();
-  ptx::sync_threads();
-  int* last = reinterpret_cast<int*>(shared);
-  if (threadIdx.x == 0) {
-    int* lock = p.locks + blockIdx.z * gridDim.x + blockIdx.x;
-    *last = ptx::atomic_add(lock, 1) == p.splits - 1;
-    if (*last) *lock = 0;
-  }
-  ptx::sync_threads();
-  if (!*last) return;
-  ptx::fence_device();
-  for (int i = threadIdx.x; i < tokens * block_rows; i += kWarps * 32) {
-    const int token = i / block_rows, row = i % block_rows;
-    if (first_row + row >= p.rows) continue;
-    float v = 0;
-    for (int s = 0; s < p.splits; ++s)
-      v += ptx::load_l2(p.partial + (size_t(s) * p.tokens + first_token + token) * p.rows + first_row + row);
-    finish(token, row, v);
-  }
+    return v;
+  });
 }
 
-template <class T, int BITS, int NT> int run(const JnStreamArgs& p, cudaStream_t stream) {
+template <class T, int BITS, int NT> int run(const JnLowbitArgs& p, cudaStream_t stream) {
   const dim3 grid((p.rows + 64 * p.warp_rows - 1) / (64 * p.warp_rows), p.splits, (p.tokens + 8 * NT - 1) / (8 * NT));
   if (p.act_scale)
     return launch(stream_kernel<T, IntMath<BITS, NT>, BITS, NT>, grid, dim3(kWarps * 32), shared_bytes<BITS, NT>(),
@@ -243,7 +213,7 @@ template <class T, int BITS, int NT> int run(const JnStreamArgs& p, cudaStream_t
   return launch(stream_kernel<T, HalfMath<T, BITS, NT>, BITS, NT>, grid, dim3(kWarps * 32), shared_bytes<BITS, NT>(),
                 stream, p.early != 0, p);
 }
-template <class T, int BITS> int run_tiles(const JnStreamArgs& p, cudaStream_t stream) {
+template <class T, int BITS> int run_tiles(const JnLowbitArgs& p, cudaStream_t stream) {
   switch (p.token_tiles) {
     case 1: return run<T, BITS, 1>(p, stream);
     case 2: return run<T, BITS, 2>(p, stream);
@@ -251,7 +221,7 @@ template <class T, int BITS> int run_tiles(const JnStreamArgs& p, cudaStream_t s
     default: return 1;  // cudaErrorInvalidValue
   }
 }
-template <class T> int run_bits(const JnStreamArgs& p, cudaStream_t stream) {
+template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
   switch (p.w_bits) {
     case 2: return run_tiles<T, 2>(p, stream);
     case 4: return run_tiles<T, 4>(p, stream);
@@ -263,8 +233,8 @@ template <class T> int run_bits(const JnStreamArgs& p, cudaStream_t stream) {
 }  // namespace
 }  // namespace jointnas
 
-int jn_lowbit_stream(const JnStreamArgs* args, void* stream) {
-  const JnStreamArgs& p = *args;
+int jn_lowbit_stream(const JnLowbitArgs* args, void* stream) {
+  const JnLowbitArgs& p = *args;
   const bool strips = p.warp_rows == 1 || p.warp_rows == 2 || p.warp_rows == 4 || p.warp_rows == 8;
   if (p.inputs % jointnas::kGroup || !strips || p.splits < 1 || p.tokens < 1 || p.rows < 1) return 1;
   if (p.splits > 1 && !(p.partial && p.locks)) return 1;

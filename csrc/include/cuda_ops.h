@@ -7,8 +7,8 @@ extern "C" {
 // Element type codes of activations, scales and outputs.
 enum { JN_F16 = 0, JN_BF16 = 1, JN_F32 = 2 };
 
-// y[M, O] = x_hat @ (q * scale)^T for few tokens; weights streamed once (lowbit_stream.cu).
-struct JnStreamArgs {
+// y[M, O] = x_hat @ (q * scale)^T, groups of 128 inputs.
+struct JnLowbitArgs {
   const void* weight;         // tiled layout of ops/pack.py: [tiles, groups, bits/2, 32, 4] int32
   const void* scale;          // [groups, 16 * tiles], rows g and g + 8 of a tile adjacent; dtype
   const void* x;              // [M, I] dtype, or int8 as written by jn_act_quant_pack
@@ -19,12 +19,15 @@ struct JnStreamArgs {
   int* locks;                 // [row blocks * token blocks], zero before and after, if splits > 1
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
-  int token_tiles;            // 8-token tiles per pass: 1, 2 or 4
-  int warp_rows;              // 64-row strips per block: 1, 2, 4 or 8
+  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile)
+  int warp_rows;              // stream: 64-row strips per block: 1, 2, 4 or 8
   int splits;                 // blocks along the inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
 };
-int jn_lowbit_stream(const JnStreamArgs* args, void* stream);
+// Few tokens: each warp streams weights of its own, once (lowbit_stream.cu).
+int jn_lowbit_stream(const JnLowbitArgs* args, void* stream);
+// Many tokens: blocks of 128 rows x 64 or 128 tokens (lowbit_tile.cu).
+int jn_lowbit_tile(const JnLowbitArgs* args, void* stream);
 
 // Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) to int8 in the order the kernels read.
 // symmetric: 0 or 1. Writes a[M, I], scale[M] (the rounded scale, as fp32) and zero[M].

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.pack import TILE_INPUTS, TILE_ROWS, tile_scale, tile_weight
+from jointnas_kernels.ops.pack import TILE_INPUTS, tile_scale, tile_weight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
 BLOCK_WARPS = 8
-STREAM_TOKENS = 64  # up to here the weights' bytes dominate
+STREAM_TOKENS = 32  # up to here the streaming kernel, beyond it the tiled one
+LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
+BLOCK_ROWS = 128  # of the tiled kernel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,22 @@ def stream_plan(tokens: int, rows: int, inputs: int, sms: int) -> StreamPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class TilePlan:
+    """How lowbit_tile splits the work: 8-token tiles per block (8 or 16), blocks along the inputs."""
+
+    token_tiles: int
+    splits: int
+
+
+def tile_plan(tokens: int, rows: int, inputs: int, sms: int) -> TilePlan:
+    """64-token blocks until 128-token blocks fill the chip; splits only while they fit one wave."""
+    row_blocks = -(-rows // BLOCK_ROWS)
+    token_tiles = 16 if row_blocks * -(-tokens // 128) >= sms else 8
+    blocks = row_blocks * -(-tokens // (8 * token_tiles))
+    return TilePlan(token_tiles, max(1, min(sms // blocks, inputs // TILE_INPUTS // 4)))
+
+
+@dataclasses.dataclass(frozen=True)
 class CudaWeight:
     """Weights in the kernels' layout. One instance must not be used on two streams at once (``locks``)."""
 
@@ -68,7 +86,7 @@ class CudaWeight:
                 f"the CUDA kernels take groups of {TILE_INPUTS} inputs; got weights {(rows, inputs)} with scales "
                 f"{tuple(scale.shape)}"
             )
-        locks = torch.zeros(max(64, -(-rows // TILE_ROWS)), dtype=torch.int32, device=packed.device)
+        locks = torch.zeros(LOCKS, dtype=torch.int32, device=packed.device)
         return CudaWeight(tile_weight(packed, bits), tile_scale(scale), locks, bits, rows, inputs)
 
     @property
@@ -103,25 +121,37 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor
     return a, scale, zero
 
 
+def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None, token_tiles: int,
+        warp_rows: int, splits: int, early: bool) -> Tensor:
+    """Launch ``lowbit_stream`` or ``lowbit_tile``: y [M, O]."""
+    tokens = x.shape[0]
+    y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=x.device)
+    partial = torch.empty(splits, tokens, weight.rows, dtype=torch.float32, device=x.device) if splits > 1 else None
+    act_scale, act_zero = activation if activation is not None else (None, None)
+    pointers = [0 if t is None else t.data_ptr()
+                for t in (weight.weight, weight.scale, x, act_scale, act_zero, y, partial, weight.locks)]
+    code = getattr(_ext.load(cuda=True), kernel)(
+        *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], token_tiles, warp_rows,
+        splits, int(early), current_stream(x))
+    check_launch(code, kernel)
+    return y
+
+
 def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
            plan: StreamPlan | None = None, early: bool = False) -> Tensor:
     """y [M, O] for few tokens. ``activation``: (scale, zero) of an ``x`` from :func:`quantize_pack`.
 
     ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90): not when that wrote them.
     """
-    tokens = x.shape[0]
-    if plan is None:
-        plan = stream_plan(tokens, weight.rows, weight.inputs, multiprocessors(x))
-    y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=x.device)
-    partial = torch.empty(plan.splits, tokens, weight.rows, device=x.device) if plan.splits > 1 else None
-    act_scale, act_zero = activation if activation is not None else (None, None)
-    pointers = [0 if t is None else t.data_ptr()
-                for t in (weight.weight, weight.scale, x, act_scale, act_zero, y, partial, weight.locks)]
-    code = _ext.load(cuda=True).lowbit_stream(
-        *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], plan.token_tiles,
-        plan.warp_rows, plan.splits, int(early), current_stream(x))
-    check_launch(code, "lowbit_stream")
-    return y
+    p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
+    return run("lowbit_stream", x, weight, activation, p.token_tiles, p.warp_rows, p.splits, early)
+
+
+def tile(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
+         plan: TilePlan | None = None) -> Tensor:
+    """y [M, O] for many tokens."""
+    p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
+    return run("lowbit_tile", x, weight, activation, p.token_tiles, 1, p.splits, False)
 
 
 def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = False) -> Tensor:
@@ -131,9 +161,10 @@ def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = Fa
     flat = x.reshape(-1, weight.inputs).contiguous()
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.rows)
+    kernel = stream if flat.shape[0] <= STREAM_TOKENS else tile
     if a_bits == 16:
-        y = stream(flat, weight)
+        y = kernel(flat, weight)
     else:
         a, scale, zero = quantize_pack(flat, a_bits, symmetric)
-        y = stream(a, weight, (scale, zero))
+        y = kernel(a, weight, (scale, zero))
     return y.view(*x.shape[:-1], weight.rows)

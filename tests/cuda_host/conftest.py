@@ -18,7 +18,7 @@ import pytest
 from jointnas_kernels.ops import lowbit_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["lowbit_stream.cu", "act_quant_pack.cu"]
+SOURCES = ["lowbit_stream.cu", "lowbit_tile.cu", "act_quant_pack.cu"]
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 
 
@@ -27,7 +27,7 @@ def structure(pointers: str, integers: str) -> type[ctypes.Structure]:
     return type("Args", (ctypes.Structure,), {"_fields_": fields})
 
 
-STREAM = structure(
+LOWBIT = structure(
     "weight scale x act_scale act_zero y partial locks",
     "tokens rows inputs w_bits dtype token_tiles warp_rows splits early",
 )
@@ -52,7 +52,8 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(
         has_cuda=True,
         act_quant_pack=c.jn_act_quant_pack,
-        lowbit_stream=with_struct(c.jn_lowbit_stream, STREAM),
+        lowbit_stream=with_struct(c.jn_lowbit_stream, LOWBIT),
+        lowbit_tile=with_struct(c.jn_lowbit_tile, LOWBIT),
     )
 
 

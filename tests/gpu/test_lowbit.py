@@ -17,7 +17,10 @@ pytestmark = [
 ]
 DTYPES = [torch.float16, torch.bfloat16]
 # (tokens, rows, inputs): token counts off every tile, rows off 16 and 64, one and many groups
-SHAPES = [(1, 1, 128), (3, 80, 1280), (17, 200, 512), (63, 1000, 1152), (8, 4096, 4096), (16, 33, 8192)]
+SHAPES = [
+    *[(1, 1, 128), (3, 80, 1280), (17, 200, 512), (63, 1000, 1152)],
+    *[(8, 4096, 4096), (16, 33, 8192), (65, 129, 2048), (300, 1000, 4096)],
+]
 
 
 def make(rows: int, inputs: int, bits: int, dtype: torch.dtype, device: torch.device):
@@ -57,6 +60,26 @@ def test_stream_plans(plan, early, dtype, device):
     for _ in range(20):  # the order of the final sum is fixed
         again = lowbit_cuda.stream(x, weight, plan=lowbit_cuda.StreamPlan(*plan), early=early)
         assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize("plan", [(8, 1), (8, 3), (16, 1), (16, 4)], ids=str)
+def test_tile_plans(plan, w_bits, a_bits, dtype, device):
+    packed, scale = make(300, 2048, w_bits, dtype, device)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    x = torch.randn(133, 2048, device=device).to(dtype)
+    operand, activation = x, None
+    target = x.double()
+    if a_bits < 16:
+        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+        activation = (s, z)
+        a, sx, zx = quantize_tokens(x, a_bits)
+        target = (a.double() - zx.double()) * sx.double()
+    y = lowbit_cuda.tile(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
+    assert_close(y, reference(target, packed, scale, w_bits, 16, 128, False))
+    assert not weight.locks.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

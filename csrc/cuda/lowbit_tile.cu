@@ -1,0 +1,245 @@
+// Low-bit GEMM for many tokens: blocks of 128 rows x 64 or 128 tokens, one group of 128 inputs per step, cp.async ring.
+//
+// As in lowbit_stream.cu the weights are the A operand, dequantised in registers, and the tensor cores sum one group at
+// a time before the scale is applied in fp32. Eight warps: 4 along the rows (2 tiles each) x 2 along the tokens, so a
+// weight is dequantised twice and a token fragment read from shared memory four times per block.
+#include <type_traits>
+
+#include "cuda_ops.h"
+#include "lowbit.cuh"
+#include "lowbit_finish.cuh"
+
+namespace jointnas {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlockTiles = 8;  // 128 rows
+constexpr int kWarpTiles = 2;
+constexpr int kSumPitch = kBlockTiles * kTileRows + 4;
+
+// NT: 8-token tiles per warp; a block has 2 * 8 * NT tokens. BYTES: of one activation.
+template <int BITS, int NT, int BYTES> struct Shape {
+  static constexpr int tokens = 16 * NT;
+  static constexpr int weight_bytes = kBlockTiles * BITS * 256;
+  static constexpr int scale_bytes = kBlockTiles * 32;
+  static constexpr int token_bytes = kGroup * BYTES;  // one token's group
+  static constexpr int stage_bytes = weight_bytes + scale_bytes + tokens * token_bytes;
+  static constexpr int fit = 160 * 1024 / stage_bytes;  // sm_80 has 163 KB
+  static constexpr int stages = fit > 4 ? 4 : fit;
+  static constexpr int ring = stages * stage_bytes, sums = tokens * kSumPitch * 4;
+  static constexpr int bytes = ring > sums ? ring : sums;
+};
+
+// Where 16-byte vector `v` of a token's group sits in shared memory: neighbouring tokens swap halves (16-bit) or
+// neighbours (8-bit), so that the 8 lanes of a phase (2 tokens x 4 vectors) hit all 32 banks.
+template <int BYTES> JN_HOST_DEVICE constexpr int swizzle(int token, int v) {
+  return BYTES == 2 ? v ^ (token % 2 * 4) : v ^ (token % 2);
+}
+
+template <class T, int BITS, int NT, bool QUANTIZED>
+__global__ void __launch_bounds__(kThreads, 1) tile_kernel(const JnLowbitArgs p) {
+  JN_DYNAMIC_SHARED(shared);
+  constexpr int bytes = QUANTIZED ? 1 : 2;
+  using S = Shape<BITS, NT, bytes>;
+  using Sum = std::conditional_t<QUANTIZED, int, float>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp_row = warp % 4 * kWarpTiles, warp_token = warp / 4 * NT * 8;
+  const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
+  const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * S::tokens;
+  const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
+  const char* weight = static_cast<const char*>(p.weight);
+  const T* scale = static_cast<const T*>(p.scale);
+  const char* x = static_cast<const char*>(p.x);
+
+  auto fetch = [&](int group, int stage) {
+    unsigned char* dst = shared + stage * S::stage_bytes;
+    if (group < end) {
+      constexpr int per_tile = BITS * 16;  // vectors
+#pragma unroll
+      for (int i = threadIdx.x; i < kBlockTiles * per_tile; i += kThreads) {
+        const int tile = first_tile + i / per_tile;
+        const bool valid = tile < tiles;
+        ptx::cp_async16(dst + i * 16, weight + ((size_t(valid ? tile : 0) * groups + group) * per_tile + i % per_tile) * 16,
+                        valid);
+      }
+      dst += S::weight_bytes;
+      if (threadIdx.x < S::scale_bytes / 16) {
+        const bool valid = first_tile + static_cast<int>(threadIdx.x) / 2 < tiles;
+        const size_t at = (size_t(group) * tiles + first_tile) * kTileRows + threadIdx.x * 8;
+        ptx::cp_async16(dst + threadIdx.x * 16, scale + (valid ? at : 0), valid);
+      }
+      dst += S::scale_bytes;
+      constexpr int per_token = S::token_bytes / 16;
+#pragma unroll
+      for (int i = threadIdx.x; i < S::tokens * per_token; i += kThreads) {
+        const int token = i / per_token, v = i % per_token;
+        const bool valid = first_token + token < p.tokens;
+        const char* src = x + (size_t(valid ? first_token + token : 0) * p.inputs + group * kGroup) * bytes + v * 16;
+        ptx::cp_async16(dst + (token * per_token + swizzle<bytes>(token, v)) * 16, src, valid);
+      }
+    }
+    ptx::cp_async_commit();
+  };
+
+  ptx::launch_dependents();
+  ptx::wait_dependencies();
+#pragma unroll
+  for (int s = 0; s < S::stages - 1; ++s) fetch(begin + s, s);
+
+  int zero[NT][2] = {};
+  if constexpr (QUANTIZED) {
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int token = first_token + warp_token + 8 * n + 2 * t + c;
+        zero[n][c] = token < p.tokens ? p.act_zero[token] : 0;
+      }
+  }
+  float acc[kWarpTiles][NT][4] = {};
+  int stage = 0;
+  for (int group = begin; group < end; ++group) {
+    ptx::cp_async_wait<S::stages - 2>();
+    ptx::sync_threads();
+    fetch(group + S::stages - 1, (stage + S::stages - 1) % S::stages);
+    const unsigned char* src = shared + stage * S::stage_bytes;
+    const unsigned char* tokens = src + S::weight_bytes + S::scale_bytes;
+
+    Sum sum[kWarpTiles][NT][4] = {};
+    int ones[kWarpTiles][4] = {};
+    uint32_t w[kWarpTiles][4];  // the vector in use
+    auto read = [&](int vector) {
+#pragma unroll
+      for (int r = 0; r < kWarpTiles; ++r) {
+        const Vec4 u = *reinterpret_cast<const Vec4*>(src + (warp_row + r) * BITS * 256 + (vector * 32 + lane) * 16);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[r][j] = u.w[j];
+      }
+    };
+    constexpr int per_word = 8 / BITS;
+    if constexpr (QUANTIZED) {
+      auto step = [&](auto index) {  // 32 inputs: fields 4I .. 4I + 3
+        constexpr int I = decltype(index)::value, f = 4 * I, word = f / per_word;
+        if constexpr (word % 4 == 0 && f % per_word == 0) read(word / 4);
+        uint32_t a[kWarpTiles][4];
+#pragma unroll
+        for (int r = 0; r < kWarpTiles; ++r) {
+          a[r][0] = spread<BITS, f % per_word>(w[r][f / per_word % 4]);
+          a[r][1] = spread<BITS, (f + 1) % per_word>(w[r][(f + 1) / per_word % 4]);
+          a[r][2] = spread<BITS, (f + 2) % per_word>(w[r][(f + 2) / per_word % 4]);
+          a[r][3] = spread<BITS, (f + 3) % per_word>(w[r][(f + 3) / per_word % 4]);
+          ptx::mma_m16n8k32_s8(ones[r], a[r], 0x01010101u, 0x01010101u);  // row sums, for the zero points
+        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const int token = warp_token + 8 * n + g;
+          const uint32_t* b = reinterpret_cast<const uint32_t*>(
+              tokens + (token * 8 + swizzle<1>(token, 2 * t + I / 2)) * 16 + I % 2 * 8);
+#pragma unroll
+          for (int r = 0; r < kWarpTiles; ++r) ptx::mma_m16n8k32_s8(sum[r][n], a[r], b[0], b[1]);
+        }
+      };
+      step(std::integral_constant<int, 0>{});
+      step(std::integral_constant<int, 1>{});
+      step(std::integral_constant<int, 2>{});
+      step(std::integral_constant<int, 3>{});
+    } else {
+      auto step = [&](auto index) {  // 32 inputs: fields 4I .. 4I + 3, two k16 products
+        constexpr int I = decltype(index)::value, f = 4 * I;
+        if constexpr (f / per_word % 4 == 0 && f % per_word == 0) read(f / per_word / 4);
+        uint32_t a[2][kWarpTiles][4];
+#pragma unroll
+        for (int r = 0; r < kWarpTiles; ++r) {
+          const uint32_t w0 = w[r][f / per_word % 4], w1 = w[r][(f + 1) / per_word % 4];
+          const uint32_t w2 = w[r][(f + 2) / per_word % 4], w3 = w[r][(f + 3) / per_word % 4];
+          a[0][r][0] = dequant<T, BITS, f % per_word, 0>(w0);
+          a[0][r][1] = dequant<T, BITS, (f + 1) % per_word, 0>(w1);
+          a[0][r][2] = dequant<T, BITS, f % per_word, 1>(w0);
+          a[0][r][3] = dequant<T, BITS, (f + 1) % per_word, 1>(w1);
+          a[1][r][0] = dequant<T, BITS, (f + 2) % per_word, 0>(w2);
+          a[1][r][1] = dequant<T, BITS, (f + 3) % per_word, 0>(w3);
+          a[1][r][2] = dequant<T, BITS, (f + 2) % per_word, 1>(w2);
+          a[1][r][3] = dequant<T, BITS, (f + 3) % per_word, 1>(w3);
+        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const int token = warp_token + 8 * n + g;
+          const Vec4 b = *reinterpret_cast<const Vec4*>(tokens + (token * 16 + swizzle<2>(token, 4 * I + t)) * 16);
+#pragma unroll
+          for (int r = 0; r < kWarpTiles; ++r) {
+            ptx::mma_m16n8k16<T>(sum[r][n], a[0][r], b.w[0], b.w[1]);
+            ptx::mma_m16n8k16<T>(sum[r][n], a[1][r], b.w[2], b.w[3]);
+          }
+        }
+      };
+      step(std::integral_constant<int, 0>{});
+      step(std::integral_constant<int, 1>{});
+      step(std::integral_constant<int, 2>{});
+      step(std::integral_constant<int, 3>{});
+    }
+#pragma unroll
+    for (int r = 0; r < kWarpTiles; ++r) {
+      const T* s = reinterpret_cast<const T*>(src + S::weight_bytes) + (warp_row + r) * kTileRows + 2 * g;
+      const float low = ptx::to_float(s[0]), high = ptx::to_float(s[1]);  // rows g, g + 8
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          Sum v = sum[r][n][c];
+          if constexpr (QUANTIZED) v -= zero[n][c % 2] * ones[r][c / 2 * 2];
+          acc[r][n][c] += static_cast<float>(v) * (c < 2 ? low : high);
+        }
+    }
+    stage = (stage + 1) % S::stages;
+  }
+
+  ptx::cp_async_wait<0>();
+  ptx::sync_threads();
+  float* sums = reinterpret_cast<float*>(shared);  // [token][row], so that stores to y are coalesced
+#pragma unroll
+  for (int r = 0; r < kWarpTiles; ++r)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        sums[(warp_token + 8 * n + 2 * t + c % 2) * kSumPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
+  ptx::sync_threads();
+  finish_block<T, QUANTIZED, BITS>(p, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, S::tokens,
+                                   shared, [&](int token, int row) { return sums[token * kSumPitch + row]; });
+}
+
+template <class T, int BITS, int NT, bool QUANTIZED> int run(const JnLowbitArgs& p, cudaStream_t stream) {
+  using S = Shape<BITS, NT, QUANTIZED ? 1 : 2>;
+  const int block_rows = kBlockTiles * kTileRows;
+  const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + S::tokens - 1) / S::tokens);
+  return launch(tile_kernel<T, BITS, NT, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, p.early != 0, p);
+}
+template <class T, int BITS, int NT> int run_quantized(const JnLowbitArgs& p, cudaStream_t stream) {
+  return p.act_scale ? run<T, BITS, NT, true>(p, stream) : run<T, BITS, NT, false>(p, stream);
+}
+template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {
+  if (p.token_tiles == 8) return run_quantized<T, BITS, 4>(p, stream);
+  if (p.token_tiles == 16) return run_quantized<T, BITS, 8>(p, stream);
+  return 1;  // cudaErrorInvalidValue
+}
+template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
+  switch (p.w_bits) {
+    case 2: return run_tokens<T, 2>(p, stream);
+    case 4: return run_tokens<T, 4>(p, stream);
+    case 8: return run_tokens<T, 8>(p, stream);
+    default: return 1;
+  }
+}
+
+}  // namespace
+}  // namespace jointnas
+
+int jn_lowbit_tile(const JnLowbitArgs* args, void* stream) {
+  const JnLowbitArgs& p = *args;
+  if (p.inputs % jointnas::kGroup || p.splits < 1 || p.tokens < 1 || p.rows < 1) return 1;
+  if (p.splits > 1 && !(p.partial && p.locks)) return 1;
+  auto s = static_cast<cudaStream_t>(stream);
+  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
+  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
+  return 1;
+}
