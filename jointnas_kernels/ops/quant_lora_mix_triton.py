@@ -121,7 +121,8 @@ def mix_forward_kernel(
             tl.reshape(x, [BLOCK, NG, G_PAD]), ratio, DIVISOR[p], INVERSE[p], REST[p], HIGH[p],
             dtype, NG, G_PAD, HAS_CLIP, EXACT,
         )  # fmt: skip
-        mixed += level * tl.expand_dims(tl.load(probs_ptr + p).to(tl.float32) * s, 2)
+        pi = tl.load(probs_ptr + p).to(tl.float32)
+        mixed = tl.fma(level, tl.broadcast_to(tl.expand_dims(pi * s, 2), mixed.shape), mixed)
     tl.store(out_ptr + at, tl.reshape(mixed, [BLOCK, NG * G_PAD]).to(dtype), mask=ok)
 
 
@@ -241,6 +242,25 @@ def tile_config(group_size: int, rank: int, width: int) -> dict[str, int]:
     }
 
 
+def hopper(tensor: Tensor) -> bool:
+    """Whether dot products go through wgmma: 64 rows per 4 warps, one row's groups inside one warp."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] >= 9
+
+
+def forward_config(group_columns: int, has_clip: bool, wgmma: bool) -> dict[str, int]:
+    """Rows per tile and warps; each pair compiles without spills (tests/aot)."""
+    if group_columns > 128:
+        return {"BLOCK": max(16, 4096 // group_columns), "num_warps": 4}
+    return {"BLOCK": 64 if wgmma and not has_clip else 32, "num_warps": 4}
+
+
+def backward_config(group_columns: int, epilogue_gemms: bool) -> dict[str, int]:
+    """Rows per tile and warps; the two extra products of the epilogue need registers."""
+    if group_columns > 128:
+        return {"BLOCK": 16, "num_warps": 8}
+    return {"BLOCK": 32, "num_warps": 8} if epilogue_gemms else {"BLOCK": 64, "num_warps": 4}
+
+
 def mix_forward_triton(
     weight: Tensor,
     lora_a: Tensor,
@@ -258,12 +278,12 @@ def mix_forward_triton(
     if out.numel() == 0:
         return out
     shape = tile_config(group_size, rank, 128)
-    block = 64 if shape["NG"] * shape["G_PAD"] <= 128 else 16
-    grid = (triton.cdiv(groups, shape["NG"]), triton.cdiv(o, block))
+    config = forward_config(shape["NG"] * shape["G_PAD"], clip is not None, hopper(weight))
+    grid = (triton.cdiv(groups, shape["NG"]), triton.cdiv(o, config["BLOCK"]))
     mix_forward_kernel[grid](
         weight, lora_a, lora_b, probs, weight if clip is None else clip.contiguous(), out,
-        scaling, o, i, rank, groups, P=len(bits), BLOCK=block, HAS_CLIP=clip is not None, EXACT=interpreting(),
-        num_warps=4, **shape, **bit_constants(bits),
+        scaling, o, i, rank, groups, P=len(bits), HAS_CLIP=clip is not None, EXACT=interpreting(),
+        **config, **shape, **bit_constants(bits),
     )  # fmt: skip
     return out
 
@@ -293,16 +313,16 @@ def mix_backward_triton(
     db = new(lora_b.shape, dtype=torch.float32) if want_lora else no_grad_slot(weight)
     dclip = torch.empty_like(clip) if want_clip and clip is not None else no_grad_slot(weight)
     shape = tile_config(group_size, rank, 128)
-    block = 64 if shape["NG"] * shape["G_PAD"] <= 128 else 16
-    programs = triton.cdiv(groups, shape["NG"]) * triton.cdiv(o, block)
+    config = backward_config(shape["NG"] * shape["G_PAD"], want_lora or want_clip)
+    programs = triton.cdiv(groups, shape["NG"]) * triton.cdiv(o, config["BLOCK"])
     dprobs = torch.empty(p, programs, dtype=torch.float32, device=weight.device) if want_probs else no_grad_slot(weight)
     if programs:
         mix_backward_kernel[(programs,)](
             grad, grad if x is None else x, weight, lora_a, lora_b, probs, weight if clip is None else clip,
             da, db, dprobs, dclip, scaling, 0 if x is None else x.shape[0], o, i, rank, groups,
-            P=p, BLOCK=block, BLOCK_T=64, STAGES=3, HAS_CLIP=clip is not None, EXACT=interpreting(), DENSE=x is None,
+            P=p, BLOCK_T=64, STAGES=3, HAS_CLIP=clip is not None, EXACT=interpreting(), DENSE=x is None,
             CLIP_STE=ste == "clip", WANT_LORA=want_lora, WANT_PROBS=want_probs, WANT_CLIP=want_clip,
-            num_warps=4, **shape, **bit_constants(bits),
+            **config, **shape, **bit_constants(bits),
         )  # fmt: skip
     return (
         da.to(lora_a.dtype) if want_lora else da,

@@ -1,0 +1,167 @@
+"""The quantizer ops on the device: levels bit for bit, values, gradients; odd sizes, poisoned outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from jointnas_kernels.ops.act_quant_mix import act_quant_mix, act_quant_mix_reference
+from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight, fake_quant_weight_reference
+from jointnas_kernels.ops.quant_lora_linear import quant_lora_linear
+from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix, quant_lora_mix_reference
+from jointnas_kernels.testing import assert_close
+
+pytestmark = pytest.mark.usefixtures("poison")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BITS = (2, 4, 8)
+# (rows, inputs, rank, group): tile-sized, odd rows, groups that are no power of two, groups wider than a tile
+SHAPES = [
+    *((256, 512, 32, 128), (65, 384, 32, 128), (1, 128, 1, 128)),
+    *((33, 160, 5, 32), (17, 96, 4, 48), (40, 768, 8, 256)),
+]
+
+
+def make(shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Random inputs on a coarse grid, so that W + B'A is exact in fp32 in any order of summation.
+
+    Then all implementations see the same numbers, and every level can be compared: without that, a difference in the
+    last bit moves the extreme weight of a group, which lies on a tie by construction, by a whole level. The grid also
+    makes more ties, and one group is all zeros.
+    """
+    o, i, r, g = shape
+    weight = (torch.randn(o, i, device=device) * 256).round() / 256
+    weight[: o // 2] = (weight[: o // 2] * 8).round() / 8
+    weight[-1, :g] = 0
+    b = torch.randint(-8, 9, (3, o, r), device=device) / 32
+    b[:, -1] = 0
+    return {
+        "weight": weight.to(dtype),
+        "lora_a": (torch.randint(-8, 9, (3, r, i), device=device) / 16).to(dtype),
+        "lora_b": b.to(dtype),
+        "probs": torch.tensor([0.2, 0.3, 0.5], device=device),
+        "clip": torch.rand(3, o, i // g, device=device) * 0.5 + 0.5,
+    }
+
+
+def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 copies for the eager reference, which then differs only by the final rounding of W~."""
+    return {k: v.detach().float().requires_grad_(v.requires_grad) for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("with_clip", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mix_levels_are_exact(shape, with_clip, dtype, device):
+    """One precision on: every level equals the reference's true division and rounding."""
+    t = make(shape, dtype, device)
+    clip = t["clip"] if with_clip else None
+    for p in range(3):
+        probs = torch.eye(3, device=device)[p]
+        args = (t["weight"], t["lora_a"], t["lora_b"], 0.5, BITS, probs, shape[3], clip)
+        assert torch.equal(quant_lora_mix(*args, backend="triton"), quant_lora_mix(*args, backend="reference"))
+        args = (t["weight"], t["lora_a"], t["lora_b"] * 0, 0.5, BITS, probs, shape[3], clip)
+        ratio = None if clip is None else clip[p]
+        fake = fake_quant_weight(t["weight"], BITS[p], shape[3], True, ratio, backend="triton")
+        assert torch.equal(fake, quant_lora_mix(*args, backend="reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("with_clip", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
+    """Any LoRA, against fp64. A few scales round the other way and move single levels: hence the wide tolerance."""
+    t = make(shape, dtype, device)
+    t["lora_a"], t["lora_b"] = (torch.randn_like(t[n]) * 0.2 for n in ("lora_a", "lora_b"))
+    clip = t.pop("clip") if with_clip else None
+    out = quant_lora_mix(scaling=0.7, bits=BITS, group_size=shape[3], clip=clip, backend="triton", **t)
+    b = (t["lora_b"].float() * 0.7).to(dtype)  # scaling · B is rounded to the weight's dtype
+    wide = {k: v.double() for k, v in (t | {"lora_b": b}).items()}
+    wide["clip"] = None if clip is None else clip.double()
+    ref = quant_lora_mix_reference(scaling=1.0, bits=BITS, group_size=shape[3], scale_dtype=dtype, **wide)
+    assert_close(out, ref, 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ste", ["identity", "clip"])
+@pytest.mark.parametrize("mode", ["weight", "arch", "full"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_linear_gradients(tokens, shape, mode, ste, dtype, device):
+    o, i, _, g = shape
+    t = make(shape, dtype, device)
+    t["x"] = torch.randn(tokens, i, device=device).to(dtype)
+    names = ["x"]
+    names += ["lora_a", "lora_b"] if mode != "arch" else []
+    names += ["probs"] if mode != "weight" else []
+    names += ["clip"] if mode != "arch" and ste == "clip" else []
+    for name in names:
+        t[name].requires_grad_()
+    y = quant_lora_linear(scaling=0.5, bits=BITS, group_size=g, ste=ste, mode=mode, backend="triton", **t)
+    wide = widened(t)
+    x32 = wide.pop("x")
+    mixed = quant_lora_mix_reference(scaling=0.5, bits=BITS, group_size=g, ste=ste, scale_dtype=dtype, **wide)
+    expected = x32 @ mixed.T
+    # W~ is rounded to the model dtype before the product, as any stored weight is; so is dW where LoRA reads it.
+    tol = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
+    assert_close(y, expected, tol, "y")
+    grad = torch.randn(tokens, o, device=device).to(dtype)
+    got = torch.autograd.grad(y, [t[n] for n in names], grad)
+    ref = torch.autograd.grad(expected, [x32 if n == "x" else wide[n] for n in names], grad.float())
+    for name, a, b in zip(names, got, ref, strict=True):
+        assert_close(a, b, tol, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ste", ["identity", "clip"])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_mix_gradients_of_a_given_weight_gradient(shape, ste, dtype, device):
+    t = make(shape, dtype, device)
+    names = ["lora_a", "lora_b", "probs"] + (["clip"] if ste == "clip" else [])
+    for name in names:
+        t[name].requires_grad_()
+    out = quant_lora_mix(scaling=0.5, bits=BITS, group_size=shape[3], ste=ste, backend="triton", **t)
+    wide = widened(t)
+    ref = quant_lora_mix_reference(scaling=0.5, bits=BITS, group_size=shape[3], ste=ste, scale_dtype=dtype, **wide)
+    grad = torch.randn_like(out)
+    got = torch.autograd.grad(out, [t[n] for n in names], grad)
+    expected = torch.autograd.grad(ref, [wide[n] for n in names], grad.float())
+    for name, a, b in zip(names, got, expected, strict=True):
+        assert_close(a, b, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fake_quant_gradients(symmetric, dtype, device):
+    weight = torch.randn(37, 384, device=device).to(dtype).requires_grad_()
+    clip = (torch.rand(37, 3, device=device) * 0.5 + 0.5).requires_grad_()
+    for bits in BITS:
+        out = fake_quant_weight(weight, bits, 128, symmetric, clip, "clip", backend="triton")
+        ref = fake_quant_weight_reference(weight, bits, 128, symmetric, clip, "clip")
+        assert torch.equal(out, ref)
+        grad = torch.randn_like(out)
+        got, expected = (torch.autograd.grad(y, (weight, clip), grad) for y in (out, ref))
+        for a, b in zip(got, expected, strict=True):
+            assert_close(a, b, 1e-5 if a.dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("shape", [(3, 1), (5, 17), (2, 3, 64), (300, 129), (9, 4096), (3, 14336)], ids=str)
+def test_act_levels_and_gradients(shape, symmetric, dtype, device):
+    x = (torch.randn(shape) * torch.rand((*shape[:-1], 1)) * 3).to(dtype)
+    x[0], x[-1] = 0, x[-1].abs()
+    mask = torch.rand(shape[-1])
+    for q, bits in enumerate((2, 4, 8, 16)):  # one-hot: the CPU reference is what compressed-tensors executes
+        probs = torch.eye(4)[q]
+        expected = act_quant_mix_reference(x, (2, 4, 8, 16), probs, symmetric, mask)
+        got = act_quant_mix(x.to(device), (2, 4, 8, 16), probs.to(device), symmetric, mask.to(device), backend="triton")
+        assert torch.equal(got.cpu(), expected), f"{bits} bits"
+    leaves = [t.to(device).requires_grad_() for t in (x, torch.rand(4), mask)]
+    out = act_quant_mix(leaves[0], (2, 4, 8, 16), leaves[1], symmetric, leaves[2], backend="triton")
+    ref = act_quant_mix_reference(leaves[0], (2, 4, 8, 16), leaves[1], symmetric, leaves[2])
+    assert_close(out, ref)
+    grad = torch.randn_like(out)
+    got, expected = (torch.autograd.grad(y, leaves, grad) for y in (out, ref))
+    for name, a, b in zip(("x", "probs", "mask"), got, expected, strict=True):
+        assert_close(a, b, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], name)
