@@ -66,7 +66,7 @@ class Bench:
         if self.tiny:
             tiny = {"hidden": (128, 256), "heads": (2, 4), "head_dim": (32, 64), "intermediate": (256, 512)}
             bits = {"weight_bits": (2, 4, 8), "act_bits": (2, 4, 8, 16)} if name == "qllama3" else {}
-            return SearchSpace(blocks=depths, **tiny, **bits)  # type: ignore[arg-type]
+            return SearchSpace.from_dict({"blocks": depths, **tiny, **bits})
         return dataclasses.replace(SearchSpace.named(name), blocks=depths)
 
     def supernet(self, name: str, lora_dtype: torch.dtype, backend: str | None = None) -> hf.Supernet:

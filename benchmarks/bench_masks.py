@@ -1,0 +1,196 @@
+"""The paper's Fig. 3: time and memory of a search iteration over growing search spaces, by how weights are mixed.
+
+    python -m benchmarks.bench_masks [--device cuda|cpu] [--layers N] [--spaces 1,2,...]
+
+One iteration is one weight step plus one arch step (forward, loss, backward; no optimizer), batch 8 x 128 tokens, on
+Llama-3.1-8B's shapes with random weights: the full model on a GPU, one block on a CPU. Contenders (see models.py): loop
+(TangleNAS style), masks (the paper's Eq. 9 as worded), gemv and shared (the best stored-mask implementations found),
+ours (the supernet of this package), and plain PEFT LoRA, whose iteration is two LoRA steps. ``memory`` is what a
+contender keeps beyond the model and its LoRA (stored masks) plus its peak in a step beyond the LoRA step's peak.
+
+Before timing, loop, masks and gemv must agree with the factored form, in loss and gradients, on a small model in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import models
+from benchmarks.harness import Recorder, Timing, arguments, free, gate, guarded, peak_memory, time_interleaved
+from jointnas_kernels import hf
+from jointnas_kernels.space import SearchSpace
+
+# growing parts of Llama3Space; the fourth is the whole of it (15,360 candidates with 32 depths), the fifth goes beyond
+SPACES: list[dict[str, tuple[int, ...]]] = [
+    {"hidden": (2048, 4096), "heads": (32,), "head_dim": (128,), "intermediate": (8192, 14336)},
+    {"hidden": (1024, 2048, 4096), "heads": (16, 32), "head_dim": (64, 128), "intermediate": (8192, 14336)},
+    {
+        **{"hidden": (256, 512, 1024, 2048, 4096), "heads": (16, 32), "head_dim": (32, 64, 128)},
+        "intermediate": (8192, 12288, 14336),
+    },
+    {
+        **{"hidden": tuple(2**i for i in range(5, 13)), "heads": (8, 16, 32), "head_dim": (8, 16, 32, 64, 128)},
+        "intermediate": (4096, 8192, 12288, 14336),
+    },
+    {
+        **{"hidden": (64, 128, 256, 768, *range(512, 4097, 512)), "heads": (8, 16, 32)},
+        **{"head_dim": (8, 16, 32, 64, 128), "intermediate": tuple(range(2048, 14337, 2048))},
+    },
+]
+TINY: list[dict[str, tuple[int, ...]]] = [
+    {"hidden": (128, 256), "heads": (4,), "head_dim": (64,), "intermediate": (256, 512)},
+    {"hidden": (64, 128, 256), "heads": (2, 4), "head_dim": (32, 64), "intermediate": (128, 256, 512)},
+]
+PEERS = ("loop", "masks", "gemv", "shared")
+Step = Callable[[], Any]
+
+
+def candidates(space: dict[str, tuple[int, ...]], depths: int) -> int:
+    return math.prod(len(v) for v in space.values()) * depths
+
+
+def check_variants() -> None:
+    """loop = masks = gemv = shared = factored on a small model in fp32, loss and all gradients."""
+    config = models.llama_tiny(layers=2)
+    base = models.build_llama(config, "cpu", torch.float32)
+    ids = models.random_tokens(config, 2, 16, "cpu")
+
+    def result(variant: str) -> Tensor:
+        torch.manual_seed(0)
+        net = models.PlainSupernet(base, TINY[-1], variant)
+        found = []
+        for mode in ("weight", "arch"):
+            parameters = net.mode(mode)
+            loss = net(ids)
+            found += [loss.detach().view(1), *(g.flatten() for g in torch.autograd.grad(loss, parameters))]
+        return torch.cat(found)
+
+    exact = result("factored")
+    for variant in PEERS:
+        gate(variant, {"loss and gradients": (result(variant), exact)}, 1e-4)
+
+
+def backward_step(loss: Callable[[], Tensor], parameters: list[Any]) -> Step:
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss().backward()
+
+    return step
+
+
+class Masks:
+    """Everything the contenders share."""
+
+    def __init__(self, args: argparse.Namespace, rec: Recorder) -> None:
+        self.args, self.rec, self.device = args, rec, args.device
+        layers = args.layers or (32 if args.device == "cuda" else 1)
+        vocab = 128256 if args.device == "cuda" else 256
+        self.config = models.llama_tiny() if args.tiny else models.llama_8b(layers, vocab)
+        self.dtype = torch.float32 if args.dtype == "fp32" else torch.bfloat16
+        self.base = models.build_llama(self.config, self.device, self.dtype)
+        batch, tokens = (2, 16) if args.tiny else (args.batch, args.tokens)
+        self.ids = models.random_tokens(self.config, batch, tokens, self.device)
+        lora: Any = models.peft_lora(
+            models.build_llama(self.config, self.device, self.dtype, like=self.base), 0.0, False
+        )
+        parameters = [p for p in lora.parameters() if p.requires_grad]
+        self.lora = backward_step(lambda: lora(input_ids=self.ids, labels=self.ids).loss, parameters)
+        self.lora()
+        self.lora_peak = peak_memory(self.lora, self.device)
+
+    def contender(self, name: str, space: dict[str, tuple[int, ...]]) -> tuple[dict[str, Step], int]:
+        """{mode: step} and the bytes it keeps beyond the model and LoRA."""
+        if name == "ours":
+            depths = tuple(range(1, self.config.num_hidden_layers + 1))
+            model = models.build_llama(self.config, self.device, self.dtype, like=self.base)
+            net = hf.convert(model, SearchSpace.from_dict({"blocks": depths, **space}), lora_dtype=self.dtype)
+            with torch.no_grad():
+                net.arch.logits["blocks"][-1] = 60.0  # every draw keeps all blocks
+
+            def loss(mode: str) -> Tensor:
+                net.mode(mode)
+                net.draw()
+                return net(self.ids, labels=self.ids).loss
+
+            owned = {"weight": net.mode("weight").lora_parameters(), "arch": net.arch_parameters()}
+            return {m: backward_step(lambda m=m: loss(m), p) for m, p in owned.items()}, 0  # type: ignore[misc]
+        plain = models.PlainSupernet(self.base, space, name)
+        steps = {}
+        for mode in ("weight", "arch"):
+
+            def switched(mode: str = mode) -> Tensor:
+                plain.mode(mode)
+                return plain(self.ids)
+
+            steps[mode] = backward_step(switched, plain.mode(mode))
+        return steps, plain.stored_bytes()
+
+    def space(self, space: dict[str, tuple[int, ...]]) -> None:
+        """All contenders at one space. The slow ones get fewer rounds; each is timed beside LoRA and ours."""
+        count = candidates(space, 32 if not self.args.tiny else 2)
+        self.run("ours", space, count, rounds=10)
+        for name in self.args.variants.split(","):
+            try:
+                self.run(name, space, count, rounds=3)
+            except (torch.OutOfMemoryError, RuntimeError):
+                print(f"FAILED {name} at {count} candidates", flush=True)
+                traceback.print_exc(limit=3)
+            free(self.device)
+
+    def run(self, name: str, space: dict[str, tuple[int, ...]], count: int, rounds: int) -> None:
+        steps, stored = self.contender(name, space)
+        peaks = {}
+        for mode, step in steps.items():
+            step()
+            peaks[mode] = peak_memory(step, self.device)
+        contenders = {"PEFT LoRA": self.lora, **steps}
+        times = time_interleaved(contenders, 2 if self.args.tiny else rounds, 1, self.device, self.args.budget)
+        lora = times["PEFT LoRA"]
+        whole = Timing(
+            *(getattr(times["weight"], k) + getattr(times["arch"], k) for k in ("median", "p10", "p90", "n"))
+        )
+        peak = max(peaks.values())
+        extra = {
+            "weight": times["weight"].median,
+            "arch": times["arch"].median,
+            "lora": 2 * lora.median,
+            "ratio": whole.median / (2 * lora.median),
+            "stored": stored,
+            "peak": peak,
+            "memory": stored + max(0, peak - self.lora_peak),
+            "lora_peak": self.lora_peak,
+        }
+        shape = {"layers": self.config.num_hidden_layers, "batch": self.ids.shape[0], "tokens": self.ids.shape[1]}
+        dtype = str(self.dtype).removeprefix("torch.")
+        self.rec.row(name, whole, "s", extra, candidates=count, dtype=dtype, **shape)
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter))
+    parser.add_argument("--layers", type=int, default=None, help="blocks (default: 32 on a GPU, 1 on a CPU)")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
+    parser.add_argument("--spaces", default="4,1,2,3,5", help="which of the growing spaces, in this order")
+    parser.add_argument("--variants", default=",".join(PEERS))
+    parser.add_argument("--budget", type=float, default=40, help="seconds of timed rounds per contender")
+    args = parser.parse_args(argv)
+    check_variants()
+    rec = Recorder("masks", args.device, args.out, args.commit)
+    bench = Masks(args, rec)
+    spaces = TINY if args.tiny else [SPACES[int(n) - 1] for n in args.spaces.split(",")]
+    for space in spaces:
+        guarded(f"space {space}", lambda: bench.space(space))  # noqa: B023
+    return rec.rows
+
+
+if __name__ == "__main__":
+    main()
