@@ -73,7 +73,8 @@ def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
     """Any LoRA, against fp64. A few scales round the other way and move single levels: hence the wide tolerance."""
     t = make(shape, dtype, device)
     t["lora_a"], t["lora_b"] = (torch.randn_like(t[n]) * 0.2 for n in ("lora_a", "lora_b"))
-    clip = t.pop("clip") if with_clip else None
+    ratios = t.pop("clip")
+    clip = ratios if with_clip else None
     out = quant_lora_mix(scaling=0.7, bits=BITS, group_size=shape[3], clip=clip, backend="triton", **t)
     b = (t["lora_b"].float() * 0.7).to(dtype)  # scaling · B is rounded to the weight's dtype
     wide = {k: v.double() for k, v in (t | {"lora_b": b}).items()}
