@@ -8,7 +8,6 @@ A table adds up operations; a model also spends time between them (module calls,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,17 +34,6 @@ class BackendLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x.reshape(-1, self.spec.k)).view(*x.shape[:-1], self.spec.n)
-
-
-def choice_config(config: Any, choice: Choice) -> Any:
-    """The transformers config of a choice's extracted model."""
-    small = copy.deepcopy(config)
-    small.hidden_size, small.num_attention_heads = choice.hidden, choice.heads
-    small.head_dim, small.intermediate_size = choice.head_dim, choice.intermediate
-    small.num_hidden_layers = choice.blocks
-    if getattr(small, "layer_types", None):
-        small.layer_types = list(small.layer_types)[: choice.blocks]
-    return small
 
 
 def deploy(
@@ -128,6 +116,8 @@ def calibrate(
     """
     from transformers import LlamaForCausalLM  # late: reading tables needs no transformers
 
+    from jointnas_kernels.hf import subnet_config
+
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
     if isinstance(choices, int):
@@ -137,7 +127,7 @@ def calibrate(
     for choice in choices:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(choice_config(config, choice))
+            model = LlamaForCausalLM(subnet_config(config, choice))
         nn.Module.to(model, device, getattr(torch, table.workload.dtype))
         deploy(model, choice, space, plain)
         _, median, _ = measure_model(

@@ -1,4 +1,4 @@
-"""One configuration schema: filled by YAML files and `--a.b=c`, unknown keys are errors, saved resolved with the run."""
+"""One configuration schema: filled by YAML files and `--a.b=c`, no unknown keys, saved resolved with the run."""
 
 from __future__ import annotations
 
@@ -120,7 +120,8 @@ class SearchConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Distillation of the found model from the original: kd · KL(original || model) + (1 - kd) · cross-entropy."""
+    """Distillation of the found model from the original, all weights trained through the quantizers:
+    kd · KL(original || model) + (1 - kd) · cross-entropy."""
 
     steps: int = Field(default=1000, ge=0)
     lr: float = Field(default=3e-4, gt=0)
@@ -131,7 +132,7 @@ class FinetuneConfig(Section):
     clip: float = Field(default=1.0, gt=0)
     batch_size: int | None = Field(default=None, ge=1, description="none: that of the data section")
     log_every: int = Field(default=20, ge=1)
-    max_seconds: float | None = Field(default=None, gt=0, description="end the schedule early after this time")
+    save_every: int = Field(default=500, ge=1)
 
 
 class EvalConfig(Section):

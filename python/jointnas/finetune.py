@@ -1,0 +1,169 @@
+"""Pruning to one choice, and its fine-tuning by knowledge distillation from the original model.
+
+    loss = kd · T² KL(teacher || student) + (1 - kd) · CE,   per token, T the temperature
+
+All weights of the small model are trained, through its quantizers (straight-through) where the choice has bits, and
+then the quantized weights are baked in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from jointnas import checkpoint
+from jointnas.config import FinetuneConfig
+from jointnas.data import Batches
+from jointnas.logs import Metrics, Progress
+from jointnas.quantize import TrainableQuantLinear
+from jointnas_kernels.hf import Supernet, extract, shrink
+from jointnas_kernels.space import LINEARS, Choice
+
+Teacher = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def trainable(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
+    """The choice as a plain Llama of its own size with LoRA merged, its quantizers alive in every linear."""
+    model = extract(supernet, choice)
+    if choice.weight_bits is None and choice.act_bits is None:
+        return model
+    small = shrink(supernet, choice)
+    assert small.choice is not None
+    for i, (layer, block) in enumerate(zip(model.model.layers, small.blocks, strict=True)):
+        source: Any = block
+        weight_bits = small.choice.weight_bits[i] if small.choice.weight_bits else None
+        act_bits = small.choice.act_bits[i] if small.choice.act_bits else None
+        for name in LINEARS:
+            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+            part = source.attention if hasattr(source.attention, name) else source.mlp
+            linear = getattr(part, name)
+            clip = None
+            if weight_bits is None:
+                weight = linear.merged()
+            else:
+                p = linear.bits.index(weight_bits)
+                update = linear.scaling * (linear.lora_b[p] @ linear.lora_a[p])
+                weight = (linear.weight.to(update.dtype) + update).to(linear.weight.dtype)
+                ratio = linear.clip_ratio()
+                clip = None if ratio is None else ratio[p].detach().clone()
+            bias = None if linear.bias is None else linear.bias.detach().clone()
+            layer_new = TrainableQuantLinear(
+                weight.clone(), bias, weight_bits, act_bits, linear.group_size, clip, part.act.symmetric
+            )
+            setattr(parent, name, layer_new)
+    return model
+
+
+def bake(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Replaces training linears by what they compute, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, TrainableQuantLinear):
+                setattr(parent, name, child.baked())
+    return model.eval()
+
+
+def distil(
+    student: LlamaForCausalLM,
+    teacher: Teacher,
+    tokens: Tensor,
+    config: FinetuneConfig,
+    *,
+    batch_size: int,
+    seq_len: int,
+    seed: int = 0,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    name: str = "finetune",
+) -> LlamaForCausalLM:
+    """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
+
+    folder: where metrics and checkpoints go (`folder/checkpoints-NAME`); None: nowhere.
+    """
+    device = next(student.parameters()).device
+    batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3)
+    student.requires_grad_(True).train()
+    decayed = [p for p in student.parameters() if p.dim() > 1]
+    plain = [p for p in student.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=config.lr,
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step))
+    saved = folder / f"checkpoints-{name}" if folder is not None else None
+    start = 0
+    newest = checkpoint.latest(saved) if saved is not None and resume else None
+    if newest is not None:
+        tensors, state = checkpoint.load(newest)
+        student.load_state_dict(tensors["model"])
+        checkpoint.unpack_optimizer(optimizer, tensors["optimizer"], state["groups"])
+        start = int(state["step"])
+        schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
+    metrics = Metrics(folder, name, start) if folder is not None else None
+    bar = Progress(name, config.steps, start, progress)
+    for step in range(start, config.steps):
+        ids = batches.at(step, device)
+        loss, parts = distillation_loss(student, teacher, ids, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
+        optimizer.step()
+        schedule.step()
+        done = step + 1
+        if metrics is not None and (done % config.log_every == 0 or done == config.steps):
+            metrics.write(done, **{k: v.item() for k, v in parts.items()}, lr=schedule.get_last_lr()[0])
+        if saved is not None and done % config.save_every == 0 and done < config.steps:
+            optimizer_tensors, groups = checkpoint.pack_optimizer(optimizer)
+            tensors = {"model": dict(student.state_dict()), "optimizer": optimizer_tensors}
+            checkpoint.save(saved, done, tensors, {"groups": groups}, keep=1)
+        bar.step()
+    bar.close()
+    if metrics is not None:
+        metrics.close()
+    return student.eval()
+
+
+def learning_rate(config: FinetuneConfig, step: int) -> float:
+    """Factor on the learning rate: linear warm-up, then cosine to a tenth."""
+    warmup = max(1, int(config.warmup * config.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    part = (step - warmup) / max(1, config.steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, part)))
+
+
+def distillation_loss(
+    student: nn.Module, teacher: Teacher, ids: Tensor, config: FinetuneConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, its parts), averaged over the tokens [B, T-1] that have a next token."""
+    logits = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    ce = F.cross_entropy(logits, ids[:, 1:].flatten())
+    if config.kd == 0:
+        return ce, {"ce": ce.detach()}
+    with torch.no_grad():
+        target = (teacher(ids)[:, :-1].flatten(0, 1).float() / config.temperature).log_softmax(-1)
+    own = (logits / config.temperature).log_softmax(-1)
+    # kl_div's "batchmean" over [tokens, V] divides by the number of tokens
+    kl = F.kl_div(own, target, log_target=True, reduction="batchmean") * config.temperature**2
+    return config.kd * kl + (1 - config.kd) * ce, {"ce": ce.detach(), "kl": kl.detach()}
+
+
+def original_logits(supernet: Supernet) -> Teacher:
+    """The original model as a teacher, from the supernet's own frozen weights."""
+
+    def teacher(ids: Tensor) -> Tensor:
+        logits = supernet.original(ids).logits
+        assert logits is not None
+        return logits
+
+    return teacher
