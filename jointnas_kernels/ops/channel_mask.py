@@ -8,9 +8,11 @@ IN mask) and the general masks of ``mixed_linear``.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
 
 
 def reference(x: Tensor, mask: Tensor) -> Tensor:
@@ -26,14 +28,58 @@ def reference_backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool) -
     return dx, dmask
 
 
+@triton.jit
+def channel_mask_kernel(
+    g_ptr, x_ptr, mask_ptr, out_ptr, partial_ptr, count, width, column_blocks, per_program, g_stride, x_stride,
+    REDUCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = g * mask; with REDUCE also this program's column sums of g * x. x is read only then."""
+    pid = tl.program_id(0)
+    chunk = pid // column_blocks
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = col < width
+    mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(chunk * per_program, min((chunk + 1) * per_program, count), BLOCK_M):
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        ok = (row < count)[:, None] & col_ok[None, :]
+        g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        tl.store(out_ptr + row[:, None] * width + col[None, :], g * mask[None, :], mask=ok)
+        if REDUCE:
+            total += g * tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    if REDUCE:
+        tl.store(partial_ptr + chunk * width + col, tl.sum(total, axis=0), mask=col_ok)
+
+
+def _launch(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """g * mask and, given x, the column sums of g * x."""
+    flat, other = rows(g), None if x is None else rows(x)
+    count, width = flat.shape
+    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(g, count, width, other is not None)
+    if grid == 0:
+        return out, None if other is None else mask.new_zeros(width, dtype=torch.float32)
+    partial = None if other is None else mask.new_empty(grid // column_blocks, width, dtype=torch.float32)
+    with torch.cuda.device_of(g):
+        channel_mask_kernel[(grid,)](
+            flat, other, mask, out, partial, count, width, column_blocks, per_program, flat.stride(0),
+            0 if other is None else other.stride(0), REDUCE=other is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+            num_warps=8,
+        )  # fmt: skip
+    return out, None if partial is None else partial.sum(0)
+
+
 def forward(x: Tensor, mask: Tensor, backend: str) -> Tensor:
-    return reference(x, mask).contiguous()
+    return _launch(x, None, mask)[0] if backend == "triton" else reference(x, mask).contiguous()
 
 
 def backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: str) -> tuple[Tensor, Tensor]:
     """dx and dmask (empty unless asked for; then x is not read and any tensor may stand for it)."""
-    dx, dmask = reference_backward(grad, x, mask, need_mask)
-    return dx.contiguous(), dmask
+    if backend == "triton":
+        dx, dmask = _launch(grad, x if need_mask else None, mask)
+        return dx, no_grad_slot(x) if dmask is None else dmask.to(mask.dtype)
+    dx, slot = reference_backward(grad, x, mask, need_mask)
+    return dx.contiguous(), slot
 
 
 @torch.library.custom_op(

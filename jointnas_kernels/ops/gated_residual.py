@@ -11,9 +11,11 @@ skipped one the identity, bit for bit. With g = dL/dout:
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
 
 
 def reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
@@ -41,6 +43,105 @@ def reference_backward(
     return dh, dy, dx, dmask, dgate
 
 
+@triton.jit
+def residual_forward_kernel(
+    h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, out_ptr, count, width, column_blocks, h_stride, y_stride, x_stride,
+    HAS_MASK: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (row < count)[:, None] & (col < width)[None, :]
+    z = tl.load(y_ptr + row[:, None] * y_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_MASK:
+        z *= tl.load(mask_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
+    z += tl.load(h_ptr + row[:, None] * h_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_GATE:
+        gate = tl.load(gate_ptr).to(tl.float32)
+        x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        z = gate * z + (1.0 - gate) * x
+    tl.store(out_ptr + row[:, None] * width + col[None, :], z, mask=ok)
+
+
+@triton.jit
+def residual_backward_kernel(
+    g_ptr, h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, dh_ptr, dy_ptr, dx_ptr, dmask_ptr, dgate_ptr, count, width,
+    column_blocks, per_program, g_stride, h_stride, y_stride, x_stride,
+    HAS_MASK: tl.constexpr, NEED_MASK: tl.constexpr, NEED_GATE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dh, dx and (HAS_MASK) dy; with the flags also this program's column sums for dmask and its share of dgate."""
+    pid = tl.program_id(0)
+    chunk = pid // column_blocks
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = col < width
+    gate = tl.load(gate_ptr).to(tl.float32)
+    mask = tl.full([1, BLOCK_N], 1.0, tl.float32)
+    if HAS_MASK:
+        mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    dmask = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dgate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(chunk * per_program, min((chunk + 1) * per_program, count), BLOCK_M):
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        ok = (row < count)[:, None] & col_ok[None, :]
+        at = row[:, None] * width + col[None, :]
+        g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        tl.store(dh_ptr + at, gate * g, mask=ok)
+        tl.store(dx_ptr + at, (1.0 - gate) * g, mask=ok)
+        if HAS_MASK:
+            tl.store(dy_ptr + at, gate * g * mask, mask=ok)
+        if NEED_MASK or NEED_GATE:
+            y = tl.load(y_ptr + row[:, None] * y_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+            if NEED_MASK:
+                dmask += gate * g * y
+            if NEED_GATE:
+                h = tl.load(h_ptr + row[:, None] * h_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+                dgate += g * (h + mask * y - x)
+    if NEED_MASK:
+        tl.store(dmask_ptr + chunk * width + col, tl.sum(dmask, axis=0), mask=col_ok)
+    if NEED_GATE:
+        tl.store(dgate_ptr + pid, tl.sum(tl.sum(dgate, axis=1), axis=0))
+
+
+def _launch_forward(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
+    h2, y2, x2 = rows(h), rows(y), None if x is None else rows(x)
+    count, width = h2.shape
+    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    grid, column_blocks, _, block_m, block_n = row_tiles(h, count, width, False)
+    if grid > 0:
+        with torch.cuda.device_of(h):
+            residual_forward_kernel[(grid,)](
+                h2, y2, mask, gate, x2, out, count, width, column_blocks, h2.stride(0), y2.stride(0),
+                0 if x2 is None else x2.stride(0), HAS_MASK=mask is not None, HAS_GATE=gate is not None,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+            )  # fmt: skip
+    return out
+
+
+def _launch_backward(
+    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool, need_gate: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g, h2, y2, x2 = rows(grad), rows(h), rows(y), rows(x)
+    count, width = g.shape
+    dh = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    dx = torch.empty_like(dh)
+    dy = no_grad_slot(grad) if mask is None else torch.empty_like(dh)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(grad, count, width, need_mask or need_gate)
+    dmask = g.new_empty(grid // column_blocks, width, dtype=torch.float32) if need_mask else None
+    dgate = g.new_empty(grid, dtype=torch.float32) if need_gate else None
+    if grid > 0:
+        with torch.cuda.device_of(grad):
+            residual_backward_kernel[(grid,)](
+                g, h2, y2, mask, gate, x2, dh, dy, dx, dmask, dgate, count, width, column_blocks, per_program,
+                g.stride(0), h2.stride(0), y2.stride(0), x2.stride(0), HAS_MASK=mask is not None,
+                NEED_MASK=need_mask, NEED_GATE=need_gate, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+            )  # fmt: skip
+    return (dh, dy, dx,
+            no_grad_slot(grad) if dmask is None or mask is None else dmask.sum(0).to(mask.dtype),
+            no_grad_slot(grad) if dgate is None else dgate.sum().to(gate.dtype))
+
+
 @torch.library.custom_op(
     "jointnas::gated_residual",
     mutates_args=(),
@@ -49,7 +150,8 @@ def reference_backward(
 def _gated_residual(
     h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
 ) -> Tensor:
-    resolve("gated_residual", backend, h, ("reference",))
+    if resolve("gated_residual", backend, h) == "triton":
+        return _launch_forward(h, y, mask, gate, x)
     return reference(h, y, mask, gate, x).contiguous()
 
 
@@ -71,7 +173,8 @@ def _gated_residual_backward(
     need_gate: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dh, dy (empty when mask is None: it equals dh), dx, dmask, dgate. Without need_gate, h and x are not read."""
-    resolve("gated_residual", backend, grad, ("reference",))
+    if resolve("gated_residual", backend, grad) == "triton":
+        return _launch_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
     dh, dy, dx, dmask, dgate = reference_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
     return dh.contiguous(), dy.contiguous(), dx.contiguous(), dmask, dgate
 

@@ -11,9 +11,11 @@ the caller, so SDPA runs with scale=1. Backward, with halves 1, 2 and G = dL/dou
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, power_of_two, processors, resolve
 
 
 def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -46,6 +48,127 @@ def reference_backward(
     return dq, dk, dqm, dkm
 
 
+@triton.jit
+def load_halves(ptr, head_stride, H, half, HP: tl.constexpr, HALF: tl.constexpr):
+    """Both halves [HP, HALF] of all heads at ``ptr`` in fp32; zero beyond H heads or half the head dim."""
+    head = tl.arange(0, HP)
+    d = tl.arange(0, HALF)
+    at = head[:, None] * head_stride + d[None, :]
+    ok = (head < H)[:, None] & (d < half)[None, :]
+    first = tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + at + half, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_halves(ptr, first, second, H, half, HP: tl.constexpr, HALF: tl.constexpr):
+    """Write both halves to contiguous [H, 2 half] memory."""
+    head = tl.arange(0, HP)
+    d = tl.arange(0, HALF)
+    at = head[:, None] * (2 * half) + d[None, :]
+    ok = (head < H)[:, None] & (d < half)[None, :]
+    tl.store(ptr + at, first, mask=ok)
+    tl.store(ptr + at + half, second, mask=ok)
+
+
+@triton.jit
+def rope_kernel(
+    q_ptr, k_ptr, xq_ptr, xk_ptr, cos_ptr, sin_ptr, q_mask_ptr, k_mask_ptr, q_out_ptr, k_out_ptr, dqm_ptr, dkm_ptr,
+    tokens, T, H, HKV, half, q_sb, q_st, q_sh, k_sb, k_st, k_sh, xq_sb, xq_st, xq_sh, xk_sb, xk_st, xk_sh,
+    cos_sb, cos_st, sin_sb, sin_st, per_program,
+    BACKWARD: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr,
+    HP: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """``per_program`` tokens, all heads. Forward: rope(mask * q). BACKWARD: mask * rope^T(q) for incoming gradients q,
+    with xq the forward's input for the mask gradients."""
+    pid = tl.program_id(0)
+    d = tl.arange(0, HALF)
+    qm1, qm2 = load_halves(q_mask_ptr, 2 * half, H, half, HP, HALF)
+    km1, km2 = load_halves(k_mask_ptr, 2 * half, HKV, half, KP, HALF)
+    dqm1 = tl.zeros([HP, HALF], tl.float32)
+    dqm2 = tl.zeros([HP, HALF], tl.float32)
+    dkm1 = tl.zeros([KP, HALF], tl.float32)
+    dkm2 = tl.zeros([KP, HALF], tl.float32)
+    for i in range(per_program):
+        token = (pid * per_program + i).to(tl.int64)
+        live = (token < tokens).to(tl.int32)  # past the last token no head is loaded or stored
+        q_heads, k_heads = live * H, live * HKV
+        b = token // T
+        t = token % T
+        at = cos_ptr + b * cos_sb + t * cos_st + d
+        c1 = tl.load(at, mask=d < live * half, other=0.0).to(tl.float32)[None, :]  # [1, HALF]
+        c2 = tl.load(at + half, mask=d < live * half, other=0.0).to(tl.float32)[None, :]
+        at = sin_ptr + b * sin_sb + t * sin_st + d
+        s1 = tl.load(at, mask=d < live * half, other=0.0).to(tl.float32)[None, :]
+        s2 = tl.load(at + half, mask=d < live * half, other=0.0).to(tl.float32)[None, :]
+        q1, q2 = load_halves(q_ptr + b * q_sb + t * q_st, q_sh, q_heads, half, HP, HALF)
+        k1, k2 = load_halves(k_ptr + b * k_sb + t * k_st, k_sh, k_heads, half, KP, HALF)
+        q_out = q_out_ptr + token * H * (2 * half)
+        k_out = k_out_ptr + token * HKV * (2 * half)
+        if BACKWARD:
+            p1, p2 = q1 * c1 + q2 * s2, q2 * c2 - q1 * s1
+            r1, r2 = k1 * c1 + k2 * s2, k2 * c2 - k1 * s1
+            store_halves(q_out, qm1 * p1, qm2 * p2, q_heads, half, HP, HALF)
+            store_halves(k_out, km1 * r1, km2 * r2, k_heads, half, KP, HALF)
+            if NEED_Q:
+                x1, x2 = load_halves(xq_ptr + b * xq_sb + t * xq_st, xq_sh, q_heads, half, HP, HALF)
+                dqm1 += x1 * p1
+                dqm2 += x2 * p2
+            if NEED_K:
+                y1, y2 = load_halves(xk_ptr + b * xk_sb + t * xk_st, xk_sh, k_heads, half, KP, HALF)
+                dkm1 += y1 * r1
+                dkm2 += y2 * r2
+        else:
+            p1, p2 = qm1 * q1, qm2 * q2
+            r1, r2 = km1 * k1, km2 * k2
+            store_halves(q_out, p1 * c1 - p2 * s1, p2 * c2 + p1 * s2, q_heads, half, HP, HALF)
+            store_halves(k_out, r1 * c1 - r2 * s1, r2 * c2 + r1 * s2, k_heads, half, KP, HALF)
+    if NEED_Q:
+        store_halves(dqm_ptr + pid * H * (2 * half), dqm1, dqm2, H, half, HP, HALF)
+    if NEED_K:
+        store_halves(dkm_ptr + pid * HKV * (2 * half), dkm1, dkm2, HKV, half, KP, HALF)
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, xq: Tensor | None = None,
+    xk: Tensor | None = None, backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Outputs like q and k and, given the forward's inputs xq, xk, the mask gradients."""
+    q, k, cos, sin = _unit(q), _unit(k), _unit(cos), _unit(sin)
+    xq, xk = None if xq is None else _unit(xq), None if xk is None else _unit(xk)
+    batch, length, heads, dim = q.shape
+    kv_heads, tokens = k.shape[2], batch * length
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    # the fp32 masks weigh as much as one token's queries: keep them in registers over up to 8 tokens
+    per_program = max(1, min(8, tokens // (2 * processors(q))))
+    if xq is not None or xk is not None:  # two programs per processor bound the partial mask gradients
+        per_program = max(1, -(-tokens // (2 * processors(q))))
+    programs = -(-tokens // per_program)
+    dqm = None if xq is None else torch.empty(programs, heads, dim, dtype=torch.float32, device=q.device)
+    dkm = None if xk is None else torch.empty(programs, kv_heads, dim, dtype=torch.float32, device=q.device)
+    hp, kp, half = power_of_two(heads), power_of_two(kv_heads), power_of_two(dim // 2)
+
+    def strides(x: Tensor | None) -> tuple[int, ...]:
+        return (0, 0, 0) if x is None else x.stride()[:3]
+
+    def table(x: Tensor) -> tuple[int, int]:
+        return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
+
+    if programs > 0:
+        with torch.cuda.device_of(q):
+            rope_kernel[(programs,)](
+                q, k, xq, xk, cos, sin, q_mask.contiguous(), k_mask.contiguous(), q_out, k_out, dqm, dkm, tokens,
+                length, heads, kv_heads, dim // 2, *strides(q), *strides(k), *strides(xq), *strides(xk), *table(cos),
+                *table(sin), per_program, BACKWARD=backward, NEED_Q=xq is not None, NEED_K=xk is not None,
+                HP=hp, KP=kp, HALF=half, num_warps=8 if hp * half >= 2048 else 4,
+            )  # fmt: skip
+    return q_out, k_out, None if dqm is None else dqm.sum(0), None if dkm is None else dkm.sum(0)
+
+
 @torch.library.custom_op(
     "jointnas::masked_rope",
     mutates_args=(),
@@ -55,7 +178,8 @@ def reference_backward(
 def _masked_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    resolve("masked_rope", backend, q, ("reference",))
+    if resolve("masked_rope", backend, q) == "triton":
+        return _launch(q, k, cos, sin, q_mask, k_mask)[:2]
     q_out, k_out = reference(q, k, cos, sin, q_mask, k_mask)
     return q_out.contiguous(), k_out.contiguous()
 
@@ -78,7 +202,12 @@ def _masked_rope_backward(
     need_q_mask: bool, need_k_mask: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dq_mask, dk_mask. Without the mask flags q and k are not read (any tensor may stand for them)."""
-    resolve("masked_rope", backend, dq_out, ("reference",))
+    if resolve("masked_rope", backend, dq_out) == "triton":
+        dq, dk, from_q, from_k = _launch(
+            dq_out, dk_out, cos, sin, q_mask, k_mask, q if need_q_mask else None, k if need_k_mask else None, True
+        )
+        return (dq, dk, no_grad_slot(dq) if from_q is None else from_q.to(q_mask.dtype),
+                no_grad_slot(dk) if from_k is None else from_k.to(k_mask.dtype))
     dq, dk, dqm, dkm = reference_backward(
         dq_out, dk_out, q, k, cos, sin, q_mask, k_mask, need_q_mask, need_k_mask
     )

@@ -9,9 +9,11 @@ Nothing but gate and up is saved: the backward recomputes the sigmoid.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
 
 
 def reference(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
@@ -36,13 +38,110 @@ def reference_backward(
     return dgate, dup, dr, dc
 
 
+@triton.jit
+def swiglu_forward_kernel(
+    gate_ptr, up_ptr, r_ptr, c_ptr, out_ptr, count, width, column_blocks, gate_stride, up_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (row < count)[:, None] & (col < width)[None, :]
+    r = tl.load(r_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_N]
+    c = tl.load(c_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
+    a = r * tl.load(gate_ptr + row[:, None] * gate_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    v = r * tl.load(up_ptr + row[:, None] * up_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row[:, None] * width + col[None, :], a / (1.0 + tl.exp(-a)) * v * c, mask=ok)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    g_ptr, gate_ptr, up_ptr, r_ptr, c_ptr, dgate_ptr, dup_ptr, dr_ptr, dc_ptr, count, width, column_blocks,
+    per_program, g_stride, gate_stride, up_stride,
+    NEED_OUT: tl.constexpr, NEED_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dgate, dup; with the flags also this program's column sums for dr (NEED_OUT) and dc (NEED_IN)."""
+    pid = tl.program_id(0)
+    chunk = pid // column_blocks
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_ok = col < width
+    r = tl.load(r_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_N]
+    c = tl.load(c_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
+    dr = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    dc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(chunk * per_program, min((chunk + 1) * per_program, count), BLOCK_M):
+        row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
+        ok = (row < count)[:, None] & col_ok[None, :]
+        g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        x = tl.load(gate_ptr + row[:, None] * gate_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        u = tl.load(up_ptr + row[:, None] * up_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        a = r * x
+        s = 1.0 / (1.0 + tl.exp(-a))
+        f = a * s
+        slope = s + f * (1.0 - s)
+        v = r * u
+        gc = g * c
+        at = row[:, None] * width + col[None, :]
+        tl.store(dgate_ptr + at, gc * v * slope * r, mask=ok)
+        tl.store(dup_ptr + at, gc * f * r, mask=ok)
+        if NEED_OUT:
+            dr += gc * (v * slope * x + f * u)
+        if NEED_IN:
+            dc += g * f * v
+    if NEED_OUT:
+        tl.store(dr_ptr + chunk * width + col, tl.sum(dr, axis=0), mask=col_ok)
+    if NEED_IN:
+        tl.store(dc_ptr + chunk * width + col, tl.sum(dc, axis=0), mask=col_ok)
+
+
+def _launch_forward(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
+    x, u = rows(gate), rows(up)
+    count, width = x.shape
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grid, column_blocks, _, block_m, block_n = row_tiles(gate, count, width, False)
+    if grid > 0:
+        with torch.cuda.device_of(gate):
+            swiglu_forward_kernel[(grid,)](
+                x, u, out_mask, in_mask, out, count, width, column_blocks, x.stride(0), u.stride(0),
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+            )  # fmt: skip
+    return out
+
+
+def _launch_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g, x, u = rows(grad), rows(gate), rows(up)
+    count, width = x.shape
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = torch.empty_like(dgate)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(gate, count, width, need_out or need_in)
+
+    def partials(need: bool) -> Tensor | None:
+        if not need:
+            return None
+        return torch.empty(grid // column_blocks, width, dtype=torch.float32, device=gate.device)
+
+    dr, dc = partials(need_out), partials(need_in)
+    if grid > 0:
+        with torch.cuda.device_of(gate):
+            swiglu_backward_kernel[(grid,)](
+                g, x, u, out_mask, in_mask, dgate, dup, dr, dc, count, width, column_blocks, per_program,
+                g.stride(0), x.stride(0), u.stride(0), NEED_OUT=need_out, NEED_IN=need_in,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+            )  # fmt: skip
+    return (dgate, dup, no_grad_slot(gate) if dr is None else dr.sum(0).to(out_mask.dtype),
+            no_grad_slot(gate) if dc is None else dc.sum(0).to(in_mask.dtype))
+
+
 @torch.library.custom_op(
     "jointnas::masked_swiglu",
     mutates_args=(),
     schema="(Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, str? backend) -> Tensor",
 )
 def _masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None) -> Tensor:
-    resolve("masked_swiglu", backend, gate, ("reference",))
+    if resolve("masked_swiglu", backend, gate) == "triton":
+        return _launch_forward(gate, up, out_mask, in_mask)
     return reference(gate, up, out_mask, in_mask).contiguous()
 
 
@@ -61,7 +160,8 @@ def _masked_swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    resolve("masked_swiglu", backend, gate, ("reference",))
+    if resolve("masked_swiglu", backend, gate) == "triton":
+        return _launch_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
     dgate, dup, dr, dc = reference_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
     return dgate.contiguous(), dup.contiguous(), dr, dc
 

@@ -13,13 +13,26 @@ Backward, with g = dL/dy, h = m w g and prefix sums S_i = sum_{k < N_i} h_k x_k:
 inv [rows, K] is the only thing saved beside the inputs.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, rows
+from jointnas_kernels.ops._dispatch import (
+    check,
+    compute_dtype,
+    no_grad_slot,
+    power_of_two,
+    processors,
+    resolve,
+    rows,
+)
+
+MAX_WIDTH = 32768  # a row is held in the registers of one program: 64 fp32 values per thread at 16 warps
 
 
 def _segments(sizes: Sequence[int]) -> list[tuple[int, int, list[int]]]:
@@ -87,6 +100,129 @@ def reference_backward(
     return dx.to(x.dtype).reshape(x.shape), dw, dalpha, dmask
 
 
+@triton.jit
+def rmsnorm_forward_kernel(
+    x_ptr, w_ptr, alpha_ptr, mask_ptr, y_ptr, inv_ptr, width, x_stride, eps,
+    SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """One row, seen as S segments of SEG channels: no size ends inside a segment, so the K sums are over S numbers."""
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.arange(0, S) * SEG  # [S]
+    col = start[:, None] + tl.arange(0, SEG)[None, :]  # [S, SEG]
+    ok = col < width
+    x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
+    square = tl.sum(x * x, axis=1)
+    t = tl.zeros([S], tl.float32)
+    for i in tl.static_range(K):
+        kept = start < SIZES[i]
+        inv = tl.rsqrt(tl.sum(tl.where(kept, square, 0.0), axis=0) / SIZES[i] + eps)
+        tl.store(inv_ptr + row * K + i, inv)
+        t += tl.where(kept, tl.load(alpha_ptr + i).to(tl.float32) * inv, 0.0)
+    scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    if HAS_MASK:
+        scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * width + col, x * scale * t[:, None], mask=ok)
+
+
+@triton.jit
+def rmsnorm_backward_kernel(
+    g_ptr, x_ptr, w_ptr, alpha_ptr, mask_ptr, inv_ptr, dx_ptr, dalpha_ptr, column_ptr, count, width, g_stride,
+    x_stride,
+    SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
+    NEED_ALPHA: tl.constexpr, NEED_COLUMN: tl.constexpr,
+):  # fmt: skip
+    """dx of the rows pid, pid + programs, ..; also inv_i S_i per row (NEED_ALPHA) and this program's share of P."""
+    start = tl.arange(0, S) * SEG  # [S]
+    col = start[:, None] + tl.arange(0, SEG)[None, :]  # [S, SEG]
+    ok = col < width
+    scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    if HAS_MASK:
+        scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    column = tl.zeros([S, SEG], tl.float32)
+    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
+        g = tl.load(g_ptr + row * g_stride + col, mask=ok, other=0.0).to(tl.float32)
+        h = g * scale
+        product = tl.sum(h * x, axis=1)  # [S]
+        t = tl.zeros([S], tl.float32)
+        back = tl.zeros([S], tl.float32)
+        for i in tl.static_range(K):
+            kept = start < SIZES[i]
+            prefix = tl.sum(tl.where(kept, product, 0.0), axis=0)
+            inv = tl.load(inv_ptr + row * K + i)
+            weighted = tl.load(alpha_ptr + i).to(tl.float32) * inv
+            t += tl.where(kept, weighted, 0.0)
+            back += tl.where(kept, weighted * inv * inv * prefix / SIZES[i], 0.0)
+            if NEED_ALPHA:
+                tl.store(dalpha_ptr + row * K + i, inv * prefix)
+        tl.store(dx_ptr + row * width + col, h * t[:, None] - x * back[:, None], mask=ok)
+        if NEED_COLUMN:
+            column += g * x * t[:, None]
+    if NEED_COLUMN:
+        tl.store(column_ptr + tl.program_id(0).to(tl.int64) * width + col, column, mask=ok)
+
+
+def segment_shape(sizes: Sequence[int], width: int) -> tuple[int, int]:
+    """(S, SEG): the widest power-of-two segments that no size cuts."""
+    inner = [size for size in sizes if size < width]
+    divisor = math.gcd(*inner) if inner else power_of_two(width)
+    seg = min(divisor & -divisor, power_of_two(width))
+    return power_of_two(-(-width // seg)), seg
+
+
+def row_warps(width: int) -> int:
+    """16 fp32 values per thread up to 8192 channels, then more."""
+    return max(1, min(16, power_of_two(width) // 512))
+
+
+def _launch_forward(
+    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    flat = rows(x)
+    count, width = flat.shape
+    check(width <= MAX_WIDTH, "mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {width}")
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    inv = torch.empty(count, len(sizes), dtype=torch.float32, device=x.device)
+    s, seg = segment_shape(sizes, width)
+    if count > 0:
+        with torch.cuda.device_of(x):
+            rmsnorm_forward_kernel[(count,)](
+                flat, weight, alpha, in_mask, y, inv, width, flat.stride(0), eps, SIZES=tuple(sizes), K=len(sizes),
+                S=s, SEG=seg, HAS_MASK=in_mask is not None, num_warps=row_warps(width),
+            )  # fmt: skip
+    return y, inv
+
+
+def _launch_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
+    in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g, v = rows(grad), rows(x)
+    count, width = v.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    need_column = need_weight or need_mask
+    # with column sums a program keeps them over many rows; one or two programs per processor bound the partial sums
+    programs = min(count, processors(x) * (2 if count >= 4096 else 1)) if need_column else count
+    dalpha = torch.empty(count, len(sizes), dtype=torch.float32, device=x.device) if need_alpha else None
+    column = torch.empty(programs, width, dtype=torch.float32, device=x.device) if need_column else None
+    s, seg = segment_shape(sizes, width)
+    if count > 0:
+        with torch.cuda.device_of(x):
+            rmsnorm_backward_kernel[(programs,)](
+                g, v, weight, alpha, in_mask, inv, dx, dalpha, column, count, width, g.stride(0), v.stride(0),
+                SIZES=tuple(sizes), K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None,
+                NEED_ALPHA=need_alpha, NEED_COLUMN=need_column, num_warps=row_warps(width),
+            )  # fmt: skip
+    total = None if column is None else column.sum(0)
+    dw, dmask = no_grad_slot(x), no_grad_slot(x)
+    if total is not None and need_weight:
+        dw = (total if in_mask is None else total * in_mask).to(weight.dtype, copy=True)
+    if total is not None and need_mask and in_mask is not None:
+        dmask = (total * weight).to(in_mask.dtype)
+    return dx, dw, no_grad_slot(x) if dalpha is None else dalpha.sum(0).to(alpha.dtype), dmask
+
+
 @torch.library.custom_op(
     "jointnas::mixed_rmsnorm",
     mutates_args=(),
@@ -97,7 +233,8 @@ def _mixed_rmsnorm(
     x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    resolve("mixed_rmsnorm", backend, x, ("reference",))
+    if resolve("mixed_rmsnorm", backend, x) == "triton":
+        return _launch_forward(x, weight, alpha, sizes, eps, in_mask)
     y, inv = reference(x, weight, alpha, sizes, eps, in_mask)
     return y.contiguous(), inv
 
@@ -121,7 +258,8 @@ def _mixed_rmsnorm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
     in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    resolve("mixed_rmsnorm", backend, x, ("reference",))
+    if resolve("mixed_rmsnorm", backend, x) == "triton":
+        return _launch_backward(grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask)
     dx, dw, dalpha, dmask = reference_backward(
         grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask
     )

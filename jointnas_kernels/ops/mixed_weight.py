@@ -16,10 +16,12 @@ The supernet never calls this (``mixed_linear`` needs no mixed weight); it is th
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import unknown
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, power_of_two, processors, resolve
 from jointnas_kernels.ops.masks import membership
 
 IMPLS = ("factored", "masks", "loop")
@@ -92,6 +94,206 @@ def reference_backward(
     return dw if need_weight else no_grad_slot(weight), da.to(alpha_in.dtype), db.to(alpha_out.dtype)
 
 
+@triton.jit
+def mask_vector(alpha_ptr, index, SIZES: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
+    """c[index] = sum_{i: index < SIZES[i]} alpha_i, [BLOCK]."""
+    vector = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(K):
+        vector += tl.where(index < SIZES[i], tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+    return vector
+
+
+@triton.jit
+def shares_of(value, index, SIZES: tl.constexpr, K: tl.constexpr, KP: tl.constexpr):
+    """[KP]: sum of value [BLOCK] over index < SIZES[i]; zero for i >= K."""
+    choice = tl.arange(0, KP)
+    sizes = tl.zeros([KP], tl.int32)
+    for i in tl.static_range(K):
+        sizes = tl.where(choice == i, SIZES[i], sizes)
+    return tl.sum(tl.where(index[:, None] < sizes[None, :], value[:, None], 0.0), axis=0)
+
+
+@triton.jit
+def factored_kernel(
+    w_ptr, alpha_in_ptr, alpha_out_ptr, out_ptr, M, N, column_blocks, w_stride,
+    SIZES_IN: tl.constexpr, SIZES_OUT: tl.constexpr, K_IN: tl.constexpr, K_OUT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One read of W, one write; serves dW too (W = incoming gradient)."""
+    pid = tl.program_id(0)
+    row = (pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (row < M)[:, None] & (col < N)[None, :]
+    c = mask_vector(alpha_in_ptr, col, SIZES_IN, K_IN, BLOCK_N)
+    r = mask_vector(alpha_out_ptr, row, SIZES_OUT, K_OUT, BLOCK_M)
+    row64 = row.to(tl.int64)
+    w = tl.load(w_ptr + row64[:, None] * w_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row64[:, None] * N + col[None, :], w * r[:, None] * c[None, :], mask=ok)
+
+
+@triton.jit
+def factored_backward_kernel(
+    g_ptr, w_ptr, alpha_in_ptr, alpha_out_ptr, partial_ptr, M, N, column_blocks, per_program, g_stride, w_stride,
+    SIZES_IN: tl.constexpr, SIZES_OUT: tl.constexpr, K_IN: tl.constexpr, K_OUT: tl.constexpr,
+    KP_IN: tl.constexpr, KP_OUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """This program's share of [dalpha_in, dalpha_out], K_IN + K_OUT numbers."""
+    pid = tl.program_id(0)
+    chunk = pid // column_blocks
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = mask_vector(alpha_in_ptr, col, SIZES_IN, K_IN, BLOCK_N)
+    column = tl.zeros([BLOCK_N], tl.float32)
+    lines = tl.zeros([KP_OUT], tl.float32)
+    for first in range(chunk * per_program, min((chunk + 1) * per_program, M), BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        ok = (row < M)[:, None] & (col < N)[None, :]
+        row64 = row.to(tl.int64)
+        g = tl.load(g_ptr + row64[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + row64[:, None] * w_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        r = mask_vector(alpha_out_ptr, row, SIZES_OUT, K_OUT, BLOCK_M)
+        e = g * w
+        column += tl.sum(e * r[:, None], axis=0)
+        lines += shares_of(tl.sum(e * c[None, :], axis=1), row, SIZES_OUT, K_OUT, KP_OUT)
+    columns = shares_of(column, col, SIZES_IN, K_IN, KP_IN)
+    at = partial_ptr + pid * (K_IN + K_OUT)
+    tl.store(at + tl.arange(0, KP_IN), columns, mask=tl.arange(0, KP_IN) < K_IN)
+    tl.store(at + K_IN + tl.arange(0, KP_OUT), lines, mask=tl.arange(0, KP_OUT) < K_OUT)
+
+
+@triton.jit
+def masks_kernel(
+    w_ptr, g_ptr, masks_ptr, alpha_in_ptr, alpha_out_ptr, out_ptr, partial_ptr, M, N, column_blocks, w_stride,
+    g_stride, K_IN: tl.constexpr, PAIRS: tl.constexpr, BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Forward: W times the mixture of the PAIRS stored masks. BACKWARD: sums of g W G_p over this tile."""
+    pid = tl.program_id(0)
+    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (row < M)[:, None] & (col < N)[None, :]
+    e = tl.load(w_ptr + row[:, None] * w_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    if BACKWARD:
+        e *= tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    at = row[:, None] * N + col[None, :]
+    mixed = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for p in range(PAIRS):
+        mask = tl.load(masks_ptr + tl.cast(p, tl.int64) * M * N + at, mask=ok, other=0.0).to(tl.float32)
+        if BACKWARD:
+            tl.store(partial_ptr + pid * PAIRS + p, tl.sum(tl.sum(e * mask, axis=1), axis=0))
+        else:
+            a = tl.load(alpha_in_ptr + p % K_IN).to(tl.float32)
+            mixed += a * tl.load(alpha_out_ptr + p // K_IN).to(tl.float32) * mask
+    if not BACKWARD:
+        tl.store(out_ptr + at, e * mixed, mask=ok)
+
+
+@triton.jit
+def loop_kernel(
+    w_ptr, g_ptr, alpha_in_ptr, alpha_out_ptr, out_ptr, partial_ptr, i, j, rows, cols, N, column_blocks, w_stride,
+    g_stride, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Forward: out[:rows, :cols] += alpha_in_i alpha_out_j W. BACKWARD: sum of g W over this tile of the block."""
+    pid = tl.program_id(0)
+    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = (row < rows)[:, None] & (col < cols)[None, :]
+    w = tl.load(w_ptr + row[:, None] * w_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    if BACKWARD:
+        g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        tl.store(partial_ptr + pid, tl.sum(tl.sum(g * w, axis=1), axis=0))
+    else:
+        at = out_ptr + row[:, None] * N + col[None, :]
+        coefficient = tl.load(alpha_in_ptr + i).to(tl.float32) * tl.load(alpha_out_ptr + j).to(tl.float32)
+        tl.store(at, tl.load(at, mask=ok, other=0.0) + coefficient * w, mask=ok)
+
+
+def _launch_forward(
+    weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
+    impl: str, masks: Tensor | None,
+) -> Tensor:
+    w = weight if weight.stride(1) == 1 else weight.contiguous()
+    m, n = w.shape
+    block_m, block_n = 8, 1024
+    blocks = -(-n // block_n)
+    grid = (-(-m // block_m) * blocks,)
+    block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8}
+    k_in, k_out = len(sizes_in), len(sizes_out)
+    with torch.cuda.device_of(w):
+        if impl == "loop":  # K1 K2 read-modify-writes of an fp32 accumulator
+            total = torch.zeros(m, n, dtype=torch.float32, device=w.device)
+            for j, rows in enumerate(sizes_out):
+                for i, cols in enumerate(sizes_in):
+                    blocks = -(-cols // block_n)
+                    loop_kernel[(-(-rows // block_m) * blocks,)](
+                        w, None, alpha_in, alpha_out, total, None, i, j, rows, cols, n, blocks, w.stride(0), 0,
+                        BACKWARD=False, **block,
+                    )  # fmt: skip
+            return total.to(weight.dtype)
+        out = torch.empty(m, n, dtype=w.dtype, device=w.device)
+        if impl == "masks":
+            stored = choice_masks(sizes_in, sizes_out, (m, n), w.device, w.dtype) if masks is None else masks
+            masks_kernel[grid](
+                w, None, stored.contiguous(), alpha_in, alpha_out, out, None, m, n, blocks, w.stride(0), 0,
+                K_IN=k_in, PAIRS=k_in * k_out, BACKWARD=False, **block,
+            )  # fmt: skip
+        else:
+            factored_kernel[grid](
+                w, alpha_in, alpha_out, out, m, n, blocks, w.stride(0), SIZES_IN=tuple(sizes_in),
+                SIZES_OUT=tuple(sizes_out), K_IN=k_in, K_OUT=k_out, **block,
+            )  # fmt: skip
+    return out
+
+
+def _launch_backward(
+    grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
+    sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dw = no_grad_slot(weight)
+    if need_weight:
+        dw = _launch_forward(grad, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).to(weight.dtype)
+    w = weight if weight.stride(1) == 1 else weight.contiguous()
+    g = grad if grad.stride(1) == 1 else grad.contiguous()
+    m, n = w.shape
+    block_m, block_n = 8, 512
+    blocks, row_blocks = -(-n // block_n), -(-m // block_m)
+    block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8}
+    k_in, k_out = len(sizes_in), len(sizes_out)
+    with torch.cuda.device_of(w):
+        if impl == "factored":
+            chunks = max(1, min(row_blocks, 4 * processors(w) // blocks))
+            per_program = -(-row_blocks // chunks) * block_m
+            programs = -(-m // per_program) * blocks
+            shares = torch.empty(programs, k_in + k_out, dtype=torch.float32, device=w.device)
+            factored_backward_kernel[(programs,)](
+                g, w, alpha_in, alpha_out, shares, m, n, blocks, per_program, g.stride(0), w.stride(0),
+                SIZES_IN=tuple(sizes_in), SIZES_OUT=tuple(sizes_out), K_IN=k_in, K_OUT=k_out,
+                KP_IN=power_of_two(k_in), KP_OUT=power_of_two(k_out), **block,
+            )  # fmt: skip
+            both = shares.sum(0)
+            return dw, both[:k_in].to(alpha_in.dtype, copy=True), both[k_in:].to(alpha_out.dtype, copy=True)
+        if impl == "masks":
+            stored = choice_masks(sizes_in, sizes_out, (m, n), w.device, w.dtype) if masks is None else masks
+            shares = torch.empty(row_blocks * blocks, k_in * k_out, dtype=torch.float32, device=w.device)
+            masks_kernel[(row_blocks * blocks,)](
+                w, g, stored.contiguous(), alpha_in, alpha_out, None, shares, m, n, blocks, w.stride(0), g.stride(0),
+                K_IN=k_in, PAIRS=k_in * k_out, BACKWARD=True, **block,
+            )  # fmt: skip
+            d = shares.sum(0).view(k_out, k_in)
+        else:
+            sums = []
+            for j, rows in enumerate(sizes_out):
+                for i, cols in enumerate(sizes_in):
+                    blocks, row_blocks = -(-cols // block_n), -(-rows // block_m)
+                    shares = torch.empty(row_blocks * blocks, dtype=torch.float32, device=w.device)
+                    loop_kernel[(row_blocks * blocks,)](
+                        w, g, alpha_in, alpha_out, None, shares, i, j, rows, cols, n, blocks, w.stride(0),
+                        g.stride(0), BACKWARD=True, **block,
+                    )  # fmt: skip
+                    sums.append(shares.sum())
+            d = torch.stack(sums).view(k_out, k_in)
+    return dw, (d * alpha_out[:, None]).sum(0).to(alpha_in.dtype), (d * alpha_in).sum(1).to(alpha_out.dtype)
+
+
 @torch.library.custom_op(
     "jointnas::mixed_weight",
     mutates_args=(),
@@ -102,7 +304,8 @@ def _mixed_weight(
     weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
     impl: str, masks: Tensor | None, backend: str | None,
 ) -> Tensor:
-    resolve("mixed_weight", backend, weight, ("reference",))
+    if resolve("mixed_weight", backend, weight) == "triton":
+        return _launch_forward(weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks)
     return reference(weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).contiguous()
 
 
@@ -124,7 +327,8 @@ def _mixed_weight_backward(
     grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
     sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    resolve("mixed_weight", backend, weight, ("reference",))
+    if resolve("mixed_weight", backend, weight) == "triton":
+        return _launch_backward(grad, weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, need_weight)
     dw, da, db = reference_backward(
         grad, weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, need_weight
     )
