@@ -42,19 +42,22 @@ template <class T, int BITS, int NT> struct HalfMath {
     }
   }
 
-  // sum[n] = tile (words w) times the tokens
-  template <int STEP> JN_DEVICE void step(const uint32_t (&w)[2 * BITS], float (&sum)[NT][4]) const {
+  // sum[r][n] = tile r (words w[r]) times the tokens; two tiles at once, so that two chains of products overlap
+  template <int STEP> JN_DEVICE void step(const uint32_t (&w)[2][2 * BITS], float (&sum)[2][NT][4]) const {
     constexpr int per_word = 8 / BITS, f0 = 2 * STEP, f1 = f0 + 1;
-    const uint32_t w0 = w[f0 / per_word], w1 = w[f1 / per_word];
-    const uint32_t a[4] = {dequant<T, BITS, f0 % per_word, 0>(w0), dequant<T, BITS, f1 % per_word, 0>(w1),
-                           dequant<T, BITS, f0 % per_word, 1>(w0), dequant<T, BITS, f1 % per_word, 1>(w1)};
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const Vec4& v = x[n][STEP / 2];
-      ptx::mma_m16n8k16<T>(sum[n], a, v.w[STEP % 2 * 2], v.w[STEP % 2 * 2 + 1]);
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t w0 = w[r][f0 / per_word], w1 = w[r][f1 / per_word];
+      const uint32_t a[4] = {dequant<T, BITS, f0 % per_word, 0>(w0), dequant<T, BITS, f1 % per_word, 0>(w1),
+                             dequant<T, BITS, f0 % per_word, 1>(w0), dequant<T, BITS, f1 % per_word, 1>(w1)};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const Vec4& v = x[n][STEP / 2];
+        ptx::mma_m16n8k16<T>(sum[r][n], a, v.w[STEP % 2 * 2], v.w[STEP % 2 * 2 + 1]);
+      }
     }
   }
-  JN_DEVICE void tile(const uint32_t (&w)[2 * BITS], float (&sum)[NT][4], const int (&)[NT][2]) const {
+  JN_DEVICE void tiles(const uint32_t (&w)[2][2 * BITS], float (&sum)[2][NT][4], const int (&)[NT][2]) const {
     step<0>(w, sum); step<1>(w, sum); step<2>(w, sum); step<3>(w, sum);
     step<4>(w, sum); step<5>(w, sum); step<6>(w, sum); step<7>(w, sum);
   }
@@ -75,24 +78,31 @@ template <int BITS, int NT> struct IntMath {
     }
   }
 
-  template <int I> JN_DEVICE void step(const uint32_t (&w)[2 * BITS], int (&sum)[NT][4], int (&ones)[4]) const {
+  template <int I>
+  JN_DEVICE void step(const uint32_t (&w)[2][2 * BITS], int (&sum)[2][NT][4], int (&ones)[2][4]) const {
     constexpr int n8 = 8 / BITS, f = 4 * I;
-    const uint32_t a[4] = {spread<BITS, f % n8>(w[f / n8]), spread<BITS, (f + 1) % n8>(w[(f + 1) / n8]),
-                           spread<BITS, (f + 2) % n8>(w[(f + 2) / n8]), spread<BITS, (f + 3) % n8>(w[(f + 3) / n8])};
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {
-      const Vec4& v = x[n][I / 2];
-      ptx::mma_m16n8k32_s8(sum[n], a, v.w[I % 2 * 2], v.w[I % 2 * 2 + 1]);
+    for (int r = 0; r < 2; ++r) {
+      const uint32_t a[4] = {
+          spread<BITS, f % n8>(w[r][f / n8]), spread<BITS, (f + 1) % n8>(w[r][(f + 1) / n8]),
+          spread<BITS, (f + 2) % n8>(w[r][(f + 2) / n8]), spread<BITS, (f + 3) % n8>(w[r][(f + 3) / n8])};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const Vec4& v = x[n][I / 2];
+        ptx::mma_m16n8k32_s8(sum[r][n], a, v.w[I % 2 * 2], v.w[I % 2 * 2 + 1]);
+      }
+      ptx::mma_m16n8k32_s8(ones[r], a, 0x01010101u, 0x01010101u);  // row sums of q, for the zero points
     }
-    ptx::mma_m16n8k32_s8(ones, a, 0x01010101u, 0x01010101u);  // row sums of q, for the zero points
   }
-  JN_DEVICE void tile(const uint32_t (&w)[2 * BITS], int (&sum)[NT][4], const int (&zero)[NT][2]) const {
-    int ones[4] = {0, 0, 0, 0};
+  JN_DEVICE void tiles(const uint32_t (&w)[2][2 * BITS], int (&sum)[2][NT][4], const int (&zero)[NT][2]) const {
+    int ones[2][4] = {};
     step<0>(w, sum, ones); step<1>(w, sum, ones); step<2>(w, sum, ones); step<3>(w, sum, ones);
 #pragma unroll
-    for (int n = 0; n < NT; ++n)
+    for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) sum[n][c] -= zero[n][c % 2] * ones[c / 2 * 2];
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[r][n][c] -= zero[n][c % 2] * ones[r][c / 2 * 2];
   }
 };
 
@@ -160,22 +170,27 @@ __global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnLowbitAr
     else if (group + k_warps < end) next.load(p, first_token, group + k_warps, lane);
     const unsigned char* src = ring + stage * stage_bytes;
 #pragma unroll
-    for (int r = 0; r < kStrip; ++r) {
-      uint32_t w[2 * BITS];
+    for (int pair = 0; pair < kStrip; pair += 2) {
+      uint32_t w[2][2 * BITS];
 #pragma unroll
-      for (int v = 0; v < BITS / 2; ++v) {
-        const Vec4 u = *reinterpret_cast<const Vec4*>(src + r * tile_bytes + (v * 32 + lane) * 16);
+      for (int r = 0; r < 2; ++r)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
+        for (int v = 0; v < BITS / 2; ++v) {
+          const Vec4 u = *reinterpret_cast<const Vec4*>(src + (pair + r) * tile_bytes + (v * 32 + lane) * 16);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) w[r][4 * v + j] = u.w[j];
+        }
+      typename Math::Sum sum[2][NT][4] = {};
+      now.tiles(w, sum, zero);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const T* s = reinterpret_cast<const T*>(src + kStrip * tile_bytes) + (pair + r) * kTileRows + lane / 4 * 2;
+        const float low = ptx::to_float(s[0]), high = ptx::to_float(s[1]);  // rows g, g + 8
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) acc[pair + r][n][c] += static_cast<float>(sum[r][n][c]) * (c < 2 ? low : high);
       }
-      typename Math::Sum sum[NT][4] = {};
-      now.tile(w, sum, zero);
-      const T* s = reinterpret_cast<const T*>(src + kStrip * tile_bytes) + r * kTileRows + lane / 4 * 2;
-      const float low = ptx::to_float(s[0]), high = ptx::to_float(s[1]);  // rows g, g + 8
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) acc[r][n][c] += static_cast<float>(sum[n][c]) * (c < 2 ? low : high);
     }
     if (ahead) now = next;
     stage = (stage + 1) % stages;

@@ -188,6 +188,9 @@ template <class T> uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+inline uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
+inline uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) ^ bits; }
+
 struct MmaIn { uint32_t a[4], b[2]; uint32_t c[4]; };
 struct MmaOut { uint32_t c[4]; };
 // One m16n8 product; `dot(a registers of a row, b registers of a column)`: lane 4g+t of A holds rows g, g+8 in

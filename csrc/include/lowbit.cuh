@@ -53,8 +53,8 @@ template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t w
   if constexpr (BITS == 8 && bf) {  // 8 bits do not fit beside the hidden one: the top bit goes separately
     constexpr uint32_t magic = both(magic_exponent), one = both(half_bits(true, 1)), off = both(half_bits(true, -384));
     const uint32_t v = H ? word >> 8 : word;
-    const uint32_t low = (v & 0x007f007fu) | magic;  // 128 + low 7 bits
-    const uint32_t top = (v & 0x00800080u) | magic;  // 128 or 256
+    const uint32_t low = ptx::and_or(v, 0x007f007fu, magic);  // 128 + low 7 bits
+    const uint32_t top = ptx::and_or(v, 0x00800080u, magic);  // 128 or 256
     return ptx::fma2<T>(low, one, ptx::fma2<T>(top, one, off));
   } else {
     constexpr int step = bf ? 4 : 8;  // few distinct shifts, so that the compiler shares them
@@ -64,15 +64,15 @@ template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t w
     constexpr uint32_t magic = both(magic_exponent), mask = both(((1u << BITS) - 1) << p);
     constexpr uint32_t down = both(half_bits(bf, 1.0 / (1 << p)));
     constexpr uint32_t off = both(half_bits(bf, -(double(1 << mantissa) / (1 << p) + offset)));
-    return ptx::fma2<T>(((word >> shift) & mask) | magic, down, off);
+    return ptx::fma2<T>(ptx::and_or(word >> shift, mask, magic), down, off);
   }
 }
 
 // Four weights as signed bytes, times 2^(8-BITS): the field moved to the top of its byte, sign bit flipped.
 template <int BITS, int F> JN_DEVICE uint32_t spread(uint32_t word) {
-  constexpr int up = 8 - BITS - BITS * F;
+  constexpr int up = 8 - BITS - BITS * F;  // bits pushed into the next byte are masked off
   constexpr uint32_t top = (0xffu << (8 - BITS)) & 0xffu;
-  return ((word << up) & (top * 0x01010101u)) ^ 0x80808080u;
+  return ptx::and_xor(up > 0 ? word << up : word, top * 0x01010101u, 0x80808080u);
 }
 
 }  // namespace jointnas
