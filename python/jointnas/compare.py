@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from jointnas.quantize import initialise
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, Supernet, convert
 from jointnas_kernels.latency.table import Bound
-from jointnas_kernels.space import Choice, SearchSpace, count_params
+from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks
 
 RANDOM = 7  # lane of random numbers
 
@@ -70,7 +70,8 @@ def random_peers(
 ) -> list[Choice]:
     """Random choices that cost what `found` costs: latency and parameters each within ± `width` of it, all different.
 
-    Structures are drawn uniformly and kept if their parameters fit; with bits, each structure tries several bit draws.
+    Choices are drawn uniformly from the space and kept if they fit. Bits of blocks that a choice removes do not make it
+    another one.
 
     Raises:
         JointNASError: the space has fewer such choices than asked for.
@@ -78,9 +79,10 @@ def random_peers(
     generator = seeded(seed, RANDOM)
     params, latency = count_params(model_config, found), bound.predict(found)
     peers: dict[Choice, None] = {}
+    own = canonical(found, bound)
     for _ in range(tries):
-        choice = bound.space.sample(generator)
-        if choice == found or choice in peers:
+        choice = canonical(bound.space.sample(generator), bound)
+        if choice == own or choice in peers:
             continue
         if abs(count_params(model_config, choice) / params - 1) > width:
             continue
@@ -95,6 +97,20 @@ def random_peers(
     raise JointNASError(
         f"only {len(peers)} of {count} random choices have the parameters and latency of the found model within "
         f"{width:.0%}; widen the band or the space"
+    )
+
+
+def canonical(choice: Choice, bound: Bound) -> Choice:
+    """The same model with the highest precision written for removed blocks."""
+    kept = set(kept_blocks(bound.rank, choice.blocks))
+
+    def highest(bits: tuple[int, ...] | None, sizes: tuple[int, ...]) -> tuple[int, ...] | None:
+        return None if bits is None else tuple(b if i in kept else sizes[-1] for i, b in enumerate(bits))
+
+    return replace(
+        choice,
+        weight_bits=highest(choice.weight_bits, bound.space.sizes("weight_bits")),
+        act_bits=highest(choice.act_bits, bound.space.sizes("act_bits")),
     )
 
 
