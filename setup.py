@@ -26,7 +26,7 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-ffp
 NVCC_FLAGS = [
     *("-O3", "-std=c++17", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", "--expt-relaxed-constexpr"),
     *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90a,code=sm_90a"),
-    "-gencode=arch=compute_90,code=compute_90",
+    *("-gencode=arch=compute_90,code=compute_90", "--threads=0"),
 ]
 
 
