@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 grad = logits.sub_(log_norm).exp_()
                 grad.scatter_add_(1, safe, grad.new_full((), -1.0).expand_as(safe))
-                grad *= (valid / count).unsqueeze(1)
+                grad *= (valid.to(wide) / count).unsqueeze(1)
                 dx[rows] = grad.to(x.dtype) @ weight
         ctx.save_for_backward(dx)
         return total / count
