@@ -32,9 +32,9 @@ import torch
 
 from benchmarks.harness import RESULTS, environment, slug
 from jointnas import data, models
-from jointnas.compare import fresh_supernet, hypervolume, pareto, random_peers, score
+from jointnas.peers import fresh_supernet, hypervolume, pareto, random_peers, score
 from jointnas.config import ModelConfig, RunConfig, build
-from jointnas.search import optimise, prepare
+from jointnas.bilevel import optimise, prepare
 from jointnas_kernels.hf import importance_scores
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace
