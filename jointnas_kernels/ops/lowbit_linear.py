@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, resolve
-from jointnas_kernels.ops.lowbit_cuda import CudaWeight, matmul
+from jointnas_kernels.ops._dispatch import check, compute_dtype, resolve, rows
+from jointnas_kernels.ops.lowbit_cuda import DTYPES, CudaWeight, matmul
 from jointnas_kernels.ops.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
 
 ACT_BITS = (2, 4, 8, 16)
@@ -44,9 +44,9 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tens
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
     """q * scale as [O, I] in ``dtype``."""
-    rows, groups = scale.shape
-    q = unpack_weight(packed, bits, (rows, groups * group_size)).to(dtype)
-    return (q.view(rows, groups, group_size) * scale.to(dtype)[:, :, None]).view(rows, -1)
+    outputs, groups = scale.shape
+    q = unpack_weight(packed, bits, (outputs, groups * group_size)).to(dtype)
+    return (q.view(outputs, groups, group_size) * scale.to(dtype)[:, :, None]).view(outputs, -1)
 
 
 def reference(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
@@ -69,11 +69,19 @@ SCHEMA = (
 @torch.library.custom_op("jointnas::lowbit_linear", mutates_args=(), schema=SCHEMA)
 def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
                    symmetric: bool, backend: str | None) -> Tensor:
-    chosen = resolve(NAME, backend, x, ("reference", "cuda"))
+    # the CUDA kernels take one layout only; asked for by name they say so, chosen automatically they are passed over
+    fits = group_size == TILE_INPUTS and x.dtype in DTYPES and scale.dtype == x.dtype
+    first = ("cuda",) if fits or backend == "cuda" else ()
+    chosen = resolve(NAME, backend, x, (*first, "triton", "reference"))
+    if chosen == "reference" or x.numel() == 0:
+        return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
     if chosen == "cuda":
         check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")
         return matmul(x, CudaWeight.build(packed, scale, w_bits), a_bits, symmetric)
-    return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
+    from jointnas_kernels.ops import lowbit_triton
+
+    y = lowbit_triton.run(rows(x), packed.contiguous(), scale.contiguous(), w_bits, a_bits, group_size, symmetric)
+    return y.view(*x.shape[:-1], -1)
 
 
 @_lowbit_linear.register_fake
