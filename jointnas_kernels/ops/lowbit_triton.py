@@ -102,7 +102,7 @@ def blocks(tokens: int, group: int) -> tuple[int, int, int, bool]:
     power = group & -group  # largest power of two that divides it
     if power < 16:
         return bm, 32, 32, False
-    return bm, 64, min(power, 128), True
+    return bm, 64, min(power, 64 if bm == 64 else 128), True  # 64 x 64 x 128 would spill
 
 
 def run(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group: int, symmetric: bool) -> Tensor:
