@@ -69,8 +69,19 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of jointnas_kernels (csrc/).";
   m.def("cpu_features", &cpu_features, "Instruction sets this CPU has, of those the kernels can use.");
   m.def("parallel_backend", [] { return jnk::parallel_backend(); }, "Where threads come from: openmp or std::thread.");
+  JN_DEF(cpu_huge_pages);
   JN_DEF(cpu_mixed_weight);
+  JN_DEF(cpu_mixed_weight_backward);
   JN_DEF(cpu_quant_lora_mix);
+  JN_DEF(cpu_channel_mask);
+  JN_DEF(cpu_gated_residual);
+  JN_DEF(cpu_gated_residual_backward);
+  JN_DEF(cpu_masked_swiglu);
+  JN_DEF(cpu_masked_swiglu_backward);
+  JN_DEF(cpu_mixed_rmsnorm);
+  JN_DEF(cpu_mixed_rmsnorm_backward);
+  JN_DEF(cpu_masked_rope);
+  JN_DEF(cpu_masked_rope_backward);
 #ifdef JN_WITH_CUDA
   m.attr("has_cuda") = true;
   JN_DEF(act_quant_pack);

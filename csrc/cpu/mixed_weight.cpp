@@ -30,6 +30,24 @@ void mixed_weight_rows(const T* w, const float* r, const float* c, T* out, int64
   if (nontemporal) stream_end();
 }
 
+// dw = g r c (if dw), dr[m] = sum_n c g w, column[n] = sum_m r g w
+template <class T>
+void mixed_weight_backward_rows(const T* g, const T* w, const float* r, const float* c, T* dw, float* dr, float* column,
+                                int64_t rows, int64_t N) {
+  std::memset(column, 0, static_cast<size_t>(N) * sizeof(float));
+  for (int64_t m = 0; m < rows; ++m, g += N, w += N) {
+    const vf vr = set(r[m]);
+    vf total = set(0.0f);
+    each(0, N, [&](auto at) {
+      const vf v = at(g), e = v * at(w), vc = at(c);
+      total = fma(vc, e, total);
+      at.add(column, vr * e);
+      if (dw) at.put(dw + m * N, v * (vr * vc));
+    });
+    dr[m] = sum(total);
+  }
+}
+
 }  // namespace JN_ISA
 }  // namespace jnk
 
@@ -68,6 +86,25 @@ int jn_cpu_mixed_weight(const void* w, const float* r, const float* c, void* out
     run<jnk::bf16>(level, w, r, c, out, M, N, threads);
   else
     return jnk::kBadArgument;
+  return jnk::kOk;
+}
+
+int jn_cpu_mixed_weight_backward(const void* g, const void* w, const float* r, const float* c, void* dw, float* dr,
+                                 float* partial, int64_t M, int64_t N, int64_t chunk_rows, int dtype, int threads,
+                                 int isa) {
+  const int level = jnk::choose_isa(isa);
+  if (!level) return jnk::kIsaMissing;
+  if (dtype != jnk::kF32 && dtype != jnk::kBf16) return jnk::kBadArgument;
+  jnk::parallel_for((M + chunk_rows - 1) / chunk_rows, threads, [&](int64_t chunk) {
+    const int64_t m = chunk * chunk_rows, rows = std::min(chunk_rows, M - m);
+    const auto go = [&](auto t) {
+      using T = decltype(t);
+      T* out = dw ? static_cast<T*>(dw) + m * N : nullptr;
+      JN_DISPATCH(level, mixed_weight_backward_rows(static_cast<const T*>(g) + m * N, static_cast<const T*>(w) + m * N,
+                                                    r + m, c, out, dr + m, partial + chunk * N, rows, N));
+    };
+    dtype == jnk::kF32 ? go(float{}) : go(jnk::bf16{});
+  });
   return jnk::kOk;
 }
 

@@ -132,7 +132,8 @@ void group_scales(const float* absmax, const float* clip, float* s, float* r, in
   }
 }
 
-inline vf level(vf t, vf s, vf r, vf low, vf high) { return min(max(round(divide(t, s, r)), low), high); }
+// The constants come first, so that NaN passes (min and max return their second operand then).
+inline vf level(vf t, vf s, vf r, vf low, vf high) { return min(high, max(low, round(divide(t, s, r)))); }
 
 // mix (+)= q * weight, weight = probs[p] * s
 template <bool kFirst>

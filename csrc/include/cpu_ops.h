@@ -4,9 +4,17 @@
 #pragma once
 #include <cstdint>
 
+// Asks for huge pages under a fresh allocation that is about to be written. Of the 33 ms that quant_lora_mix of a
+// 4096^2 bf16 matrix took in one thread with a new output, 17 were first-touch faults of 4 KiB pages.
+int jn_cpu_huge_pages(void* begin, int64_t bytes);
+
 // out[m, n] = w[m, n] * r[m] * c[n]     w, out [M, N] dtype; r [M], c [N] fp32
 int jn_cpu_mixed_weight(const void* w, const float* r, const float* c, void* out, int64_t M, int64_t N, int dtype,
                         int threads, int isa);
+// dw = g r c (null: skipped); dr [M] = row sums of c g w; partial [chunks of chunk_rows, N]: column sums of r g w
+int jn_cpu_mixed_weight_backward(const void* g, const void* w, const float* r, const float* c, void* dw, float* dr,
+                                 float* partial, int64_t M, int64_t N, int64_t chunk_rows, int dtype, int threads,
+                                 int isa);
 
 // out = sum_p probs[p] * Q_p(w + scaling * B_p A_p)
 // w, out [O, I] dtype; lora_a [P, rank, I], lora_b [P, O, rank] lora_dtype; probs [P]; clip [P, O, I/g] or null; bits [P]
@@ -14,3 +22,40 @@ int jn_cpu_mixed_weight(const void* w, const float* r, const float* c, void* out
 int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b, const float* probs, const float* clip,
                           const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,
                           float scaling, int dtype, int lora_dtype, int threads, int isa);
+
+// Elementwise operations: tensors [rows, N] dtype, vectors fp32. Work is cut into chunks of chunk_rows rows; a
+// `partial` [chunks, N] receives each chunk's column sums. Formulas: the docstrings of ops/*.py.
+
+// y = g * mask; partial (with x): column sums of g * x
+int jn_cpu_channel_mask(const void* g, const void* x, const float* mask, void* y, float* partial, int64_t rows, int64_t N,
+                        int64_t chunk_rows, int dtype, int threads, int isa);
+// out = h + mask y (mask may be null: 1), or with gate [1] and x: x + gate (h + mask y - x)
+int jn_cpu_gated_residual(const void* h, const void* y, const float* mask, const float* gate, const void* x, void* out,
+                          int64_t rows, int64_t N, int64_t chunk_rows, int dtype, int threads, int isa);
+// dh = gate g, dx = (1 - gate) g, dy = gate g mask (null: skipped); partial: column sums of gate g y; dgate [chunks]
+int jn_cpu_gated_residual_backward(const void* g, const void* h, const void* y, const float* mask, const float* gate,
+                                   const void* x, void* dh, void* dy, void* dx, float* partial, float* dgate,
+                                   int64_t rows, int64_t N, int64_t chunk_rows, int dtype, int threads, int isa);
+// out = silu(r gate) (r up) c
+int jn_cpu_masked_swiglu(const void* gate, const void* up, const float* r, const float* c, void* out, int64_t rows,
+                         int64_t N, int64_t chunk_rows, int dtype, int threads, int isa);
+// dr, dc: column sums per chunk, or null
+int jn_cpu_masked_swiglu_backward(const void* g, const void* gate, const void* up, const float* r, const float* c,
+                                  void* dgate, void* dup, float* dr, float* dc, int64_t rows, int64_t N,
+                                  int64_t chunk_rows, int dtype, int threads, int isa);
+// scale = weight * in_mask; ends [S] where choices end, ascending; choice i keeps segments 0..kept[i]; inv [rows, K] out
+int jn_cpu_mixed_rmsnorm(const void* x, const float* scale, const float* alpha, const int64_t* ends, const int64_t* kept,
+                         void* y, float* inv, int64_t rows, int64_t N, int64_t S, int64_t K, float eps,
+                         int64_t chunk_rows, int dtype, int threads, int isa);
+// dalpha [rows, K] or null; partial: column sums of g x t, or null
+int jn_cpu_mixed_rmsnorm_backward(const void* g, const void* x, const float* scale, const float* alpha, const float* inv,
+                                  const int64_t* ends, const int64_t* kept, void* dx, float* dalpha, float* partial,
+                                  int64_t rows, int64_t N, int64_t S, int64_t K, int64_t chunk_rows, int dtype,
+                                  int threads, int isa);
+// x, out [tokens, H, D]; mask [H, D]; cosine, sine [period, D], token t uses row t % period
+int jn_cpu_masked_rope(const void* x, const float* mask, const float* cosine, const float* sine, void* out, int64_t tokens,
+                       int64_t period, int64_t H, int64_t D, int64_t chunk_rows, int dtype, int threads, int isa);
+// partial [chunks, H, D]: sums of x rope^T(g), or null (x is not read then)
+int jn_cpu_masked_rope_backward(const void* g, const void* x, const float* mask, const float* cosine, const float* sine,
+                                void* dx, float* partial, int64_t tokens, int64_t period, int64_t H, int64_t D,
+                                int64_t chunk_rows, int dtype, int threads, int isa);

@@ -46,17 +46,26 @@
 #undef JN_AVX512
 #endif
 
-// JN_DISPATCH(level, f(args)): the variant of f for that level; levels 3 and 4 share avx512.
+// JN_DISPATCH(level, call): the variant of a call `f(args)`, or of an assignment `x = f(args)`, for that level; levels
+// 3 and 4 share avx512. The using-directive reaches the call alone; no name of a kernel may exist elsewhere.
 #if defined(__x86_64__)
-#define JN_DISPATCH(level, call)             \
-  do {                                       \
-    if ((level) >= jnk::kAvx512)              \
-      jnk::avx512::call;                      \
-    else if ((level) == jnk::kAvx2)           \
-      jnk::avx2::call;                        \
-    else                                     \
-      jnk::scalar::call;                      \
+#define JN_DISPATCH(level, ...)             \
+  do {                                      \
+    if ((level) >= jnk::kAvx512) {          \
+      using namespace jnk::avx512;          \
+      __VA_ARGS__;                          \
+    } else if ((level) == jnk::kAvx2) {     \
+      using namespace jnk::avx2;            \
+      __VA_ARGS__;                          \
+    } else {                                \
+      using namespace jnk::scalar;          \
+      __VA_ARGS__;                          \
+    }                                       \
   } while (0)
 #else
-#define JN_DISPATCH(level, call) jnk::scalar::call
+#define JN_DISPATCH(level, ...)    \
+  do {                             \
+    using namespace jnk::scalar;   \
+    __VA_ARGS__;                   \
+  } while (0)
 #endif

@@ -183,5 +183,52 @@ inline void stream2(T* p, vf a, vf b) {
 inline void stream_end() {}
 #endif
 
+// exp, relative error 2e-7; the argument is clamped to [-87.3, 88.3], NaN stays NaN (min and max return their second
+// operand then).
+inline vf exp(vf x) {
+  x = min(set(88.3f), max(set(-87.3f), x));
+  const vf k = round(x * set(1.44269504f));
+  const vf f = fnma(k, set(-2.12194440e-4f), fnma(k, set(0.693359375f), x));  // x - k ln 2, ln 2 in two parts
+  vf p = set(1.9875691500e-4f);  // Cephes expf: minimax on |f| <= ln 2 / 2
+  p = fma(p, f, set(1.3981999507e-3f));
+  p = fma(p, f, set(8.3334519073e-3f));
+  p = fma(p, f, set(4.1665795894e-2f));
+  p = fma(p, f, set(1.6666665459e-1f));
+  p = fma(p, f, set(5.0000001201e-1f));
+  return fma(p, f * f, f + set(1.0f)) * exp2i(k);
+}
+
+// One step of a loop over a row: at(p) loads, at.put(p, v) stores, at.add(p, v) accumulates p[j] += v.
+struct Whole {
+  int64_t j;
+  template <class T>
+  vf operator()(const T* p) const {
+    return load(p + j);
+  }
+  template <class T>
+  void put(T* p, vf v) const {
+    store(p + j, v);
+  }
+  void add(float* p, vf v) const { store(p + j, load(p + j) + v); }
+};
+struct Tail {
+  int64_t j, n;
+  template <class T>
+  vf operator()(const T* p) const {
+    return load(p + j, n);
+  }
+  template <class T>
+  void put(T* p, vf v) const {
+    store(p + j, v, n);
+  }
+  void add(float* p, vf v) const { store(p + j, load(p + j, n) + v, n); }
+};
+template <class F>
+inline void each(int64_t begin, int64_t end, const F& f) {
+  int64_t j = begin;
+  for (; j + W <= end; j += W) f(Whole{j});
+  if (j < end) f(Tail{j, end - j});
+}
+
 }  // namespace JN_ISA
 }  // namespace jnk

@@ -36,10 +36,14 @@ def why_not(backend: str, tensor: Tensor) -> str | None:
         return None
     if tensor.device.type != "cpu":
         return f"it needs a CPU tensor and this one is on {tensor.device.type!r}"
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        return f"it has float32 and bfloat16 kernels and the input is {tensor.dtype}"
     return None if _ext.available() else "jointnas_kernels._C is not built (run `make setup`)"
 
 
-def resolve(op: str, backend: str | None, tensor: Tensor, available: Sequence[str] = ("triton", "reference")) -> str:
+def resolve(
+    op: str, backend: str | None, tensor: Tensor, available: Sequence[str] = ("triton", "cpu", "reference")
+) -> str:
     """The backend ``op`` uses on ``tensor``.
 
     Args:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
 
 
@@ -70,6 +71,8 @@ def _launch(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor |
 
 
 def forward(x: Tensor, mask: Tensor, backend: str) -> Tensor:
+    if backend == "cpu":
+        return _cpu.channel_mask(x, mask)
     return _launch(x, None, mask)[0] if backend == "triton" else reference(x, mask).contiguous()
 
 
@@ -78,6 +81,8 @@ def backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: st
     if backend == "triton":
         dx, dmask = _launch(grad, x if need_mask else None, mask)
         return dx, no_grad_slot(x) if dmask is None else dmask.to(mask.dtype)
+    if backend == "cpu":
+        return _cpu.channel_mask_backward(grad, x, mask, need_mask)
     dx, slot = reference_backward(grad, x, mask, need_mask)
     return dx.contiguous(), slot
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
 
 
@@ -150,8 +151,11 @@ def _launch_backward(
 def _gated_residual(
     h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
 ) -> Tensor:
-    if resolve("gated_residual", backend, h) == "triton":
+    how = resolve("gated_residual", backend, h)
+    if how == "triton":
         return _launch_forward(h, y, mask, gate, x)
+    if how == "cpu":
+        return _cpu.gated_residual(h, y, mask, gate, x)
     return reference(h, y, mask, gate, x).contiguous()
 
 
@@ -173,8 +177,11 @@ def _gated_residual_backward(
     need_gate: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dh, dy (empty when mask is None: it equals dh), dx, dmask, dgate. Without need_gate, h and x are not read."""
-    if resolve("gated_residual", backend, grad) == "triton":
+    how = resolve("gated_residual", backend, grad)
+    if how == "triton":
         return _launch_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
+    if how == "cpu":
+        return _cpu.gated_residual_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
     dh, dy, dx, dmask, dgate = reference_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
     return dh.contiguous(), dy.contiguous(), dx.contiguous(), dmask, dgate
 

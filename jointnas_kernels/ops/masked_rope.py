@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, power_of_two, processors, resolve
 
 
@@ -178,8 +179,11 @@ def _launch(
 def _masked_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if resolve("masked_rope", backend, q) == "triton":
+    how = resolve("masked_rope", backend, q)
+    if how == "triton":
         return _launch(q, k, cos, sin, q_mask, k_mask)[:2]
+    if how == "cpu":
+        return _cpu.masked_rope(q, k, cos, sin, q_mask, k_mask)
     q_out, k_out = reference(q, k, cos, sin, q_mask, k_mask)
     return q_out.contiguous(), k_out.contiguous()
 
@@ -202,7 +206,12 @@ def _masked_rope_backward(
     need_q_mask: bool, need_k_mask: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dq_mask, dk_mask. Without the mask flags q and k are not read (any tensor may stand for them)."""
-    if resolve("masked_rope", backend, dq_out) == "triton":
+    how = resolve("masked_rope", backend, dq_out)
+    if how == "cpu":
+        return _cpu.masked_rope_backward(
+            dq_out, dk_out, q, k, cos, sin, q_mask, k_mask, need_q_mask, need_k_mask
+        )
+    if how == "triton":
         dq, dk, from_q, from_k = _launch(
             dq_out, dk_out, cos, sin, q_mask, k_mask, q if need_q_mask else None, k if need_k_mask else None, True
         )

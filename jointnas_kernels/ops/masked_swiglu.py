@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
 
 
@@ -140,8 +141,11 @@ def _launch_backward(
     schema="(Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, str? backend) -> Tensor",
 )
 def _masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None) -> Tensor:
-    if resolve("masked_swiglu", backend, gate) == "triton":
+    how = resolve("masked_swiglu", backend, gate)
+    if how == "triton":
         return _launch_forward(gate, up, out_mask, in_mask)
+    if how == "cpu":
+        return _cpu.masked_swiglu(gate, up, out_mask, in_mask)
     return reference(gate, up, out_mask, in_mask).contiguous()
 
 
@@ -160,8 +164,11 @@ def _masked_swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if resolve("masked_swiglu", backend, gate) == "triton":
+    how = resolve("masked_swiglu", backend, gate)
+    if how == "triton":
         return _launch_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
+    if how == "cpu":
+        return _cpu.masked_swiglu_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
     dgate, dup, dr, dc = reference_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
     return dgate.contiguous(), dup.contiguous(), dr, dc
 

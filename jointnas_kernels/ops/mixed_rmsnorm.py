@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import (
     check,
     compute_dtype,
@@ -233,8 +234,11 @@ def _mixed_rmsnorm(
     x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    if resolve("mixed_rmsnorm", backend, x) == "triton":
+    how = resolve("mixed_rmsnorm", backend, x)
+    if how == "triton":
         return _launch_forward(x, weight, alpha, sizes, eps, in_mask)
+    if how == "cpu":
+        return _cpu.mixed_rmsnorm(x, weight, alpha, sizes, eps, in_mask)
     y, inv = reference(x, weight, alpha, sizes, eps, in_mask)
     return y.contiguous(), inv
 
@@ -258,8 +262,13 @@ def _mixed_rmsnorm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
     in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if resolve("mixed_rmsnorm", backend, x) == "triton":
+    how = resolve("mixed_rmsnorm", backend, x)
+    if how == "triton":
         return _launch_backward(grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask)
+    if how == "cpu":
+        return _cpu.mixed_rmsnorm_backward(
+            grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask
+        )
     dx, dw, dalpha, dmask = reference_backward(
         grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask
     )

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import unknown
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, power_of_two, processors, resolve
 from jointnas_kernels.ops.masks import membership
 
@@ -294,6 +295,11 @@ def _launch_backward(
     return dw, (d * alpha_out[:, None]).sum(0).to(alpha_in.dtype), (d * alpha_in).sum(1).to(alpha_out.dtype)
 
 
+def _available(impl: str) -> tuple[str, ...]:
+    """C++ exists for "factored" only: the other two are there to be compared with, and torch does them well."""
+    return ("triton", "cpu", "reference") if impl == "factored" else ("triton", "reference")
+
+
 @torch.library.custom_op(
     "jointnas::mixed_weight",
     mutates_args=(),
@@ -304,8 +310,12 @@ def _mixed_weight(
     weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
     impl: str, masks: Tensor | None, backend: str | None,
 ) -> Tensor:
-    if resolve("mixed_weight", backend, weight) == "triton":
+    how = resolve("mixed_weight", backend, weight, _available(impl))
+    if how == "triton":
         return _launch_forward(weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks)
+    if how == "cpu":
+        c, r = _vectors(alpha_in, sizes_in, alpha_out, sizes_out, weight.shape, torch.float32)
+        return _cpu.mixed_weight(weight, r, c)
     return reference(weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).contiguous()
 
 
@@ -327,8 +337,14 @@ def _mixed_weight_backward(
     grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
     sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if resolve("mixed_weight", backend, weight) == "triton":
+    how = resolve("mixed_weight", backend, weight, _available(impl))
+    if how == "triton":
         return _launch_backward(grad, weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, need_weight)
+    if how == "cpu":
+        c, r = _vectors(alpha_in, sizes_in, alpha_out, sizes_out, weight.shape, torch.float32)
+        dw, dc, dr = _cpu.mixed_weight_backward(grad, weight, r, c, need_weight)
+        from_c, from_r = (torch.stack([d[:size].sum() for size in s]) for d, s in ((dc, sizes_in), (dr, sizes_out)))
+        return dw, from_c.to(alpha_in.dtype), from_r.to(alpha_out.dtype)
     dw, da, db = reference_backward(
         grad, weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, need_weight
     )

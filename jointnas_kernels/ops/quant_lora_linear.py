@@ -187,7 +187,7 @@ def quant_lora_linear(
         raise JointNASError(f"quant_lora_linear: x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    chosen = resolve("quant_lora_linear", backend, weight, available=("triton", "reference"))
+    chosen = resolve("quant_lora_linear", backend, weight, available=("triton", "cpu", "reference"))
     return _quant_lora_linear(
         x, weight, lora_a, lora_b, probs, clip, bias, float(scaling), list(bits), group_size, ste, mode, recompute, chosen
     )[0]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
 from jointnas_kernels.ops.fake_quant_weight import _ste, check_clip, check_quantizer, compute_dtype, quantize_levels
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton, mix_forward_triton
@@ -197,6 +198,8 @@ def mix_forward(
     with torch.autocast(weight.device.type, enabled=False):
         if backend == "triton":
             return mix_forward_triton(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
+        if backend == "cpu":
+            return _cpu.quant_lora_mix(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
         return quant_lora_mix_reference(weight, lora_a, lora_b, scaling, bits, probs, group_size, clip).contiguous()
 
 
@@ -306,7 +309,7 @@ def quant_lora_mix(
 ) -> Tensor:
     """W~ [O, I]. ``mode`` says which gradients exist: "weight" LoRA and clip, "arch" probs, "full" all of them."""
     check_mix("quant_lora_mix", weight, lora_a, lora_b, bits, probs, group_size, clip, ste, mode)
-    chosen = resolve("quant_lora_mix", backend, weight, available=("triton", "reference"))
+    chosen = resolve("quant_lora_mix", backend, weight, available=("triton", "cpu", "reference"))
     return _quant_lora_mix(
         weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste, mode, chosen
     )
