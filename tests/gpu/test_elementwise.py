@@ -1,9 +1,7 @@
 """The width-mask ops on a real device: every kernel in every dtype, big and odd shapes, values and gradients.
 
-Tolerances are relative norms against fp64 on the same rounded inputs. A result in bf16 (fp16) is rounded once from
-fp32 math: at most 2^-9 (2^-12) per element, under the 8e-3 (1e-3) of ``testing.tolerance`` by a factor of four. Mask
-gradients are fp32 sums over rows of fp32 products of exactly read inputs, so they meet fp32's tolerance even for half
-inputs; ``SUMS`` allows their approximate exp and reciprocal square root (2 ulp each) and sums over 16k rows.
+Tolerances (comparison.py) are relative norms against fp64 on the same rounded inputs: a bf16 (fp16) result is rounded
+once from fp32 math, at most 2^-9 (2^-12) per element, four times below the limit used.
 """
 
 from collections.abc import Sequence
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from jointnas_kernels import ops
 
-SUMS = 2e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 SHAPES = pytest.mark.parametrize(
     "shape", [(1, 1), (3, 17), (127, 251), (1024, 4096), (5, 7, 1000), (16384, 130)], ids=str
@@ -36,11 +33,11 @@ def weights(*shape: int) -> Tensor:
     return torch.rand(*shape, device="cuda") + 0.1
 
 
-def both(call, tensors: Sequence[Tensor | None], weight_step: list[int], everything: list[int]) -> None:
+def both(call, tensors: Sequence[Tensor | None], weight_step: list[int], everything: list[int],
+         fp32: float = 2e-5) -> None:
     """A weight step asks for activations only, an arch step for everything: different kernels."""
-    half = next(t for t in tensors if t is not None).dtype != torch.float32
-    compare(call, tensors, weight_step, None, None if half else SUMS)
-    compare(call, tensors, everything, None, None if half else SUMS)
+    compare(call, tensors, weight_step, None, fp32=fp32)
+    compare(call, tensors, everything, None, fp32=fp32)
 
 
 def test_ops_choose_triton_on_cuda() -> None:
@@ -85,7 +82,8 @@ def test_gated_residual(shape: tuple[int, ...], gated: bool, masked: bool, dtype
     gate = torch.tensor(0.37, device="cuda") if gated else None
     tensors = [h, y, mask, gate, x if gated else None]
     activations = [0, 1, 4] if gated else [0, 1]
-    both(ops.gated_residual, tensors, activations, [i for i in range(5) if tensors[i] is not None])
+    # the gate's gradient is one sum of terms of both signs, which cancel by chance
+    both(ops.gated_residual, tensors, activations, [i for i in range(5) if tensors[i] is not None], 1e-4)
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])

@@ -4,36 +4,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from comparison import compare
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.testing import assert_close, poisoned
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
 
-def compare(call: Callable[..., Tensor | tuple[Tensor, ...]], tensors: list[Tensor | None], wanted: list[int],
-            tol: float | None = None) -> None:
-    """call(*tensors, backend) with "triton" against "reference" in fp64: outputs, gradients of ``wanted``."""
-
-    stored = tensors[0].dtype
-
-    def run(dtype: torch.dtype | None, backend: str) -> list[Tensor]:
-        inputs = [None if t is None else t.detach().clone() if dtype is None else t.detach().to(dtype)
-                  for t in tensors]
-        for i in wanted:
-            inputs[i].requires_grad_()
-        with poisoned():
-            outputs = call(*inputs, backend=backend)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            generator = torch.Generator().manual_seed(7)
-            incoming = [torch.randn(o.shape, generator=generator).to(stored).to(o.dtype) for o in outputs]
-            grads = torch.autograd.grad(outputs, [inputs[i] for i in wanted], incoming)
-        return [*outputs, *grads]
-
-    names = [f"output or gradient {i} of {wanted}" for i in range(8)]
-    for name, out, ref in zip(names, run(None, "triton"), run(torch.float64, "reference"), strict=False):
-        assert_close(out, ref, tol, name)
+def check(call: Callable[..., Tensor | tuple[Tensor, ...]], tensors: list[Tensor | None], wanted: list[int],
+          tol: float | None = None) -> None:
+    compare(call, tensors, wanted, "triton", tol)
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -49,12 +30,12 @@ def _seed() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 5, 129), (37, 1030)], ids=str)
 @pytest.mark.parametrize("wanted", [[0], [0, 1]], ids=["dx", "dx-dmask"])
 def test_channel_mask(shape: tuple[int, ...], wanted: list[int], dtype: torch.dtype) -> None:
-    compare(ops.channel_mask, [rand(*shape, dtype=dtype), torch.rand(shape[-1])], wanted)
+    check(ops.channel_mask, [rand(*shape, dtype=dtype), torch.rand(shape[-1])], wanted)
 
 
 def test_channel_mask_of_a_strided_view() -> None:
     x = rand(6, 40)[:, 3:20]
-    compare(ops.channel_mask, [x, torch.rand(17)], [0, 1])
+    check(ops.channel_mask, [x, torch.rand(17)], [0, 1])
 
 
 @DTYPES
@@ -62,8 +43,8 @@ def test_channel_mask_of_a_strided_view() -> None:
 @pytest.mark.parametrize("wanted", [[0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 2, 3]], ids=str)
 def test_masked_swiglu(shape: tuple[int, ...], wanted: list[int], dtype: torch.dtype) -> None:
     n = shape[-1]
-    compare(ops.masked_swiglu, [rand(*shape, dtype=dtype), rand(*shape, dtype=dtype), torch.rand(n), torch.rand(n)],
-            wanted, None if dtype == torch.float16 else 4e-6)
+    check(ops.masked_swiglu, [rand(*shape, dtype=dtype), rand(*shape, dtype=dtype), torch.rand(n), torch.rand(n)],
+            wanted)
 
 
 @DTYPES
@@ -78,7 +59,7 @@ def test_gated_residual(shape: tuple[int, ...], has_mask: bool, has_gate: bool, 
     h, y, x = (rand(*shape, dtype=dtype) for _ in range(3))
     mask = torch.rand(shape[-1]) if has_mask else None
     gate = torch.tensor(0.37) if has_gate else None
-    compare(ops.gated_residual, [h, y, mask, gate, x if has_gate else None], wanted)
+    check(ops.gated_residual, [h, y, mask, gate, x if has_gate else None], wanted)
 
 
 @DTYPES
@@ -97,7 +78,7 @@ def test_mixed_rmsnorm(rows: int, n: int, sizes: list[int], masked: bool, dtype:
     tensors = [rand(rows, n, dtype=dtype), rand(n, dtype=dtype), torch.rand(len(sizes)), mask]
     for wanted in ([0], [0, 2], [0, 1, 2, 3] if masked else [0, 1, 2]):
         # dx is a difference that cancels when few channels share one norm: allow for it below 16
-        compare(call, tensors, wanted, 1e-2 if n < 16 else None)
+        check(call, tensors, wanted, 1e-2 if n < 16 else None)
 
 
 @DTYPES
@@ -107,13 +88,13 @@ def test_mixed_rmsnorm(rows: int, n: int, sizes: list[int], masked: bool, dtype:
 @pytest.mark.parametrize("wanted", [[0, 1], [0, 1, 4, 5], [0, 1, 5]], ids=str)
 def test_masked_rope(b: int, t: int, h: int, hkv: int, d: int, wanted: list[int], dtype: torch.dtype) -> None:
     cos, sin = rand(1, t, d, dtype=dtype), rand(b, t, d, dtype=dtype)
-    compare(ops.masked_rope, [rand(b, t, h, d, dtype=dtype), rand(b, t, hkv, d, dtype=dtype), cos, sin,
+    check(ops.masked_rope, [rand(b, t, h, d, dtype=dtype), rand(b, t, hkv, d, dtype=dtype), cos, sin,
                               torch.rand(h, d), torch.rand(hkv, d)], wanted)
 
 
 def test_masked_rope_of_strided_views() -> None:
     fused = rand(2, 3, 6, 8)
-    compare(ops.masked_rope, [fused[:, :, :4], fused[:, :, 4:], rand(1, 3, 8), rand(1, 3, 8), torch.rand(4, 8),
+    check(ops.masked_rope, [fused[:, :, :4], fused[:, :, 4:], rand(1, 3, 8), rand(1, 3, 8), torch.rand(4, 8),
                               torch.rand(2, 8)], [0, 1, 4, 5])
 
 
@@ -130,7 +111,7 @@ def test_mixed_weight(m: int, n: int, sizes_in: list[int], sizes_out: list[int],
 
     tensors = [rand(m, n, dtype=dtype), torch.rand(len(sizes_in)), torch.rand(len(sizes_out))]
     for wanted in ([1, 2], [0, 1, 2]):
-        compare(call, tensors, wanted)
+        check(call, tensors, wanted)
 
 
 @pytest.mark.parametrize("wanted", [[0], [0, 1, 2, 3, 4, 5]], ids=["dx", "all"])
@@ -138,4 +119,4 @@ def test_mixed_linear_masks(wanted: list[int]) -> None:
     def call(x, w, c, r, a, b, backend):
         return ops.mixed_linear(x, w, c, r, a, b, 0.5, backend=backend)
 
-    compare(call, [rand(2, 5, 33), rand(17, 33), torch.rand(33), torch.rand(17), rand(4, 33), rand(17, 4)], wanted)
+    check(call, [rand(2, 5, 33), rand(17, 33), torch.rand(33), torch.rand(17), rand(4, 33), rand(17, 4)], wanted)

@@ -1,0 +1,145 @@
+"""The elementwise kernels at Llama-3.1-8B shapes in bf16, compiled for sm_80 and sm_90: nothing spills, shared memory
+fits, and loads and stores are 16 bytes wide."""
+
+import pytest
+from harness import ARCHES, Compiled, compile_kernel
+
+from jointnas_kernels.ops.channel_mask import channel_mask_kernel
+from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel
+from jointnas_kernels.ops.masked_rope import rope_kernel
+from jointnas_kernels.ops.masked_swiglu import swiglu_backward_kernel, swiglu_forward_kernel
+from jointnas_kernels.ops.mixed_rmsnorm import (
+    rmsnorm_backward_kernel,
+    rmsnorm_forward_kernel,
+    row_warps,
+    segment_shape,
+)
+from jointnas_kernels.ops.mixed_weight import factored_backward_kernel, factored_kernel, loop_kernel, masks_kernel
+
+ARCH = pytest.mark.parametrize("arch", ARCHES, ids=lambda a: f"sm_{a}")
+HIDDEN = (512, 1024, 1536, 2048, 2560, 3072, 3584, 4096)
+HALF, VECTOR, COUNT = "*bf16:16", "*fp32:16", "i32:16"
+
+
+def types(kernel, values: dict[str, object]) -> dict[str, object]:
+    """Arguments for compile_kernel: by name where given, else bf16 tensors, fp32 vectors and aligned integers."""
+    out: dict[str, object] = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in values:
+            out[name] = values[name]
+        elif not name.endswith("_ptr"):
+            out[name] = "i32" if name == "column_blocks" else COUNT
+        elif name.removesuffix("_ptr") in ("x", "g", "h", "y", "up", "w", "out", "dx", "dh", "dy", "dup", "dgate"):
+            out[name] = HALF
+        else:
+            out[name] = VECTOR
+    return out
+
+
+def check(compiled: Compiled, wide: bool = True) -> None:
+    compiled.assert_sound()
+    if wide:
+        assert compiled.count("LDG.E.128") > 0, "loads are not 16 bytes wide"
+        assert compiled.count("STG.E.128") > 0, "stores are not 16 bytes wide"
+
+
+@ARCH
+@pytest.mark.parametrize("reduce", [False, True], ids=["dx", "dmask"])
+def test_channel_mask(arch: int, reduce: bool) -> None:
+    block_n = 512 if reduce else 1024
+    values = {"REDUCE": reduce, "BLOCK_M": 8, "BLOCK_N": block_n, "mask_ptr": VECTOR}
+    if not reduce:
+        values |= {"x_ptr": None, "partial_ptr": None}
+    check(compile_kernel(channel_mask_kernel, types(channel_mask_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+def test_swiglu_forward(arch: int) -> None:
+    values = {"gate_ptr": HALF, "BLOCK_M": 8, "BLOCK_N": 1024}
+    check(compile_kernel(swiglu_forward_kernel, types(swiglu_forward_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+@pytest.mark.parametrize("need", [False, True], ids=["dx", "dmasks"])
+def test_swiglu_backward(arch: int, need: bool) -> None:
+    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need, "BLOCK_M": 8,
+                                 "BLOCK_N": 512 if need else 1024}
+    if not need:
+        values |= {"dr_ptr": None, "dc_ptr": None}
+    check(compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_residual_forward(arch: int, gated: bool) -> None:
+    values: dict[str, object] = {"HAS_MASK": True, "HAS_GATE": gated, "BLOCK_M": 8, "BLOCK_N": 1024}
+    if not gated:
+        values |= {"gate_ptr": None, "x_ptr": None}
+    check(compile_kernel(residual_forward_kernel, types(residual_forward_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+@pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
+def test_residual_backward(arch: int, need: bool) -> None:
+    values: dict[str, object] = {"HAS_MASK": True, "NEED_MASK": need, "NEED_GATE": need, "BLOCK_M": 8,
+                                 "BLOCK_N": 512 if need else 1024, "dgate_ptr": VECTOR if need else None}
+    if not need:
+        values["dmask_ptr"] = None
+    check(compile_kernel(residual_backward_kernel, types(residual_backward_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+@pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
+def test_rmsnorm_forward(arch: int, width: int, sizes: tuple[int, ...]) -> None:
+    s, seg = segment_shape(sizes, width)
+    values = {"w_ptr": HALF, "eps": "fp32", "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "HAS_MASK": True}
+    kernel = rmsnorm_forward_kernel
+    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=row_warps(width)))
+
+
+@ARCH
+@pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
+@pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
+def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, ...]) -> None:
+    s, seg = segment_shape(sizes, width)
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
+                                 "HAS_MASK": True, "NEED_ALPHA": need, "NEED_COLUMN": need}
+    if not need:
+        values |= {"dalpha_ptr": None, "column_ptr": None}
+    kernel = rmsnorm_backward_kernel
+    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=row_warps(width)))
+
+
+@ARCH
+@pytest.mark.parametrize("mode", ["forward", "dx", "all"])
+def test_rope(arch: int, mode: str) -> None:
+    need = mode == "all"
+    values: dict[str, object] = {"BACKWARD": mode != "forward", "NEED_Q": need, "NEED_K": need, "HP": 32, "KP": 8,
+                                 "HALF": 64, "per_program": "i32"}
+    tensors = ("q", "k", "xq", "xk", "cos", "sin", "q_out", "k_out")
+    values |= {f"{name}_ptr": HALF for name in tensors}
+    if not need:
+        values |= dict.fromkeys(("xq_ptr", "xk_ptr", "dqm_ptr", "dkm_ptr"))
+    check(compile_kernel(rope_kernel, types(rope_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+def test_mixed_weight(arch: int) -> None:
+    sizes = {"SIZES_IN": HIDDEN, "SIZES_OUT": (4096, 8192, 14336), "K_IN": len(HIDDEN), "K_OUT": 3}
+    forward = sizes | {"BLOCK_M": 8, "BLOCK_N": 1024}
+    check(compile_kernel(factored_kernel, types(factored_kernel, forward), arch, num_warps=8))
+    backward = sizes | {"BLOCK_M": 8, "BLOCK_N": 512, "KP_IN": 8, "KP_OUT": 4}
+    kernel = factored_backward_kernel
+    check(compile_kernel(kernel, types(kernel, backward), arch, num_warps=8), wide=False)
+
+
+@ARCH
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_mixed_weight_baselines(arch: int, backward: bool) -> None:
+    block = {"BACKWARD": backward, "BLOCK_M": 8, "BLOCK_N": 512 if backward else 1024}
+    absent = {"out_ptr": None} if backward else {"g_ptr": None, "partial_ptr": None}
+    masks = block | absent | {"masks_ptr": HALF, "K_IN": 8, "PAIRS": 24}
+    check(compile_kernel(masks_kernel, types(masks_kernel, masks), arch, num_warps=8), wide=not backward)
+    loop = block | absent | ({} if backward else {"out_ptr": VECTOR})
+    check(compile_kernel(loop_kernel, types(loop_kernel, loop), arch, num_warps=8), wide=not backward)
