@@ -59,7 +59,7 @@ def commands(out: Path, rows: Path, args: argparse.Namespace) -> dict[str, list[
         "kernels": [bench("kernels", "--no-compile")],
         "step": [bench("step")],
         "masks": [bench("masks")],
-        "gemm": [bench("gemm")],
+        "gemm": [bench("gemm"), bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16")],
         "search": [bench("search")],
         "compiled": [bench("step", "--panels", "compiled"), bench("kernels", "--only", "peers")],
     }
