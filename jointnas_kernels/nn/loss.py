@@ -33,14 +33,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             target = labels[rows]
             valid = target != IGNORE
             safe = target.clamp_min(0).unsqueeze(1)
-            logits = (x[rows] @ weight.t()).to(wide)
-            log_norm = logits.logsumexp(-1, keepdim=True)
-            total += ((log_norm - logits.gather(1, safe)).squeeze(1) * valid).sum()
-            if dx is not None:
-                grad = logits.sub_(log_norm).exp_()
-                grad.scatter_add_(1, safe, grad.new_full((), -1.0).expand_as(safe))
-                grad *= (valid.to(wide) / count).unsqueeze(1)
-                dx[rows] = grad.to(x.dtype) @ weight
+            logits = x[rows] @ weight.t()
+            log_probs = logits.log_softmax(-1, dtype=wide)
+            picked = log_probs.gather(1, safe)
+            total -= (picked.squeeze(1) * valid).sum()
+            if dx is not None:  # three passes over the chunk: log_softmax, exp into the logits' memory, GEMM
+                grad = torch.exp(log_probs, out=logits)
+                grad.scatter_(1, safe, (picked.exp() - 1).to(grad.dtype))  # p - 1 of the label, rounded once
+                dx[rows] = (grad @ weight) * (valid.to(wide) / count).to(x.dtype).unsqueeze(1)
         ctx.save_for_backward(dx)
         return total / count
 

@@ -92,10 +92,13 @@ def test_replaced_or_adapted_linears_are_named() -> None:
 
 
 def test_rope_that_depends_on_head_dim_is_refused() -> None:
-    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
     with pytest.raises(JointNASError, match=r"rope type 'yarn'.*head_dim 8 of 16.*Allowed.*\[16\]"):
-        convert(tiny_model(rope_parameters=yarn), SPACE)
-    supernet = convert(tiny_model(rope_parameters=yarn), SearchSpace.from_dict({**SPACE.to_dict(), "head_dim": (16,)}))
+        convert(tiny_model(rope_parameters=yarn, max_position_embeddings=256), SPACE)
+    supernet = convert(
+        tiny_model(rope_parameters=yarn, max_position_embeddings=256),
+        SearchSpace.from_dict({**SPACE.to_dict(), "head_dim": (16,)}),
+    )
     choice = Choice(16, 2, 16, 16, 2)
     difference = supernet.fix(choice)(ids()).logits - extract(supernet, choice)(ids()).logits
     assert difference.abs().max() <= 1e-4
