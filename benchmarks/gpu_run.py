@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -43,15 +44,16 @@ class Result:
 
 def commands(out: Path, rows: Path, args: argparse.Namespace) -> dict[str, list[list[str]]]:
     """The processes of each stage, one after the other."""
-    bench = lambda name, *more: [  # noqa: E731
-        *PYTHON, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--out", str(rows), *more,
+    more = dict(m.split("=", 1) for m in args.more)
+    bench = lambda name, *options: [  # noqa: E731
+        *PYTHON, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--out", str(rows), *options,
         *(["--commit", args.commit] if args.commit else []),
     ]  # fmt: skip
     pytest = [*PYTHON, "-m", "pytest", *args.tests, "-q", "--tb=short", "-p", "no:cacheprovider", "--durations=8"]
     workers = ["-n", str(args.workers), "--dist", "load"] if args.workers > 1 else []
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     check = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"]
-    return {
+    plan = {
         "build": [[*PYTHON, "setup.py", "-q", "build_ext", "--inplace"]],
         "test": [[*pytest, *workers, f"--junitxml={out / 'junit.xml'}"]],
         "sanitize": [[*check, *PYTHON, "tests/gpu/every_op_once.py"]],
@@ -60,9 +62,12 @@ def commands(out: Path, rows: Path, args: argparse.Namespace) -> dict[str, list[
         "step": [bench("step")],
         "masks": [bench("masks")],
         "gemm": [bench("gemm"), bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16")],
-        "search": [bench("search")],
+        "search": [bench("search", "--table", args.table, "--workers", "8")] if args.table else [],
         "compiled": [bench("step", "--panels", "compiled"), bench("kernels", "--only", "peers")],
     }
+    for stage, options in more.items():
+        plan[stage] = [[*command, *shlex.split(options)] for command in plan[stage]]
+    return plan
 
 
 def run_stage(stage: str, plan: list[list[str]], cap: float, log: Path) -> Result:
@@ -77,9 +82,14 @@ def run_stage(stage: str, plan: list[list[str]], cap: float, log: Path) -> Resul
             file.write(f"\n===== {stage}: {' '.join(command)}\n".encode())
             file.flush()
             left = cap - (time.monotonic() - started)
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            try:
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            except OSError as error:
+                file.write(f"FAILED to start: {error}\n".encode())
+                code = 127
+                continue
             try:
                 code = process.wait(timeout=max(1.0, left)) or code
             except subprocess.TimeoutExpired:
@@ -138,7 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=530, help="seconds for all stages together")
     parser.add_argument("--cap", action="append", default=[], help="STAGE=SECONDS, more than once")
     parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="what the test stage runs")
-    parser.add_argument("--workers", type=int, default=4, help="pytest processes: compiling kernels is host work")
+    parser.add_argument("--workers", type=int, default=8, help="pytest processes: compiling kernels is host work")
+    parser.add_argument("--table", default=None, help="latency table for the search stage, which is left out without")
+    parser.add_argument("--more", action="append", default=[], help="STAGE='further options of its command'")
     parser.add_argument("--commit", default=None, help="recorded in the rows when the tree has no git history")
     args = parser.parse_args(argv)
     stages = [s for s in args.stages.split(",") if s]
@@ -165,7 +177,15 @@ def main(argv: list[str] | None = None) -> int:
     (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = []
     for r in results:
-        state = "cut off" if r.code is None else "ok" if r.code == 0 else f"exit {r.code}"
+        state = (
+            "nothing to run"
+            if not plan[r.stage]
+            else "cut off"
+            if r.code is None
+            else "ok"
+            if r.code == 0
+            else f"exit {r.code}"
+        )
         lines.append(f"[{r.stage}] {state} {r.seconds:.0f} s")
         if r.stage == "test":
             lines += pytest_summary(out / "junit.xml")
