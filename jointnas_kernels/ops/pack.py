@@ -47,7 +47,7 @@ def pack_weight(q: Tensor, bits: int) -> Tensor:
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if q.numel() and (int(q.min()) < low or int(q.max()) > high):
         raise JointNASError(f"pack_weight: {bits}-bit values must lie in [{low}, {high}]")
-    stored = (q.to(torch.int32) + (1 << (bits - 1))).view(q.shape[0], -1, per_word)
+    stored = (q.to(torch.int32) + (1 << (bits - 1))).view(q.shape[0], q.shape[1] // per_word, per_word)
     packed = torch.zeros(stored.shape[:2], dtype=torch.int32, device=q.device)
     for i in range(per_word):
         packed |= stored[:, :, i] << (bits * i)
