@@ -11,7 +11,7 @@ the ratio is over the faster of the two. On the CPU the model is one block with 
 
 Panels
     main       both spaces, weight and arch steps, both adapter dtypes, PEFT with the paper's dropout of 0.05
-    graph      weight steps and PEFT captured in CUDA graphs: what remains without the host's launch time
+    graph      PEFT and supernet steps captured in CUDA graphs: what remains without the host's launch time
     long       main at four times the tokens
     checkpoint with gradient checkpointing on both sides
     compiled   the relaxed math in plain torch under torch.compile, and compiled PEFT LoRA
@@ -22,12 +22,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import traceback
+import unittest.mock
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.llama import modeling_llama
 
 from benchmarks import models
 from benchmarks.harness import (
@@ -177,28 +180,103 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
+class Replayed:
+    """A supernet step whose forward and backward are one captured graph.
+
+    A draw stays host work. Its device vectors all live in one buffer (one copy per draw), so the graph reads a static
+    copy of that buffer and, in arch steps, leaves its gradient there; the host then carries it on to the logits.
+    """
+
+    def __init__(self, net: hf.Supernet, mode: str, ids: Tensor, generator: torch.Generator) -> None:
+        self.net, self.mode, self.generator = net, mode, generator
+        self.wanted = list(net.mode(mode).lora_parameters() if mode == "weight" else net.arch_parameters())
+        fused = {"fused": True, "capturable": True} if self.wanted[0].is_cuda else {}
+        self.optimizer = torch.optim.AdamW(self.wanted, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, **fused)
+        sample = net.draw(generator)
+        self.buffer = self._storage(sample).clone().requires_grad_(mode == "arch")
+        self.loss: Tensor | None = None
+
+        def body() -> None:
+            net.sample = self._on_buffer(sample)
+            self.loss = net(ids, labels=ids).loss
+            if mode == "arch":
+                (self.grad,) = torch.autograd.grad(self.loss, [self.buffer])
+            else:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.loss.backward()
+                self.optimizer.step()
+
+        self.replay = graphed(body)
+
+    @staticmethod
+    def _vectors(sample: Any) -> list[Tensor]:
+        per_block = [t for block in sample.blocks for t in block[:3] if t is not None]
+        return [*sample.masks, *per_block]
+
+    @classmethod
+    def _storage(cls, sample: Any) -> Tensor:
+        """The one buffer behind all vectors of a sample, as a flat tensor."""
+        first = cls._vectors(sample)[0].detach()
+        count = first.untyped_storage().nbytes() // first.element_size()
+        assert all(t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for t in cls._vectors(sample))
+        return first.as_strided((count,), (1,), 0)
+
+    def _on_buffer(self, sample: Any) -> Any:
+        """The sample with every vector replaced by the same region of the static buffer."""
+        vectors = self._vectors(sample)
+        order = sorted(range(len(vectors)), key=lambda i: vectors[i].storage_offset())
+        starts = [vectors[i].storage_offset() for i in order] + [self.buffer.numel()]
+        sizes = [b - a for a, b in pairwise(starts)]  # one split: its backward is one concatenation
+        parts = self.buffer.split([starts[0], *sizes])[1:]
+        moved: dict[int, Tensor] = {}
+        for i, part in zip(order, parts, strict=True):
+            moved[i] = part[: vectors[i].numel()].view(vectors[i].shape)
+        found = iter(moved[i] for i in range(len(vectors)))
+        masks = type(sample.masks)(*(next(found) for _ in sample.masks))
+        blocks = tuple(
+            type(block)(*(None if t is None else next(found) for t in block[:3]), *block[3:]) for block in sample.blocks
+        )
+        return dataclasses.replace(sample, masks=masks, blocks=blocks)
+
+    def __call__(self) -> None:
+        self.net.mode(self.mode)
+        sample = self.net.draw(self.generator)
+        with torch.no_grad():
+            self.buffer.copy_(self._storage(sample))
+        self.replay()
+        if self.mode == "arch":
+            vectors = self._vectors(sample)
+            grads = [self.grad.as_strided(v.shape, v.stride(), v.storage_offset()) for v in vectors]
+            self.optimizer.zero_grad(set_to_none=True)
+            needed = [(v, g) for v, g in zip(vectors, grads, strict=True) if v.requires_grad]
+            torch.autograd.backward([v for v, _ in needed], [g for _, g in needed])
+            self.optimizer.step()
+
+
+def peft_graph(bench: Bench, fp32: bool, ids: Tensor) -> Step:
+    """PEFT's step captured. transformers would build an explicit mask while capturing, which takes attention's causal
+    kernel away; without it PEFT is faster, and computes the same."""
+    step = bench.peft(0.0, fp32, ids)[1]
+    with unittest.mock.patch.object(modeling_llama, "create_causal_mask", lambda *_, **__: None):
+        return graphed(step)
+
+
 def graph_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
-    """Forward, backward and AdamW of weight steps and PEFT, each captured once and replayed."""
+    """Forward, backward and (weight steps, PEFT) AdamW captured once and replayed; draws and logits on the host."""
     contenders: dict[str, Step] = {}
+
+    def add(name: str, make: Callable[[], Step]) -> None:
+        guarded(f"graph: {name}", lambda: contenders.__setitem__(name, make()))
+
     for fp32 in (True, False):
         label = "fp32 adapters" if fp32 else f"{_short(bench.dtype)} adapters"
-        net, step = bench.peft(0.0, fp32, ids)
-        contenders[f"PEFT LoRA, {label}, graph"] = graphed(step)
+        add(f"PEFT LoRA, {label}, graph", lambda fp32=fp32: peft_graph(bench, fp32, ids))  # type: ignore[misc]
     for space in ("llama3", "qllama3"):
         net = bench.supernet(space, bench.dtype)
-        net.mode("weight")
-        net.draw(bench.generator)  # its masks are buffers that a replay reads; a new draw is one small copy into them
-        step = models.training_step(partial(_loss, net, ids), list(net.lora_parameters()))
-        try:
-            contenders[f"{space} weight step, {_short(bench.dtype)} adapters, graph"] = graphed(step)
-        except Exception:
-            print(f"FAILED graph: {space}", flush=True)
-            traceback.print_exc()
+        for mode in ("weight", "arch"):
+            name = f"{space} {mode} step, graph"
+            add(name, lambda net=net, mode=mode: Replayed(net, mode, ids, bench.generator))  # type: ignore[misc]
     measure(rec, bench, "graph", contenders, ids, rounds, budget)
-
-
-def _loss(net: Any, ids: Tensor) -> Tensor:
-    return net(ids, labels=ids).loss
 
 
 def checkpoint_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
