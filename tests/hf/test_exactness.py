@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from models import (
+from hf_models import (
     LLAMA3_ROPE,
     MHA_SPACE,
     QUANT_SPACE,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import (
+from hf_models import (
     QUANT_SPACE,
     SPACE,
     ids,
