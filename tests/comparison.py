@@ -40,7 +40,8 @@ def compare(
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         generator = torch.Generator().manual_seed(7)
         incoming = [torch.randn(o.shape, generator=generator).to(first.dtype).to(o) for o in outputs]
-        grads = torch.autograd.grad(outputs, [inputs[i] for i in wanted], incoming)
+        pairs = [(o, g) for o, g in zip(outputs, incoming, strict=True) if o.requires_grad]
+        grads = torch.autograd.grad([o for o, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs])
         return [o.detach() for o in outputs] + list(grads)
 
     with poisoned():

@@ -83,7 +83,8 @@ def test_gated_residual(shape: tuple[int, ...], gated: bool, masked: bool, dtype
     tensors = [h, y, mask, gate, x if gated else None]
     activations = [0, 1, 4] if gated else [0, 1]
     # the gate's gradient is one sum of terms of both signs, which cancel by chance
-    both(ops.gated_residual, tensors, activations, [i for i in range(5) if tensors[i] is not None], 1e-4)
+    both(ops.gated_residual, tensors, activations, [i for i in range(5) if tensors[i] is not None],
+         1e-3 if gated else 2e-5)
 
 
 @pytest.mark.parametrize("gate", [0.0, 1.0])

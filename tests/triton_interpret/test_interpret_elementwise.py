@@ -65,8 +65,8 @@ def test_gated_residual(shape: tuple[int, ...], has_mask: bool, has_gate: bool, 
 @DTYPES
 @pytest.mark.parametrize(
     "rows, n, sizes",
-    [(1, 2, [2]), (2, 7, [3, 1, 7]), (3, 24, [8, 16, 24]), (5, 100, [100, 37, 64]), (4, 384, [128, 256, 384]), (6, 130, [96, 128]),
-     (5, 256, [256])],
+    [(1, 2, [2]), (2, 7, [3, 1, 7]), (3, 24, [8, 16, 24]), (5, 100, [100, 37, 64]),
+     (4, 384, [128, 256, 384]), (6, 130, [96, 128]), (5, 256, [256])],
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])
