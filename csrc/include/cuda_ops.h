@@ -29,8 +29,28 @@ int jn_lowbit_stream(const JnLowbitArgs* args, void* stream);
 // Many tokens: blocks of 128 rows x 64 or 128 tokens (lowbit_tile.cu).
 int jn_lowbit_tile(const JnLowbitArgs* args, void* stream);
 
+// Tiled weights and scales to dense [O, I] of dtype: q * scale rounded once (lowbit_dequant.cu).
+int jn_lowbit_dequant(const void* weight, const void* scale, void* out, int rows, int inputs, int bits, int dtype,
+                      void* stream);
+
 // Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) to int8 in the order the kernels read.
 // symmetric: 0 or 1. Writes a[M, I], scale[M] (the rounded scale, as fp32) and zero[M].
 int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
                       int symmetric, int dtype, void* stream);
+
+// W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), ops/quant_lora_mix.py (quant_lora_mix.cu).
+struct JnMixArgs {
+  const void* weight;   // [O, I] dtype, I a multiple of 128
+  const void* lora_a;   // [P, r, I] dtype, r even, at most 64
+  const void* lora_b;   // [P, O, r] dtype
+  const float* probs;   // [P], P at most 4
+  const float* clip;    // [P, O, I / group_size], or null
+  void* out;            // [O, I] dtype
+  int rows, inputs, rank, precisions, group_size;  // O, I, r, P; group_size 32, 64 or 128
+  int bits;             // bit width of precision p in byte p
+  int dtype;            // JN_F16 or JN_BF16
+  int columns, splits;  // 128-input tiles per block; blocks along the rows
+  float scaling;
+};
+int jn_quant_lora_mix(const JnMixArgs* args, void* stream);
 }  // extern "C"

@@ -20,6 +20,7 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
 BLOCK_WARPS = 8
 STREAM_TOKENS = 32  # up to here the streaming kernel, beyond it the tiled one
+DENSE_TOKENS = 256  # from here on 16-bit activations take the library's GEMM on dequantised weights
 LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
 BLOCK_ROWS = 128  # of the tiled kernel
 
@@ -154,6 +155,16 @@ def tile(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None
     return run("lowbit_tile", x, weight, activation, p.token_tiles, 1, p.splits, False)
 
 
+def dense(weight: CudaWeight) -> Tensor:
+    """q * scale as [O, I], rounded once to the scales' dtype."""
+    out = torch.empty(weight.rows, weight.inputs, dtype=weight.scale.dtype, device=weight.scale.device)
+    code = _ext.load(cuda=True).lowbit_dequant(
+        weight.weight.data_ptr(), weight.scale.data_ptr(), out.data_ptr(), weight.rows, weight.inputs, weight.bits,
+        DTYPES[weight.scale.dtype], current_stream(out))
+    check_launch(code, "lowbit_dequant")
+    return out
+
+
 def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = False) -> Tensor:
     """y = x_hat @ (q * scale)^T for x [..., I] in the scales' dtype."""
     if x.dtype != weight.scale.dtype:
@@ -163,7 +174,7 @@ def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = Fa
         return x.new_empty(*x.shape[:-1], weight.rows)
     kernel = stream if flat.shape[0] <= STREAM_TOKENS else tile
     if a_bits == 16:
-        y = kernel(flat, weight)
+        y = flat @ dense(weight).t() if flat.shape[0] >= DENSE_TOKENS else kernel(flat, weight)
     else:
         a, scale, zero = quantize_pack(flat, a_bits, symmetric)
         y = kernel(a, weight, (scale, zero))

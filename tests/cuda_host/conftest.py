@@ -18,7 +18,7 @@ import pytest
 from jointnas_kernels.ops import lowbit_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["lowbit_stream.cu", "lowbit_tile.cu", "act_quant_pack.cu"]
+SOURCES = ["lowbit_stream.cu", "lowbit_tile.cu", "lowbit_dequant.cu", "act_quant_pack.cu"]
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 
 
@@ -48,10 +48,12 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     command = ["g++", *flags, f"-I{ROOT / 'csrc' / 'include'}", "-x", "c++", *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     c = ctypes.CDLL(str(library))
+    c.jn_lowbit_dequant.argtypes = [POINTER] * 3 + [INT] * 4 + [POINTER]
     c.jn_act_quant_pack.argtypes = [POINTER] * 4 + [INT] * 5 + [POINTER]
     return SimpleNamespace(
         has_cuda=True,
         act_quant_pack=c.jn_act_quant_pack,
+        lowbit_dequant=c.jn_lowbit_dequant,
         lowbit_stream=with_struct(c.jn_lowbit_stream, LOWBIT),
         lowbit_tile=with_struct(c.jn_lowbit_tile, LOWBIT),
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jointnas_kernels.ops import lowbit_cuda
-from jointnas_kernels.ops.lowbit_linear import quantize_tokens, reference
+from jointnas_kernels.ops.lowbit_linear import dequantize, quantize_tokens, reference
 from jointnas_kernels.ops.pack import pack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
@@ -73,6 +73,16 @@ def test_tile(shape, plan, w_bits, a_bits, dtype):
         y = lowbit_cuda.tile(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
     assert not weight.locks.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 17, 130])
+def test_dense(rows, bits, dtype):
+    packed, scale = make(rows, 384, bits, dtype)
+    with poisoned():
+        out = lowbit_cuda.dense(lowbit_cuda.CudaWeight.build(packed, scale, bits))
+    assert torch.equal(out, dequantize(packed, scale, bits, 128, torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ import torch
 
 from jointnas_kernels import _ext
 from jointnas_kernels.ops import lowbit_cuda
-from jointnas_kernels.ops.lowbit_linear import lowbit_linear, quantize_tokens, reference
+from jointnas_kernels.ops.lowbit_linear import dequantize, lowbit_linear, quantize_tokens, reference
 from jointnas_kernels.ops.pack import pack_weight
 from jointnas_kernels.testing import assert_close
 
@@ -80,6 +80,14 @@ def test_tile_plans(plan, w_bits, a_bits, dtype, device):
     y = lowbit_cuda.tile(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
     assert_close(y, reference(target, packed, scale, w_bits, 16, 128, False))
     assert not weight.locks.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_dense(bits, dtype, device):
+    packed, scale = make(1000, 1152, bits, dtype, device)
+    out = lowbit_cuda.dense(lowbit_cuda.CudaWeight.build(packed, scale, bits))
+    assert torch.equal(out, dequantize(packed, scale, bits, 128, torch.float32).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
