@@ -85,10 +85,14 @@ PYBIND11_MODULE(_C, m) {
 #ifdef JN_WITH_CUDA
   m.attr("has_cuda") = true;
   JN_DEF(act_quant_pack);
+  JN_DEF(lowbit_dequant);
   using L = JnLowbitArgs;
   for (auto [name, function] : {std::pair{"lowbit_stream", jn_lowbit_stream}, {"lowbit_tile", jn_lowbit_tile}})
     def(m, name, function, &L::weight, &L::scale, &L::x, &L::act_scale, &L::act_zero, &L::y, &L::partial, &L::locks,
         &L::tokens, &L::rows, &L::inputs, &L::w_bits, &L::dtype, &L::token_tiles, &L::warp_rows, &L::splits, &L::early);
+  using X = JnMixArgs;
+  def(m, "quant_lora_mix", jn_quant_lora_mix, &X::weight, &X::lora_a, &X::lora_b, &X::probs, &X::clip, &X::out, &X::rows,
+      &X::inputs, &X::rank, &X::precisions, &X::group_size, &X::bits, &X::dtype, &X::columns, &X::splits, &X::scaling);
 #else
   m.attr("has_cuda") = false;
 #endif
