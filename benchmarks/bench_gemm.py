@@ -129,12 +129,12 @@ def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, pe
             ) -> None:
                 error = gate(name, {"y": (product(weights[0], x), case.reference(x, a_bits, symmetric))}, 1e-2)
                 timed(name, lambda w: product(w, x), error)
-                if name == "ours" and a_bits == 16 and tokens >= 64:
+                if name == "ours" and a_bits == 16 and x.shape[0] >= 64:
                     timed("ours, tile", lambda w: lowbit_cuda.tile(x, w), error)
                     timed("ours, dense", lambda w: x @ lowbit_cuda.dense(w).t(), error)
                 if name == "ours" and a_bits < 16:
                     a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
-                    kernel = lowbit_cuda.stream if tokens <= lowbit_cuda.STREAM_TOKENS else lowbit_cuda.tile
+                    kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS else lowbit_cuda.tile
                     timed("ours, quantized x", lambda w: kernel(a, w, (s, z)), error)
 
             guarded(f"{name} {scheme} m={tokens}", one)
