@@ -18,6 +18,7 @@
 #define JN_DEVICE inline
 #define JN_HOST_DEVICE inline
 #define __global__
+#define __grid_constant__
 #define __device__
 #define __host__
 #define __forceinline__ inline
@@ -176,6 +177,10 @@ template <> inline F16 from_float<F16>(float v) {
   const int m = static_cast<int>(std::nearbyint(std::ldexp(a, 10 - e)));  // 10 fraction bits; a carry raises the exponent
   return F16{static_cast<uint16_t>(sign | (m >= 1024 ? ((e + 15) << 10) + (m - 1024) : m))};
 }
+template <class T> uint32_t pack2(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+inline float reciprocal(float a) { return 1 / a; }
 inline float divide(float a, float b) { return a / b; }
 inline float round_even(float a) { return std::nearbyint(a); }
 template <class T> float half_of(uint32_t v, int i) { return to_float(T{static_cast<uint16_t>(v >> (16 * i))}); }

@@ -96,6 +96,22 @@ template <> JN_DEVICE BF16 from_float<BF16>(float v) {
   asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(h.bits) : "f"(v));
   return h;
 }
+template <class T> JN_DEVICE uint32_t pack2(float low, float high);  // two halves of a word
+template <> JN_DEVICE uint32_t pack2<F16>(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+template <> JN_DEVICE uint32_t pack2<BF16>(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+JN_DEVICE float reciprocal(float a) {  // within 1 ulp
+  float r;
+  asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(a));
+  return r;
+}
 JN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 JN_DEVICE float round_even(float a) { return rintf(a); }
 

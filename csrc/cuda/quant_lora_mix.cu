@@ -1,0 +1,278 @@
+// W~ = sum_p probs[p] * Q_p(W + B'_p A_p) for half-type weights: one read of W, one write of W~, B' = scaling * B.
+// Semantics and gradients: jointnas_kernels/ops/quant_lora_mix.py.
+//
+// A warp owns tiles of 16 rows by 128 inputs in the accumulator layout of mma.m16n8k16, so a quad of lanes holds a row of
+// a group: 32 values per lane, two shuffles per group maximum. The columns of the 16 n-tiles are permuted such that a
+// lane's values are four 16-byte pieces of a row; W goes through shared memory only to be fetched one tile ahead, and
+// nothing is exchanged between lanes on the way in or out. A_p is stored once per block, in fragment order.
+//
+// W's packed pairs have the layout of an A operand, so one more product with the identity turns them into fp32
+// accumulators: 16 instructions where conversions take 64, and W stays in 32 registers instead of 64.
+//
+// Per element and precision: |max|, 2 for the exact quotient, + 2^23, clamp, - 2^23, fma = 7 operations. The quotient:
+// with r + t = 1/s to 45 bits, RN(x r + RN(x t)) = RN(x / s) because s has at most 11 significant bits.
+#include <cmath>
+
+#include "cuda_ops.h"
+#include "ptx.cuh"
+
+namespace jointnas {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrecisions = 4;
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
+constexpr float kTiny = 0x1p-100f;
+
+struct Params {
+  const void *weight, *lora_a, *lora_b;
+  const float *probs, *clip;
+  void* out;
+  int rows, inputs, rank, precisions;
+  int columns;         // 128-input tiles per block
+  int tiles_per_block; // 16-row tiles per block
+  float scaling;
+  uint32_t nil;  // 0, which the compiler must not know: xor with it puts W into operand order once, not per precision
+  float high[kPrecisions], inverse[kPrecisions], rest[kPrecisions];  // top level; 1 / ((2^b - 1)/2) in two floats
+};
+
+// Byte offsets in shared memory.
+template <int STEPS> JN_HOST_DEVICE size_t fragment_bytes(int columns, int precisions) {
+  return static_cast<size_t>(columns) * precisions * 16 * (STEPS / 2) * 32 * sizeof(Vec4);
+}
+template <int STEPS> JN_HOST_DEVICE size_t warp_bytes(int precisions) {  // the next tile of W, then B' of one row tile
+  return (8 + static_cast<size_t>(precisions) * STEPS) * 32 * sizeof(Vec4);
+}
+
+template <class T> JN_DEVICE float low_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v)}); }
+template <class T> JN_DEVICE float high_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v >> 16)}); }
+
+// A_p of this block's columns as B operands of the products: word 2 (k/16 % 2) + (k/8 % 2) of lane 4 n + (k/2 % 4) holds
+// inputs k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
+template <class T, int STEPS>
+JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, int columns) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(fragments);
+  const int items = columns * p.precisions * STEPS * 8 * 16;
+  for (int item = threadIdx.x; item < items; item += kThreads) {
+    const int piece = item % 16, pair = item / 16 % (STEPS * 8), slab = item / (16 * STEPS * 8);
+    const int precision = slab % p.precisions, column = (first_column + slab / p.precisions) * kTile + 8 * piece;
+    const T* a = static_cast<const T*>(p.lora_a) + (static_cast<size_t>(precision) * p.rank + 2 * pair) * p.inputs + column;
+    const Vec4 zero{{0, 0, 0, 0}};
+    const bool inside = 2 * pair < p.rank;  // the rank is even; zeros here make the padding of B' irrelevant
+    const Vec4 even = inside ? ptx::load_readonly(a) : zero, odd = inside ? ptx::load_readonly(a + p.inputs) : zero;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t word = (even.w[i] >> (16 * e) & 0xffff) | (odd.w[i] >> (16 * e)) << 16;
+        const int tile = 4 * (piece / 4) + i, lane = (2 * (piece % 4) + e) * 4 + pair % 4;
+        const int vector = ((slab * 16 + tile) * (STEPS / 2) + pair / 16) * 32 + lane;
+        words[vector * 4 + 2 * (pair / 8 % 2) + pair / 4 % 2] = word;
+      }
+    }
+  }
+}
+
+// Rows g and g + 8 of a tile, for lane 4 g + t; past the end the last row stands in and is not stored.
+struct Rows { int r[2]; };
+JN_DEVICE Rows rows_of(const Params& p, int row, int lane) {
+  const int low = row + lane / 4, high = low + 8, end = p.rows - 1;
+  return {{low < end ? low : end, high < end ? high : end}};
+}
+
+// B'_p of 16 rows as A operands; a lane reads back only what it wrote.
+template <class T, int STEPS> JN_DEVICE void load_lora_b(const Params& p, Vec4* fragments, Rows rows, int lane) {
+  const uint32_t scale2 = ptx::pack2<T>(p.scaling, p.scaling);
+  const T* b = static_cast<const T*>(p.lora_b);
+#pragma unroll 1
+  for (int precision = 0; precision < p.precisions; ++precision, b += static_cast<size_t>(p.rows) * p.rank) {
+    const T* row[2] = {b + static_cast<size_t>(rows.r[0]) * p.rank, b + static_cast<size_t>(rows.r[1]) * p.rank};
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      Vec4 v;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // word i: rows g + 8 (i % 2), inputs 16 step + 8 (i / 2) + 2 t, + 1
+        const int k = 16 * step + 8 * (i / 2) + 2 * (lane % 4);
+        v.w[i] = ptx::fma2<T>(*reinterpret_cast<const uint32_t*>(row[i % 2] + (k < p.rank ? k : 0)), scale2, 0);
+      }
+      fragments[(precision * STEPS + step) * 32 + lane] = v;
+    }
+  }
+}
+
+// Start fetching this lane's eight pieces of W[16 rows, 128 inputs].
+template <class T> JN_DEVICE void fetch(const Params& p, Vec4* stage, Rows rows, int input, int lane) {
+  const T* w = static_cast<const T*>(p.weight) + input + 8 * (lane % 4);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const T* row = w + static_cast<size_t>(rows.r[h]) * p.inputs;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) ptx::cp_async16(stage + (4 * h + c) * 32 + lane, row + 32 * c, true);
+  }
+}
+
+template <class T, int GROUP, int STEPS, bool CLIP>
+__global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ Params p) {
+  JN_DYNAMIC_SHARED(shared);
+  constexpr int kGroups = kTile / GROUP;  // groups per tile
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  Vec4* fragments = reinterpret_cast<Vec4*>(shared);
+  Vec4* mine = reinterpret_cast<Vec4*>(shared + fragment_bytes<STEPS>(p.columns, p.precisions) +
+                                       warp * warp_bytes<STEPS>(p.precisions));
+  Vec4* lora_b = mine + 8 * 32;
+
+  const int first_column = blockIdx.x * p.columns, left = p.inputs / kTile - first_column;
+  const int columns = left < p.columns ? left : p.columns;
+  const int tiles = (p.rows + kRows - 1) / kRows;
+  const int first = blockIdx.y * p.tiles_per_block + warp;
+  const int last = (blockIdx.y + 1) * p.tiles_per_block < tiles ? (blockIdx.y + 1) * p.tiles_per_block : tiles;
+  const int steps = first < last ? (last - first + kWarps - 1) / kWarps * columns : 0;
+
+  int column = 0, row = first * kRows;
+  Rows rows = rows_of(p, row, lane);
+  if (steps) fetch<T>(p, mine, rows, first_column * kTile, lane);
+  ptx::cp_async_commit();
+  load_lora_a<T, STEPS>(p, fragments, first_column, columns);
+  ptx::sync_threads();
+
+  // The identity as a B operand: lane 4 g + t holds (2 t == g, 2 t + 1 == g).
+  const uint32_t one = ptx::pack2<T>(lane / 4 == 2 * (lane % 4) ? 1.0f : 0.0f, lane / 4 == 2 * (lane % 4) + 1 ? 1.0f : 0.0f);
+  const uint32_t halves[2][2] = {{one, p.nil}, {p.nil, one}};
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    if (column == 0) load_lora_b<T, STEPS>(p, lora_b, rows, lane);
+    ptx::cp_async_wait<0>();
+    uint32_t w[8][4];  // A operand of n-tiles 2 m, 2 m + 1: rows g, g + 8 of the first, then of the second
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const Vec4 low = mine[c * 32 + lane], high = mine[(4 + c) * 32 + lane];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        w[2 * c + k / 2][k % 2 * 2] = low.w[k] ^ p.nil;
+        w[2 * c + k / 2][k % 2 * 2 + 1] = high.w[k] ^ p.nil;
+      }
+    }
+    float mixed[16][4];  // [j][2 h + e]: row g + 8 h, input 32 (j / 4) + 8 t + 2 (j % 4) + e
+#pragma unroll
+    for (int j = 0; j < 16; ++j)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) mixed[j][k] = 0;
+    const int input = (first_column + column) * kTile, at_row = row;
+    const Rows at = rows;
+    if (++column == columns) {
+      column = 0;
+      row += kWarps * kRows;
+      rows = rows_of(p, row, lane);
+    }
+
+    const Vec4* a = fragments + static_cast<size_t>(input / kTile - first_column) * p.precisions * 16 * (STEPS / 2) * 32 + lane;
+#pragma unroll 1
+    for (int precision = 0; precision < p.precisions; ++precision, a += 16 * (STEPS / 2) * 32) {
+      float x[16][4];
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        x[j][0] = x[j][1] = x[j][2] = x[j][3] = 0;
+        ptx::mma_m16n8k16<T>(x[j], w[j / 2], halves[j % 2][0], halves[j % 2][1]);
+      }
+#pragma unroll
+      for (int k = 0; k < STEPS / 2; ++k) {
+        const Vec4 b0 = lora_b[(precision * STEPS + 2 * k) * 32 + lane];
+        const Vec4 b1 = lora_b[(precision * STEPS + 2 * k + 1) * 32 + lane];
+#pragma unroll
+        for (int j = 0; j < 16; ++j) {
+          const Vec4 v = a[(j * (STEPS / 2) + k) * 32];
+          ptx::mma_m16n8k16<T>(x[j], b0.w, v.w[0], v.w[1]);
+          ptx::mma_m16n8k16<T>(x[j], b1.w, v.w[2], v.w[3]);
+        }
+      }
+      if (precision == 0 && step + 1 < steps) {  // w has left shared memory by now: fetch the next tile into its place
+        fetch<T>(p, mine, rows, (first_column + column) * kTile, lane);
+        ptx::cp_async_commit();
+      }
+      const float high = kMagic + p.high[precision], low = kMagic - p.high[precision] - 1;
+      const float inverse = p.inverse[precision], rest = p.rest[precision], pi = p.probs[precision];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          constexpr int kTilesPerGroup = 16 / kGroups;
+          float unit = 0;
+#pragma unroll
+          for (int j = g * kTilesPerGroup; j < (g + 1) * kTilesPerGroup; ++j)
+            unit = fmaxf(fmaxf(unit, fabsf(x[j][2 * h])), fabsf(x[j][2 * h + 1]));
+          unit = fmaxf(unit, ptx::shuffle_xor(unit, 1));
+          unit = fmaxf(unit, ptx::shuffle_xor(unit, 2));
+          if (CLIP)
+            unit *= p.clip[(static_cast<size_t>(precision) * p.rows + at.r[h]) * (p.inputs / GROUP) + input / GROUP + g];
+          float s = ptx::to_float(ptx::from_float<T>(fmaf(unit, inverse, unit * rest)));
+          s = s < kTiny ? 1.0f : s;
+          const float r = ptx::reciprocal(s), t = fmaf(-s, r, 1.0f) * r, weight = pi * s;
+#pragma unroll
+          for (int j = g * kTilesPerGroup; j < (g + 1) * kTilesPerGroup; ++j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const float v = x[j][2 * h + e];
+              float level = fminf(fmaf(v, r, v * t) + kMagic, high);
+              if (CLIP) level = fmaxf(level, low);  // without ratios |v / s| <= (2^b - 1)/2 (1 + 2^-8): never below
+              mixed[j][2 * h + e] = fmaf(level - kMagic, weight, mixed[j][2 * h + e]);
+            }
+          }
+        }
+      }
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (at_row + lane / 4 + 8 * h >= p.rows) continue;
+      T* out = static_cast<T*>(p.out) + static_cast<size_t>(at.r[h]) * p.inputs + input + 8 * (lane % 4);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        Vec4 v;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) v.w[k] = ptx::pack2<T>(mixed[4 * c + k][2 * h], mixed[4 * c + k][2 * h + 1]);
+        *reinterpret_cast<Vec4*>(out + 32 * c) = v;
+      }
+    }
+  }
+}
+
+template <class T, int GROUP, int STEPS> int run(const Params& p, int splits, bool clip, cudaStream_t stream) {
+  const dim3 grid((p.inputs / kTile + p.columns - 1) / p.columns, splits);
+  const size_t bytes = fragment_bytes<STEPS>(p.columns, p.precisions) + kWarps * warp_bytes<STEPS>(p.precisions);
+  return clip ? launch(mix_kernel<T, GROUP, STEPS, true>, grid, dim3(kThreads), bytes, stream, false, p)
+              : launch(mix_kernel<T, GROUP, STEPS, false>, grid, dim3(kThreads), bytes, stream, false, p);
+}
+template <class T, int GROUP> int by_rank(const Params& p, int splits, bool clip, cudaStream_t stream) {
+  return p.rank <= 32 ? run<T, GROUP, 2>(p, splits, clip, stream) : run<T, GROUP, 4>(p, splits, clip, stream);
+}
+template <class T> int by_group(const Params& p, int group, int splits, bool clip, cudaStream_t stream) {
+  if (group == 128) return by_rank<T, 128>(p, splits, clip, stream);
+  if (group == 64) return by_rank<T, 64>(p, splits, clip, stream);
+  return by_rank<T, 32>(p, splits, clip, stream);
+}
+
+}  // namespace
+}  // namespace jointnas
+
+int jn_quant_lora_mix(const JnMixArgs* args, void* stream) {
+  using namespace jointnas;
+  const JnMixArgs& a = *args;
+  if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 2 || a.rank > 64 || a.rank % 2 || a.inputs % kTile ||
+      (a.group_size != 32 && a.group_size != 64 && a.group_size != 128) || a.columns < 1 || a.splits < 1)
+    return 1;
+  if (a.rows == 0 || a.inputs == 0) return 0;
+  Params p{a.weight, a.lora_a, a.lora_b, a.probs, a.clip, a.out, a.rows, a.inputs, a.rank, a.precisions, a.columns, 0,
+           a.scaling, 0, {}, {}, {}};
+  const int tiles = (a.rows + kRows - 1) / kRows;
+  p.tiles_per_block = (tiles + a.splits - 1) / a.splits;
+  for (int i = 0; i < a.precisions; ++i) {
+    const int bits = a.bits >> (8 * i) & 255;
+    const double divisor = ((1 << bits) - 1) / 2.0;
+    p.high[i] = static_cast<float>((1 << (bits - 1)) - 1);
+    p.inverse[i] = static_cast<float>(1 / divisor);
+    p.rest[i] = static_cast<float>(1 / divisor - p.inverse[i]);
+  }
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (a.dtype == JN_BF16) return by_group<BF16>(p, a.group_size, a.splits, a.clip != nullptr, s);
+  if (a.dtype == JN_F16) return by_group<F16>(p, a.group_size, a.splits, a.clip != nullptr, s);
+  return 1;
+}
