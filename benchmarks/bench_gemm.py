@@ -28,7 +28,7 @@ from jointnas_kernels.ops.pack import pack_weight
 
 GROUP = 128
 PEAK = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}  # datasheet B/s
-Product = Callable[[Any, Tensor], Tensor]
+Product = Callable[..., Tensor]  # (weight copy, x)
 
 
 def scheme_bits(scheme: str) -> tuple[int, int]:
@@ -45,13 +45,14 @@ class Case:
         self.q = torch.randint(low, high + 1, (rows, inputs), dtype=torch.int8, device="cuda")
         self.packed = pack_weight(self.q, bits)
         self.scale = (torch.rand(rows, inputs // GROUP, device="cuda") * 0.01 + 0.005).to(dtype)
-        self.weight64 = dequantize(self.packed, self.scale, bits, GROUP, torch.float32)
+        self.nbytes = self.packed.numel() * 4 + self.scale.numel() * 2
+        self.dense = dequantize(self.packed, self.scale, bits, GROUP, torch.float32)
 
     def reference(self, x: Tensor, a_bits: int, symmetric: bool = False) -> Tensor:
         if a_bits < 16:
             a, s, z = quantize_tokens(x, a_bits, symmetric)
             x = (a.double() - z.double()) * s.double()
-        return x.double() @ self.weight64.double().t()
+        return x.double() @ self.dense.double().t()
 
 
 def ours(case: Case) -> Any:
@@ -81,65 +82,68 @@ def gemlite(case: Case) -> Any:
     return A16Wn(device="cuda", dtype=case.dtype).from_weights(stored, case.scale, zeros, case.bits, GROUP)
 
 
+def our_product(weight: lowbit_cuda.CudaWeight, x: Tensor, a_bits: int) -> Tensor:
+    return lowbit_cuda.matmul(x, weight, a_bits)
+
+
+def peer_product(layer: Any, x: Tensor) -> Tensor:
+    return layer(x)
+
+
 def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable[[], Any], Product, bool]]:
     """name: (make one weight copy, product, whether activations are quantized symmetrically); ours or the peers."""
     if not peers:
-        return {"ours": (partial(ours, case), lambda w, x: lowbit_cuda.matmul(x, w, a_bits), False)}
+        return {"ours": (partial(ours, case), partial(our_product, a_bits=a_bits), False)}
     found: dict[str, tuple[Callable[[], Any], Product, bool]] = {}
     if importlib.util.find_spec("humming") and a_bits in (8, 16):
-        found["humming"] = (partial(humming, case, a_bits), lambda w, x: w(x), True)
+        found["humming"] = (partial(humming, case, a_bits), peer_product, True)
     if importlib.util.find_spec("gemlite") and a_bits == 16:
-        found["gemlite"] = (partial(gemlite, case), lambda w, x: w(x), True)
+        found["gemlite"] = (partial(gemlite, case), peer_product, True)
     return found
 
 
 def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, peers: bool) -> None:
     a_bits = scheme_bits(scheme)[1]
     for name, (make, product, symmetric) in contenders(case, a_bits, peers).items():
-        nbytes = case.packed.numel() * 4 + case.scale.numel() * 2
         try:
-            weights = rotation(make, nbytes, "cuda")
+            weights = rotation(make, case.nbytes, "cuda")
         except Exception as error:
             print(f"FAILED {name} {scheme}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
         for tokens in args.tokens:
             x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
-            common = {"scheme": scheme, "m": tokens, "n": case.rows, "k": case.inputs, "dtype": str(case.dtype)[6:]}
-            traffic = nbytes + 2 * tokens * (case.inputs + case.rows)
-
-            def timed(
-                label: str,
-                call: Callable[[Any], Any],
-                error: float,
-                traffic: int = traffic,
-                common: dict[str, Any] = common,
-                weights: list[Any] = weights,
-            ) -> None:
-                time = time_rotated(call, weights, "cuda")
-                share = traffic / time.median / args.peak
-                rec.row(label, time, extra={"share": share, "error": error, "copies": len(weights)}, **common)
-
-            def one(
-                x: Tensor = x,
-                name: str = name,
-                product: Product = product,
-                symmetric: bool = symmetric,
-                weights: list[Any] = weights,
-                timed: Callable[..., None] = timed,
-            ) -> None:
-                error = gate(name, {"y": (product(weights[0], x), case.reference(x, a_bits, symmetric))}, 1e-2)
-                timed(name, lambda w: product(w, x), error)
-                if name == "ours" and a_bits == 16 and x.shape[0] >= 64:
-                    timed("ours, tile", lambda w: lowbit_cuda.tile(x, w), error)
-                    timed("ours, dense", lambda w: x @ lowbit_cuda.dense(w).t(), error)
-                if name == "ours" and a_bits < 16:
-                    a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
-                    kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS else lowbit_cuda.tile
-                    timed("ours, quantized x", lambda w: kernel(a, w, (s, z)), error)
-
-            guarded(f"{name} {scheme} m={tokens}", one)
+            reference = case.reference(x, a_bits, symmetric)
+            calls: dict[str, Callable[[Any], Tensor]] = {name: partial(product, x=x)}
+            if not peers:
+                calls |= variants(x, a_bits)
+            for label, call in calls.items():
+                one = partial(check_and_time, rec, args, case, scheme, label, call, weights, x, reference)
+                guarded(f"{label} {scheme} m={tokens}", one)
         del weights
         torch.cuda.empty_cache()
+
+
+def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
+    """Our paths that ``matmul`` chooses between, each on its own."""
+    found: dict[str, Callable[[Any], Tensor]] = {}
+    if a_bits < 16:
+        a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+        kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS else lowbit_cuda.tile
+        found["ours, quantized x"] = lambda w: kernel(a, w, (s, z))
+    elif x.shape[0] >= 64:
+        found["ours, tile"] = lambda w: lowbit_cuda.tile(x, w)
+        found["ours, dense"] = lambda w: x @ lowbit_cuda.dense(w).t()
+    return found
+
+
+def check_and_time(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, label: str,
+                   call: Callable[[Any], Tensor], weights: list[Any], x: Tensor, reference: Tensor) -> None:
+    error = gate(label, {"y": (call(weights[0]), reference)}, 1e-2)
+    time = time_rotated(call, weights, "cuda")
+    tokens = x.shape[0]
+    share = (case.nbytes + 2 * tokens * (case.inputs + case.rows)) / time.median / args.peak
+    rec.row(label, time, extra={"share": share, "error": error, "copies": len(weights)}, scheme=scheme, m=tokens,
+            n=case.rows, k=case.inputs, dtype=str(case.dtype)[6:])
 
 
 def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
@@ -147,7 +151,7 @@ def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
     weights = rotation(lambda: torch.randn(args.rows, args.inputs, device="cuda").to(dtype), nbytes, "cuda")
     for tokens in args.tokens:
         x = torch.randn(tokens, args.inputs, device="cuda").to(dtype)
-        time = time_rotated(lambda w, x=x: x @ w.t(), weights, "cuda")
+        time = time_rotated(partial(torch.nn.functional.linear, x), weights, "cuda")
         share = (nbytes + 2 * tokens * (args.inputs + args.rows)) / time.median / args.peak
         rec.row(
             "torch",
@@ -164,8 +168,7 @@ def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
 def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> None:
     """Plans of the streaming kernel, with and without programmatic dependent launch."""
     a_bits = scheme_bits(scheme)[1]
-    nbytes = case.packed.numel() * 4 + case.scale.numel() * 2
-    weights = rotation(partial(ours, case), nbytes, "cuda")
+    weights = rotation(partial(ours, case), case.nbytes, "cuda")
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     for tokens in [t for t in args.tokens if t <= 64]:
         x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
@@ -190,7 +193,7 @@ def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> N
                 rec.row(
                     "plan",
                     time,
-                    extra={"share": nbytes / time.median / args.peak, "error": error, "default": plan == default},
+                    extra={"share": case.nbytes / time.median / args.peak, "error": error, "default": plan == default},
                     scheme=scheme,
                     m=tokens,
                     n=case.rows,

@@ -1,0 +1,280 @@
+"""README tables and plots from the raw rows. Nothing in them is typed by hand.
+
+    python benchmarks/render.py [--add FILE.jsonl ...] [--check]
+
+Tables go between <!-- results:begin --> and <!-- results:end --> in README.md, plots into benchmarks/plots. Of several
+rows with the same name and parameters the newest counts. ``--add`` first files the rows of a GPU run under
+benchmarks/results/<device>; ``--check`` only says whether README.md is up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+Row = dict[str, Any]
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def add(files: Iterable[Path]) -> int:
+    """Append rows to the file of their device and topic; returns how many were new."""
+    count = 0
+    for file in files:
+        for line in file.read_text().splitlines():
+            row = json.loads(line)
+            target = RESULTS / slug(row["device"]) / f"{row['topic']}.jsonl"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists() and line in target.read_text().splitlines():
+                continue
+            with open(target, "a") as out:
+                out.write(line + "\n")
+            count += 1
+    return count
+
+
+def newest(path: Path) -> list[Row]:
+    """The rows of one file, one per (name, parameters), in order of first appearance."""
+    found: dict[str, Row] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        key = json.dumps([row["name"], row["params"]], sort_keys=True)
+        if key not in found or row["date"] >= found[key]["date"]:
+            found[key] = row
+    return list(found.values())
+
+
+def pick(rows: Iterable[Row], name: str | None = None, **params: Any) -> list[Row]:
+    """Rows of one name with these parameter values."""
+    return [
+        r
+        for r in rows
+        if (name is None or r["name"] == name) and all(r["params"].get(k) == v for k, v in params.items())
+    ]
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body])
+
+
+def seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB"
+
+
+def where(row: Row) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date'][:10]}, commit {row['commit']}"
+
+
+# --- sections: rows of one device and topic -> markdown ---------------------------------------------------------------
+
+
+def masks(rows: list[Row], device: str) -> str:
+    """Fig. 3: one line per size of the search space."""
+    names = {"loop": "loops", "masks": "stored masks (Eq. 9)", "gemv": "stored, best", "shared": "stored, shared"}
+    counts = sorted({r["params"]["candidates"] for r in rows})
+    body = []
+    for count in counts:
+        here = {r["name"]: r for r in pick(rows, candidates=count)}
+        if "ours" not in here:
+            continue
+        ours = here["ours"]
+        cells = [f"{count:,}", seconds(ours["extra"]["lora"]), seconds(ours["median"])]
+        for name in names:
+            row = here.get(name)
+            # both were timed beside LoRA in their own interleaved run: the ratio of ratios cancels drift in between
+            cells.append(
+                f"{seconds(row['median'])} ({row['extra']['ratio'] / ours['extra']['ratio']:.1f}×)" if row else ""
+            )
+        extra = [here[n]["extra"]["memory"] if n in here else None for n in ("ours", "masks", "gemv")]
+        cells.append(" / ".join("–" if e is None else gigabytes(e) for e in extra))
+        body.append(cells)
+    if not body:
+        return ""
+    sizes = rows[0]["params"]
+    head = ["candidates", "2 LoRA steps", "ours", *names.values(), "extra memory ours / Eq. 9 / best"]
+    plot_masks(rows, device)
+    return (
+        f"**Mixing weights: one search iteration (weight + arch step), {sizes['layers']} Llama-3.1-8B block"
+        f"{'s' if sizes['layers'] > 1 else ''}, batch {sizes['batch']} × {sizes['tokens']}, {sizes['dtype']}** "
+        f"({where(rows[-1])}; × = times slower than ours)\n\n{table(head, body)}\n\n"
+        f"![time and memory over the number of candidates](benchmarks/plots/masks-{slug(device)}.png)"
+    )
+
+
+def steps(rows: list[Row], device: str) -> str:
+    """Every contender of every panel, with its ratio to PEFT LoRA in the same interleaved run."""
+    body = []
+    for row in sorted(rows, key=lambda r: (r["params"]["layers"], r["params"]["tokens"], r["params"]["panel"])):
+        p, extra = row["params"], row["extra"]
+        shape = f"{p['layers']} × ({p['batch']} × {p['tokens']}) {p['dtype']}"
+        ratio = f"{extra['ratio']:.2f}×" if "ratio" in extra else ""
+        body.append([p["panel"], shape, row["name"], seconds(row["median"]), ratio, gigabytes(extra["peak"])])
+    head = ["panel", "blocks × tokens", "step", "median", "of PEFT LoRA", "peak in the step"]
+    return f"**Training steps** ({where(rows[-1])})\n\n{table(head, body)}" if body else ""
+
+
+def kernels(rows: list[Row], device: str) -> str:
+    """Share of the copy bandwidth, forward / backward of a weight step / of an arch step."""
+    whats = ("forward", "backward, weight step", "backward, arch step")
+    names = list(dict.fromkeys(r["name"] for r in rows if "share" in r["extra"] and "tokens" in r["params"]))
+    tokens = sorted({r["params"]["tokens"] for r in rows if "tokens" in r["params"]})
+    body = []
+    for name in [n for n in names if n != "quant_lora_linear"]:
+        cells = [f"`{name}`"]
+        for count in tokens:
+            here = [pick(rows, name, tokens=count, what=what) for what in whats]
+            cells.append(
+                " / ".join(f"{h[-1]['extra']['share']:.0%}" if h else "–" for h in here)
+                + (f" ({seconds(here[0][-1]['median'])})" if here[0] else "")
+            )
+        body.append(cells)
+    parts = []
+    copy = pick(rows, "copy")
+    if body:
+        rate = f" of {copy[-1]['median'] / 1e12:.3g} TB/s" if copy else ""
+        title = f"**Fused ops, share of the measured copy bandwidth{rate}**"
+        head = ["op: forward / weight backward / arch backward", *(f"{t:,} tokens" for t in tokens)]
+        parts.append(f"{title} ({where(rows[-1])})\n\n{table(head, body)}")
+    mix = [
+        [r["params"]["shape"], r["params"]["backend"], seconds(r["median"]), f"{r['extra']['share']:.0%}"]
+        for r in pick(rows, "quant_lora_mix")
+    ]
+    if mix:
+        parts.append("`quant_lora_mix`, 3 precisions, rank 32, bf16, forward\n\n" + table(
+            ["weight", "backend", "median", "of copy bandwidth"], mix
+        ))  # fmt: skip
+    peers = [
+        [r["params"]["contender"], r["params"]["shape"], seconds(r["median"]), f"{r['extra']['ratio']:.2f}×"]
+        for r in pick(rows, "quant_lora_mix_peers")
+    ]
+    if peers:
+        parts.append(table(["`quant_lora_mix` by", "weight", "median", "of ours"], peers))
+    fused = [
+        [
+            *(str(r["params"][k]) for k in ("shape", "tokens", "what")),
+            seconds(r["median"]),
+            f"{r['extra']['share']:.0%}",
+        ]
+        for r in pick(rows, "quant_lora_linear")
+    ]
+    if fused:
+        head = ["`quant_lora_linear`", "tokens", "", "median", "of the library's GEMMs"]
+        parts.append(table(head, fused))
+    return "\n\n".join(parts)
+
+
+def ceilings(rows: list[Row], device: str) -> str:
+    body = [
+        [r["params"]["instruction"] if "instruction" in r["params"] else
+         f"{r['name']} " + "×".join(str(v) for v in r["params"].values()), f"{r['median'] / 1e12:.3g} T{r['unit']}"]
+        for r in rows
+    ]  # fmt: skip
+    return f"**Ceilings** ({where(rows[-1])})\n\n{table(['what', 'rate'], body)}" if body else ""
+
+
+SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
+    **{"masks": masks, "step": steps, "kernels": kernels, "ceilings": ceilings}
+}
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def plot_masks(rows: list[Row], device: str) -> None:
+    """Time per training sample and extra memory over the number of candidate networks: the paper's Fig. 3, right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {
+        "loop": ("loops (TangleNAS)", "tab:red", "s"),
+        "masks": ("stored masks (Eq. 9)", "tab:orange", "^"),
+        "gemv": ("stored masks, best", "tab:olive", "v"),
+        "shared": ("stored masks, shared", "tab:brown", "D"),
+        "ours": ("ours", "tab:blue", "o"),
+    }
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, (label, color, marker) in styles.items():
+        here = sorted(pick(rows, name), key=lambda r: r["params"]["candidates"])
+        if not here:
+            continue
+        x = [r["params"]["candidates"] for r in here]
+        batch = here[0]["params"]["batch"]
+        options: dict[str, Any] = {"label": label, "color": color, "marker": marker, "markersize": 4}
+        left.plot(x, [r["median"] / batch * 1e3 for r in here], **options)
+        right.plot(x, [r["extra"]["memory"] / 1e9 for r in here], **options)
+    ours = sorted(pick(rows, "ours"), key=lambda r: r["params"]["candidates"])
+    x = [r["params"]["candidates"] for r in ours]
+    left.plot(x, [r["extra"]["lora"] / r["params"]["batch"] * 1e3 for r in ours], "k--", label="plain LoRA, two steps")
+    for axis, what in ((left, "ms per sample and search iteration"), (right, "GB beyond LoRA")):
+        axis.set_xscale("log")
+        axis.set_xlabel("candidate networks")
+        axis.set_ylabel(what)
+        axis.grid(alpha=0.3)
+    left.set_yscale("log")
+    left.legend(fontsize=7)
+    figure.suptitle(device, fontsize=9)
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOTS / f"masks-{slug(device)}.png", dpi=130)
+    pyplot.close(figure)
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def sections() -> str:
+    """All tables, GPUs first."""
+    parts = []
+    folders = sorted((f for f in RESULTS.iterdir() if f.is_dir()), key=lambda f: ("core" in f.name, f.name))
+    for folder in folders if RESULTS.exists() else []:
+        found = [(render, newest(folder / f"{topic}.jsonl")) for topic, render in SECTIONS.items()]
+        texts = [render(rows, rows[0]["device"]) for render, rows in found if rows]
+        name = next((rows[0]["device"] for _, rows in found if rows), folder.name)
+        if any(texts):
+            parts.append(f"### {name}\n\n" + "\n\n".join(t for t in texts if t))
+    return "\n\n".join(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--add", nargs="*", type=Path, default=[], help="rows.jsonl files of other machines")
+    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not up to date; write nothing")
+    args = parser.parse_args(argv)
+    if args.add:
+        print(f"{add(args.add)} new rows")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        print(f"README.md has no {BEGIN} … {END}", file=sys.stderr)
+        return 1
+    before, rest = text.split(BEGIN, 1)
+    new = f"{before}{BEGIN}\n{sections()}\n{END}{rest.split(END, 1)[1]}"
+    if args.check:
+        return 0 if new == text else 1
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""``jointnas bench TOPIC``: the repository's benchmarks, by topic.
+
+They compare against peers and write raw rows into the repository, so they live there and not in the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jointnas_kernels.errors import JointNASError, unknown
+
+TOPICS = {
+    "masks": "time and memory of weight mixing over growing search spaces: loops, stored masks, ours, LoRA",
+    "step": "weight and arch steps of the llama3 and qllama3 supernets against PEFT LoRA and torch.compile",
+    "kernels": "each fused op's share of this machine's copy bandwidth or GEMM rate",
+    "ceilings": "copy bandwidth, GEMM rates, tensor cores by instruction",
+    "gemm": "low-bit GEMMs on a GPU",
+    "search": "the search against random architectures and against every choice of a small space",
+}
+ALL = ("ceilings", "kernels", "step", "masks")  # what "all" runs: no further input needed on any machine
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs one topic, or all; what follows the topic goes to its benchmark."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jointnas bench TOPIC [options]     jointnas bench TOPIC --help\n")
+        print("\n".join(f"  {name:<9} {text}" for name, text in TOPICS.items()))
+        print(f"  {'all':<9} {', '.join(ALL)}")
+        return 0
+    topic, rest = arguments[0], list(arguments[1:])
+    if topic != "all" and topic not in TOPICS:
+        raise unknown("benchmark", topic, [*TOPICS, "all"])
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "harness.py").is_file():
+        raise JointNASError(
+            f"the benchmarks are part of the source repository, which {root} is not: clone it, run `make setup` there "
+            "and call its jointnas"
+        )
+    sys.path.insert(0, str(root))
+    for name in ALL if topic == "all" else (topic,):
+        importlib.import_module(f"benchmarks.bench_{name}").main(rest)
+    return 0

@@ -1,0 +1,136 @@
+"""The benchmark harness, and that every benchmark runs from gate to table at its smallest shapes (nothing is timed)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_ceilings, bench_kernels, bench_masks, bench_step, gpu_run, harness, mma_rate, render
+from benchmarks.harness import Recorder, Timing, WrongResult
+from jointnas import bench
+from jointnas_kernels.errors import JointNASError
+
+
+def rows_of(folder: Path, topic: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{topic}.jsonl").read_text().splitlines()]
+
+
+def test_timing_quantiles() -> None:
+    timing = Timing.of([float(i) for i in range(101)])
+    assert (timing.median, timing.p10, timing.p90, timing.n) == (50, 10, 90, 101)
+
+
+def test_row_has_everything(tmp_path: Path) -> None:
+    Recorder("topic", "cpu", tmp_path, commit="abc").row("op", Timing(1.0, 0.5, 2.0, 3), "s", {"share": 0.5}, m=4)
+    (row,) = rows_of(tmp_path, "topic")
+    assert (row["name"], row["params"], row["extra"]["share"], row["commit"]) == ("op", {"m": 4}, 0.5, "abc")
+    keys = ("median", "p10", "p90", "n", "unit", "device", "driver", "torch", "triton", "python", "commit", "date")
+    assert all(key in row for key in keys)
+
+
+def test_gate_refuses_wrong_and_nan() -> None:
+    exact = torch.ones(4)
+    assert harness.gate("op", {"y": (exact * (1 + 1e-4), exact)}, 1e-3) == pytest.approx(1e-4, rel=1e-2)
+    for wrong in (exact * 1.1, exact * float("nan")):
+        with pytest.raises(WrongResult, match="op: y is off"):
+            harness.gate("op", {"y": (wrong, exact)}, 1e-3)
+
+
+def test_peak_memory_sees_temporaries() -> None:
+    x = torch.randn(4_000_000)
+    peak = harness.peak_memory(lambda: (x + 1).sum(), "cpu")
+    assert 12e6 < peak < 64e6
+
+
+def test_rotation_exceeds_the_cache() -> None:
+    assert len(harness.rotation(lambda: 0, 32 << 20, "cpu")) * (32 << 20) > 2 * (64 << 20)
+
+
+def test_interleaved_runs_every_contender_equally_often() -> None:
+    calls = {"a": 0, "b": 0}
+
+    def call(name: str) -> None:
+        calls[name] += 1
+
+    times = harness.time_interleaved({n: lambda n=n: call(n) for n in calls}, rounds=3, warmup=2)  # type: ignore[misc]
+    assert calls == {"a": 5, "b": 5}
+    assert times["a"].n == 3
+
+
+def test_guard_keeps_going(capsys: pytest.CaptureFixture) -> None:
+    def fail() -> None:
+        raise RuntimeError("no")
+
+    harness.guarded("thing", fail)
+    assert "FAILED thing" in capsys.readouterr().out
+
+
+def test_mask_variants_agree() -> None:
+    bench_masks.check_variants()
+
+
+def test_search_spaces_of_the_mask_benchmark() -> None:
+    counts = [bench_masks.candidates(s, 32) for s in bench_masks.SPACES]
+    assert counts == sorted(counts)
+    assert counts[3] == 15360
+
+
+def test_every_benchmark_runs_and_renders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "results" / "machine"
+    options = ["--device", "cpu", "--tiny", "--out", str(folder)]
+    bench_kernels.main([*options, "--no-compile"])
+    bench_masks.main(options)
+    bench_step.main([*options, "--panels", "main"])
+    assert "FAILED" not in capsys.readouterr().out
+    names = {row["name"] for row in rows_of(folder, "kernels")}
+    assert {"mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "act_quant_mix"} <= names
+    assert {"ours", *bench_masks.PEERS} == {row["name"] for row in rows_of(folder, "masks")}
+    assert {"llama3 arch step", "qllama3 arch step"} <= {row["name"] for row in rows_of(folder, "step")}
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(render, "PLOTS", tmp_path / "plots")
+    text = render.sections()
+    assert "mixed_rmsnorm" in text
+    assert "stored masks (Eq. 9)" in text
+    assert "qllama3 arch step" in text
+    assert len(list((tmp_path / "plots").glob("masks-*.png"))) == 1
+
+
+def test_newest_row_wins(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [{"name": "a", "params": {"m": 1}, "date": f"2026-01-0{d}", "median": d} for d in (2, 3, 1)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert [r["median"] for r in render.newest(path)] == [3]
+
+
+def test_gpu_run_reports_a_failing_stage_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = gpu_run.PYTHON
+    plan = {
+        "build": [[*python, "-c", "raise SystemExit('error: no compiler')"]],
+        "test": [[*python, "-c", "import time; time.sleep(60)"]],
+        "sanitize": [["no-such-program"]],
+        "masks": [[*python, "-c", "print('fine')"]],
+    }
+    monkeypatch.setattr(gpu_run, "commands", lambda *_: plan)
+    stages = ["--stages", ",".join(plan), "--cap", "test=1"]
+    assert gpu_run.main(["--out", str(tmp_path), *stages]) == 1
+    summary = (tmp_path / "summary.txt").read_text()
+    for line in ("[build] exit 1", "no compiler", "[test] cut off", "[sanitize] exit 127", "[masks] ok"):
+        assert line in summary
+    assert {f.name for f in tmp_path.iterdir()} == {"rows.jsonl", "log.txt", "summary.txt"}
+
+
+def test_tensor_core_program_is_generated_for_both_generations() -> None:
+    assert "wgmma.mma_async" in mma_rate.source(wgmma=True)
+    assert "wgmma" not in mma_rate.source(wgmma=False)
+    assert bench_ceilings.main is not None
+
+
+def test_command_names_the_nearest_topic() -> None:
+    with pytest.raises(JointNASError, match="Did you mean 'masks'"):
+        bench.main(["mask"])
+    assert bench.main([]) == 0
