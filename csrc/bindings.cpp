@@ -73,6 +73,8 @@ PYBIND11_MODULE(_C, m) {
   JN_DEF(cpu_mixed_weight);
   JN_DEF(cpu_mixed_weight_backward);
   JN_DEF(cpu_quant_lora_mix);
+  JN_DEF(cpu_act_quant_mix);
+  JN_DEF(cpu_act_quant_mix_backward);
   JN_DEF(cpu_channel_mask);
   JN_DEF(cpu_gated_residual);
   JN_DEF(cpu_gated_residual_backward);

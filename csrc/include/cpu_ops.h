@@ -59,3 +59,11 @@ int jn_cpu_masked_rope(const void* x, const float* mask, const float* cosine, co
 int jn_cpu_masked_rope_backward(const void* g, const void* x, const float* mask, const float* cosine, const float* sine,
                                 void* dx, float* partial, int64_t tokens, int64_t period, int64_t H, int64_t D,
                                 int64_t chunk_rows, int dtype, int threads, int isa);
+
+// y = sum_q probs[q] Q_q(mask x), per row; mask [N] or null; bits [Q] <= 8 or 16; Q <= 16
+int jn_cpu_act_quant_mix(const void* x, const float* probs, const float* mask, const int* bits, void* y, int64_t rows,
+                         int64_t N, int64_t Q, int symmetric, int64_t chunk_rows, int dtype, int threads, int isa);
+// Each output may be null: dx = total mask g; dprobs [rows, Q]: <g, Q_q> per row; partial: column sums of g x
+int jn_cpu_act_quant_mix_backward(const void* g, const void* x, const float* mask, const int* bits, void* dx,
+                                  float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, int symmetric,
+                                  float total, int64_t chunk_rows, int dtype, int threads, int isa);

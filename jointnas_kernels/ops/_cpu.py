@@ -269,3 +269,34 @@ def mixed_weight_backward(
     call("mixed_weight_backward", g, w, vector(r), vector(c), dw, dr, partial, rows, width, per_chunk, DTYPES[w.dtype],
          isa=isa, threads=threads)
     return torch.empty(0) if dw is None else dw, partial.sum(0), dr
+
+
+def act_quant_mix(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, *,
+    isa: int = 0, threads: int | None = None,
+) -> Tensor:
+    x = x.contiguous()
+    rows, width = _flat(x)
+    y = empty_like(x)
+    call("act_quant_mix", x, vector(probs), None if mask is None else vector(mask), torch.tensor(bits, dtype=torch.int32),
+         y, rows, width, len(bits), int(symmetric), _chunks(rows, width, False)[0], DTYPES[x.dtype], isa=isa,
+         threads=threads)
+    return y
+
+
+def act_quant_mix_backward(
+    grad: Tensor, x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool,
+    want: Sequence[bool], *, isa: int = 0, threads: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dprobs, dmask, as ``want`` says."""
+    g, x = grad.contiguous(), x.contiguous()
+    rows, width = _flat(g)
+    need_mask = want[2] and mask is not None
+    per_chunk, chunks = _chunks(rows, width, need_mask)
+    dx, partial = empty_like(g) if want[0] else None, _partial(need_mask, chunks, width)
+    dprobs = _partial(want[1], rows, len(bits))
+    total = float(probs.float().sum())
+    call("act_quant_mix_backward", g, x, None if mask is None else vector(mask), torch.tensor(bits, dtype=torch.int32), dx,
+         dprobs, partial, rows, width, len(bits), int(symmetric), total, per_chunk, DTYPES[g.dtype], isa=isa,
+         threads=threads)
+    return torch.empty(0) if dx is None else dx, _total(dprobs, probs), _total(partial, mask) * total

@@ -9,8 +9,8 @@
 
 This is what compressed-tensors executes on a reloaded checkpoint with dynamic per-token activations, bit for bit: every
 operation above is rounded to x's dtype (for bf16 that matters: mx - mn, mn / s, x / s and x / s + z are rounded to 8
-bits each). Only the last product enters the mixture unrounded, which is summed in fp32 (fp64 for fp64) and rounded once;
-for a one-hot mixture that is the same.
+bits each). Only the last product enters the mixture unrounded, which is summed in fp32 (fp64 for fp64) and rounded
+once; for a one-hot mixture that is the same.
 
 Shapes: x [..., N], mask [N] (optional, fp32; the product is rounded to x's dtype first), probs [Q], y [..., N].
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
 from jointnas_kernels.ops.act_quant_mix_triton import act_backward_triton, act_forward_triton
 from jointnas_kernels.ops.fake_quant_weight import _ste, compute_dtype
@@ -71,7 +72,13 @@ def act_quant_mix_reference(
 
 
 def act_quant_mix_backward_reference(
-    grad: Tensor, x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, want: tuple[bool, ...]
+    grad: Tensor,
+    x: Tensor,
+    probs: Tensor,
+    mask: Tensor | None,
+    bits: Sequence[int],
+    symmetric: bool,
+    want: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dprobs, dmask) in closed form; an empty tensor for each one not wanted (the flags are in that order)."""
     dtype = compute_dtype(x.dtype)
@@ -98,6 +105,8 @@ def _act_quant_mix(
 ) -> Tensor:
     if backend == "triton":
         return act_forward_triton(x, probs, mask, bits, symmetric)
+    if backend == "cpu":
+        return _cpu.act_quant_mix(x, probs, mask, bits, symmetric)
     return act_quant_mix_reference(x, bits, probs, symmetric, mask).contiguous()
 
 
@@ -122,6 +131,8 @@ def _act_quant_mix_backward(
     want = (want_x, want_probs, want_mask)
     if backend == "triton":
         return act_backward_triton(grad, x, probs, mask, bits, symmetric, want)
+    if backend == "cpu":
+        return _cpu.act_quant_mix_backward(grad, x, probs, mask, bits, symmetric, want)
     return act_quant_mix_backward_reference(grad.contiguous(), x.contiguous(), probs, mask, bits, symmetric, want)
 
 
@@ -170,5 +181,5 @@ def act_quant_mix(
         )
     if mask is not None and tuple(mask.shape) != (x.shape[-1],):
         raise JointNASError(f"act_quant_mix: mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
-    chosen = resolve("act_quant_mix", backend, x, available=("triton", "reference"))
+    chosen = resolve("act_quant_mix", backend, x, available=("triton", "cpu", "reference"))
     return _act_quant_mix(x, probs, mask, list(bits), symmetric, chosen)
