@@ -91,7 +91,7 @@ def convert(
     embedding, head = body.embed_tokens.weight, model.get_submodule("lm_head").weight
     return Supernet(
         config, space, order, arch, embedding, blocks, norm(body.norm), None if head is embedding else head,  # type: ignore[arg-type]
-        body.rotary_emb, backend,
+        body.rotary_emb, backend, getattr(model, "generation_config", None),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
                 setattr(new, name, ActQuantLinear(weight, bias, act_bits, part.act.symmetric))
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(supernet.device)
     model.tie_weights()
+    if supernet.generation_config is not None:
+        model.generation_config = copy.deepcopy(supernet.generation_config)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.eval()
@@ -142,7 +145,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     small = Supernet(
         config, small_space, order, arch, supernet.embedding[:, hidden].clone(), blocks, norm(supernet.norm),
         None if supernet.lm_head is None else supernet.lm_head[:, hidden].clone(),
-        LlamaRotaryEmbedding(config).to(supernet.device), supernet.backend,
+        LlamaRotaryEmbedding(config).to(supernet.device), supernet.backend, supernet.generation_config,
     )
     small.gradient_checkpointing = supernet.gradient_checkpointing
     bits = {k: None if v is None else tuple(v[b] for b in kept)

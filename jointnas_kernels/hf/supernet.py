@@ -46,10 +46,11 @@ class Supernet(nn.Module):
         lm_head: Tensor | None,
         rotary: nn.Module,
         backend: str | None = None,
+        generation_config: Any = None,
     ) -> None:
         super().__init__()
         self.config, self.space, self.order, self.backend = config, space, order, backend
-        self.arch = arch
+        self.arch, self.generation_config = arch, generation_config
         self.embedding = nn.Parameter(embedding.detach(), requires_grad=False)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm

@@ -107,6 +107,15 @@ def test_rope_that_depends_on_head_dim_is_refused() -> None:
         convert(tiny_model(rope_parameters=rope), SPACE)
 
 
+def test_extracted_models_generate_like_the_original() -> None:
+    model = tiny_model()
+    model.generation_config.eos_token_id = [7, 9]
+    supernet = convert(model, SPACE)
+    subnet = extract(supernet, SPACE.full())
+    assert subnet.generation_config.eos_token_id == [7, 9]
+    assert torch.equal(subnet.generate(ids(1, 4), max_new_tokens=8), model.generate(ids(1, 4), max_new_tokens=8))
+
+
 def test_extraction_of_foreign_choices_is_refused() -> None:
     supernet = convert(tiny_model(), SPACE)
     with pytest.raises(JointNASError, match="unknown blocks choice '5'"):
