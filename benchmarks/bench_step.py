@@ -20,6 +20,7 @@ Panels
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import traceback
 import unittest.mock
@@ -110,7 +111,8 @@ def agrees(bench: Bench, name: str) -> float:
     """Gate: on one draw, loss and LoRA or architecture gradients of the default backend equal the reference's."""
     small = Bench.__new__(Bench)
     small.__dict__.update(bench.__dict__)
-    small.config = type(bench.config)(**{**bench.config.to_dict(), "num_hidden_layers": 1, "vocab_size": 256})
+    small.config = copy.deepcopy(bench.config)
+    small.config.num_hidden_layers, small.config.vocab_size = 1, 256
     small.base = models.build_llama(small.config, bench.device, bench.dtype)
     fast, slow = small.supernet(name, torch.float32), small.supernet(name, torch.float32, "reference")
     slow.load_search_state({k: v.clone() for k, v in fast.search_state().items()})
@@ -292,6 +294,7 @@ def checkpoint_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budg
 
 def compiled_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
     """Compile time is part of the warm-up and not of the rows; it is printed by torch.compile's caller as wall time."""
+    torch._dynamo.config.recompile_limit = 64  # one compiled block per kind of step, in one process
     contenders = {"PEFT LoRA, eager": bench.peft(0.0, False, ids)[1]}
     contenders["torch.compile: LoRA"] = bench.peft(0.0, False, ids, compiled=True)[1]
     for name in ("llama3", "qllama3"):
