@@ -48,7 +48,8 @@ def divide_rows(x, s, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.jit
 def token_levels(
-    x, least, most, low: tl.constexpr, eps: tl.constexpr, dtype: tl.constexpr, SYMMETRIC: tl.constexpr, EXACT: tl.constexpr
+    x, least, most, low: tl.constexpr, eps: tl.constexpr, dtype: tl.constexpr,
+    SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """(q - z [R, N], s [R]) of rows x with extremes least <= 0 <= most."""
     high: tl.constexpr = -low - 1.0
@@ -198,10 +199,10 @@ def act_backward_triton(
     flat, grad, config = rows(x), rows(grad), row_config(x.shape[-1])
     count, n = flat.shape
     programs = min(triton.cdiv(count, config["ROWS"]), 264)  # two per multiprocessor of the largest part
-    fp32 = {"dtype": torch.float32, "device": x.device}
+    new = x.new_empty
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else no_grad_slot(x)
-    dprobs = torch.empty(programs, len(bits), **fp32) if want_probs else no_grad_slot(x)
-    dmask = torch.empty(programs, n, **fp32) if want_mask else no_grad_slot(x)
+    dprobs = new(programs, len(bits), dtype=torch.float32) if want_probs else no_grad_slot(x)
+    dmask = new(programs, n, dtype=torch.float32) if want_mask else no_grad_slot(x)
     if x.numel():
         act_backward_kernel[(programs,)](
             grad, flat, flat if mask is None else mask.contiguous(), probs.contiguous(), dx, dprobs, dmask,

@@ -7,9 +7,9 @@
         s = clip · (max(w,0) - min(w,0)) / (2^b - 1), rounded likewise      z = rint(clamp(qmin - clip · min(w,0) / s))
         q = clamp(rint(w / s + z), qmin, qmax)                              Q(w) = (q - z) · s
 
-Shapes: weight [O, I], clip (the clipping ratio in (0, 1], not a logit) [O, I / group_size], result [O, I] in the weight's
-dtype. Math is fp32 (fp64 for an fp64 weight) with true division: w · (1/s) moves levels at exact ties, and ties are
-common, since max|w| / s is half-integral by construction.
+Shapes: weight [O, I], clip [O, I / group_size] (the clipping ratio in (0, 1], not a logit), result [O, I] in the
+weight's dtype. Math is fp32 (fp64 for an fp64 weight) with true division: w · (1/s) moves levels at exact ties, and
+ties are common, since max|w| / s is half-integral by construction.
 
 Straight-through gradients:
     ``ste="identity"`` (Bengio et al. 2013)   dQ/dw = 1; the ratios get none
@@ -30,7 +30,7 @@ from torch import Tensor
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops._dispatch import resolve
 
-# Below this scale 1/s or the remainder of a division could leave fp32's normal range; such groups are zero in any model.
+# Below this scale 1/s or the remainder of a division could leave fp32's normal range; such groups are zero anyway.
 TINY_SCALE = 2.0**-100
 WEIGHT_BITS = tuple(range(2, 9))
 
@@ -61,7 +61,7 @@ class Levels(NamedTuple):
 def quantize_levels(
     w: Tensor, bits: int, clip: Tensor | None, symmetric: bool = True, scale_dtype: torch.dtype | None = None
 ) -> Levels:
-    """Levels of ``w`` [..., G, g] (already in the compute dtype) with ``clip`` [..., G]; scales rounded to ``scale_dtype``."""
+    """Levels of ``w`` [..., G, g] (in the compute dtype) with ``clip`` [..., G]; scales rounded to ``scale_dtype``."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     detached = w.detach()
     if symmetric:
@@ -103,7 +103,7 @@ def fake_quant_weight_reference(
     ste: str = "identity",
     scale_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The op in plain differentiable torch; ``scale_dtype`` overrides the dtype scales are rounded to (for fp64 tests)."""
+    """The op in plain differentiable torch; ``scale_dtype`` overrides what scales are rounded to (for fp64 tests)."""
     w = weight.to(compute_dtype(weight.dtype)).unflatten(-1, (-1, group_size))
     levels = quantize_levels(w, bits, clip, symmetric, scale_dtype or weight.dtype)
     out = levels.q * levels.s

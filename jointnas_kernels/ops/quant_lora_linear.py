@@ -3,9 +3,9 @@ dL/dW~ = gᵀx (64 MB in fp32 for one 4096 x 4096 weight, and 3x that in traffic
 
     weight step, ste="identity"   dx = g W~;  with U = x [A_1; ..; A_P]ᵀ and V = g [B'_1 .. B'_P], both [T, P·r]:
                                   dB_p = scaling · probs[p] · gᵀ U_p,   dA_p = probs[p] · V_pᵀ x        (rank P·r only)
-    arch step or ste="clip"       one GEMM over gᵀx whose epilogue recomputes Q_p of its tile and keeps only the reductions
-                                  of ``quant_lora_mix``: ⟨dW, Q_p⟩, clip slopes, (m ⊙ dW) A_pᵀ, B'_pᵀ (m ⊙ dW).
-                                  The reference does it for one tile of rows at a time.
+    arch step or ste="clip"       one GEMM over gᵀx whose epilogue recomputes Q_p of its tile and keeps only the
+                                  reductions of ``quant_lora_mix``: ⟨dW, Q_p⟩, clip slopes, (m ⊙ dW) A_pᵀ,
+                                  B'_pᵀ (m ⊙ dW). The reference does it for one tile of rows at a time.
 
 W~ (as large as the weight) is kept for dx by default; ``recompute=True`` rebuilds it in backward instead, for models
 whose second copy of the weights would not fit and that do not already checkpoint whole blocks.
@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import no_grad_slot
 from jointnas_kernels.ops.quant_lora_mix import (
+    GPU,
     MixGradients,
     check_mix,
+    choose,
     compute_dtype,
     fake_gradients,
     finish,
@@ -96,7 +98,7 @@ def _quant_lora_linear_backward(
         want = (want_lora and not rank_only, want_probs, want_clip)
         if not any(want):
             sums = (no_grad_slot(x), no_grad_slot(x), no_grad_slot(x), no_grad_slot(x))
-        elif backend == "triton":
+        elif backend in GPU:
             sums = mix_backward_triton(
                 g2, x2, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
             )
@@ -181,13 +183,12 @@ def quant_lora_linear(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """x [..., I] -> [..., O] in the dtype of x (of autocast, where it is on). ``mode`` as in ``quant_lora_mix``; dx always."""
+    """x [..., I] -> [..., O] in x's dtype (or autocast's). ``mode`` as in ``quant_lora_mix``, dx always."""
     check_mix("quant_lora_linear", weight, lora_a, lora_b, bits, probs, group_size, clip, ste, mode)
     if x.shape[-1] != weight.shape[1]:
         raise JointNASError(f"quant_lora_linear: x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    chosen = resolve("quant_lora_linear", backend, weight, available=("triton", "cpu", "reference"))
-    return _quant_lora_linear(
-        x, weight, lora_a, lora_b, probs, clip, bias, float(scaling), list(bits), group_size, ste, mode, recompute, chosen
-    )[0]
+    chosen = choose("quant_lora_linear", backend, weight, lora_a.shape[1], len(bits), group_size)
+    options = (float(scaling), list(bits), group_size, ste, mode, recompute, chosen)
+    return _quant_lora_linear(x, weight, lora_a, lora_b, probs, clip, bias, *options)[0]

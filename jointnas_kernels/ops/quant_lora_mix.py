@@ -9,8 +9,8 @@ weight's dtype. B' and A are rounded to the weight's dtype (tensor-core operands
 quantizer and the mixture are fp32 (fp64 for an fp64 weight), and W~ is rounded once.
 
 Gradients, with G = dL/dW~ and m_p the quantizer's straight-through mask (1 for ``ste="identity"``):
-    dB_p = scaling · probs[p] · (m_p ⊙ G) A_pᵀ      dA_p = probs[p] · B'_pᵀ (m_p ⊙ G)
-    dprobs[p] = ⟨G, Q_p⟩                            dclip[p] = probs[p] · ds/dclip · sum_group G (q - m_p w/s), "clip" only
+    dB_p = scaling · probs[p] · (m_p ⊙ G) A_pᵀ      dA_p = probs[p] · B'_pᵀ (m_p ⊙ G)      dprobs[p] = ⟨G, Q_p⟩
+    dclip[p] = probs[p] · ds/dclip · sum_group G (q - m_p w/s)      (``ste="clip"`` only)
 The base weight is frozen: it never gets a gradient. ``quant_lora_linear`` is the fused layer that avoids forming G.
 """
 
@@ -25,9 +25,12 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
 from jointnas_kernels.ops.fake_quant_weight import _ste, check_clip, check_quantizer, compute_dtype, quantize_levels
+from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, unsupported
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton, mix_forward_triton
 
 MODES = ("weight", "arch", "full")
+BACKENDS = ("triton", "cuda", "cpu", "reference")  # "cuda" and "cpu" are forwards: see mix_forward
+GPU = ("triton", "cuda")  # both use the Triton backward; the others the tiled reference
 ROW_TILE = 256  # rows of dW held at once by the reference: 256 x 14336 fp32 is 14 MB
 
 
@@ -53,7 +56,7 @@ def quant_lora_mix_reference(
     ste: str = "identity",
     scale_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The op in plain differentiable torch; ``scale_dtype`` overrides the dtype scales are rounded to (for fp64 tests)."""
+    """The op in plain differentiable torch; ``scale_dtype`` overrides what scales are rounded to (for fp64 tests)."""
     dtype = compute_dtype(weight.dtype)
     base = weight.detach().to(dtype)
     a, b = rounded_lora(weight, lora_a, lora_b, scaling)
@@ -168,7 +171,7 @@ def _quant_lora_mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(weight.device.type, enabled=False):
         want = (want_lora, want_probs, want_clip)
-        if backend == "triton":
+        if backend in GPU:
             return mix_backward_triton(
                 grad, None, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
             )
@@ -179,7 +182,9 @@ def _quant_lora_mix_backward(
 
 
 @_quant_lora_mix_backward.register_fake
-def _(grad, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want_lora, want_probs, want_clip, backend):
+def _(
+    grad, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want_lora, want_probs, want_clip, backend
+):
     return fake_gradients(weight, lora_a, lora_b, probs, clip, want_lora, want_probs, want_clip)
 
 
@@ -198,6 +203,8 @@ def mix_forward(
     with torch.autocast(weight.device.type, enabled=False):
         if backend == "triton":
             return mix_forward_triton(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
+        if backend == "cuda":
+            return mix_forward_cuda(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
         if backend == "cpu":
             return _cpu.quant_lora_mix(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
         return quant_lora_mix_reference(weight, lora_a, lora_b, scaling, bits, probs, group_size, clip).contiguous()
@@ -227,7 +234,9 @@ def fake_gradients(
     """Shapes and dtypes of (da, db, dprobs, dclip)."""
     wanted = (want_lora, want_lora, want_probs, want_clip)
     da, db, dprobs, dclip = (
-        torch.empty(like.shape, dtype=like.dtype, device=like.device) if want and like is not None else no_grad_slot(weight)
+        torch.empty_like(like, memory_format=torch.contiguous_format)
+        if want and like is not None
+        else no_grad_slot(weight)
         for like, want in zip((lora_a, lora_b, probs, clip), wanted, strict=True)
     )
     return da, db, dprobs, dclip
@@ -284,7 +293,7 @@ def check_mix(
         raise unknown("mode", mode, MODES, where=op)
     (o, i), p = weight.shape, len(bits)
     if p < 1 or tuple(probs.shape) != (p,):
-        raise JointNASError(f"{op}: probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}")
+        raise JointNASError(f"{op}: probs needs one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}")
     r = lora_a.shape[1] if lora_a.dim() == 3 else -1
     if tuple(lora_a.shape) != (p, r, i) or tuple(lora_b.shape) != (p, o, r):
         raise JointNASError(
@@ -292,6 +301,15 @@ def check_mix(
             f"lora_b [{p}, {o}, r], got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
         )
     check_clip(op, clip, (p, o, i // group_size))
+
+
+def choose(op: str, backend: str | None, weight: Tensor, rank: int, precisions: int, group_size: int) -> str:
+    """The backend for these arguments."""
+    chosen = resolve(op, backend, weight, available=BACKENDS)
+    reason = unsupported(weight, rank, precisions, group_size) if chosen == "cuda" else None
+    if reason is not None:
+        raise JointNASError(f"{op}: backend 'cuda' cannot run: {reason}")
+    return chosen
 
 
 def quant_lora_mix(
@@ -309,7 +327,7 @@ def quant_lora_mix(
 ) -> Tensor:
     """W~ [O, I]. ``mode`` says which gradients exist: "weight" LoRA and clip, "arch" probs, "full" all of them."""
     check_mix("quant_lora_mix", weight, lora_a, lora_b, bits, probs, group_size, clip, ste, mode)
-    chosen = resolve("quant_lora_mix", backend, weight, available=("triton", "cpu", "reference"))
+    chosen = choose("quant_lora_mix", backend, weight, lora_a.shape[1], len(bits), group_size)
     return _quant_lora_mix(
         weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste, mode, chosen
     )

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from jointnas_kernels import _ext
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.lowbit_cuda import DTYPES, check_launch, current_stream, multiprocessors
 
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 WARPS, BLOCKS = 4, 2  # per block; blocks per multiprocessor (255 registers)
 COLUMNS = 2  # 128-channel tiles per block: 48 KB of A at rank 32 and 3 precisions
 
@@ -21,7 +21,7 @@ def unsupported(weight: Tensor, rank: int, precisions: int, group_size: int) -> 
     if weight.dtype not in DTYPES:
         return f"it takes float16 and bfloat16 weights, not {weight.dtype}"
     if group_size not in (32, 64, 128) or weight.shape[1] % 128:
-        return f"it needs groups of 32, 64 or 128 and a multiple of 128 channels, not {group_size} and {weight.shape[1]}"
+        return f"it needs groups of 32, 64 or 128 and 128n input channels, not {group_size} and {weight.shape[1]}"
     if rank % 2 or rank > 64 or precisions > 4:
         return f"it needs an even rank up to 64 and at most 4 precisions, not {rank} and {precisions}"
     return None
@@ -29,14 +29,13 @@ def unsupported(weight: Tensor, rank: int, precisions: int, group_size: int) -> 
 
 def row_splits(rows: int, column_blocks: int, multiprocessors: int) -> int:
     """Blocks along the rows with the least total time: waves of blocks times tiles per warp, plus the fill of A."""
-    tiles = -(-rows // 16)
-    slots = multiprocessors * BLOCKS
+    tiles = math.ceil(rows / 16)
 
     def cost(splits: int) -> float:
-        waves = -(-column_blocks * splits // slots)
-        return waves * (-(-(-(-tiles // splits)) // WARPS) + 0.5)
+        waves = math.ceil(column_blocks * splits / (multiprocessors * BLOCKS))
+        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) + 0.5)
 
-    return min(range(1, min(-(-tiles // WARPS), 128) + 1), key=cost)
+    return min(range(1, min(math.ceil(tiles / WARPS), 128) + 1), key=cost)
 
 
 def mix_forward_cuda(
@@ -58,19 +57,17 @@ def mix_forward_cuda(
     if out.numel() == 0:
         return out
     exact = torch.tensor(scaling, dtype=weight.dtype).item() == scaling
-    if lora_b.dtype != weight.dtype or not exact:  # the kernel multiplies in the weight's dtype: only if that rounds once
+    if lora_b.dtype != weight.dtype or not exact:  # else the kernel's own product would round twice
         lora_b, scaling = lora_b.float() * scaling, 1.0
     a, b = lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()
     pi, ratio = probs.float().contiguous(), None if clip is None else clip.float().contiguous()
     if splits is None:
-        sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
-        splits = row_splits(o, -(-i // (128 * columns)), sms)
+        splits = row_splits(o, math.ceil(i / (128 * columns)), multiprocessors(weight))
     packed = sum(width << (8 * p) for p, width in enumerate(bits))
     code = _ext.load(cuda=True).quant_lora_mix(
         *(0 if t is None else t.data_ptr() for t in (weight, a, b, pi, ratio, out)),
         *(o, i, rank, len(bits), group_size, packed, DTYPES[weight.dtype], columns, splits, scaling),
-        torch.cuda.current_stream(weight.device).cuda_stream,
+        current_stream(weight),
     )
-    if code:
-        raise JointNASError(f"the CUDA kernel of quant_lora_mix failed to launch: error {code}")
+    check_launch(code, "quant_lora_mix")
     return out

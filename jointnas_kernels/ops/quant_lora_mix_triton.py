@@ -1,7 +1,7 @@
 """Triton kernels of ``quant_lora_mix`` and of the epilogue backward shared with ``quant_lora_linear``.
 
-The decision to know: the forward reads W and writes W~ once (2 x 34 MB for a 4096 x 4096 bf16 weight, 16 us at 4.3 TB/s),
-so three quantizers per element have to fit into some 25 fp32 operations. Hence
+The decision to know: the forward reads W and writes W~ once (2 x 34 MB for a 4096 x 4096 bf16 weight, 16 us at
+4.3 TB/s), so three quantizers per element have to fit into some 25 fp32 operations. Hence
   * x / s costs two operations when s is a half-type number: with 1/s = r + t to 45 bits, RN(x · r + RN(x · t)) is the
     correctly rounded quotient, because no quotient of a 24-bit by an 11-bit significand comes closer than 2^-36
     (relatively) to a rounding boundary without lying on the representable side. fp32 scales use Markstein's three.

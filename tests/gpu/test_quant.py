@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from jointnas_kernels import _ext
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix, act_quant_mix_reference
 from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight, fake_quant_weight_reference
 from jointnas_kernels.ops.quant_lora_linear import quant_lora_linear
 from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix, quant_lora_mix_reference
+from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, unsupported
 from jointnas_kernels.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -44,6 +46,12 @@ def make(shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     }
 
 
+def compiled_cuda(t: dict[str, Tensor], group: int) -> bool:
+    """Whether the CUDA C++ forward is there and takes these inputs."""
+    there = _ext.available() and _ext.load().has_cuda
+    return there and unsupported(t["weight"], t["lora_a"].shape[1], 3, group) is None
+
+
 def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """fp32 copies for the eager reference, which then differs only by the final rounding of W~."""
     return {k: v.detach().float().requires_grad_(v.requires_grad) for k, v in inputs.items()}
@@ -59,7 +67,10 @@ def test_mix_levels_are_exact(shape, with_clip, dtype, device):
     for p in range(3):
         probs = torch.eye(3, device=device)[p]
         args = (t["weight"], t["lora_a"], t["lora_b"], 0.5, BITS, probs, shape[3], clip)
-        assert torch.equal(quant_lora_mix(*args, backend="triton"), quant_lora_mix(*args, backend="reference"))
+        expected = quant_lora_mix(*args, backend="reference")
+        assert torch.equal(quant_lora_mix(*args, backend="triton"), expected)
+        if compiled_cuda(t, shape[3]):
+            assert torch.equal(quant_lora_mix(*args, backend="cuda"), expected)
         args = (t["weight"], t["lora_a"], t["lora_b"] * 0, 0.5, BITS, probs, shape[3], clip)
         ratio = None if clip is None else clip[p]
         fake = fake_quant_weight(t["weight"], BITS[p], shape[3], True, ratio, backend="triton")
@@ -81,6 +92,24 @@ def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
     wide["clip"] = None if clip is None else clip.double()
     ref = quant_lora_mix_reference(scaling=1.0, bits=BITS, group_size=shape[3], scale_dtype=dtype, **wide)
     assert_close(out, ref, 1e-2)
+    if compiled_cuda(t, shape[3]):
+        out = quant_lora_mix(scaling=0.7, bits=BITS, group_size=shape[3], clip=clip, backend="cuda", **t)
+        assert_close(out, ref, 1e-2)
+
+
+@pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rank", [2, 16, 32, 48, 64])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_cuda_mix_plans(group, rank, dtype, device):
+    """Every launch plan writes the same bits: rows off the tile, columns off the block."""
+    t = make((83, 640, rank, group), dtype, device)
+    args = (t["weight"], t["lora_a"], t["lora_b"], t["probs"], t["clip"], 0.5, BITS, group)
+    first = mix_forward_cuda(*args)
+    assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
+    for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
+        if columns * rank <= 128:  # shared memory of the widest plan
+            assert torch.equal(first, mix_forward_cuda(*args, columns=columns, splits=splits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
