@@ -2,7 +2,7 @@
 fits, and loads and stores are 16 bytes wide."""
 
 import pytest
-from harness import ARCHES, Compiled, compile_kernel
+from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
 from jointnas_kernels.ops.channel_mask import channel_mask_kernel
 from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel

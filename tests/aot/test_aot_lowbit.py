@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from harness import ARCHES, compile_kernel
+from tests.aot.harness import ARCHES, compile_kernel
 
 from jointnas_kernels.ops import lowbit_triton
 

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness import SHARED_LIMIT, TOOLS
+from tests.aot.harness import SHARED_LIMIT, TOOLS
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"

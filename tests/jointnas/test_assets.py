@@ -14,8 +14,6 @@ from jointnas import assets
 from jointnas.evaluate import CHANCE, TASKS, evaluate, perplexity
 from jointnas_kernels.errors import JointNASError
 
-needs_weights = pytest.mark.skipif(not assets.has_weights(), reason="the trained weights are not installed")
-
 
 def _key(paragraph: str) -> str:
     return re.sub(r"\W+", " ", paragraph.lower()).strip()
@@ -135,13 +133,6 @@ def test_tasks_are_what_the_script_builds(tmp_path, monkeypatch) -> None:
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-@pytest.mark.skipif(assets.has_weights(), reason="the weights are installed")
-def test_missing_weights_say_how_to_get_them() -> None:
-    with pytest.raises(JointNASError, match="train_base"):
-        assets.load_model()
-
-
-@needs_weights
 def test_model_has_every_dimension_to_search() -> None:
     config = assets.load_model().config
     assert config.head_dim == 64
@@ -151,14 +142,12 @@ def test_model_has_every_dimension_to_search() -> None:
     assert config.hidden_size % 128 == config.intermediate_size % 128 == 0
 
 
-@needs_weights
 def test_model_is_as_good_as_its_record_says() -> None:
     record = json.loads((assets.model_dir() / "training.json").read_text())
     found = perplexity(assets.load_model(), assets.held_out_tokens(), max_tokens=32_768)
     assert found < 1.25 * record["saved_test_perplexity"]
 
 
-@needs_weights
 def test_model_is_clearly_above_chance(tokenizer) -> None:
     results = evaluate(assets.load_model(), tokenizer, limit=100)
     above = [name for name in TASKS if results[name]["acc"] > CHANCE + 2.5 * results[name]["acc_stderr"]]
