@@ -1,8 +1,8 @@
 """The result as a folder that stock transformers loads: config, safetensors, tokenizer, model card, choice.
 
-Quantized weights are stored as the values they stand for, in the model's dtype. Stock transformers computes exactly with
-them; what it cannot do is quantize activations, so where a choice has activation bits below 16, `reload` puts these
-quantizers back, from `choice.json`.
+Quantized weights are stored as the values they stand for, in the model's dtype. Stock transformers computes exactly
+with them; what it cannot do is quantize activations, so where a choice has activation bits below 16, `reload` puts
+these quantizers back, from `choice.json`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise JointNASError(f"{str(folder)!r} is no exported model: it has no config.json")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     path = folder / CHOICE_FILE
     if path.is_file():
         record = json.loads(path.read_text())

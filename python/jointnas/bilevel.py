@@ -28,11 +28,12 @@ from jointnas import data as data_module
 from jointnas.config import RunConfig, dump
 from jointnas.data import Batches, Streams, seeded
 from jointnas.logs import Metrics, Progress
-from jointnas.objective import Feasibility, Objective, entropies
+from jointnas.objective import Feasibility, Limits, Objective, entropies, original_params
+from jointnas.quantize import initialise
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Supernet, convert
+from jointnas_kernels.hf import Importance, Supernet, convert, importance_scores
 from jointnas_kernels.latency import LatencyTable, calibrate, profile
-from jointnas_kernels.space import Choice, SearchSpace, count_params
+from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, count_params
 
 log = logging.getLogger(__name__)
 WEIGHT, ARCH, GAP, CALIBRATION = range(4)  # lanes of random numbers
@@ -49,6 +50,7 @@ class Run:
     table: LatencyTable
     space: SearchSpace  # without bits that the device cannot run
     removed: list[str]
+    importance: Importance | None
 
     @property
     def model_config(self) -> Any:
@@ -102,18 +104,29 @@ def prepare(
     restricted, removed = table.restrict(space)
     for line in removed:
         log.warning("search space: removed %s", line)
-    Objective(config, model.config, table.bind(restricted))  # the limits, before anything expensive
+    check_limits(config, model.config, table, restricted)
     torch.manual_seed(config.seed)  # LoRA's A
     options = config.search
-    calibration = None
+    importance = None
     if options.importance:
         batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed)
-        calibration = [batches.at(i) for i in range(options.importance_batches)]
+        importance = importance_scores(model, [batches.at(i) for i in range(options.importance_batches)])
     supernet = convert(
-        model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, calibration=calibration,
+        model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, alpha_init=options.alpha_init,
     )  # fmt: skip
-    return Run(config, folder, supernet, streams, table, restricted, removed)
+    initialise(supernet)
+    return Run(config, folder, supernet, streams, table, restricted, removed, importance)
+
+
+def check_limits(config: RunConfig, model_config: Any, table: LatencyTable, space: SearchSpace) -> None:
+    """Raises, before anything expensive, if no choice satisfies the limits."""
+    uniform = {k: torch.full((len(space.sizes(k)),), 1 / len(space.sizes(k))) for k in (*WIDTHS, "blocks")}
+    for key in ("weight_bits", "act_bits"):
+        if space.sizes(key):
+            uniform[key] = torch.full((space.depth, len(space.sizes(key))), 1 / len(space.sizes(key)))
+    bound = table.bind(space)
+    Feasibility(model_config, bound, Limits.of(config, model_config)).repair(uniform)
 
 
 def load_table(config: RunConfig, space: SearchSpace, model_config: Any) -> LatencyTable:
@@ -367,5 +380,7 @@ def _write_environment(run: Run) -> None:
         "cpus": os.cpu_count(),
         "removed": run.removed,
         "space": run.space.to_dict(),
+        "block_rank": list(run.supernet.block_rank),
+        "original_params": original_params(run.model_config),
     }
     (run.folder / "env.json").write_text(json.dumps(environment, indent=1))

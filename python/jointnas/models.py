@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from jointnas import assets
 from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
+
+# Sizes of models whose tables can be measured without having their weights.
+KNOWN: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 
 
 def check_device(device: str) -> torch.device:
@@ -46,6 +54,8 @@ def load_model(config: ModelConfig) -> LlamaForCausalLM:
 
 def model_config(config: ModelConfig) -> Any:
     """The transformers config alone (for profiling, no weights are needed)."""
+    if config.source in KNOWN:
+        return LlamaConfig(**KNOWN[config.source])
     check_source(config)
     source = str(assets.model_dir()) if config.source == "embedded" else config.source
     try:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from jointnas.config import RunConfig
 from jointnas.data import Streams, seeded
-from jointnas.evaluate import perplexity
 from jointnas.distillation import bake, distil, trainable
+from jointnas.evaluate import perplexity
 from jointnas.quantize import initialise
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, Supernet, convert

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from jointnas import checkpoint, models
+from jointnas import artifact, checkpoint, models
 from jointnas import evaluate as evaluation
-from jointnas import artifact
+from jointnas.bilevel import Found, Run, optimise, prepare
 from jointnas.config import EvalConfig, RunConfig, load
 from jointnas.data import Streams
 from jointnas.distillation import bake, distil, original_logits, trainable
 from jointnas.objective import original_choice, original_params
-from jointnas.bilevel import Found, Run, optimise, prepare
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, deploy, measure_model
 from jointnas_kernels.latency.schema import Device
@@ -51,10 +50,10 @@ def search(config: RunConfig) -> Path:
     if found is None:
         optimise(run)
     else:
-        _load_supernet(run)
+        load_supernet(run)
     _finetune(run)
     evaluate(str(run.folder), rerun=False)
-    from jointnas.report import report  # late: matplotlib
+    from jointnas.reporting import report  # late: matplotlib
 
     report(str(run.folder))
     return run.folder
@@ -135,7 +134,7 @@ def describe_model(name: str, model: Any, choice: Choice | None, run: Run) -> Ro
     rank = run.supernet.block_rank
     if choice is None:
         shape = original_choice(run.model_config)
-        plain = SearchSpace(*((getattr(shape, k),) for k in ("hidden", "heads", "head_dim", "intermediate", "blocks")))
+        plain = SearchSpace((shape.hidden,), (shape.heads,), (shape.head_dim,), (shape.intermediate,), (shape.blocks,))
         size, predicted = model_bytes(run.model_config, plain, shape), run.bound.original()
     else:
         shape, predicted = choice, run.bound.predict(choice)
@@ -178,16 +177,18 @@ def open_run(run: str, supernet: bool = True) -> Run:
     """A searched run folder, with the supernet as the search left it."""
     folder = Path(run)
     if not (folder / "config.yaml").is_file():
-        raise JointNASError(f"{run} is no run folder: it has no config.yaml; make one with `jointnas search --out {run}`")
+        raise JointNASError(
+            f"{run} is no run folder: it has no config.yaml; make one with `jointnas search --out {run}`"
+        )
     config = load(folder / "config.yaml").model_copy(update={"out": str(folder)})
     found_choice(folder)
     opened = prepare(config)
     if supernet:
-        _load_supernet(opened)
+        load_supernet(opened)
     return opened
 
 
-def _load_supernet(run: Run) -> None:
+def load_supernet(run: Run) -> None:
     newest = checkpoint.latest(run.folder / "checkpoints")
     if newest is None:
         raise JointNASError(f"{run.folder} has no whole checkpoint; run the search again")

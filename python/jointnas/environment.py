@@ -1,0 +1,68 @@
+"""`doctor`: what is installed here and which latency backends work, for bug reports."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from jointnas import assets
+from jointnas_kernels import _ext
+from jointnas_kernels.latency import survey
+from jointnas_kernels.latency.timing import cache_bytes, describe
+
+PACKAGES = (
+    "jointnas-kernels", "torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "jsonargparse",
+    "peft", "lm_eval", "datasets", "matplotlib", "tensorboard",
+)  # fmt: skip
+
+
+def collect(device: str = "cpu") -> dict[str, Any]:
+    """Everything `doctor` prints."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    kind = torch.device(device)
+    compiled = "not built (run `make setup`)"
+    if _ext.available():
+        compiled = "with CUDA" if _ext.load().has_cuda else "CPU only (nvcc was not found when it was built)"
+    return {
+        "system": {
+            "platform": platform.platform(),
+            "python": sys.version.split()[0],
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(describe(device)),
+            "last-level cache": f"{cache_bytes(kind) / 2**20:.0f} MiB",
+            "CUDA devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+            "compiled extension": compiled,
+            "embedded model": "installed" if assets.has_weights() else "no weights",
+        },
+        "packages": packages,
+        "backends": survey(kind),
+    }
+
+
+def text(found: dict[str, Any]) -> str:
+    lines = []
+    for section in ("system", "packages"):
+        lines.append(section)
+        width = max(len(k) for k in found[section])
+        lines += [f"  {k:<{width}}  {v}" for k, v in found[section].items()]
+    lines.append("latency backends (one small linear each, checked against the dequantised reference)")
+    for name, bits in found["backends"].items():
+        works = [b for b, r in bits.items() if r == "works"]
+        lines.append(f"  {name}: {', '.join(works) if works else 'nothing works here'}")
+        reasons: dict[str, list[str]] = {}
+        for b, reason in bits.items():
+            if reason != "works":
+                reasons.setdefault(reason, []).append(b)
+        lines += [f"      {', '.join(b) if len(b) < 6 else f'{len(b)} combinations'}: {r}" for r, b in reasons.items()]
+    return "\n".join(lines)

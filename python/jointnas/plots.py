@@ -1,0 +1,178 @@
+"""Figures of a run. Each function draws one and writes a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency.schema import Calibration
+from jointnas_kernels.space import Choice, SearchSpace, kept_blocks
+
+BLUE, RED, GREY, GREEN = "#1f5fa8", "#c0392b", "#9aa0a6", "#2e8b57"
+TITLES = {
+    "hidden": "hidden size", "heads": "query heads", "head_dim": "head dim", "intermediate": "MLP size",
+    "blocks": "blocks", "weight_bits": "weight bits", "act_bits": "activation bits",
+}  # fmt: skip
+
+
+def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ImportError:
+        raise JointNASError("plots need the `matplotlib` package: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, x: str, y: str, titles: tuple[str, str]) -> Path:
+    """Points with `name`, `x` and `y`, optional `y_error` and `x_predicted` (hollow); small is good on both axes."""
+    from jointnas.peers import pareto
+
+    figure, axes = _figure()
+    axis = axes[0, 0]
+    front = pareto([(p[x], p[y]) for p in points])
+    line = [points[i] for i in front]
+    axis.plot([p[x] for p in line], [p[y] for p in line], color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
+    seen: set[str] = set()
+    for i, p in enumerate(points):
+        kind = p.get("kind", p["name"])
+        color = {"found": RED, "original": BLUE}.get(kind, GREY if i not in front else GREEN)
+        marker = {"found": "*", "original": "s"}.get(kind, "o")
+        label = kind if kind not in seen else None
+        seen.add(kind)
+        axis.scatter(
+            [p[x]], [p[y]], color=color, marker=marker, s=130 if kind == "found" else 36, zorder=3, label=label
+        )
+        predicted = p.get("x_predicted")
+        if predicted is not None:
+            axis.scatter([predicted], [p[y]], edgecolors=color, facecolors="none", marker=marker, s=30, zorder=2)
+            axis.plot([predicted, p[x]], [p[y], p[y]], color=color, lw=0.6, zorder=2)
+        if p.get("y_error"):
+            axis.errorbar([p[x]], [p[y]], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
+        axis.annotate(p["name"], (p[x], p[y]), textcoords="offset points", xytext=(6, 5), fontsize=7)
+    axis.set_xlabel(titles[0])
+    axis.set_ylabel(titles[1])
+    axis.legend(fontsize=7, frameon=False)
+    axis.margins(0.12)
+    return _save(figure, path)
+
+
+def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: Path) -> Path:
+    """Heat maps of every dimension's probabilities over the steps; for bits, the mean bit width of every block."""
+    steps = [r["step"] for r in rows]
+    keys = [k for k in TITLES if k in rows[-1]["probs"]]
+    columns = min(3, len(keys))
+    figure, axes = _figure(-(-len(keys) // columns), columns, 3.6 * columns, 2.4 * -(-len(keys) // columns))
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        sizes = space.sizes(key)
+        history = [r["probs"][key] for r in rows]
+        if key.endswith("_bits"):
+            picture = [[sum(p * s for p, s in zip(b, sizes, strict=True)) for b in step] for step in history]
+            low, high, labels = min(sizes), max(sizes), [str(b) for b in range(len(history[0]))]
+            axis.set_ylabel("original block", fontsize=8)
+            title = f"mean {TITLES[key]}"
+        else:
+            picture, low, high, labels = history, 0, 1, [str(s) for s in sizes]
+            title = f"P({TITLES[key]})"
+        image = axis.imshow(
+            list(zip(*picture, strict=True)), aspect="auto", origin="lower", vmin=low, vmax=high, cmap="viridis",
+            extent=(steps[0], steps[-1] + 1, -0.5, len(labels) - 0.5), interpolation="nearest",
+        )  # fmt: skip
+        axis.set_yticks(range(len(labels)), labels)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        figure.colorbar(image, ax=axis, fraction=0.05).ax.tick_params(labelsize=7)
+    return _save(figure, path)
+
+
+def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, float]) -> Path:
+    """Cross-entropy, discretisation gap, entropy, expected latency and parameters over the steps."""
+    figure, axes = _figure(2, 2, 8.4, 5.6)
+    steps = [r["step"] for r in rows]
+    loss, entropy, latency, params = axes.flat
+    for key, color, name in (("ce_weight", GREY, "weight step"), ("ce_arch", BLUE, "architecture step")):
+        have = [(r["step"], r[key]) for r in rows if key in r]
+        if have:
+            loss.plot(*zip(*have, strict=True), color=color, lw=1, label=name)
+    gaps = [(r["step"], r["ce_argmax"]) for r in rows if "ce_argmax" in r]
+    if gaps:
+        loss.plot(*zip(*gaps, strict=True), color=RED, lw=1, marker="o", ms=3, label="most probable choice")
+    loss.set_title("cross-entropy (nats per token)", fontsize=9)
+    loss.legend(fontsize=7, frameon=False)
+    for key in sorted({k for r in rows for k in r["entropy"] if "." not in k}):
+        entropy.plot(steps, [r["entropy"].get(key, 0.0) for r in rows], lw=1, label=TITLES.get(key, key))
+    entropy.plot(steps, [r["entropy_max"] for r in rows], color="black", lw=1.4, label="largest")
+    entropy.set_title("normalised entropy", fontsize=9)
+    entropy.legend(fontsize=7, frameon=False)
+    for axis, key, title, marks in (
+        (latency, "latency_ms", "E[latency] (ms)", ("latency_max",)),
+        (params, "params", "E[parameters]", ("params_min", "params_max")),
+    ):
+        have = [(r["step"], r[key]) for r in rows if key in r]
+        if have:
+            axis.plot(*zip(*have, strict=True), color=BLUE, lw=1.2)
+        for mark in marks:
+            if mark in limits:
+                axis.axhline(limits[mark], color=RED, lw=0.8, ls="--")
+        axis.set_title(title, fontsize=9)
+    for axis in axes.flat:
+        axis.set_xlabel("step", fontsize=8)
+    return _save(figure, path)
+
+
+def calibration(fit: Calibration, path: Path) -> Path:
+    """Predicted against measured latency of whole models."""
+    figure, axes = _figure(width=4.6, height=4.2)
+    axis = axes[0, 0]
+    measured = [m for _, _, m in fit.points]
+    predicted = [fit.fixed + fit.per_block * b + o for o, b, _ in fit.points]
+    top = max(*measured, *predicted) * 1.1
+    axis.plot([0, top], [0, top], color=GREY, lw=1)
+    axis.scatter(
+        measured, [o for o, _, _ in fit.points], facecolors="none", edgecolors=GREY, s=26, label="operations only"
+    )
+    axis.scatter(measured, predicted, color=BLUE, s=26, label=f"with overhead (error {fit.mape:.1%})")
+    axis.set_xlabel("measured (ms)")
+    axis.set_ylabel("predicted (ms)")
+    axis.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def bits_per_block(choice: Choice, block_rank: Sequence[int], path: Path) -> Path:
+    """Weight and activation bits of every original block; removed blocks are crossed out. Blocks carry their rank."""
+    figure, axes = _figure(width=max(4.0, 0.6 * len(block_rank) + 1.5), height=2.6)
+    axis = axes[0, 0]
+    kept = set(kept_blocks(block_rank, choice.blocks))
+    rank = {b: i + 1 for i, b in enumerate(block_rank)}
+    for b in range(len(block_rank)):
+        if b not in kept:
+            axis.text(b, 1, "×", ha="center", va="center", color=GREY, fontsize=14)
+            continue
+        for offset, bits, color in ((-0.2, choice.weight_bits, BLUE), (0.2, choice.act_bits, GREEN)):
+            if bits is not None:
+                axis.bar(b + offset, bits[b], 0.38, color=color)
+                axis.text(b + offset, bits[b], str(bits[b]), ha="center", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(block_rank)), [f"{b}\nrank {rank[b]}" for b in range(len(block_rank))], fontsize=7)
+    axis.set_ylim(0, 18)
+    axis.set_ylabel("bits (blue W, green A)", fontsize=8)
+    axis.set_xlabel("original block, importance rank", fontsize=8)
+    return _save(figure, path)

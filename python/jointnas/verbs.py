@@ -1,0 +1,159 @@
+"""The verbs of the command line as functions. Heavy imports wait until a verb runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from jointnas.config import LatencyConfig, ModelConfig, RunConfig, SpaceConfig
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency import LatencyTable
+
+
+def doctor(device: str = "cpu") -> dict[str, Any]:
+    """Reports the environment and which latency backends work on a device."""
+    from jointnas import environment, models
+
+    models.check_device(device)
+    return environment.collect(device)
+
+
+def demo(
+    out: str = "runs/demo", device: str = "cpu", seed: int = 0, randoms: int = 1, threads: int | None = None
+) -> list[dict[str, Any]]:
+    """Runs the whole mission on the embedded model and returns the result table.
+
+    Args:
+        out: run folder; a finished or interrupted demo in it is continued.
+        device: cpu or cuda.
+        seed: of everything.
+        randoms: random architectures of the found model's cost, trained for comparison.
+        threads: CPU threads; default: what torch uses.
+    """
+    from jointnas import demonstration, models
+
+    models.check_device(device)
+    return demonstration.demo(out, device, seed, randoms, threads)
+
+
+def profile(
+    out: str,
+    space: SpaceConfig = SpaceConfig(),  # noqa: B008
+    model: ModelConfig | None = None,
+    latency: LatencyConfig = LatencyConfig(),  # noqa: B008
+    device: str = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> LatencyTable:
+    """Measures the latency table of a space on this machine.
+
+    Args:
+        out: table file.
+        space: search space; `--space NAME` is short for `--space.base NAME`.
+        model: whose sizes; default: embedded for `tiny`, Llama-3.1-8B for `llama3` and `qllama3`.
+        latency: workload and how to measure.
+        device: cpu or cuda.
+        resume: continue an unfinished or smaller table in `out`.
+        progress: show a progress bar.
+    """
+    from jointnas import bilevel, models
+
+    built = space.build()
+    if model is None:
+        model = ModelConfig(source="llama-3.1-8b" if space.base in ("llama3", "qllama3") else "embedded")
+    model = model.model_copy(update={"device": device})
+    models.check_device(device)
+    config = models.model_config(model)
+    built.validate(config)
+    path = Path(out)
+    if path.exists() and not resume:
+        raise JointNASError(f"{out} exists; pass --resume true to continue or complete it, or choose another file")
+    run = RunConfig(model=model, space=space, latency=latency, progress=progress)
+    return bilevel.measure_table(run, built, config, path)
+
+
+def search(config: RunConfig) -> Path:
+    """Searches, prunes, distils, exports, evaluates and reports; returns the run folder."""
+    from jointnas import pipeline
+
+    return pipeline.search(config)
+
+
+def finetune(run: str) -> Path:
+    """Distils (again) the found choice of a run folder and exports it to RUN/final.
+
+    Args:
+        run: run folder of a search.
+    """
+    from jointnas import pipeline
+
+    return pipeline.finetune(run)
+
+
+def export(run: str, out: str) -> Path:
+    """Copies the finished model of a run folder.
+
+    Args:
+        run: run folder of a search.
+        out: new folder.
+    """
+    from jointnas import pipeline
+
+    return pipeline.export(run, out)
+
+
+def evaluate(run: str) -> list[dict[str, Any]]:
+    """Measures size, latency and quality of the original and the found model of a run folder.
+
+    Args:
+        run: run folder of a search.
+    """
+    from jointnas import pipeline
+
+    return [row.to_dict() for row in pipeline.evaluate(run)]
+
+
+def report(run: str) -> Path:
+    """Writes RUN/report.html and RUN/plots.
+
+    Args:
+        run: run folder of a search.
+    """
+    from jointnas import reporting
+
+    return reporting.report(run)
+
+
+def compare(run: str, count: int = 8, seed: int = 0) -> dict[str, Any]:
+    """Fine-tunes the found choice of a run folder and random ones of its cost, all from the original weights.
+
+    Args:
+        run: run folder of a search.
+        count: random architectures, each within 10 % of the found model's latency and parameters.
+        seed: of the random architectures and of the fine-tuning.
+    """
+    from jointnas import models, peers, pipeline
+
+    opened = pipeline.open_run(run, supernet=False)
+    config, found = opened.config, pipeline.found_choice(Path(run))
+    others = peers.random_peers(found, opened.bound, opened.model_config, count, seed)
+    original = models.load_model(config.model)
+    supernet = peers.fresh_supernet(original, opened.space, opened.importance)
+
+    def teacher(ids: Any) -> Any:
+        return original(input_ids=ids, use_cache=False).logits
+
+    rows = [
+        peers.score(supernet, teacher, choice, opened.streams, config, opened.bound, seed).to_dict()
+        for choice in (found, *others)
+    ]
+    result = {
+        "found": rows[0],
+        "random": rows[1:],
+        "median_random": statistics.median(r["ce"] for r in rows[1:]),
+        "better_than": sum(rows[0]["ce"] < r["ce"] for r in rows[1:]),
+    }
+    (Path(run) / "compare.json").write_text(json.dumps(result, indent=1))
+    return result
