@@ -1,13 +1,13 @@
 """mixed_linear: a linear layer under width masks, with LoRA: the plain GEMM plus rank r, never a mixed weight.
 
     x [..., I], weight W [O, I], in_mask c [I], out_mask r [O] fp32 or None, lora_a A [R, I], lora_b B [O, R], bias [O]
-    xm = c * x,  u = xm A^T,  z = xm W^T + s u B^T + bias,  y = r * z
+    xm = c * x,  u = s xm A^T,  z = xm W^T + u B^T + bias,  y = r * z
 
 which is Eq. 5 of arXiv 2606.04063 exactly: (sum_ij a_i a_j G_ij * (W + s B A)) x = r * ((W + s B A) (c * x)).
-Backward, with g = dL/dy, gm = r * g and v = gm B:
+Backward, with g = dL/dy, gm = r * g and v = s gm B:
 
-    dxm = gm W + s v A      dx = c * dxm      dc = sum over rows of x * dxm      dr = sum over rows of g * z
-    dA = s (v^T x) * c      dB = s gm^T u     dbias = sum over rows of gm        dW = gm^T xm only if W requires it
+    dxm = gm W + v A        dx = c * dxm      dc = sum over rows of x * dxm      dr = sum over rows of g * z
+    dA = (v^T x) * c        dB = gm^T u       dbias = sum over rows of gm        dW = gm^T xm only if W requires it
 
 Saved: x for dA or dc, u [rows, R] for dB, z for dr, each only when that gradient is wanted. GEMMs are the library's;
 LoRA is added in place by addmm (beta = 1), so no elementwise pass over [rows, O] is made for it.
@@ -33,6 +33,11 @@ def reference(
     if bias is not None:
         z = z + bias
     return z if out_mask is None else z * out_mask.to(x.dtype)
+
+
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a @ b in one launch."""
+    return torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device).addmm_(a, b, beta=0, alpha=scaling)
 
 
 def mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,8 +73,8 @@ def _mixed_linear(
     z = xm @ weight.t() if bias is None else torch.addmm(bias, xm, weight.t())
     u = no_grad_slot(x)
     if lora_a is not None and lora_b is not None:
-        u = xm @ lora_a.to(x.dtype).t()
-        z.addmm_(u, lora_b.to(x.dtype).t(), alpha=scaling)
+        u = scaled_mm(xm, lora_a.to(x.dtype).t(), scaling)
+        z.addmm_(u, lora_b.to(x.dtype).t())
     shape = (*x.shape[:-1], weight.shape[0])
     if out_mask is None:
         return z.view(shape), u, no_grad_slot(x)
@@ -110,11 +115,11 @@ def _mixed_linear_backward(
     v = None
     if lora_a is not None and lora_b is not None:
         if need_x or need_in or need_a:
-            v = gm @ lora_b.to(gm.dtype)
+            v = scaled_mm(gm, lora_b.to(gm.dtype), scaling)
         if need_b and u is not None:
-            db = mm_as(gm.t(), u, lora_b.dtype).mul_(scaling)
+            db = mm_as(gm.t(), u, lora_b.dtype)
         if need_a and v is not None and flat is not None:
-            da = mm_as(v.t(), flat, lora_a.dtype).mul_(scaling)
+            da = mm_as(v.t(), flat, lora_a.dtype)
             if in_mask is not None:
                 da.mul_(in_mask)
     if need_bias and bias is not None:
@@ -124,7 +129,7 @@ def _mixed_linear_backward(
     if need_x or need_in:
         dxm = gm @ weight
         if v is not None and lora_a is not None:
-            dxm.addmm_(v, lora_a.to(gm.dtype), alpha=scaling)
+            dxm.addmm_(v, lora_a.to(gm.dtype))
         if in_mask is None:
             dx = dxm
         else:

@@ -1,9 +1,9 @@
 """mixed_linear_group: several LoRA linears of one input (q/k/v, gate/up) as one autograd op.
 
-    y_j = x W_j^T + s u_j B_j^T + bias_j,   [u_1 .. u_k] = x [A_1; ..; A_k]^T        one GEMM for all u
-    with g_j = dL/dy_j and v = [g_1 B_1 .. g_k B_k]:
-    dx = sum_j g_j W_j + s v [A_1; ..; A_k]       one accumulator (addmm, beta = 1) instead of k tensors and k - 1 adds
-    [dA_1; ..; dA_k] = s v^T x                    one GEMM          dB_j = s g_j^T u_j
+    y_j = x W_j^T + u_j B_j^T + bias_j,   [u_1 .. u_k] = s x [A_1; ..; A_k]^T        one GEMM for all u
+    with g_j = dL/dy_j and v = s [g_1 B_1 .. g_k B_k]:
+    dx = sum_j g_j W_j + v [A_1; ..; A_k]         one accumulator (addmm, beta = 1) instead of k tensors and k - 1 adds
+    [dA_1; ..; dA_k] = v^T x                      one GEMM          dB_j = g_j^T u_j
 
 Prefer it wherever linears share an input: for q/k/v it launches 8 GEMMs forward and 11 backward where separate
 ``mixed_linear`` calls launch 9 and 15 plus two adds over [rows, I], and it reads x for LoRA once. Masks are left to the
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops._dispatch import check, no_grad_slot, rows
-from jointnas_kernels.ops.mixed_linear import autocast_dtype, check_shapes, mm_as
+from jointnas_kernels.ops.mixed_linear import autocast_dtype, check_shapes, mm_as, scaled_mm
 
 
 def _stack(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -35,11 +35,11 @@ def _group(
 ) -> list[Tensor]:
     """[y_1, .., y_k, u]."""
     flat = rows(x)
-    u = flat @ _stack(lora_as, x.dtype).t()
+    u = scaled_mm(flat, _stack(lora_as, x.dtype).t(), scaling)
     outputs, start = [], 0
     for j, (weight, b) in enumerate(zip(weights, lora_bs, strict=True)):
         y = torch.addmm(biases[j], flat, weight.t()) if biases else flat @ weight.t()
-        y.addmm_(u[:, start : start + b.shape[1]], b.to(x.dtype).t(), alpha=scaling)
+        y.addmm_(u[:, start : start + b.shape[1]], b.to(x.dtype).t())
         start += b.shape[1]
         outputs.append(y.view(*x.shape[:-1], weight.shape[0]))
     return [*outputs, u]
@@ -65,34 +65,32 @@ def _group_backward(
     lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scaling: float, biases: Sequence[Tensor], need_x: bool,
     need_a: bool, need_b: bool, need_bias: bool,
 ) -> list[Tensor]:
-    """[dx, the dA, the dB, the dbias]; what is not needed is empty."""
+    """[dx, all dA stacked, the dB, the dbias]; what is not needed is empty."""
     dtype = grads[0].dtype
     flat = [rows(g) for g in grads]
     ranks = [b.shape[1] for b in lora_bs]
     dx = no_grad_slot(grads[0])
-    das = [no_grad_slot(a) for a in lora_as]
+    da = no_grad_slot(grads[0])
     v = flat[0].new_empty(flat[0].shape[0], sum(ranks))
     if need_x or need_a:
         for g, b, part in zip(flat, lora_bs, v.split(ranks, dim=1), strict=True):
-            torch.mm(g, b.to(dtype), out=part)
+            part.addmm_(g, b.to(dtype), beta=0, alpha=scaling)
     if need_x:
-        dx = (v @ _stack(lora_as, dtype)).mul_(scaling)
+        dx = v @ _stack(lora_as, dtype)
         for g, weight in zip(flat, weights, strict=True):
             dx.addmm_(g, weight)
         dx = dx.view(*grads[0].shape[:-1], weights[0].shape[1])
     if need_a and x is not None:
-        stacked = mm_as(v.t(), rows(x), lora_as[0].dtype).mul_(scaling)
-        # outputs of one op must not share storage, hence a copy of each small [r, I] slice
-        das = [stacked] if len(ranks) == 1 else [part.clone() for part in stacked.split(ranks)]
+        da = mm_as(v.t(), rows(x), lora_as[0].dtype)
     if need_b and u is not None:
         parts = u.split(ranks, dim=1)
-        dbs = [mm_as(g.t(), p, b.dtype).mul_(scaling) for g, p, b in zip(flat, parts, lora_bs, strict=True)]
+        dbs = [mm_as(g.t(), p, b.dtype) for g, p, b in zip(flat, parts, lora_bs, strict=True)]
     else:
         dbs = [no_grad_slot(b) for b in lora_bs]
     total = torch.promote_types(dtype, torch.float32)
     dbiases = [g.sum(0, dtype=total).to(b.dtype) if need_bias else no_grad_slot(b)
                for g, b in zip(flat, biases, strict=False)]
-    return [dx, *das, *dbs, *dbiases]
+    return [dx, da, *dbs, *dbiases]
 
 
 @_group_backward.register_fake
@@ -105,7 +103,10 @@ def _(
         return [t.new_empty(t.shape) if wanted else no_grad_slot(t) for t in tensors]
 
     dx = grads[0].new_empty(*grads[0].shape[:-1], weights[0].shape[1]) if need_x else no_grad_slot(grads[0])
-    return [dx, *like(lora_as, need_a), *like(lora_bs, need_b), *like(biases, need_bias)]
+    da = no_grad_slot(dx)
+    if need_a:
+        da = lora_as[0].new_empty(sum(a.shape[0] for a in lora_as), lora_as[0].shape[1])
+    return [dx, da, *like(lora_bs, need_b), *like(biases, need_bias)]
 
 
 def _setup(ctx, inputs, output):
@@ -126,9 +127,9 @@ def _backward(ctx, grads):
         list(grads[:k]), x, u, weights, lora_as, lora_bs, ctx.scaling, biases, *ctx.need
     )
     need_x, need_a, need_b, need_bias = ctx.need
-    return (out[0] if need_x else None, [None] * k, out[1 : k + 1] if need_a else [None] * k,
-            out[k + 1 : 2 * k + 1] if need_b else [None] * k, None,
-            out[2 * k + 1 :] if need_bias else [None] * n_bias)
+    das = list(out[1].split([a.shape[0] for a in lora_as])) if need_a else [None] * k
+    return (out[0] if need_x else None, [None] * k, das, out[2 : k + 2] if need_b else [None] * k, None,
+            out[k + 2 :] if need_bias else [None] * n_bias)
 
 
 _group.register_autograd(_backward, setup_context=_setup)

@@ -106,19 +106,21 @@ def rmsnorm_forward_kernel(
     x_ptr, w_ptr, alpha_ptr, mask_ptr, y_ptr, inv_ptr, width, x_stride, eps,
     SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """One row, seen as S segments of SEG channels: no size ends inside a segment, so the K sums are over S numbers."""
+    """One row, seen as S segments of SEG channels. No size ends inside a segment, so all K prefix sums are one scan of
+    S numbers, and t is the suffix scan of the alpha_i inv_i placed at the segments where their sizes end."""
     row = tl.program_id(0).to(tl.int64)
-    start = tl.arange(0, S) * SEG  # [S]
-    col = start[:, None] + tl.arange(0, SEG)[None, :]  # [S, SEG]
+    segment = tl.arange(0, S)
+    col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
     ok = col < width
+    end = tl.minimum((segment + 1) * SEG, width)
     x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
-    square = tl.sum(x * x, axis=1)
-    t = tl.zeros([S], tl.float32)
+    inv = tl.rsqrt(tl.cumsum(tl.sum(x * x, axis=1), axis=0) / end.to(tl.float32) + eps)  # [S]
+    at_end = tl.zeros([S], tl.float32)
     for i in tl.static_range(K):
-        kept = start < SIZES[i]
-        inv = tl.rsqrt(tl.sum(tl.where(kept, square, 0.0), axis=0) / SIZES[i] + eps)
-        tl.store(inv_ptr + row * K + i, inv)
-        t += tl.where(kept, tl.load(alpha_ptr + i).to(tl.float32) * inv, 0.0)
+        last = segment == (SIZES[i] - 1) // SEG
+        at_end += tl.where(last, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+        tl.store(inv_ptr + row * K + i + segment * 0, inv, mask=last)
+    t = tl.cumsum(at_end * inv, axis=0, reverse=True)
     scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
     if HAS_MASK:
         scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
@@ -133,8 +135,8 @@ def rmsnorm_backward_kernel(
     NEED_ALPHA: tl.constexpr, NEED_COLUMN: tl.constexpr,
 ):  # fmt: skip
     """dx of the rows pid, pid + programs, ..; also inv_i S_i per row (NEED_ALPHA) and this program's share of P."""
-    start = tl.arange(0, S) * SEG  # [S]
-    col = start[:, None] + tl.arange(0, SEG)[None, :]  # [S, SEG]
+    segment = tl.arange(0, S)
+    col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
     ok = col < width
     scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
     if HAS_MASK:
@@ -145,18 +147,19 @@ def rmsnorm_backward_kernel(
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * g_stride + col, mask=ok, other=0.0).to(tl.float32)
         h = g * scale
-        product = tl.sum(h * x, axis=1)  # [S]
-        t = tl.zeros([S], tl.float32)
+        prefix = tl.cumsum(tl.sum(h * x, axis=1), axis=0)  # [S]
+        forward = tl.zeros([S], tl.float32)
         back = tl.zeros([S], tl.float32)
         for i in tl.static_range(K):
-            kept = start < SIZES[i]
-            prefix = tl.sum(tl.where(kept, product, 0.0), axis=0)
+            last = segment == (SIZES[i] - 1) // SEG
             inv = tl.load(inv_ptr + row * K + i)
             weighted = tl.load(alpha_ptr + i).to(tl.float32) * inv
-            t += tl.where(kept, weighted, 0.0)
-            back += tl.where(kept, weighted * inv * inv * prefix / SIZES[i], 0.0)
+            forward += tl.where(last, weighted, 0.0)
+            back += tl.where(last, weighted * inv * inv / SIZES[i], 0.0)
             if NEED_ALPHA:
-                tl.store(dalpha_ptr + row * K + i, inv * prefix)
+                tl.store(dalpha_ptr + row * K + i + segment * 0, inv * prefix, mask=last)
+        t = tl.cumsum(forward, axis=0, reverse=True)
+        back = tl.cumsum(back * prefix, axis=0, reverse=True)
         tl.store(dx_ptr + row * width + col, h * t[:, None] - x * back[:, None], mask=ok)
         if NEED_COLUMN:
             column += g * x * t[:, None]
@@ -180,7 +183,8 @@ def row_warps(width: int) -> int:
 def _launch_forward(
     x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    flat = rows(x)
+    flat, weight, alpha = rows(x), weight.contiguous(), alpha.contiguous()
+    in_mask = None if in_mask is None else in_mask.contiguous()
     count, width = flat.shape
     check(width <= MAX_WIDTH, "mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {width}")
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -199,7 +203,8 @@ def _launch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
     in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g, v = rows(grad), rows(x)
+    g, v, weight, alpha = rows(grad), rows(x), weight.contiguous(), alpha.contiguous()
+    in_mask = None if in_mask is None else in_mask.contiguous()
     count, width = v.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     need_column = need_weight or need_mask

@@ -2,7 +2,6 @@
 fits, and loads and stores are 16 bytes wide."""
 
 import pytest
-from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
 from jointnas_kernels.ops.channel_mask import channel_mask_kernel
 from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel
@@ -15,6 +14,7 @@ from jointnas_kernels.ops.mixed_rmsnorm import (
     segment_shape,
 )
 from jointnas_kernels.ops.mixed_weight import factored_backward_kernel, factored_kernel, loop_kernel, masks_kernel
+from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
 ARCH = pytest.mark.parametrize("arch", ARCHES, ids=lambda a: f"sm_{a}")
 HIDDEN = (512, 1024, 1536, 2048, 2560, 3072, 3584, 4096)

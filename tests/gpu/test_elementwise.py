@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from comparison import compare
 from torch import Tensor
 
 from jointnas_kernels import ops
+from tests.comparison import compare
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 SHAPES = pytest.mark.parametrize(

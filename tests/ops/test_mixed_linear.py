@@ -1,14 +1,14 @@
 """mixed_linear and mixed_linear_group against the paper's sum over sliced layers, and against each other."""
 
-import naive
 import pytest
 import torch
-from comparison import compare
 from torch import Tensor
 from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.testing import relative_error
+from tests.comparison import compare
+from tests.ops import naive
 
 # every addmm rounds its result to the storage dtype, and u = x A^T is rounded once more: a few times one rounding
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from comparison import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch.library import opcheck
 from jointnas_kernels import ops
 from jointnas_kernels.ops.mixed_weight import IMPLS
 from jointnas_kernels.testing import relative_error
+from tests.comparison import compare
 
 
 def plain(w: Tensor, a: Tensor, sizes_in: list[int], b: Tensor, sizes_out: list[int]) -> Tensor:

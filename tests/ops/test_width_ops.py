@@ -3,16 +3,16 @@ an independent formulation in fp64, in every CPU dtype; opcheck; fullgraph compi
 
 import math
 
-import naive
 import pytest
 import torch
-from comparison import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
 from jointnas_kernels import ops
+from tests.comparison import compare
+from tests.ops import naive
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=["fp64", "fp32", "fp16", "bf16"]

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from comparison import compare
 from torch import Tensor
 
 from jointnas_kernels import ops
+from tests.comparison import compare
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
