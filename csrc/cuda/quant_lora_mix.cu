@@ -19,7 +19,7 @@
 namespace jointnas {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrecisions = 4;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrecisions = 4;  // rank padded to 32
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
 constexpr float kTiny = 0x1p-100f;
 
@@ -36,24 +36,24 @@ struct Params {
 };
 
 // Byte offsets in shared memory.
-template <int STEPS> JN_HOST_DEVICE size_t fragment_bytes(int columns, int precisions) {
-  return static_cast<size_t>(columns) * precisions * 16 * (STEPS / 2) * 32 * sizeof(Vec4);
+JN_HOST_DEVICE size_t fragment_bytes(int columns, int precisions) {
+  return static_cast<size_t>(columns) * precisions * 16 * 32 * sizeof(Vec4);
 }
-template <int STEPS> JN_HOST_DEVICE size_t warp_bytes(int precisions) {  // the next tile of W, then B' of one row tile
-  return (8 + static_cast<size_t>(precisions) * STEPS) * 32 * sizeof(Vec4);
+JN_HOST_DEVICE size_t warp_bytes(int precisions) {  // the next tile of W, then B' of one row tile
+  return (8 + static_cast<size_t>(precisions) * 2) * 32 * sizeof(Vec4);
 }
 
 template <class T> JN_DEVICE float low_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v)}); }
 template <class T> JN_DEVICE float high_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v >> 16)}); }
 
-// A_p of this block's columns as B operands of the products: word 2 (k/16 % 2) + (k/8 % 2) of lane 4 n + (k/2 % 4) holds
-// inputs k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
-template <class T, int STEPS>
+// A_p of this block's columns as B operands of the products: word k/8 of lane 4 n + (k/2 % 4) holds
+// ranks k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
+template <class T>
 JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, int columns) {
   uint32_t* words = reinterpret_cast<uint32_t*>(fragments);
-  const int items = columns * p.precisions * STEPS * 8 * 16;
+  const int items = columns * p.precisions * 16 * 16;
   for (int item = threadIdx.x; item < items; item += kThreads) {
-    const int piece = item % 16, pair = item / 16 % (STEPS * 8), slab = item / (16 * STEPS * 8);
+    const int piece = item % 16, pair = item / 16 % 16, slab = item / 256;
     const int precision = slab % p.precisions, column = (first_column + slab / p.precisions) * kTile + 8 * piece;
     const T* a = static_cast<const T*>(p.lora_a) + (static_cast<size_t>(precision) * p.rank + 2 * pair) * p.inputs + column;
     const Vec4 zero{{0, 0, 0, 0}};
@@ -65,8 +65,7 @@ JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, i
       for (int e = 0; e < 2; ++e) {
         const uint32_t word = (even.w[i] >> (16 * e) & 0xffff) | (odd.w[i] >> (16 * e)) << 16;
         const int tile = 4 * (piece / 4) + i, lane = (2 * (piece % 4) + e) * 4 + pair % 4;
-        const int vector = ((slab * 16 + tile) * (STEPS / 2) + pair / 16) * 32 + lane;
-        words[vector * 4 + 2 * (pair / 8 % 2) + pair / 4 % 2] = word;
+        words[((slab * 16 + tile) * 32 + lane) * 4 + pair / 4] = word;
       }
     }
   }
@@ -80,21 +79,21 @@ JN_DEVICE Rows rows_of(const Params& p, int row, int lane) {
 }
 
 // B'_p of 16 rows as A operands; a lane reads back only what it wrote.
-template <class T, int STEPS> JN_DEVICE void load_lora_b(const Params& p, Vec4* fragments, Rows rows, int lane) {
+template <class T> JN_DEVICE void load_lora_b(const Params& p, Vec4* fragments, Rows rows, int lane) {
   const uint32_t scale2 = ptx::pack2<T>(p.scaling, p.scaling);
   const T* b = static_cast<const T*>(p.lora_b);
 #pragma unroll 1
   for (int precision = 0; precision < p.precisions; ++precision, b += static_cast<size_t>(p.rows) * p.rank) {
     const T* row[2] = {b + static_cast<size_t>(rows.r[0]) * p.rank, b + static_cast<size_t>(rows.r[1]) * p.rank};
 #pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
+    for (int step = 0; step < 2; ++step) {
       Vec4 v;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // word i: rows g + 8 (i % 2), inputs 16 step + 8 (i / 2) + 2 t, + 1
+      for (int i = 0; i < 4; ++i) {  // word i: rows g + 8 (i % 2), ranks 16 step + 8 (i / 2) + 2 t, + 1
         const int k = 16 * step + 8 * (i / 2) + 2 * (lane % 4);
         v.w[i] = ptx::fma2<T>(*reinterpret_cast<const uint32_t*>(row[i % 2] + (k < p.rank ? k : 0)), scale2, 0);
       }
-      fragments[(precision * STEPS + step) * 32 + lane] = v;
+      fragments[(precision * 2 + step) * 32 + lane] = v;
     }
   }
 }
@@ -110,14 +109,14 @@ template <class T> JN_DEVICE void fetch(const Params& p, Vec4* stage, Rows rows,
   }
 }
 
-template <class T, int GROUP, int STEPS, bool CLIP>
+template <class T, int GROUP, bool CLIP>
 __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ Params p) {
   JN_DYNAMIC_SHARED(shared);
   constexpr int kGroups = kTile / GROUP;  // groups per tile
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   Vec4* fragments = reinterpret_cast<Vec4*>(shared);
-  Vec4* mine = reinterpret_cast<Vec4*>(shared + fragment_bytes<STEPS>(p.columns, p.precisions) +
-                                       warp * warp_bytes<STEPS>(p.precisions));
+  Vec4* mine = reinterpret_cast<Vec4*>(shared + fragment_bytes(p.columns, p.precisions) +
+                                       warp * warp_bytes(p.precisions));
   Vec4* lora_b = mine + 8 * 32;
 
   const int first_column = blockIdx.x * p.columns, left = p.inputs / kTile - first_column;
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
   Rows rows = rows_of(p, row, lane);
   if (steps) fetch<T>(p, mine, rows, first_column * kTile, lane);
   ptx::cp_async_commit();
-  load_lora_a<T, STEPS>(p, fragments, first_column, columns);
+  load_lora_a<T>(p, fragments, first_column, columns);
   ptx::sync_threads();
 
   // The identity as a B operand: lane 4 g + t holds (2 t == g, 2 t + 1 == g).
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
   const uint32_t halves[2][2] = {{one, p.nil}, {p.nil, one}};
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (column == 0) load_lora_b<T, STEPS>(p, lora_b, rows, lane);
+    if (column == 0) load_lora_b<T>(p, lora_b, rows, lane);
     ptx::cp_async_wait<0>();
     uint32_t w[8][4];  // A operand of n-tiles 2 m, 2 m + 1: rows g, g + 8 of the first, then of the second
 #pragma unroll
@@ -164,25 +163,21 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
       rows = rows_of(p, row, lane);
     }
 
-    const Vec4* a = fragments + static_cast<size_t>(input / kTile - first_column) * p.precisions * 16 * (STEPS / 2) * 32 + lane;
+    const Vec4* a = fragments + static_cast<size_t>(input / kTile - first_column) * p.precisions * 16 * 32 + lane;
 #pragma unroll 1
-    for (int precision = 0; precision < p.precisions; ++precision, a += 16 * (STEPS / 2) * 32) {
+    for (int precision = 0; precision < p.precisions; ++precision, a += 16 * 32) {
       float x[16][4];
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         x[j][0] = x[j][1] = x[j][2] = x[j][3] = 0;
         ptx::mma_m16n8k16<T>(x[j], w[j / 2], halves[j % 2][0], halves[j % 2][1]);
       }
+      const Vec4 b0 = lora_b[precision * 2 * 32 + lane], b1 = lora_b[(precision * 2 + 1) * 32 + lane];
 #pragma unroll
-      for (int k = 0; k < STEPS / 2; ++k) {
-        const Vec4 b0 = lora_b[(precision * STEPS + 2 * k) * 32 + lane];
-        const Vec4 b1 = lora_b[(precision * STEPS + 2 * k + 1) * 32 + lane];
-#pragma unroll
-        for (int j = 0; j < 16; ++j) {
-          const Vec4 v = a[(j * (STEPS / 2) + k) * 32];
-          ptx::mma_m16n8k16<T>(x[j], b0.w, v.w[0], v.w[1]);
-          ptx::mma_m16n8k16<T>(x[j], b1.w, v.w[2], v.w[3]);
-        }
+      for (int j = 0; j < 16; ++j) {
+        const Vec4 v = a[j * 32];
+        ptx::mma_m16n8k16<T>(x[j], b0.w, v.w[0], v.w[1]);
+        ptx::mma_m16n8k16<T>(x[j], b1.w, v.w[2], v.w[3]);
       }
       if (precision == 0 && step + 1 < steps) {  // w has left shared memory by now: fetch the next tile into its place
         fetch<T>(p, mine, rows, (first_column + column) * kTile, lane);
@@ -235,19 +230,16 @@ __global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant_
   }
 }
 
-template <class T, int GROUP, int STEPS> int run(const Params& p, int splits, bool clip, cudaStream_t stream) {
+template <class T, int GROUP> int run(const Params& p, int splits, bool clip, cudaStream_t stream) {
   const dim3 grid((p.inputs / kTile + p.columns - 1) / p.columns, splits);
-  const size_t bytes = fragment_bytes<STEPS>(p.columns, p.precisions) + kWarps * warp_bytes<STEPS>(p.precisions);
-  return clip ? launch(mix_kernel<T, GROUP, STEPS, true>, grid, dim3(kThreads), bytes, stream, false, p)
-              : launch(mix_kernel<T, GROUP, STEPS, false>, grid, dim3(kThreads), bytes, stream, false, p);
-}
-template <class T, int GROUP> int by_rank(const Params& p, int splits, bool clip, cudaStream_t stream) {
-  return p.rank <= 32 ? run<T, GROUP, 2>(p, splits, clip, stream) : run<T, GROUP, 4>(p, splits, clip, stream);
+  const size_t bytes = fragment_bytes(p.columns, p.precisions) + kWarps * warp_bytes(p.precisions);
+  return clip ? launch(mix_kernel<T, GROUP, true>, grid, dim3(kThreads), bytes, stream, false, p)
+              : launch(mix_kernel<T, GROUP, false>, grid, dim3(kThreads), bytes, stream, false, p);
 }
 template <class T> int by_group(const Params& p, int group, int splits, bool clip, cudaStream_t stream) {
-  if (group == 128) return by_rank<T, 128>(p, splits, clip, stream);
-  if (group == 64) return by_rank<T, 64>(p, splits, clip, stream);
-  return by_rank<T, 32>(p, splits, clip, stream);
+  if (group == 128) return run<T, 128>(p, splits, clip, stream);
+  if (group == 64) return run<T, 64>(p, splits, clip, stream);
+  return run<T, 32>(p, splits, clip, stream);
 }
 
 }  // namespace
@@ -256,7 +248,7 @@ template <class T> int by_group(const Params& p, int group, int splits, bool cli
 int jn_quant_lora_mix(const JnMixArgs* args, void* stream) {
   using namespace jointnas;
   const JnMixArgs& a = *args;
-  if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 2 || a.rank > 64 || a.rank % 2 || a.inputs % kTile ||
+  if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 2 || a.rank > 32 || a.rank % 2 || a.inputs % kTile ||
       (a.group_size != 32 && a.group_size != 64 && a.group_size != 128) || a.columns < 1 || a.splits < 1)
     return 1;
   if (a.rows == 0 || a.inputs == 0) return 0;

@@ -41,7 +41,7 @@ int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tok
 // W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), ops/quant_lora_mix.py (quant_lora_mix.cu).
 struct JnMixArgs {
   const void* weight;   // [O, I] dtype, I a multiple of 128
-  const void* lora_a;   // [P, r, I] dtype, r even, at most 64
+  const void* lora_a;   // [P, r, I] dtype, r even, at most 32
   const void* lora_b;   // [P, O, r] dtype
   const float* probs;   // [P], P at most 4
   const float* clip;    // [P, O, I / group_size], or null

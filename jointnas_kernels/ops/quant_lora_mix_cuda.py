@@ -1,5 +1,5 @@
 """Launcher of the CUDA C++ forward of ``quant_lora_mix`` (csrc/cuda/quant_lora_mix.cu): half types, groups of 32, 64 or
-128, input channels a multiple of 128, an even rank up to 64, at most 4 precisions."""
+128, input channels a multiple of 128, an even rank up to 32, at most 4 precisions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import _ext
-from jointnas_kernels.ops.lowbit_cuda import DTYPES, check_launch, current_stream, multiprocessors
+from jointnas_kernels.ops import lowbit_cuda
+from jointnas_kernels.ops.lowbit_cuda import DTYPES
 
 WARPS, BLOCKS = 4, 2  # per block; blocks per multiprocessor (255 registers)
 COLUMNS = 2  # 128-channel tiles per block: 48 KB of A at rank 32 and 3 precisions
@@ -22,8 +23,8 @@ def unsupported(weight: Tensor, rank: int, precisions: int, group_size: int) -> 
         return f"it takes float16 and bfloat16 weights, not {weight.dtype}"
     if group_size not in (32, 64, 128) or weight.shape[1] % 128:
         return f"it needs groups of 32, 64 or 128 and 128n input channels, not {group_size} and {weight.shape[1]}"
-    if rank % 2 or rank > 64 or precisions > 4:
-        return f"it needs an even rank up to 64 and at most 4 precisions, not {rank} and {precisions}"
+    if rank % 2 or rank > 32 or precisions > 4:
+        return f"it needs an even rank up to 32 and at most 4 precisions, not {rank} and {precisions}"
     return None
 
 
@@ -62,12 +63,12 @@ def mix_forward_cuda(
     a, b = lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()
     pi, ratio = probs.float().contiguous(), None if clip is None else clip.float().contiguous()
     if splits is None:
-        splits = row_splits(o, math.ceil(i / (128 * columns)), multiprocessors(weight))
+        splits = row_splits(o, math.ceil(i / (128 * columns)), lowbit_cuda.multiprocessors(weight))
     packed = sum(width << (8 * p) for p, width in enumerate(bits))
     code = _ext.load(cuda=True).quant_lora_mix(
         *(0 if t is None else t.data_ptr() for t in (weight, a, b, pi, ratio, out)),
         *(o, i, rank, len(bits), group_size, packed, DTYPES[weight.dtype], columns, splits, scaling),
-        current_stream(weight),
+        lowbit_cuda.current_stream(weight),
     )
-    check_launch(code, "quant_lora_mix")
+    lowbit_cuda.check_launch(code, "quant_lora_mix")
     return out

@@ -18,18 +18,25 @@ import pytest
 from jointnas_kernels.ops import lowbit_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["lowbit_stream.cu", "lowbit_tile.cu", "lowbit_dequant.cu", "act_quant_pack.cu"]
+SOURCES = ["lowbit_stream.cu", "lowbit_tile.cu", "lowbit_dequant.cu", "act_quant_pack.cu", "quant_lora_mix.cu"]
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 
 
-def structure(pointers: str, integers: str) -> type[ctypes.Structure]:
+def structure(pointers: str, integers: str, floats: str = "") -> type[ctypes.Structure]:
     fields = [(name, POINTER) for name in pointers.split()] + [(name, INT) for name in integers.split()]
+    fields += [(name, ctypes.c_float) for name in floats.split()]
     return type("Args", (ctypes.Structure,), {"_fields_": fields})
 
 
 LOWBIT = structure(
     "weight scale x act_scale act_zero y partial locks",
     "tokens rows inputs w_bits dtype token_tiles warp_rows splits early",
+)
+
+MIX = structure(
+    "weight lora_a lora_b probs clip out",
+    "rows inputs rank precisions group_size bits dtype columns splits",
+    "scaling",
 )
 
 
@@ -56,6 +63,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         lowbit_dequant=c.jn_lowbit_dequant,
         lowbit_stream=with_struct(c.jn_lowbit_stream, LOWBIT),
         lowbit_tile=with_struct(c.jn_lowbit_tile, LOWBIT),
+        quant_lora_mix=with_struct(c.jn_quant_lora_mix, MIX),
     )
 
 

@@ -99,7 +99,7 @@ def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rank", [2, 16, 32, 48, 64])
+@pytest.mark.parametrize("rank", [2, 16, 24, 32])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_cuda_mix_plans(group, rank, dtype, device):
     """Every launch plan writes the same bits: rows off the tile, columns off the block."""
@@ -108,8 +108,7 @@ def test_cuda_mix_plans(group, rank, dtype, device):
     first = mix_forward_cuda(*args)
     assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
     for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
-        if columns * rank <= 128:  # shared memory of the widest plan
-            assert torch.equal(first, mix_forward_cuda(*args, columns=columns, splits=splits))
+        assert torch.equal(first, mix_forward_cuda(*args, columns=columns, splits=splits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

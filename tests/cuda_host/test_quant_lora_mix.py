@@ -1,0 +1,66 @@
+"""The CUDA forward of quant_lora_mix, executed on the CPU (conftest.py), bit for bit against the torch reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix_reference
+from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, row_splits
+from jointnas_kernels.testing import poisoned
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+BITS = (2, 4, 8)
+
+
+def inputs(rows: int, channels: int, rank: int, group: int, dtype: torch.dtype, precisions: int = 3):
+    """On a coarse grid: W + B'A is exact in any order, so that every level can be compared; many exact ties."""
+    weight = (torch.randn(rows, channels) * 64).round() / 64
+    weight[-1, :group] = 0
+    a = torch.randint(-8, 9, (precisions, rank, channels)) / 16
+    b = torch.randint(-8, 9, (precisions, rows, rank)) / 32
+    b[:, -1] = 0
+    clip = torch.rand(precisions, rows, channels // group) * 0.5 + 0.5
+    return weight.to(dtype), a.to(dtype), b.to(dtype), clip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("with_clip", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "channels", "rank", "group", "columns", "splits"),
+    [
+        *((16, 128, 32, 128, 1, 1), (83, 384, 32, 128, 2, 2), (1, 128, 2, 64, 1, 1)),
+        *((70, 256, 18, 32, 1, 3), (33, 384, 10, 64, 3, 1)),
+    ],
+)
+def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
+    weight, a, b, clip = inputs(rows, channels, rank, group, dtype)
+    ratio = clip if with_clip else None
+    for p in range(3):  # one-hot: no rounding but the quantizer's
+        probs = torch.eye(3)[p]
+        with poisoned():
+            out = mix_forward_cuda(weight, a, b, probs, ratio, 0.5, BITS, group, columns, splits)
+        assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, probs, group, ratio))
+
+
+def test_mixture_and_scaling():
+    """Scalings that the weight's dtype cannot hold, fp32 LoRA, one and four precisions."""
+    for bits, scaling in (((4,), 0.7), ((2, 3, 5, 8), 1 / 3)):
+        weight, a, b, _ = inputs(40, 256, 16, 128, torch.bfloat16, len(bits))
+        probs = torch.rand(len(bits))
+        for lora in (torch.bfloat16, torch.float32):
+            args = (weight, a.to(lora), b.to(lora))
+            out = mix_forward_cuda(*args, probs, None, scaling, bits, 128)
+            reference = quant_lora_mix_reference(*args, scaling, bits, probs, 128)
+            assert (out.float() - reference.float()).norm() <= 4e-3 * reference.float().norm()
+
+
+@pytest.mark.parametrize(("rows", "channels"), [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (1, 128)])
+def test_launch_plan_fills_the_device(rows, channels):
+    """At the 8B shapes at least 85 % of the warp slots have work in every wave."""
+    blocks, slots = -(-channels // 256), 132 * 2
+    splits = row_splits(rows, blocks, 132)
+    tiles = -(-rows // 16)
+    waves, per_warp = -(-blocks * splits // slots), -(-(-(-tiles // splits)) // 4)
+    ideal = tiles * blocks / (slots * 4)
+    assert rows == 1 or waves * per_warp <= max(1.2 * ideal, ideal + 1)
