@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hf_models import LLAMA3_ROPE, QUANT_SPACE, SPACE, ids, random_importance, tiny_config, tiny_model
+from tests.hf.hf_models import LLAMA3_ROPE, QUANT_SPACE, SPACE, ids, random_importance, tiny_config, tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hf_models import (
+from tests.hf.hf_models import (
     LLAMA3_ROPE,
     MHA_SPACE,
     QUANT_SPACE,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hf_models import (
+from tests.hf.hf_models import (
     QUANT_SPACE,
     SPACE,
     ids,
