@@ -9,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "hf"))
-from hf_models import ids, random_importance, randomize_lora, tiny_model
+from tests.hf.hf_models import ids, random_importance, randomize_lora, tiny_model
 
 from jointnas_kernels.hf import Supernet, convert, extract, shrink
 from jointnas_kernels.space import SearchSpace
