@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "hf"))
-from tests.hf.hf_models import ids, random_importance, randomize_lora, tiny_model
-
 from jointnas_kernels.hf import Supernet, convert, extract, shrink
 from jointnas_kernels.space import SearchSpace
+from tests.hf.hf_models import ids, random_importance, randomize_lora, tiny_model
 
 SPACE = SearchSpace((128, 256), (2, 4), (32, 64), (256, 768), (1, 2, 3))
 WEIGHT_BITS = SearchSpace.from_dict({**SPACE.to_dict(), "weight_bits": (2, 4, 8)})
