@@ -1,0 +1,361 @@
+"""Random cases of the width-mask ops, each with its mathematical definition in plain differentiable torch.
+
+The definitions are written from the formulas, in the most literal form (loops over choices, explicit masks, softmax
+as printed), share nothing with the package, and get their gradients from eager autograd in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels import ops
+from tests.fuzz.check import Bounds, Case, Named, limit
+from tests.fuzz.quantizers import QUANTIZERS
+from tests.fuzz.source import Source
+
+Builder = Callable[[Source], Case]
+
+
+def keep(sizes: Sequence[int], n: int) -> Tensor:
+    """[K, n]: 1 where choice i keeps the channel."""
+    return torch.tensor([[float(k < size) for k in range(n)] for size in sizes], dtype=torch.float64)
+
+
+def sizes_of(source: Source, n: int) -> list[int]:
+    """One to four sizes up to n: any order, repeats allowed, often multiples of eight."""
+    unit = source.pick((1, 8)) if n >= 8 else 1
+    return [unit * source.pick(range(1, n // unit + 1)) for _ in range(source.pick((1, 2, 3, 4)))]
+
+
+def structural_size(source: Source, limit: int) -> int:
+    """A size that becomes part of a compiled kernel."""
+    low = source.pick([1 << e for e in range(limit.bit_length())])
+    return source.pick(range(low, min(2 * low, limit + 1)))
+
+
+def layouts(source: Source, vectors: Sequence[str] = (), **tensors: int) -> dict[str, str]:
+    """Memory layouts: of tensors with so many dims, of the incoming gradient, of (mostly dense) vectors."""
+    found = {name: source.layout(dims) for name, dims in tensors.items()}
+    found["grad"] = source.pick(("dense", "dense", "offset", "step", "expanded"))
+    for name in vectors:
+        found[name] = source.pick(("dense", "dense", "dense", "offset", "step"))
+    return found
+
+
+def describe(**values: object) -> str:
+    return " ".join(f"{name}={list(v) if isinstance(v, tuple) else v}" for name, v in values.items())
+
+
+# ---- elementwise -----------------------------------------------------------------------------------------------------
+
+
+def channel_mask(source: Source) -> Case:
+    shape = (*source.leading(source.limits.rows), source.size(source.limits.width))
+    wanted = source.subset(("x", "mask"))
+    return Case(
+        describe(shape=shape),
+        {"x": source.randn(*shape), "mask": source.mask(shape[-1])},
+        lambda t: (ops.channel_mask(t["x"], t["mask"], backend=source.backend),),
+        lambda t, _: (t["x"] * t["mask"],),
+        wanted=wanted,
+        layouts=layouts(source, ("mask",), x=len(shape)),
+    )
+
+
+def masked_swiglu(source: Source) -> Case:
+    shape = (*source.leading(source.limits.rows), source.size(source.limits.width))
+    wanted = source.subset(("gate", "up", "out_mask", "in_mask"))
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        a = t["out_mask"] * t["gate"]
+        return (a / (1 + torch.exp(-a)) * (t["out_mask"] * t["up"]) * t["in_mask"],)
+
+    return Case(
+        describe(shape=shape),
+        {
+            "gate": source.randn(*shape), "up": source.randn(*shape),
+            "out_mask": source.mask(shape[-1]), "in_mask": source.mask(shape[-1]),
+        },
+        lambda t: (ops.masked_swiglu(t["gate"], t["up"], t["out_mask"], t["in_mask"], backend=source.backend),),
+        truth,
+        wanted=wanted,
+        layouts=layouts(source, ("out_mask", "in_mask"), gate=len(shape), up=len(shape)),
+    )  # fmt: skip
+
+
+def gated_residual(source: Source) -> Case:
+    shape = (*source.leading(source.limits.rows), source.size(source.limits.width))
+    masked, gated = source.flag(), source.flag()
+    tensors = {"h": source.randn(*shape), "y": source.randn(*shape)}
+    if masked:
+        tensors["mask"] = source.mask(shape[-1])
+    if gated:
+        gate = source.free((0.0, 1.0, torch.rand((), generator=source.data).item()))
+        tensors |= {"gate": torch.tensor(gate, dtype=source.vector_dtype), "x": source.randn(*shape)}
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        z = t["h"] + (t["mask"] * t["y"] if masked else t["y"])
+        return (t["x"] + t["gate"] * (z - t["x"]) if gated else z,)
+
+    return Case(
+        describe(shape=shape, masked=masked, gated=gated),
+        tensors,
+        lambda t: (
+            ops.gated_residual(t["h"], t["y"], t.get("mask"), t.get("gate"), t.get("x"), backend=source.backend),
+        ),
+        truth,
+        wanted=source.subset(tuple(tensors)),
+        layouts=layouts(source, ("mask",), h=len(shape), y=len(shape), x=len(shape)),
+    )
+
+
+def mixed_rmsnorm(source: Source) -> Case:
+    n = structural_size(source, source.limits.width)
+    sizes, masked, eps = sizes_of(source, n), source.flag(), source.free((1e-6, 1e-5, 1e-2))
+    shape = (*source.leading(source.limits.rows), n)
+    tensors = {
+        "x": source.randn(*shape),
+        "weight": source.randn(n, dtype=source.pick((source.dtype, source.vector_dtype))),
+        "alpha": source.probs(len(sizes)),
+    }
+    if masked:
+        tensors["in_mask"] = source.mask(n)
+    kept = keep(sizes, n)
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        y = torch.zeros_like(t["x"])
+        for i, size in enumerate(sizes):
+            x = t["x"] * kept[i]
+            y = y + t["alpha"][i] * x / torch.sqrt(x[..., :size].pow(2).mean(-1, keepdim=True) + eps)
+        y = y * t["weight"]
+        return (y * t["in_mask"] if masked else y,)
+
+    def bounds(t: Named, incoming: list[Tensor]) -> Bounds:
+        """dx is the difference of what a scaled x and the scale itself contribute: zero but for eps at one channel."""
+        h = (incoming[0] * t["weight"] * t.get("in_mask", torch.ones(()))).abs()
+        x, terms = t["x"].abs(), torch.zeros_like(t["x"])
+        for i, size in enumerate(sizes):
+            inv = (x[..., :size].pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+            along = (h * x * kept[i]).sum(-1, keepdim=True) * inv**2 / size
+            terms += t["alpha"][i] * inv * kept[i] * (h + x * along)
+        return Bounds(terms={"dx": terms})
+
+    return Case(
+        describe(shape=shape, sizes=sizes, masked=masked, eps=eps),
+        tensors,
+        lambda t: (
+            ops.mixed_rmsnorm(t["x"], t["weight"], t["alpha"], sizes, eps, t.get("in_mask"), backend=source.backend),
+        ),
+        truth,
+        wanted=source.subset(tuple(tensors)),
+        layouts=layouts(source, ("weight", "alpha", "in_mask"), x=len(shape)),
+        bounds=bounds,
+    )
+
+
+def masked_rope(source: Source) -> Case:
+    tokens = source.size(source.limits.rows)
+    batch = source.free([d for d in (1, 2, 3) if tokens % d == 0])
+    length = tokens // batch
+    kv = source.pick((1, 2, 3, 4))
+    heads, dim = kv * source.pick((1, 2, 3)), 2 * source.size(min(64, source.limits.width) // 2)
+    table = source.pick((source.dtype, source.vector_dtype))
+    cos_batch, sin_batch = source.free((1, batch)), source.free((1, batch))
+    tensors = {
+        "q": source.randn(batch, length, heads, dim),
+        "k": source.randn(batch, length, kv, dim),
+        "cos": source.randn(cos_batch, length, dim, dtype=table),
+        "sin": source.randn(sin_batch, length, dim, dtype=table),
+        "q_mask": source.mask(heads, dim),
+        "k_mask": source.mask(kv, dim),
+    }
+    half = dim // 2
+
+    def rotated(t: Named, name: str) -> Tensor:
+        x = (t[name] * t[f"{name}_mask"]).transpose(1, 2)  # [B, heads, T, D]
+        other = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+        return x * t["cos"][:, None] + other * t["sin"][:, None]
+
+    return Case(
+        describe(batch=batch, length=length, heads=heads, kv=kv, dim=dim, cos_batch=cos_batch, sin_batch=sin_batch),
+        tensors,
+        lambda t: ops.masked_rope(
+            t["q"], t["k"], t["cos"], t["sin"], t["q_mask"], t["k_mask"], backend=source.backend
+        ),
+        lambda t, _: (rotated(t, "q"), rotated(t, "k")),
+        wanted=source.subset(("q", "k", "q_mask", "k_mask")),
+        layouts=layouts(source, ("q_mask", "k_mask"), q=4, k=4, cos=3, sin=3),
+    )
+
+
+def reinmax(source: Source) -> Case:
+    shape = (*source.leading(source.limits.rows), source.size(40))
+    tau, seed = source.free((1.0, 1.0, 1.3, 2.0)), source.seed()
+
+    def truth(t: Named, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Algorithm 2 of arXiv 2304.08612 with the op's own sample."""
+        sample, theta = outputs[0].double(), t["logits"]
+        if not ((sample == 1).sum(-1) == 1).all() or not ((sample == 0) | (sample == 1)).all():
+            return (torch.full_like(theta, float("nan")) * theta,)  # no one-hot vector: fails
+        pi1 = (sample + torch.softmax(theta / tau, -1)) / 2
+        pi1 = torch.softmax((pi1.log() - theta).detach() + theta, -1)
+        pi2 = 2 * pi1 - torch.softmax(theta, -1) / 2
+        return (pi2 - pi2.detach() + sample,)
+
+    def bounds(t: Named, incoming: list[Tensor]) -> Bounds:
+        """A softmax's gradient is p (g - <p, g>), zero where g is constant."""
+        g, p, q = incoming[0].abs(), torch.softmax(t["logits"], -1), torch.softmax(t["logits"] / tau, -1) + 1
+        terms = [r * (g + (r * g).sum(-1, keepdim=True)) for r in (p, q)]
+        return Bounds(terms={"dlogits": terms[0] + terms[1]})
+
+    return Case(
+        describe(shape=shape, tau=tau),
+        {"logits": source.randn(*shape)},
+        lambda t: (ops.reinmax(t["logits"], tau, torch.Generator(t["logits"].device).manual_seed(seed)),),
+        truth,
+        wanted=("logits",),
+        layouts=layouts(source, logits=len(shape)),
+        bounds=bounds,
+    )
+
+
+# ---- weights and linears ---------------------------------------------------------------------------------------------
+
+
+def mixed_weight(impl: str) -> Builder:
+    def build(source: Source) -> Case:
+        m, n = structural_size(source, source.limits.features), structural_size(source, source.limits.width)
+        sizes_in, sizes_out = sizes_of(source, n), sizes_of(source, m)
+        stored = impl == "masks" and source.flag()
+        tensors = {
+            "weight": source.randn(m, n),
+            "alpha_in": source.probs(len(sizes_in)),
+            "alpha_out": source.probs(len(sizes_out)),
+        }
+        rows, cols = keep(sizes_out, m), keep(sizes_in, n)
+
+        def call(t: Named) -> tuple[Tensor, ...]:
+            masks = None
+            if stored:
+                masks = ops.choice_masks(sizes_in, sizes_out, (m, n), t["weight"].device, t["weight"].dtype)
+            w, a, b = t["weight"], t["alpha_in"], t["alpha_out"]
+            return (ops.mixed_weight(w, a, sizes_in, b, sizes_out, impl, source.backend, masks),)
+
+        def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+            out = torch.zeros_like(t["weight"])
+            for i in range(len(sizes_in)):
+                for j in range(len(sizes_out)):
+                    out = out + t["alpha_in"][i] * t["alpha_out"][j] * (rows[j][:, None] * cols[i]) * t["weight"]
+            return (out,)
+
+        return Case(
+            describe(m=m, n=n, sizes_in=sizes_in, sizes_out=sizes_out, stored=stored),
+            tensors,
+            call,
+            truth,
+            wanted=source.subset(tuple(tensors)),
+            layouts=layouts(source, ("alpha_in", "alpha_out"), weight=2),
+        )
+
+    return build
+
+
+def mixed_linear(source: Source) -> Case:
+    inputs, outputs, rank = source.size(source.limits.width), source.size(source.limits.features), source.size(33)
+    shape = (*source.leading(source.limits.rows), inputs)
+    lora = source.pick((source.dtype, source.vector_dtype))
+    tensors = {"x": source.randn(*shape), "weight": source.randn(outputs, inputs)}
+    if source.flag():
+        tensors["in_mask"] = source.mask(inputs)
+    if source.flag():
+        tensors["out_mask"] = source.mask(outputs)
+    if source.flag():
+        tensors |= {"lora_a": source.randn(rank, inputs, dtype=lora), "lora_b": source.randn(outputs, rank, dtype=lora)}
+    if source.flag():
+        tensors["bias"] = source.randn(outputs)
+    scaling = source.free((0.5, 1.0, 2.0))
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        weight = t["weight"] + scaling * t["lora_b"] @ t["lora_a"] if "lora_a" in t else t["weight"]
+        y = (t["x"] * t["in_mask"] if "in_mask" in t else t["x"]) @ weight.T
+        y = y + t["bias"] if "bias" in t else y
+        return (y * t["out_mask"] if "out_mask" in t else y,)
+
+    return Case(
+        describe(shape=shape, outputs=outputs, rank=rank, given=tuple(tensors), lora=lora),
+        tensors,
+        lambda t: (
+            ops.mixed_linear(
+                t["x"], t["weight"], t.get("in_mask"), t.get("out_mask"), t.get("lora_a"), t.get("lora_b"), scaling,
+                t.get("bias"), backend=source.backend,
+            ),
+        ),
+        truth,
+        # masked input, rank-r product, base product, their sum and the masked output are each stored
+        limits={"": limit(source.dtype, 5)},
+        wanted=source.subset(tuple(tensors)),
+        layouts=layouts(source, ("in_mask", "out_mask", "bias"), x=len(shape), weight=2, lora_a=2, lora_b=2),
+    )  # fmt: skip
+
+
+def mixed_linear_group(source: Source) -> Case:
+    inputs, count = source.size(source.limits.width), source.pick((1, 2, 3))
+    shape = (*source.leading(source.limits.rows), inputs)
+    lora, biased = source.pick((source.dtype, source.vector_dtype)), source.flag()
+    tensors, wanted = {"x": source.randn(*shape)}, ["x"]
+    for j in range(count):
+        outputs, rank = source.size(source.limits.features), source.size(33)
+        tensors |= {
+            f"weight{j}": source.randn(outputs, inputs),
+            f"lora_a{j}": source.randn(rank, inputs, dtype=lora),
+            f"lora_b{j}": source.randn(outputs, rank, dtype=lora),
+        }
+        wanted += [f"lora_a{j}", f"lora_b{j}"]
+        if biased:
+            tensors[f"bias{j}"] = source.randn(outputs)
+            wanted.append(f"bias{j}")
+    scaling = source.free((0.5, 1.0, 2.0))
+
+    def per(t: Named, name: str) -> list[Tensor]:
+        return [t[f"{name}{j}"] for j in range(count)]
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        results = []
+        for j in range(count):
+            y = t["x"] @ (t[f"weight{j}"] + scaling * t[f"lora_b{j}"] @ t[f"lora_a{j}"]).T
+            results.append(y + t[f"bias{j}"] if biased else y)
+        return tuple(results)
+
+    return Case(
+        describe(shape=shape, count=count, biased=biased, lora=lora),
+        tensors,
+        lambda t: ops.mixed_linear_group(
+            t["x"], per(t, "weight"), per(t, "lora_a"), per(t, "lora_b"), scaling, per(t, "bias") if biased else None
+        ),
+        truth,
+        limits={"": limit(source.dtype, 5), "dx": limit(source.dtype, 4 + count)},  # dx is stored after each addition
+        wanted=source.subset(wanted),
+        layouts=layouts(source, (), x=len(shape), **{f"weight{j}": 2 for j in range(count)}),
+    )
+
+
+OPS: dict[str, Builder] = {
+    "mixed_weight_factored": mixed_weight("factored"),
+    "mixed_weight_masks": mixed_weight("masks"),
+    "mixed_weight_loop": mixed_weight("loop"),
+    "mixed_linear": mixed_linear,
+    "mixed_linear_group": mixed_linear_group,
+    "mixed_rmsnorm": mixed_rmsnorm,
+    "masked_rope": masked_rope,
+    "masked_swiglu": masked_swiglu,
+    "gated_residual": gated_residual,
+    "channel_mask": channel_mask,
+    "reinmax": reinmax,
+    **QUANTIZERS,
+}
+
+# Ops whose one implementation torch provides: they take no backend and run on either device.
+LIBRARY = ("mixed_linear_group", "reinmax", "pack_weight")
