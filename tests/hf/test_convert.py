@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from tests.hf.hf_models import LLAMA3_ROPE, QUANT_SPACE, SPACE, ids, random_importance, tiny_config, tiny_model
 from torch import nn
 from transformers import LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, convert, extract, importance_scores
 from jointnas_kernels.space import Choice, SearchSpace
+from tests.hf.hf_models import LLAMA3_ROPE, QUANT_SPACE, SPACE, ids, random_importance, tiny_config, tiny_model
 
 
 def test_everything_is_replaced_and_only_lora_trains() -> None:

@@ -4,6 +4,11 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from jointnas_kernels.hf import convert, extract, importance_scores, shrink
+from jointnas_kernels.nn import ActQuantLinear
+from jointnas_kernels.space import Choice, SearchSpace, count_params
 from tests.hf.hf_models import (
     LLAMA3_ROPE,
     MHA_SPACE,
@@ -15,11 +20,6 @@ from tests.hf.hf_models import (
     tiny_config,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
-from jointnas_kernels.hf import convert, extract, importance_scores, shrink
-from jointnas_kernels.nn import ActQuantLinear
-from jointnas_kernels.space import Choice, SearchSpace, count_params
 
 FAMILIES = [
     pytest.param(tied, rope, kv, id=f"{'tied' if tied else 'untied'}-{rope}-{'mha' if kv == 4 else 'gqa'}")

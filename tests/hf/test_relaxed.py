@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import Supernet, convert, shrink
+from jointnas_kernels.space import Choice, SearchSpace
 from tests.hf.hf_models import (
     QUANT_SPACE,
     SPACE,
@@ -12,11 +17,6 @@ from tests.hf.hf_models import (
     randomize_lora,
     tiny_model,
 )
-from safetensors.torch import load_file, save_file
-
-from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Supernet, convert, shrink
-from jointnas_kernels.space import Choice, SearchSpace
 
 WEIGHTS_ONLY = SearchSpace.from_dict({**QUANT_SPACE.to_dict(), "act_bits": None})
 
