@@ -177,7 +177,7 @@ def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> N
         if a_bits < 16:
             x, s, z = lowbit_cuda.quantize_pack(x, a_bits)
             activation = (s, z)
-        default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, multiprocessors)
+        default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, case.bits, multiprocessors)
         plans = {default}
         for tiles in {default.token_tiles, 4 if tokens > 16 else default.token_tiles}:
             for warp_rows in (1, 2, 4):

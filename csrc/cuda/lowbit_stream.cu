@@ -13,40 +13,48 @@
 namespace jointnas {
 namespace {
 
-constexpr int kWarps = 8;
 constexpr int kStrip = 4;  // tiles per warp: token fragments are loaded once per 64 rows
 
-// 128 KB of weights in flight per block: several times bandwidth x latency (26 KB per SM at 4.3 TB/s and 0.8 us)
-template <int BITS> constexpr int kStages = BITS == 2 ? 8 : BITS == 4 ? 4 : 2;
+// Dequantising keeps the issue slots busy, so 4 warps per scheduler where registers and shared memory allow.
+template <int BITS, int NT> constexpr int kWarps = BITS == 8 || NT > 1 ? 8 : 16;
+// Tiles multiplied together, so that chains of dependent products overlap.
+template <int NT> constexpr int kTogether = NT < 4 ? 2 : 1;
 template <int BITS> constexpr int kTileBytes = BITS * 256;
 template <int BITS> constexpr int kStageBytes = kStrip * (kTileBytes<BITS> + 32);  // weights, then 16 scales per tile
+// 67 KB or more on their way while a group is computed: bandwidth x latency is 26 KB per SM at 4.3 TB/s and 0.8 us
+template <int BITS, int NT> constexpr int kStages = 128 / (BITS * kWarps<BITS, NT>);
 constexpr int kSumPitch = 64 + 4;  // floats per token in the final sum; +4 keeps the 4 token rows of a store apart
 
 template <int BITS, int NT> constexpr size_t shared_bytes() {
-  const size_t ring = size_t(kWarps) * kStages<BITS> * kStageBytes<BITS>, sum = size_t(kWarps) * NT * 8 * kSumPitch * 4;
+  const size_t ring = size_t(kWarps<BITS, NT>) * kStages<BITS, NT> * kStageBytes<BITS>;
+  const size_t sum = size_t(kWarps<BITS, NT>) * NT * 8 * kSumPitch * 4;
   return ring > sum ? ring : sum;
 }
+
+// Tokens and tiles past the end are read as copies of the last one; their results are not stored.
 
 // 16-bit activations: T is F16 or BF16.
 template <class T, int BITS, int NT> struct HalfMath {
   using Sum = float;
+  using Words = uint32_t[kTogether<NT>][2 * BITS];
+  using Sums = float[kTogether<NT>][NT][4];
   Vec4 x[NT][4];  // [token tile][i]: inputs 32i + 8t .. + 7 of token g
 
   JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const int token = first_token + 8 * n + lane / 4;
+      const int token = min_of(first_token + 8 * n + lane / 4, p.tokens - 1);
       const T* row = static_cast<const T*>(p.x) + size_t(token) * p.inputs + group * kGroup + lane % 4 * 8;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i] = token < p.tokens ? ptx::load_readonly(row + 32 * i) : Vec4{{0, 0, 0, 0}};
+      for (int i = 0; i < 4; ++i) x[n][i] = ptx::load_readonly(row + 32 * i);
     }
   }
 
-  // sum[r][n] = tile r (words w[r]) times the tokens; two tiles at once, so that two chains of products overlap
-  template <int STEP> JN_DEVICE void step(const uint32_t (&w)[2][2 * BITS], float (&sum)[2][NT][4]) const {
+  // sum[r][n] = tile r (words w[r]) times the tokens
+  template <int STEP> JN_DEVICE void step(const Words& w, Sums& sum) const {
     constexpr int per_word = 8 / BITS, f0 = 2 * STEP, f1 = f0 + 1;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kTogether<NT>; ++r) {
       const uint32_t w0 = w[r][f0 / per_word], w1 = w[r][f1 / per_word];
       const uint32_t a[4] = {dequant<T, BITS, f0 % per_word, 0>(w0), dequant<T, BITS, f1 % per_word, 0>(w1),
                              dequant<T, BITS, f0 % per_word, 1>(w0), dequant<T, BITS, f1 % per_word, 1>(w1)};
@@ -57,7 +65,7 @@ template <class T, int BITS, int NT> struct HalfMath {
       }
     }
   }
-  JN_DEVICE void tiles(const uint32_t (&w)[2][2 * BITS], float (&sum)[2][NT][4], const int (&)[NT][2]) const {
+  JN_DEVICE void tiles(const Words& w, Sums& sum, const int (&)[NT][2]) const {
     step<0>(w, sum); step<1>(w, sum); step<2>(w, sum); step<3>(w, sum);
     step<4>(w, sum); step<5>(w, sum); step<6>(w, sum); step<7>(w, sum);
   }
@@ -66,23 +74,25 @@ template <class T, int BITS, int NT> struct HalfMath {
 // int8 activations: sums are exact integers, times 2^(8-BITS).
 template <int BITS, int NT> struct IntMath {
   using Sum = int;
+  using Words = uint32_t[kTogether<NT>][2 * BITS];
+  using Sums = int[kTogether<NT>][NT][4];
   Vec4 x[NT][2];  // lane t's 32 bytes of the group, token g
 
   JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      const int token = first_token + 8 * n + lane / 4;
+      const int token = min_of(first_token + 8 * n + lane / 4, p.tokens - 1);
       const int8_t* row = static_cast<const int8_t*>(p.x) + size_t(token) * p.inputs + group * kGroup + lane % 4 * 32;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) x[n][i] = token < p.tokens ? ptx::load_readonly(row + 16 * i) : Vec4{{0, 0, 0, 0}};
+      for (int i = 0; i < 2; ++i) x[n][i] = ptx::load_readonly(row + 16 * i);
     }
   }
 
   template <int I>
-  JN_DEVICE void step(const uint32_t (&w)[2][2 * BITS], int (&sum)[2][NT][4], int (&ones)[2][4]) const {
+  JN_DEVICE void step(const Words& w, Sums& sum, int (&ones)[kTogether<NT>][4]) const {
     constexpr int n8 = 8 / BITS, f = 4 * I;
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < kTogether<NT>; ++r) {
       const uint32_t a[4] = {
           spread<BITS, f % n8>(w[r][f / n8]), spread<BITS, (f + 1) % n8>(w[r][(f + 1) / n8]),
           spread<BITS, (f + 2) % n8>(w[r][(f + 2) / n8]), spread<BITS, (f + 3) % n8>(w[r][(f + 3) / n8])};
@@ -94,11 +104,11 @@ template <int BITS, int NT> struct IntMath {
       ptx::mma_m16n8k32_s8(ones[r], a, 0x01010101u, 0x01010101u);  // row sums of q, for the zero points
     }
   }
-  JN_DEVICE void tiles(const uint32_t (&w)[2][2 * BITS], int (&sum)[2][NT][4], const int (&zero)[NT][2]) const {
-    int ones[2][4] = {};
+  JN_DEVICE void tiles(const Words& w, Sums& sum, const int (&zero)[NT][2]) const {
+    int ones[kTogether<NT>][4] = {};
     step<0>(w, sum, ones); step<1>(w, sum, ones); step<2>(w, sum, ones); step<3>(w, sum, ones);
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+    for (int r = 0; r < kTogether<NT>; ++r)
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -107,36 +117,38 @@ template <int BITS, int NT> struct IntMath {
 };
 
 template <class T, class Math, int BITS, int NT>
-__global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnLowbitArgs p) {
+__global__ void __launch_bounds__(kWarps<BITS, NT> * 32, 1) stream_kernel(const JnLowbitArgs p) {
   JN_DYNAMIC_SHARED(shared);
-  constexpr int stages = kStages<BITS>, tile_bytes = kTileBytes<BITS>, stage_bytes = kStageBytes<BITS>;
-  constexpr bool quantized = sizeof(typename Math::Sum) && !std::is_same_v<typename Math::Sum, float>;
+  constexpr int warps = kWarps<BITS, NT>, stages = kStages<BITS, NT>;
+  constexpr int tile_bytes = kTileBytes<BITS>, stage_bytes = kStageBytes<BITS>;
+  constexpr bool quantized = std::is_same_v<typename Math::Sum, int>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int warp_row = warp % p.warp_rows, warp_k = warp / p.warp_rows, k_warps = kWarps / p.warp_rows;
+  const int warp_row = warp % p.warp_rows, warp_k = warp / p.warp_rows, k_warps = warps / p.warp_rows;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
   const int first_tile = (blockIdx.x * p.warp_rows + warp_row) * kStrip;
   const int first_token = blockIdx.z * NT * 8;
   const int begin = groups * blockIdx.y / p.splits + warp_k, end = groups * (blockIdx.y + 1) / p.splits;
 
-  unsigned char* ring = shared + size_t(warp) * stages * stage_bytes;
-  const char* weight = static_cast<const char*>(p.weight);
-  const T* scale = static_cast<const T*>(p.scale);
+  unsigned char* ring = shared + size_t(warp) * stages * stage_bytes + lane * 16;
+  uint32_t tile_at[kStrip];  // in vectors of 16 bytes
+#pragma unroll
+  for (int r = 0; r < kStrip; ++r)
+    tile_at[r] = static_cast<uint32_t>(min_of(first_tile + r, tiles - 1)) * groups * (tile_bytes / 16) + lane;
+  const uint32_t scale_at = min_of(first_tile + lane % 8 / 2, tiles - 1) * 2 + lane % 2;
 
   auto fetch = [&](int group, int stage) {
-    unsigned char* dst = ring + stage * stage_bytes;
-    const bool inside = group < end;
+    if (group < end) {
+      unsigned char* dst = ring + stage * stage_bytes;
 #pragma unroll
-    for (int r = 0; r < kStrip; ++r) {
-      const bool valid = inside && first_tile + r < tiles;
-      const char* src = weight + (size_t(valid ? first_tile + r : 0) * groups + (valid ? group : 0)) * tile_bytes;
+      for (int r = 0; r < kStrip; ++r) {
+        const Vec4* src = static_cast<const Vec4*>(p.weight) + (tile_at[r] + group * (tile_bytes / 16));
 #pragma unroll
-      for (int v = 0; v < BITS / 2; ++v)
-        ptx::cp_async16(dst + r * tile_bytes + (v * 32 + lane) * 16, src + (v * 32 + lane) * 16, valid);
-    }
-    if (lane < kStrip * 2) {
-      const bool valid = inside && first_tile + lane / 2 < tiles;
-      const T* src = scale + (valid ? (size_t(group) * tiles + first_tile) * kTileRows + lane * 8 : 0);
-      ptx::cp_async16(dst + kStrip * tile_bytes + lane * 16, src, valid);
+        for (int v = 0; v < BITS / 2; ++v) ptx::cp_async16(dst + r * tile_bytes + v * 512, src + v * 32);
+      }
+      if (lane < kStrip * 2) {
+        const Vec4* src = static_cast<const Vec4*>(p.scale) + (scale_at + static_cast<uint32_t>(group) * tiles * 2);
+        ptx::cp_async16(dst + kStrip * tile_bytes, src);
+      }
     }
     ptx::cp_async_commit();
   };
@@ -152,47 +164,40 @@ __global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnLowbitAr
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int token = first_token + 8 * n + lane % 4 * 2 + c;
-        zero[n][c] = token < p.tokens ? p.act_zero[token] : 0;
-      }
+      for (int c = 0; c < 2; ++c) zero[n][c] = p.act_zero[min_of(first_token + 8 * n + lane % 4 * 2 + c, p.tokens - 1)];
   }
-  // Tokens of the next group are loaded one group ahead, as long as two sets fit in registers.
-  constexpr bool ahead = NT < 4;
-  Math now, next;
-  if (ahead && begin < end) now.load(p, first_token, begin, lane);
   int stage = 0;
   for (int group = begin; group < end; group += k_warps) {
+    Math now;
+    now.load(p, first_token, group, lane);  // in flight while the weights are waited for
     ptx::cp_async_wait<stages - 2>();
     ptx::sync_warp();  // scales were copied by 8 lanes; and all lanes are done with the stage fetched into next
     fetch(group + (stages - 1) * k_warps, (stage + stages - 1) % stages);
-    if (!ahead) now.load(p, first_token, group, lane);
-    else if (group + k_warps < end) next.load(p, first_token, group + k_warps, lane);
     const unsigned char* src = ring + stage * stage_bytes;
+    const T* scales = reinterpret_cast<const T*>(src - lane * 16 + kStrip * tile_bytes);
 #pragma unroll
-    for (int pair = 0; pair < kStrip; pair += 2) {
-      uint32_t w[2][2 * BITS];
+    for (int first = 0; first < kStrip; first += kTogether<NT>) {
+      typename Math::Words w;
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < kTogether<NT>; ++r)
 #pragma unroll
         for (int v = 0; v < BITS / 2; ++v) {
-          const Vec4 u = *reinterpret_cast<const Vec4*>(src + (pair + r) * tile_bytes + (v * 32 + lane) * 16);
+          const Vec4 u = *reinterpret_cast<const Vec4*>(src + (first + r) * tile_bytes + v * 512);
 #pragma unroll
           for (int j = 0; j < 4; ++j) w[r][4 * v + j] = u.w[j];
         }
-      typename Math::Sum sum[2][NT][4] = {};
+      typename Math::Sums sum = {};
       now.tiles(w, sum, zero);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const T* s = reinterpret_cast<const T*>(src + kStrip * tile_bytes) + (pair + r) * kTileRows + lane / 4 * 2;
+      for (int r = 0; r < kTogether<NT>; ++r) {
+        const T* s = scales + (first + r) * kTileRows + lane / 4 * 2;
         const float low = ptx::to_float(s[0]), high = ptx::to_float(s[1]);  // rows g, g + 8
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int c = 0; c < 4; ++c) acc[pair + r][n][c] += static_cast<float>(sum[r][n][c]) * (c < 2 ? low : high);
+          for (int c = 0; c < 4; ++c) acc[first + r][n][c] += static_cast<float>(sum[r][n][c]) * (c < 2 ? low : high);
       }
     }
-    if (ahead) now = next;
     stage = (stage + 1) % stages;
   }
 
@@ -211,7 +216,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnLowbitAr
       }
   ptx::sync_threads();
 
-  finish_block<T, quantized, BITS>(p, kWarps * 32, blockIdx.x * p.warp_rows * 64, p.warp_rows * 64, first_token, NT * 8,
+  finish_block<T, quantized, BITS>(p, warps * 32, blockIdx.x * p.warp_rows * 64, p.warp_rows * 64, first_token, NT * 8,
                                    shared, [&](int token, int row) {
     float v = 0;
     for (int k = 0; k < k_warps; ++k)
@@ -222,10 +227,11 @@ __global__ void __launch_bounds__(kWarps * 32, 1) stream_kernel(const JnLowbitAr
 
 template <class T, int BITS, int NT> int run(const JnLowbitArgs& p, cudaStream_t stream) {
   const dim3 grid((p.rows + 64 * p.warp_rows - 1) / (64 * p.warp_rows), p.splits, (p.tokens + 8 * NT - 1) / (8 * NT));
+  constexpr int threads = kWarps<BITS, NT> * 32;
   if (p.act_scale)
-    return launch(stream_kernel<T, IntMath<BITS, NT>, BITS, NT>, grid, dim3(kWarps * 32), shared_bytes<BITS, NT>(),
+    return launch(stream_kernel<T, IntMath<BITS, NT>, BITS, NT>, grid, dim3(threads), shared_bytes<BITS, NT>(),
                   stream, p.early != 0, p);
-  return launch(stream_kernel<T, HalfMath<T, BITS, NT>, BITS, NT>, grid, dim3(kWarps * 32), shared_bytes<BITS, NT>(),
+  return launch(stream_kernel<T, HalfMath<T, BITS, NT>, BITS, NT>, grid, dim3(threads), shared_bytes<BITS, NT>(),
                 stream, p.early != 0, p);
 }
 template <class T, int BITS> int run_tiles(const JnLowbitArgs& p, cudaStream_t stream) {

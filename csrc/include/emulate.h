@@ -245,6 +245,7 @@ inline void cp_async16(void* dst, const void* src, bool valid) {
   std::memset(dst, 0xFF, 16);
   fiber().open.push_back({dst, src, valid});
 }
+inline void cp_async16(void* dst, const void* src) { cp_async16(dst, src, true); }
 inline void cp_async_commit() {
   fiber().groups.push_back(std::move(fiber().open));
   fiber().open.clear();

@@ -10,6 +10,8 @@ namespace jointnas {
 constexpr int kTileRows = 16;
 constexpr int kGroup = 128;  // inputs per scale, and per tile
 
+JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
 // Where a weight sits: 32-bit word index inside its tile's BITS*64 words, and the bit inside the word.
 struct Place { int word, bit; };
 JN_HOST_DEVICE Place place_in_tile(int bits, int row, int input) {

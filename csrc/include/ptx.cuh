@@ -121,6 +121,9 @@ JN_DEVICE void cp_async16(void* dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16,%2;" ::"r"(shared_address(dst)), "l"(src), "r"(valid ? 16 : 0)
                : "memory");
 }
+JN_DEVICE void cp_async16(void* dst, const void* src) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(dst)), "l"(src) : "memory");
+}
 JN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> JN_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 JN_DEVICE Vec4 load_readonly(const void* p) {

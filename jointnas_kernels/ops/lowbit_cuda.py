@@ -18,7 +18,6 @@ from jointnas_kernels.ops.pack import TILE_INPUTS, tile_scale, tile_weight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
-BLOCK_WARPS = 8
 STREAM_TOKENS = 32  # up to here the streaming kernel, beyond it the tiled one
 DENSE_TOKENS = 256  # from here on 16-bit activations take the library's GEMM on dequantised weights
 LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
@@ -37,15 +36,16 @@ class StreamPlan:
         return -(-rows // (STRIP_ROWS * self.warp_rows)) * self.splits * -(-tokens // (8 * self.token_tiles))
 
 
-def stream_plan(tokens: int, rows: int, inputs: int, sms: int) -> StreamPlan:
+def stream_plan(tokens: int, rows: int, inputs: int, bits: int, sms: int) -> StreamPlan:
     """One wave of blocks: as few strips per block as fit the chip at once, then as many splits as are left over."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    block_warps = 8 if bits == 8 or token_tiles > 1 else 16  # as in lowbit_stream.cu
     passes = -(-tokens // (8 * token_tiles))
     strips = -(-rows // STRIP_ROWS)
     warp_rows = next((w for w in (1, 2, 4, 8) if -(-strips // w) * passes <= sms), 8)
     row_blocks = -(-strips // warp_rows) * passes
     # a split is worth its reduction only while every warp still gets a group
-    most = max(1, inputs // TILE_INPUTS // (BLOCK_WARPS // warp_rows))
+    most = max(1, inputs // TILE_INPUTS // (block_warps // warp_rows))
     return StreamPlan(token_tiles, warp_rows, max(1, min(sms // row_blocks, most)))
 
 
@@ -144,7 +144,7 @@ def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | No
 
     ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90): not when that wrote them.
     """
-    p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
+    p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, weight.bits, multiprocessors(x))
     return run("lowbit_stream", x, weight, activation, p.token_tiles, p.warp_rows, p.splits, early)
 
 
