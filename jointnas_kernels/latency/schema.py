@@ -19,9 +19,9 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.spec import OPS, OpSpec, Workload
@@ -129,7 +129,7 @@ class Calibration(_Record):
     per_block: float
     mape_before: float = Field(ge=0)
     mape: float = Field(ge=0)
-    points: list[tuple[float, int, float]] = Field(min_length=1)
+    points: list[Annotated[tuple[float, int, float], Strict(False)]] = Field(min_length=1)  # JSON has lists only
 
 
 class End(_Record):

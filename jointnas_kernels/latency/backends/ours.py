@@ -11,6 +11,7 @@ import jointnas_kernels
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.backends.base import LinearWeight, Target
 from jointnas_kernels.latency.spec import DENSE, OpSpec
+from jointnas_kernels.ops import lowbit_cuda
 from jointnas_kernels.ops.lowbit_linear import lowbit_linear
 from jointnas_kernels.ops.pack import pack_weight
 
@@ -48,6 +49,9 @@ class Ours:
         assert weight is not None
         levels, scale = weight.quantized()
         packed, scale = pack_weight(levels, spec.wbits), scale.to(target.dtype)
+        if self.implementation == "cuda":  # its own weight layout, made once as in a deployed model
+            tiled = lowbit_cuda.CudaWeight.build(packed, scale, spec.wbits)
+            return lambda x: lowbit_cuda.matmul(x, tiled, spec.abits)
         return lambda x: lowbit_linear(
             x, packed, scale, spec.wbits, spec.abits, spec.group, backend=self.implementation
         )

@@ -1,0 +1,48 @@
+"""Tables without measurements: every operation costs a made-up, but sensible, number of milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from jointnas_kernels.latency import LatencyTable, OpSpec, Workload, describe, enumerate_ops
+from jointnas_kernels.latency.schema import Header, ModelRecord, Row, WorkloadRecord
+from jointnas_kernels.space import SearchSpace
+
+CONFIG = SimpleNamespace(
+    hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=192,
+    num_hidden_layers=3, vocab_size=97, tie_word_embeddings=True,
+)  # fmt: skip
+SPACE = SearchSpace((64, 128), (2, 4), (16, 32), (64, 128, 192), (1, 2, 3), (2, 4, 8), (8, 16), group_size=64)
+
+
+def cost(spec: OpSpec) -> float:
+    """Grows with the size, shrinks with the bits; W8A16 is a bad kernel."""
+    size = spec.m * spec.n * max(spec.k, 1) * 1e-7
+    penalty = 3.0 if (spec.wbits, spec.abits) == (8, 16) else 1.0
+    return 0.001 + size * (0.2 + spec.wbits / 16) * (0.5 + spec.abits / 32) * penalty
+
+
+def synthetic(
+    space: SearchSpace = SPACE,
+    infeasible: Callable[[OpSpec], bool] = lambda spec: False,
+    workload: Workload | None = None,
+) -> LatencyTable:
+    workload = workload or Workload(seq=16)
+    header = Header(
+        device=describe("cpu", 1),
+        workload=WorkloadRecord(mode=workload.mode, batch=workload.batch, seq=workload.seq, dtype="float32"),
+        model=ModelRecord(layers=3, kv_heads=2, vocab=97),
+        torch="test",
+        created="2026-01-01T00:00:00+00:00",
+    )
+    rows = []
+    for spec in enumerate_ops(space, CONFIG, workload):
+        if infeasible(spec):
+            rows.append(Row(**spec._asdict(), backend="none", status="infeasible", reason="not on this device"))
+        else:
+            value = cost(spec)
+            rows.append(
+                Row(**spec._asdict(), backend="fast", median=value, p10=value * 0.9, p90=value * 1.2, samples=9)
+            )
+    return LatencyTable(header, rows)

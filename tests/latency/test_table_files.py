@@ -1,0 +1,223 @@
+"""Table files: round trip, every kind of damage is one clear error, resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency import LatencyTable, Workload, profile
+from jointnas_kernels.latency import backends as registry
+from jointnas_kernels.latency.schema import Device, Writer, read
+from jointnas_kernels.space import SearchSpace
+from tests.latency.tables import CONFIG, SPACE, synthetic
+
+MUTATIONS = 2000
+
+
+@pytest.fixture
+def path(tmp_path: Path, table: LatencyTable) -> Path:
+    table.save(tmp_path / "table.jsonl")
+    return tmp_path / "table.jsonl"
+
+
+def edit(path: Path, change: dict[str, object], line: int = 3, checksum: bool = False) -> None:
+    """Changes fields of one line; without the checksum the end line carries none, as in a hand-made table."""
+    lines = path.read_text().splitlines()
+    lines[line] = json.dumps({**json.loads(lines[line]), **change})
+    if not checksum:
+        lines[-1] = json.dumps({"kind": "end", "rows": len(lines) - 2})
+    path.write_text("\n".join(lines) + "\n")
+
+
+def test_round_trip(path: Path, table: LatencyTable) -> None:
+    again = LatencyTable.load(path, table.header.device)
+    assert again.rows == table.rows
+    assert again.header == table.header
+
+
+def test_hand_made_table_without_checksum(path: Path) -> None:
+    edit(path, {"median": 1.0, "p10": 0.5, "p90": 2.0})
+    assert LatencyTable.load(path, None).rows[2].median == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "message"),
+    [
+        ({"median": -1.0}, 3, "line 4: row median must be a positive finite number, got -1.0"),
+        ({"median": 0}, 3, "must be a positive finite number"),
+        ({"median": None}, 3, "required when status is 'ok'"),
+        ({"p10": 9.0}, 3, "p10 <= median <= p90"),
+        ({"median": "fast"}, 3, "row median: Input should be a valid number"),
+        ({"wbits": 17}, 3, "row wbits"),
+        ({"op": "conv"}, 3, "row op"),
+        ({"colour": 1}, 3, "row colour: Extra inputs are not permitted"),
+        ({"status": "infeasible"}, 3, "must not carry numbers"),
+        ({"kind": "raw"}, 3, "'kind' must be one of header, row, calibration, end, got 'raw'"),
+        ({"version": 2}, 0, "version 2 is not supported"),
+        ({"format": "csv"}, 0, "format must be 'jointnas-latency'"),
+        ({"kind": "row"}, 0, "line 1"),
+    ],
+    ids=lambda v: "-".join(f"{k}={x}" for k, x in v.items()) if isinstance(v, dict) else None,
+)
+def test_bad_values(path: Path, change: dict[str, object], line: int, message: str) -> None:
+    edit(path, change, line)
+    with pytest.raises(JointNASError, match=message.replace("(", r"\(")) as error:
+        LatencyTable.load(path, None)
+    assert str(path) in str(error.value)
+
+
+def test_edited_values_do_not_match_the_checksum(path: Path) -> None:
+    edit(path, {"median": 1.0, "p10": 0.5, "p90": 2.0}, checksum=True)
+    with pytest.raises(JointNASError, match="checksum does not match"):
+        LatencyTable.load(path, None)
+
+
+def test_truncated(path: Path) -> None:
+    blob = path.read_bytes()
+    path.write_bytes(blob[: len(blob) // 2])
+    with pytest.raises(JointNASError, match="is truncated .* --resume"):
+        LatencyTable.load(path, None)
+
+
+def test_missing_empty_and_headless(tmp_path: Path, path: Path) -> None:
+    with pytest.raises(JointNASError, match="does not exist"):
+        LatencyTable.load(tmp_path / "none.jsonl", None)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(JointNASError, match="is empty"):
+        LatencyTable.load(tmp_path / "empty.jsonl", None)
+    (tmp_path / "headless.jsonl").write_text("\n".join(path.read_text().splitlines()[1:]) + "\n")
+    with pytest.raises(JointNASError, match="first line must be the header"):
+        LatencyTable.load(tmp_path / "headless.jsonl", None)
+
+
+def test_second_row_for_the_same_operation(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:4], lines[3], *lines[4:]]) + "\n")
+    with pytest.raises(JointNASError, match="line 5: second row"):
+        LatencyTable.load(path, None)
+
+
+def test_wrong_device(path: Path) -> None:
+    other = Device(type="cuda", name="NVIDIA H200", arch="sm_90", threads=0)
+    with pytest.raises(JointNASError, match="was measured on cpu .*, this device is cuda 'NVIDIA H200' sm_90"):
+        LatencyTable.load(path, other)
+    assert LatencyTable.load(path, other, force=True).rows
+
+
+def test_merge(table: LatencyTable) -> None:
+    half = len(table.rows) // 2
+    merged = LatencyTable(table.header, table.rows[:half]).merge(LatencyTable(table.header, table.rows[half:]))
+    assert {r.spec for r in merged.rows} == {r.spec for r in table.rows}
+    with pytest.raises(JointNASError, match="cannot be merged: different workload"):
+        table.merge(synthetic(workload=Workload(seq=17)))
+
+
+def test_fuzzed_files_are_an_error_or_a_valid_table(path: Path, tmp_path: Path) -> None:
+    """Random byte edits, cuts, repeats and line shuffles. Nothing but JointNASError may come out."""
+    chance = random.Random(0)
+    original = path.read_bytes()
+    for checksum in (True, False):
+        blob = original
+        if not checksum:
+            lines = original.splitlines()
+            lines[-1] = json.dumps({"kind": "end", "rows": len(lines) - 2}).encode()
+            blob = b"\n".join(lines[:6] + lines[-1:]) + b"\n"
+            blob = blob.replace(str(len(lines) - 2).encode() + b"}\n", b"5}\n")
+        fuzzed = tmp_path / "fuzzed.jsonl"
+        valid = 0
+        for _ in range(MUTATIONS // 2):
+            data = bytearray(blob if chance.random() < 0.5 else blob[: chance.randrange(len(blob))])
+            for _ in range(chance.randrange(1, 4)):
+                at = chance.randrange(len(data)) if data else 0
+                kind = chance.randrange(5)
+                if kind == 0 and data:
+                    data[at] = chance.randrange(256)
+                elif kind == 1:
+                    del data[at : at + chance.randrange(1, 30)]
+                elif kind == 2:
+                    data[at:at] = bytes(chance.choices(b'0123456789-+.eE"{}[],:nul\n', k=chance.randrange(1, 8)))
+                elif kind == 3:
+                    data[at:at] = data[at : at + 200]
+                else:
+                    lines = data.split(b"\n")
+                    chance.shuffle(lines)
+                    data = bytearray(b"\n".join(lines))
+            fuzzed.write_bytes(data)
+            try:
+                loaded = LatencyTable.load(fuzzed, None)
+            except JointNASError as error:
+                assert "\n" not in str(error)
+            else:
+                valid += 1
+                assert all(r.median is None or r.median > 0 for r in loaded.rows)
+        assert valid < MUTATIONS / 20
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
+
+SMALL = SearchSpace((64,), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group_size=64)
+
+
+def run_profile(path: Path, **options: object) -> LatencyTable:
+    return profile(SMALL, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4, **options)  # type: ignore[arg-type]
+
+
+def test_profile_resumes_a_cut_file(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    whole = run_profile(path)
+    rows = {r.spec: r for r in whole.rows}
+    blob = path.read_bytes()
+    lines = blob.splitlines(keepends=True)
+    for keep, extra in ((1, b""), (4, b'{"kind":"row","op":"lin'), (len(lines) - 1, b"")):
+        path.write_bytes(b"".join(lines[:keep]) + extra)
+        again = run_profile(path)
+        assert [r.spec for r in again.rows] == [r.spec for r in whole.rows]
+        for r in again.rows[: max(0, keep - 2)]:  # the last one before the cut is measured again
+            assert r == rows[r.spec]
+    path.write_bytes(blob)
+    assert run_profile(path).rows == whole.rows  # nothing left to do
+
+
+def test_profile_refuses_a_corrupted_middle(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    run_profile(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + b"garbage\n" + b"".join(lines[3:5]))
+    with pytest.raises(JointNASError, match="line 4: not valid JSON"):
+        run_profile(path)
+
+
+def test_profile_refuses_to_mix_and_to_overwrite(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    run_profile(path)
+    with pytest.raises(JointNASError, match="cannot be continued: it was measured for another workload"):
+        profile(SMALL, CONFIG, path, workload=Workload(seq=9), threads=1, progress=False)
+    with pytest.raises(JointNASError, match="exists; pass resume"):
+        run_profile(path, resume=False)
+
+
+def test_profile_extends_a_table_to_a_larger_space(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    before = run_profile(path)
+    larger = SearchSpace((64, 128), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group_size=64)
+    after = profile(larger, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4)
+    assert after.rows[: len(before.rows)] == before.rows
+    assert not after.coverage(larger, CONFIG).missing
+
+
+def test_writer_flushes_every_line(tmp_path: Path, table: LatencyTable) -> None:
+    path = tmp_path / "table.jsonl"
+    writer = Writer(path, table.header)
+    for i, row in enumerate(table.rows[:3]):
+        writer.write(row)
+        assert len(read(path, recover=True).rows) == i + 1
+    writer.close()
+
+
+def test_space_key_order_does_not_matter(table: LatencyTable) -> None:
+    assert registry.names()[0] == "torch"
+    assert table.bind(SPACE) is table.bind(SearchSpace.from_dict(SPACE.to_dict()))
