@@ -101,8 +101,9 @@ def act_quant_mix_backward_reference(
 
 @torch.library.custom_op("jointnas::act_quant_mix", mutates_args=())
 def _act_quant_mix(
-    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str | None
 ) -> Tensor:
+    backend = resolve("act_quant_mix", backend, x)
     if backend == "triton":
         return act_forward_triton(x, probs, mask, bits, symmetric)
     if backend == "cpu":
@@ -126,8 +127,9 @@ def _act_quant_mix_backward(
     want_x: bool,
     want_probs: bool,
     want_mask: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    backend = resolve("act_quant_mix", backend, x)
     want = (want_x, want_probs, want_mask)
     if backend == "triton":
         return act_backward_triton(grad, x, probs, mask, bits, symmetric, want)
@@ -181,5 +183,4 @@ def act_quant_mix(
         )
     if mask is not None and tuple(mask.shape) != (x.shape[-1],):
         raise JointNASError(f"act_quant_mix: mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
-    chosen = resolve("act_quant_mix", backend, x, available=("triton", "cpu", "reference"))
-    return _act_quant_mix(x, probs, mask, list(bits), symmetric, chosen)
+    return _act_quant_mix(x, probs, mask, list(bits), symmetric, backend)

@@ -224,11 +224,16 @@ def _launch(
 # ---- registration ----
 
 
+def chosen(weight: Tensor, backend: str | None) -> str:
+    """The backend that runs."""
+    return resolve("fake_quant_weight", backend, weight, available=("triton", "reference"))
+
+
 @torch.library.custom_op("jointnas::fake_quant_weight", mutates_args=())
 def _fake_quant_weight(
-    weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, ste: str, backend: str
+    weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, ste: str, backend: str | None
 ) -> Tensor:
-    if backend == "triton":
+    if chosen(weight, backend) == "triton":
         return _launch(weight, clip, None, bits, group_size, symmetric)[0]
     return fake_quant_weight_reference(weight, bits, group_size, symmetric, clip).contiguous()
 
@@ -240,9 +245,9 @@ def _(weight, clip, bits, group_size, symmetric, ste, backend):
 
 @torch.library.custom_op("jointnas::fake_quant_weight_backward", mutates_args=())
 def _fake_quant_weight_backward(
-    grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, backend: str
+    grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
+    if chosen(weight, backend) == "triton":
         dweight, dclip = _launch(weight, clip, grad, bits, group_size, symmetric)
         return dweight, weight.new_empty(0) if dclip is None else dclip
     dweight, slope = fake_quant_weight_backward_reference(grad, weight, bits, group_size, symmetric, clip)
@@ -309,5 +314,4 @@ def fake_quant_weight(
     """Q(weight) with the straight-through gradients described at the top of this file."""
     check_quantizer("fake_quant_weight", weight, bits, group_size, ste)
     check_clip("fake_quant_weight", clip, (weight.shape[0], weight.shape[1] // group_size))
-    chosen = resolve("fake_quant_weight", backend, weight, available=("triton", "reference"))
-    return _fake_quant_weight(weight, clip, bits, group_size, symmetric, ste, chosen)
+    return _fake_quant_weight(weight, clip, bits, group_size, symmetric, ste, backend)

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops._dispatch import no_grad_slot
+from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
 from jointnas_kernels.ops.quant_lora_mix import (
+    BACKENDS,
     GPU,
     MixGradients,
     check_mix,
-    choose,
     compute_dtype,
     fake_gradients,
     finish,
@@ -52,7 +52,7 @@ def _quant_lora_linear(
     ste: str,
     mode: str,
     recompute: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, W~ in the dtype of x)."""
     mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend).to(x.dtype)
@@ -84,7 +84,7 @@ def _quant_lora_linear_backward(
     want_lora: bool,
     want_probs: bool,
     want_clip: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dprobs, dclip)."""
     with torch.autocast(x.device.type, enabled=False):
@@ -98,7 +98,7 @@ def _quant_lora_linear_backward(
         want = (want_lora and not rank_only, want_probs, want_clip)
         if not any(want):
             sums = (no_grad_slot(x), no_grad_slot(x), no_grad_slot(x), no_grad_slot(x))
-        elif backend in GPU:
+        elif resolve("quant_lora_linear", backend, weight, available=BACKENDS) in GPU:
             sums = mix_backward_triton(
                 g2, x2, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
             )
@@ -189,6 +189,5 @@ def quant_lora_linear(
         raise JointNASError(f"quant_lora_linear: x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    chosen = choose("quant_lora_linear", backend, weight, lora_a.shape[1], len(bits), group_size)
-    options = (float(scaling), list(bits), group_size, ste, mode, recompute, chosen)
+    options = (float(scaling), list(bits), group_size, ste, mode, recompute, backend)
     return _quant_lora_linear(x, weight, lora_a, lora_b, probs, clip, bias, *options)[0]

@@ -130,6 +130,15 @@ def tiles(rows: int) -> list[slice]:
 # ---- registration ----
 
 
+def choose(op: str, backend: str | None, weight: Tensor, rank: int, precisions: int, group_size: int) -> str:
+    """The backend for these arguments."""
+    chosen = resolve(op, backend, weight, available=BACKENDS)
+    reason = unsupported(weight, rank, precisions, group_size) if chosen == "cuda" else None
+    if reason is not None:
+        raise JointNASError(f"{op}: backend 'cuda' cannot run: {reason}")
+    return chosen
+
+
 @torch.library.custom_op("jointnas::quant_lora_mix", mutates_args=())
 def _quant_lora_mix(
     weight: Tensor,
@@ -142,7 +151,7 @@ def _quant_lora_mix(
     group_size: int,
     ste: str,
     mode: str,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     return mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend)
 
@@ -167,11 +176,11 @@ def _quant_lora_mix_backward(
     want_lora: bool,
     want_probs: bool,
     want_clip: bool,
-    backend: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(weight.device.type, enabled=False):
         want = (want_lora, want_probs, want_clip)
-        if backend in GPU:
+        if resolve("quant_lora_mix", backend, weight, available=BACKENDS) in GPU:
             return mix_backward_triton(
                 grad, None, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
             )
@@ -197,9 +206,10 @@ def mix_forward(
     scaling: float,
     bits: Sequence[int],
     group_size: int,
-    backend: str,
+    backend: str | None,
 ) -> Tensor:
     """W~ by ``backend``; runs inside the custom ops, below autograd."""
+    backend = choose("quant_lora_mix", backend, weight, lora_a.shape[1], len(bits), group_size)
     with torch.autocast(weight.device.type, enabled=False):
         if backend == "triton":
             return mix_forward_triton(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
@@ -303,15 +313,6 @@ def check_mix(
     check_clip(op, clip, (p, o, i // group_size))
 
 
-def choose(op: str, backend: str | None, weight: Tensor, rank: int, precisions: int, group_size: int) -> str:
-    """The backend for these arguments."""
-    chosen = resolve(op, backend, weight, available=BACKENDS)
-    reason = unsupported(weight, rank, precisions, group_size) if chosen == "cuda" else None
-    if reason is not None:
-        raise JointNASError(f"{op}: backend 'cuda' cannot run: {reason}")
-    return chosen
-
-
 def quant_lora_mix(
     weight: Tensor,
     lora_a: Tensor,
@@ -327,7 +328,6 @@ def quant_lora_mix(
 ) -> Tensor:
     """W~ [O, I]. ``mode`` says which gradients exist: "weight" LoRA and clip, "arch" probs, "full" all of them."""
     check_mix("quant_lora_mix", weight, lora_a, lora_b, bits, probs, group_size, clip, ste, mode)
-    chosen = choose("quant_lora_mix", backend, weight, lora_a.shape[1], len(bits), group_size)
     return _quant_lora_mix(
-        weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste, mode, chosen
+        weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste, mode, backend
     )

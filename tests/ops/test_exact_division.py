@@ -1,9 +1,9 @@
 """The quantizer kernels never divide: here their substitutes are checked against true division on the host.
 
-    Markstein             y = RN(x r), e = fma(-y, s, x), fma(e, r, y)                  r = RN(1/s), any fp32 s
-    two-part reciprocal   fma(x, r, RN(x t)), t = RN(fma(-s, r, 1) r)                   r within 2 ulp of 1/s, s a half type
-    constant divisor      the same with r + t = 2 / (2^b - 1) rounded twice             every fp32 significand
-    one product           RN_bf16(x r)                                                  x, s bf16, r within 2 ulp of 1/s
+    Markstein             y = RN(x r), e = fma(-y, s, x), fma(e, r, y)      r = RN(1/s), any fp32 s
+    two-part reciprocal   fma(x, r, RN(x t)), t = RN(fma(-s, r, 1) r)       r within 2 ulp of 1/s, s a half type
+    constant divisor      the same with r + t = 2 / (2^b - 1)               every fp32 significand
+    one product           RN_bf16(x r)                                      x, s bf16, r within 2 ulp of 1/s
 
 A C++ program, because the proof is about fused multiply-adds. Random pairs alone would say little: a quotient is wrong
 only if x/s almost lies on a rounding boundary, so most pairs are built backwards from one (x = RN(m s) and its
@@ -48,10 +48,10 @@ extern "C" long divisions(int kind, int fraction, long count) {
     const float s = std::ldexp(significand(fraction), int(next() % 40) - 20);
     float x;
     switch (next() % 4) {
-      case 0: x = std::ldexp(significand(23), int(next() % 40) - 20); break;                          // anything
-      case 1: x = float((double(significand(23)) + 0x1p-24) * s * (1 << next() % 9)); break;          // a rounding boundary
-      case 2: x = float((next() % 256 + 0.5) * double(s)); break;                                     // a tie of levels
-      default: x = float(double(1 + next() % 65535) / 512 * double(s));                                   // a short quotient
+      case 0: x = std::ldexp(significand(23), int(next() % 40) - 20); break;  // anything
+      case 1: x = float((significand(23) + 0x1p-24) * s * (1 << next() % 9)); break;  // a rounding boundary
+      case 2: x = float((next() % 256 + 0.5) * double(s)); break;  // a tie of levels
+      default: x = float(double(1 + next() % 65535) / 512 * double(s));  // a short quotient
     }
     x = ulps(x, int(next() % 5) - 2);
     if (next() & 1) x = -x;
@@ -70,7 +70,7 @@ extern "C" long constant_divisor(int width) {  // every significand
   }
   return wrong;
 }
-// Every pair of significands of a half type, x r or the two-part product rounded to the type, against x / s rounded to it
+// Every pair of significands of a half type: x r or the two-part product, rounded to the type, against x / s
 extern "C" long half_quotients(int fraction) {
   long wrong = 0;
   const uint32_t step = 1u << (23 - fraction);
