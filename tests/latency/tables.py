@@ -23,10 +23,12 @@ def cost(spec: OpSpec) -> float:
     return 0.001 + size * (0.2 + spec.wbits / 16) * (0.5 + spec.abits / 32) * penalty
 
 
+def everything(spec: OpSpec) -> bool:
+    return True
+
+
 def synthetic(
-    space: SearchSpace = SPACE,
-    infeasible: Callable[[OpSpec], bool] = lambda spec: False,
-    workload: Workload | None = None,
+    space: SearchSpace = SPACE, feasible: Callable[[OpSpec], bool] = everything, workload: Workload | None = None
 ) -> LatencyTable:
     workload = workload or Workload(seq=16)
     header = Header(
@@ -38,11 +40,9 @@ def synthetic(
     )
     rows = []
     for spec in enumerate_ops(space, CONFIG, workload):
-        if infeasible(spec):
-            rows.append(Row(**spec._asdict(), backend="none", status="infeasible", reason="not on this device"))
+        if feasible(spec):
+            times = {"median": cost(spec), "p10": cost(spec) * 0.9, "p90": cost(spec) * 1.2}
+            rows.append(Row(**spec._asdict(), backend="fast", **times, samples=9))
         else:
-            value = cost(spec)
-            rows.append(
-                Row(**spec._asdict(), backend="fast", median=value, p10=value * 0.9, p90=value * 1.2, samples=9)
-            )
+            rows.append(Row(**spec._asdict(), backend="none", status="infeasible", reason="not on this device"))
     return LatencyTable(header, rows)

@@ -135,7 +135,7 @@ def test_two_backends_of_one_name() -> None:
 
 def test_unknown_backend(tmp_path: Path) -> None:
     space = SearchSpace((64,), (4,), (32,), (64,), (1,))
-    with pytest.raises(JointNASError, match="unknown latency backend 'torhc'. Did you mean 'torch'"):
+    with pytest.raises(JointNASError, match=r"unknown latency backend 'torhc'\. Did you mean 'torch'"):
         profile(space, CONFIG, tmp_path / "t.jsonl", backends=["torhc"])
 
 
