@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   JN_DEF(cpu_mixed_weight);
   JN_DEF(cpu_mixed_weight_backward);
   JN_DEF(cpu_quant_lora_mix);
+  JN_DEF(cpu_lowbit_linear);
   JN_DEF(cpu_act_quant_mix);
   JN_DEF(cpu_act_quant_mix_backward);
   JN_DEF(cpu_channel_mask);
@@ -87,10 +88,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef JN_WITH_CUDA
   m.attr("has_cuda") = true;
   JN_DEF(act_quant_pack);
+  JN_DEF(token_layout);
   JN_DEF(lowbit_dequant);
   using L = JnLowbitArgs;
-  for (auto [name, function] : {std::pair{"lowbit_stream", jn_lowbit_stream}, {"lowbit_tile", jn_lowbit_tile}})
-    def(m, name, function, &L::weight, &L::scale, &L::x, &L::act_scale, &L::act_zero, &L::y, &L::partial, &L::locks,
+  for (auto [name, function] : {std::pair{"lowbit_stream", jn_lowbit_stream}, {"lowbit_tile", jn_lowbit_tile}, {"lowbit_wgmma", jn_lowbit_wgmma}})
+    def(m, name, function, &L::weight, &L::scale, &L::x, &L::act_scale, &L::act_zero, &L::row_sum, &L::y, &L::partial, &L::locks,
         &L::tokens, &L::rows, &L::inputs, &L::w_bits, &L::dtype, &L::token_tiles, &L::warp_rows, &L::splits, &L::early);
   using X = JnMixArgs;
   def(m, "quant_lora_mix", jn_quant_lora_mix, &X::weight, &X::lora_a, &X::lora_b, &X::probs, &X::clip, &X::out, &X::rows,

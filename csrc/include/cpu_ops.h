@@ -67,3 +67,10 @@ int jn_cpu_act_quant_mix(const void* x, const float* probs, const float* mask, c
 int jn_cpu_act_quant_mix_backward(const void* g, const void* x, const float* mask, const int* bits, void* dx,
                                   float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, int symmetric,
                                   float total, int64_t chunk_rows, int dtype, int threads, int isa);
+
+// y = x_hat (q scale)^T: x, y [M, I], [M, O] dtype; packed int32 [O, I w_bits/32] (ops/pack.py); scale [O, I/g]
+// scale_dtype; a_bits 16, or 2..8: x is quantized per token first. g must be a multiple of the values per word.
+// isa 4: AVX512_VNNI for a_bits < 16, AVX512_BF16 for bf16 activations
+int jn_cpu_lowbit_linear(const void* x, const void* packed, const void* scale, void* y, int64_t M, int64_t O, int64_t I,
+                         int w_bits, int a_bits, int64_t g, int symmetric, int dtype, int scale_dtype, int threads,
+                         int isa);

@@ -3,7 +3,7 @@
 //     #include "each_isa.h"
 // and is then included three times with JN_ISA = scalar, avx2, avx512 (a namespace; code between its own
 // `#ifdef JN_ISA` and `#else`), each time with vec.h for that instruction set and the matching target options.
-// Level 4 kernels (bf16, VNNI) sit in the avx512 pass behind their own target attribute.
+// Level 4 kernels sit in the avx512 pass behind their own target attribute, or in a fourth pass (JN_EXTENSION).
 // Everything these passes use must be included before: inline functions of the standard library that were first
 // seen under a target option could otherwise be emitted with instructions the CPU lacks.
 #pragma once
@@ -43,6 +43,18 @@
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
+// A fourth pass, avx512ext, for a file that defines JN_EXTENSION: AVX512_VNNI and AVX512_BF16 on top.
+#ifdef JN_EXTENSION
+#define JN_AVX512EXT 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")
+#define JN_ISA avx512ext
+#include "vec.h"
+#include JN_THIS_FILE
+#undef JN_ISA
+#pragma GCC pop_options
+#undef JN_AVX512EXT
+#endif
 #undef JN_AVX512
 #endif
 

@@ -300,3 +300,20 @@ def act_quant_mix_backward(
          dprobs, partial, rows, width, len(bits), int(symmetric), total, per_chunk, DTYPES[g.dtype], isa=isa,
          threads=threads)
     return torch.empty(0) if dx is None else dx, _total(dprobs, probs), _total(partial, mask) * total
+
+
+# ---- low-bit linear ----
+
+
+def lowbit_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int, symmetric: bool, *,
+    isa: int = 0, threads: int | None = None,
+) -> Tensor:
+    """x [..., I] times packed weights [O, I w_bits/32], as ops/lowbit_linear.py defines it."""
+    x, packed = x.contiguous(), packed.contiguous()
+    scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
+    rows, width = _flat(x)
+    y = torch.empty(*x.shape[:-1], packed.shape[0], dtype=x.dtype)
+    call("lowbit_linear", x, packed, scale, y, rows, packed.shape[0], width, w_bits, a_bits, group_size, int(symmetric),
+         DTYPES[x.dtype], DTYPES[scale.dtype], isa=isa, threads=threads)
+    return y
