@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from tests.fuzz.check import Bounds, Case, Named, limit
+from tests.fuzz.check import SUMMED, Bounds, Case, Named, limit
 from tests.fuzz.quantizers import QUANTIZERS
 from tests.fuzz.source import Source
 
@@ -294,10 +294,12 @@ def mixed_linear(source: Source) -> Case:
             ),
         ),
         truth,
-        # masked input, rank-r product, base product, their sum and the masked output are each stored
-        limits={"": limit(source.dtype, 5)},
+        # the masked input and the rank-r product are stored before they are summed over; then the base product, its sum
+        # with LoRA, and the masked output
+        limits={"": limit(source.dtype, 2 * SUMMED + 3)},
         wanted=source.subset(tuple(tensors)),
         layouts=layouts(source, ("in_mask", "out_mask", "bias"), x=len(shape), weight=2, lora_a=2, lora_b=2),
+        inner=source.dtype,
     )  # fmt: skip
 
 
@@ -336,9 +338,11 @@ def mixed_linear_group(source: Source) -> Case:
             t["x"], per(t, "weight"), per(t, "lora_a"), per(t, "lora_b"), scaling, per(t, "bias") if biased else None
         ),
         truth,
-        limits={"": limit(source.dtype, 5), "dx": limit(source.dtype, 4 + count)},  # dx is stored after each addition
+        # the rank-r product is stored before it is summed over, dx after each addition
+        limits={"": limit(source.dtype, SUMMED + 2), "dx": limit(source.dtype, SUMMED + 1 + count)},
         wanted=source.subset(wanted),
         layouts=layouts(source, (), x=len(shape), **{f"weight{j}": 2 for j in range(count)}),
+        inner=source.dtype,
     )
 
 

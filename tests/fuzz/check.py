@@ -1,6 +1,6 @@
 """One case: inputs, the op, its definition in fp64; run both, compare values and gradients.
 
-An element passes if   |out - ref| <= limit · max(|ref|, rms(ref), smallest normal) + allowance.
+An element passes if   |out - ref| <= limit · max(|ref|, rms(ref), smallest normal of what is stored) + allowance.
 
 ``limit`` = (roundings to the storage type) · (its unit round-off) + what fp32 sums lose. Where a result nearly cancels
 (a sum of one column, a 1 x 1 product) no such bound can hold against |ref|; then, and only then, the element's
@@ -24,6 +24,7 @@ from tests.fuzz.source import place
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SUMS = {torch.float64: 1e-12, torch.float32: 4e-6}  # fp32 sums of a few thousand terms, exp and rsqrt approximations
+SUMMED = 3.0  # roundings that the terms of a sum count for: five standard deviations of u / sqrt(3)
 EXACT = 0.0  # as a limit: bit for bit the definition, rounded once to fp32 and once to the storage type
 DIRECTIONS, STEP = 16, 1e-6
 
@@ -59,6 +60,7 @@ class Case:
     wanted: tuple[str, ...] = ()
     layouts: dict[str, str] = field(default_factory=dict)  # "grad" is the incoming gradients'
     bounds: Callable[[Named, list[Tensor]], Bounds] | None = None
+    inner: torch.dtype = torch.float32  # the type intermediate results are stored in
 
 
 @dataclass
@@ -124,12 +126,13 @@ def sensitivity(case: Case, tensors: Named, incoming: list[Tensor], outputs: tup
     return {name: (value / DIRECTIONS).sqrt() for name, value in total.items()}
 
 
-def excess(out: Tensor, ref: Tensor, scale: Tensor, allowance: Tensor | None) -> Tensor:
+def excess(out: Tensor, ref: Tensor, scale: Tensor, allowance: Tensor | None, inner: torch.dtype) -> Tensor:
     """Element-wise error beyond the allowance, in units of the scale; infinite where ``out`` is not finite."""
     difference = (out.double() - ref).abs()
     if allowance is not None:
         difference = (difference - allowance).clamp(min=0)
-    error = difference / torch.maximum(ref.abs(), scale).clamp(min=torch.finfo(out.dtype).tiny)
+    smallest = max(torch.finfo(out.dtype).tiny, torch.finfo(inner).tiny)
+    error = difference / torch.maximum(ref.abs(), scale).clamp(min=smallest)
     return torch.where(out.double().isfinite(), error, float("inf"))
 
 
@@ -159,14 +162,14 @@ def check(case: Case, device: str = "cpu", seed: int = 0) -> Outcome:
         if scale is None:
             scale = r.square().mean().sqrt().expand(r.shape)
         allowance = bounds.allowance.get(name)
-        error = excess(out, r, scale, allowance)
+        error = excess(out, r, scale, allowance, case.inner)
         if error.numel() and error.max() > allowed and name not in bounds.scale:
             response = response or sensitivity(case, tensors, incoming, outputs, ref)
             size = torch.maximum(scale, response[name]) + bounds.terms.get(name, 0.0)
-            error = excess(out, r, size, allowance)
+            error = excess(out, r, size, allowance, case.inner)
             outcome.cancelled += 1
         if allowance is not None and name == "out0":
-            outcome.flipped += int((excess(out, r, scale, None) > allowed).sum())
+            outcome.flipped += int((excess(out, r, scale, None, case.inner) > allowed).sum())
         worst = error.max().item() if error.numel() else 0.0
         outcome.errors[name] = worst
         if not worst <= allowed:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from jointnas_kernels import ops
 from jointnas_kernels.ops import pack
-from tests.fuzz.check import EXACT, Bounds, Case, Named, limit
+from tests.fuzz.check import EXACT, SUMMED, Bounds, Case, Named, limit
 from tests.fuzz.source import Source
 
 
@@ -391,14 +391,15 @@ def quant_lora_linear(source: Source) -> Case:
             ),
         ),
         truth,
-        # W~ is stored, then the product; U, V or the masked tile of dW are stored, then dA, dB. Triton keeps dW in fp32
-        # for the other reductions, torch on the CPU cannot.
-        limits={name: limit(source.dtype, 2) for name in ("out0", "dx")}
-        | {name: limit(source.dtype, 3) for name in ("dlora_a", "dlora_b")}
-        | {name: limit(reduced) for name in ("dprobs", "dclip")},
+        # W~ is stored, then the product; U, V or the masked tile of dW are stored, then dA, dB, then those times probs.
+        # Triton keeps dW in fp32 for the other reductions, torch on the CPU cannot.
+        limits={name: limit(source.dtype, SUMMED + 1) for name in ("out0", "dx")}
+        | {name: limit(source.dtype, SUMMED + 2) for name in ("dlora_a", "dlora_b")}
+        | {name: limit(reduced, SUMMED) for name in ("dprobs", "dclip")},
         wanted=wanted,
         layouts=mixture_layouts(source),
         bounds=bounds,
+        inner=source.dtype,
     )  # fmt: skip
 
 
