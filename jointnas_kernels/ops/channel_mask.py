@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, no_grad_slot, resolve, row_tiles, rows
 
 
 def reference(x: Tensor, mask: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def channel_mask_kernel(
 
 def _launch(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """g * mask and, given x, the column sums of g * x."""
-    flat, other = rows(g), None if x is None else rows(x)
+    flat, other, mask = rows(g), None if x is None else rows(x), mask.contiguous()
     count, width = flat.shape
     out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     grid, column_blocks, per_program, block_m, block_n = row_tiles(g, count, width, other is not None)
@@ -87,8 +87,9 @@ def backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: st
     return dx.contiguous(), slot
 
 
-@torch.library.custom_op(
-    "jointnas::channel_mask", mutates_args=(), schema="(Tensor x, Tensor mask, str? backend) -> Tensor"
+@custom_op(
+    "channel_mask",
+    "(Tensor x, Tensor mask, str? backend) -> Tensor",
 )
 def _channel_mask(x: Tensor, mask: Tensor, backend: str | None) -> Tensor:
     return forward(x, mask, resolve("channel_mask", backend, x))
@@ -99,10 +100,9 @@ def _(x: Tensor, mask: Tensor, backend: str | None) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@torch.library.custom_op(
-    "jointnas::channel_mask_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor mask, bool need_mask, str? backend) -> (Tensor, Tensor)",
+@custom_op(
+    "channel_mask_backward",
+    "(Tensor grad, Tensor x, Tensor mask, bool need_mask, str? backend) -> (Tensor, Tensor)",
 )
 def _channel_mask_backward(
     grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: str | None
@@ -126,7 +126,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, mask = ctx.saved_tensors
-    dx, dmask = torch.ops.jointnas.channel_mask_backward(
+    dx, dmask = _channel_mask_backward(
         grad, grad if x is None else x, mask, ctx.need_mask, ctx.backend
     )
     return dx, dmask if ctx.need_mask else None, None
@@ -138,4 +138,4 @@ _channel_mask.register_autograd(_backward, setup_context=_setup)
 def channel_mask(x: Tensor, mask: Tensor, backend: str | None = None) -> Tensor:
     """x * mask along the last dim; gradients to x and mask."""
     check(mask.shape == x.shape[-1:], "channel_mask", f"mask {tuple(mask.shape)} does not match x {tuple(x.shape)}")
-    return torch.ops.jointnas.channel_mask(x, mask, backend)
+    return _channel_mask(x, mask, backend)

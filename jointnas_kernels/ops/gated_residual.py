@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops.channel_mask import _channel_mask_backward
 
 
 def reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
@@ -107,6 +108,7 @@ def residual_backward_kernel(
 
 def _launch_forward(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
     h2, y2, x2 = rows(h), rows(y), None if x is None else rows(x)
+    mask = None if mask is None else mask.contiguous()
     count, width = h2.shape
     out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     grid, column_blocks, _, block_m, block_n = row_tiles(h, count, width, False)
@@ -124,6 +126,7 @@ def _launch_backward(
     grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool, need_gate: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     g, h2, y2, x2 = rows(grad), rows(h), rows(y), rows(x)
+    mask = None if mask is None else mask.contiguous()
     count, width = g.shape
     dh = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     dx = torch.empty_like(dh)
@@ -143,10 +146,9 @@ def _launch_backward(
             no_grad_slot(grad) if dgate is None else dgate.sum().to(gate.dtype))
 
 
-@torch.library.custom_op(
-    "jointnas::gated_residual",
-    mutates_args=(),
-    schema="(Tensor h, Tensor y, Tensor? mask, Tensor? gate, Tensor? x, str? backend) -> Tensor",
+@custom_op(
+    "gated_residual",
+    "(Tensor h, Tensor y, Tensor? mask, Tensor? gate, Tensor? x, str? backend) -> Tensor",
 )
 def _gated_residual(
     h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
@@ -166,10 +168,9 @@ def _(
     return torch.empty(h.shape, dtype=h.dtype, device=h.device)
 
 
-@torch.library.custom_op(
-    "jointnas::gated_residual_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor h, Tensor y, Tensor? mask, Tensor gate, Tensor x, bool need_mask, bool need_gate, "
+@custom_op(
+    "gated_residual_backward",
+    "(Tensor grad, Tensor h, Tensor y, Tensor? mask, Tensor gate, Tensor x, bool need_mask, bool need_gate, "
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _gated_residual_backward(
@@ -214,11 +215,11 @@ def _backward(ctx, grad):
     if gate is None:
         if mask is None:
             return grad, grad, None, None, None, None
-        dy, dmask = torch.ops.jointnas.channel_mask_backward(
+        dy, dmask = _channel_mask_backward(
             grad, grad if y is None else y, mask, need_mask, ctx.backend
         )
         return grad, dy, dmask if need_mask else None, None, None, None
-    dh, dy, dx, dmask, dgate = torch.ops.jointnas.gated_residual_backward(
+    dh, dy, dx, dmask, dgate = _gated_residual_backward(
         grad, grad if h is None else h, grad if y is None else y, mask, gate, grad if x is None else x,
         need_mask, need_gate, ctx.backend,
     )
@@ -246,4 +247,4 @@ def gated_residual(
         check(gate.dim() == 0, "gated_residual", f"gate must be a 0-dim tensor, got {tuple(gate.shape)}")
         check(x.shape == h.shape and x.dtype == h.dtype, "gated_residual",
               f"x {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)} differ")
-    return torch.ops.jointnas.gated_residual(h, y, mask, gate, x, backend)
+    return _gated_residual(h, y, mask, gate, x, backend)

@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, power_of_two, processors, resolve
+from jointnas_kernels.ops._dispatch import (
+    check,
+    compute_dtype,
+    custom_op,
+    no_grad_slot,
+    power_of_two,
+    processors,
+    resolve,
+)
 
 
 def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -170,10 +178,9 @@ def _launch(
     return q_out, k_out, None if dqm is None else dqm.sum(0), None if dkm is None else dkm.sum(0)
 
 
-@torch.library.custom_op(
-    "jointnas::masked_rope",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, str? backend) "
+@custom_op(
+    "masked_rope",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, str? backend) "
     "-> (Tensor, Tensor)",
 )
 def _masked_rope(
@@ -195,10 +202,9 @@ def _(
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
 
 
-@torch.library.custom_op(
-    "jointnas::masked_rope_backward",
-    mutates_args=(),
-    schema="(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, "
+@custom_op(
+    "masked_rope_backward",
+    "(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, "
     "bool need_q_mask, bool need_k_mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _masked_rope_backward(
@@ -245,7 +251,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dq_out, dk_out):
     q, k, cos, sin, q_mask, k_mask = ctx.saved_tensors
     need_q_mask, need_k_mask = ctx.needs_input_grad[4:6]
-    dq, dk, dqm, dkm = torch.ops.jointnas.masked_rope_backward(
+    dq, dk, dqm, dkm = _masked_rope_backward(
         dq_out, dk_out, dq_out if q is None else q, dk_out if k is None else k, cos, sin, q_mask, k_mask,
         need_q_mask, need_k_mask, ctx.backend,
     )
@@ -274,5 +280,5 @@ def masked_rope(
               f"{tuple(q.shape)}")
     check(q_mask.shape == q.shape[2:], op, f"q_mask {tuple(q_mask.shape)} must be {tuple(q.shape[2:])}")
     check(k_mask.shape == k.shape[2:], op, f"k_mask {tuple(k_mask.shape)} must be {tuple(k.shape[2:])}")
-    q_out, k_out = torch.ops.jointnas.masked_rope(q, k, cos, sin, q_mask, k_mask, backend)
+    q_out, k_out = _masked_rope(q, k, cos, sin, q_mask, k_mask, backend)
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

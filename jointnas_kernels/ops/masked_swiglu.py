@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, no_grad_slot, resolve, row_tiles, rows
 
 
 def reference(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def swiglu_backward_kernel(
 
 
 def _launch_forward(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
-    x, u = rows(gate), rows(up)
+    x, u, out_mask, in_mask = rows(gate), rows(up), out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     grid, column_blocks, _, block_m, block_n = row_tiles(gate, count, width, False)
@@ -113,6 +113,7 @@ def _launch_backward(
     grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     g, x, u = rows(grad), rows(gate), rows(up)
+    out_mask, in_mask = out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty_like(dgate)
@@ -135,10 +136,9 @@ def _launch_backward(
             no_grad_slot(gate) if dc is None else dc.sum(0).to(in_mask.dtype))
 
 
-@torch.library.custom_op(
-    "jointnas::masked_swiglu",
-    mutates_args=(),
-    schema="(Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, str? backend) -> Tensor",
+@custom_op(
+    "masked_swiglu",
+    "(Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, str? backend) -> Tensor",
 )
 def _masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None) -> Tensor:
     how = resolve("masked_swiglu", backend, gate)
@@ -154,10 +154,9 @@ def _(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str 
     return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
-@torch.library.custom_op(
-    "jointnas::masked_swiglu_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, bool need_out, bool need_in, "
+@custom_op(
+    "masked_swiglu_backward",
+    "(Tensor grad, Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, bool need_out, bool need_in, "
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _masked_swiglu_backward(
@@ -194,7 +193,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     gate, up, out_mask, in_mask = ctx.saved_tensors
     need_out, need_in = ctx.needs_input_grad[2:4]
-    dgate, dup, dr, dc = torch.ops.jointnas.masked_swiglu_backward(
+    dgate, dup, dr, dc = _masked_swiglu_backward(
         grad, gate, up, out_mask, in_mask, need_out, need_in, ctx.backend
     )
     return dgate, dup, dr if need_out else None, dc if need_in else None, None
@@ -210,4 +209,4 @@ def masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, b
     for name, mask in (("out_mask", out_mask), ("in_mask", in_mask)):
         check(mask.shape == gate.shape[-1:], "masked_swiglu",
               f"{name} {tuple(mask.shape)} does not match gate {tuple(gate.shape)}")
-    return torch.ops.jointnas.masked_swiglu(gate, up, out_mask, in_mask, backend)
+    return _masked_swiglu(gate, up, out_mask, in_mask, backend)

@@ -16,7 +16,7 @@ LoRA is added in place by addmm (beta = 1), so no elementwise pass over [rows, O
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, no_grad_slot, resolve, rows
+from jointnas_kernels.ops._dispatch import check, custom_op, no_grad_slot, resolve, rows
 from jointnas_kernels.ops.channel_mask import backward as mask_backward
 from jointnas_kernels.ops.channel_mask import forward as mask_forward
 
@@ -56,10 +56,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-@torch.library.custom_op(
-    "jointnas::mixed_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask, Tensor? lora_a, Tensor? lora_b, "
+@custom_op(
+    "mixed_linear",
+    "(Tensor x, Tensor weight, Tensor? in_mask, Tensor? out_mask, Tensor? lora_a, Tensor? lora_b, "
     "float scaling, Tensor? bias, str? backend) -> (Tensor, Tensor, Tensor)",
 )
 def _mixed_linear(
@@ -92,10 +91,9 @@ def _(
     return y, u, no_grad_slot(x) if out_mask is None else x.new_empty(count, weight.shape[0])
 
 
-@torch.library.custom_op(
-    "jointnas::mixed_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor? x, Tensor? u, Tensor? z, Tensor weight, Tensor? in_mask, Tensor? out_mask, "
+@custom_op(
+    "mixed_linear_backward",
+    "(Tensor grad, Tensor? x, Tensor? u, Tensor? z, Tensor weight, Tensor? in_mask, Tensor? out_mask, "
     "Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? bias, bool[] need, str? backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
@@ -171,7 +169,7 @@ def _backward(ctx, grad, _u, _z):
     if grad is None:
         return (None,) * 9
     x, u, z, weight, in_mask, out_mask, lora_a, lora_b, bias = ctx.saved_tensors
-    grads = torch.ops.jointnas.mixed_linear_backward(
+    grads = _mixed_linear_backward(
         grad, x, u, z, weight, in_mask, out_mask, lora_a, lora_b, ctx.scaling, bias, ctx.need, ctx.backend
     )
     dx, dw, din, dout, da, db, dbias = (d if wanted else None for d, wanted in zip(grads, ctx.need, strict=True))
@@ -220,4 +218,4 @@ def mixed_linear(
         x, weight = x.to(dtype), weight.to(dtype)
     check(weight.dtype == dtype, op, f"x is {x.dtype} and weight {weight.dtype}; they must agree outside autocast")
     bias = None if bias is None else bias.to(dtype)
-    return torch.ops.jointnas.mixed_linear(x, weight, in_mask, out_mask, lora_a, lora_b, scaling, bias, backend)[0]
+    return _mixed_linear(x, weight, in_mask, out_mask, lora_a, lora_b, scaling, bias, backend)[0]

@@ -26,6 +26,7 @@ from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import (
     check,
     compute_dtype,
+    custom_op,
     no_grad_slot,
     power_of_two,
     processors,
@@ -229,10 +230,9 @@ def _launch_backward(
     return dx, dw, no_grad_slot(x) if dalpha is None else dalpha.sum(0).to(alpha.dtype), dmask
 
 
-@torch.library.custom_op(
-    "jointnas::mixed_rmsnorm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor alpha, int[] sizes, float eps, Tensor? in_mask, str? backend) "
+@custom_op(
+    "mixed_rmsnorm",
+    "(Tensor x, Tensor weight, Tensor alpha, int[] sizes, float eps, Tensor? in_mask, str? backend) "
     "-> (Tensor, Tensor)",
 )
 def _mixed_rmsnorm(
@@ -257,10 +257,9 @@ def _(
     return y, torch.empty(x.numel() // x.shape[-1], len(sizes), dtype=compute_dtype(x), device=x.device)
 
 
-@torch.library.custom_op(
-    "jointnas::mixed_rmsnorm_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor alpha, Tensor inv, int[] sizes, Tensor? in_mask, "
+@custom_op(
+    "mixed_rmsnorm_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor alpha, Tensor inv, int[] sizes, Tensor? in_mask, "
     "bool need_weight, bool need_alpha, bool need_mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _mixed_rmsnorm_backward(
@@ -305,7 +304,7 @@ def _backward(ctx, grad, _):
         return None, None, None, None, None, None, None
     need_weight, need_alpha = ctx.needs_input_grad[1:3]
     need_mask = ctx.needs_input_grad[5]
-    dx, dw, dalpha, dmask = torch.ops.jointnas.mixed_rmsnorm_backward(
+    dx, dw, dalpha, dmask = _mixed_rmsnorm_backward(
         grad, x, weight, alpha, inv, ctx.sizes, in_mask, need_weight, need_alpha, need_mask, ctx.backend
     )
     return (dx, dw if need_weight else None, dalpha if need_alpha else None, None, None,
@@ -332,4 +331,4 @@ def mixed_rmsnorm(
           f"alpha {tuple(alpha.shape)} does not match {len(sizes)} sizes")
     check(min(sizes) > 0 and max(sizes) <= n, "mixed_rmsnorm", f"sizes {tuple(sizes)} must lie in 1..{n}")
     check(in_mask is None or in_mask.shape == (n,), "mixed_rmsnorm", f"in_mask must be [{n}]")
-    return torch.ops.jointnas.mixed_rmsnorm(x, weight, alpha, list(sizes), eps, in_mask, backend)[0]
+    return _mixed_rmsnorm(x, weight, alpha, list(sizes), eps, in_mask, backend)[0]

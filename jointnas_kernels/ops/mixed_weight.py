@@ -22,7 +22,15 @@ from torch import Tensor
 
 from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, no_grad_slot, power_of_two, processors, resolve
+from jointnas_kernels.ops._dispatch import (
+    check,
+    compute_dtype,
+    custom_op,
+    no_grad_slot,
+    power_of_two,
+    processors,
+    resolve,
+)
 from jointnas_kernels.ops.masks import membership
 
 IMPLS = ("factored", "masks", "loop")
@@ -59,7 +67,7 @@ def reference(
     if impl == "masks":
         stored = choice_masks(sizes_in, sizes_out, (m, n), weight.device, weight.dtype) if masks is None else masks
         mixed = torch.zeros_like(w)
-        for coefficient, mask in zip((b[:, None] * a).reshape(-1), stored, strict=True):
+        for coefficient, mask in zip((b[:, None] * a).reshape(-1, 1, 1), stored, strict=True):
             mixed = mixed + coefficient * mask
         return (w * mixed).to(weight.dtype)
     out = torch.zeros_like(w)
@@ -213,6 +221,7 @@ def _launch_forward(
     impl: str, masks: Tensor | None,
 ) -> Tensor:
     w = weight if weight.stride(1) == 1 else weight.contiguous()
+    alpha_in, alpha_out = alpha_in.contiguous(), alpha_out.contiguous()
     m, n = w.shape
     block_m, block_n = 8, 1024
     blocks = -(-n // block_n)
@@ -253,6 +262,7 @@ def _launch_backward(
     if need_weight:
         dw = _launch_forward(grad, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).to(weight.dtype)
     w = weight if weight.stride(1) == 1 else weight.contiguous()
+    alpha_in, alpha_out = alpha_in.contiguous(), alpha_out.contiguous()
     g = grad if grad.stride(1) == 1 else grad.contiguous()
     m, n = w.shape
     block_m, block_n = 8, 512
@@ -300,10 +310,9 @@ def _available(impl: str) -> tuple[str, ...]:
     return ("triton", "cpu", "reference") if impl == "factored" else ("triton", "reference")
 
 
-@torch.library.custom_op(
-    "jointnas::mixed_weight",
-    mutates_args=(),
-    schema="(Tensor weight, Tensor alpha_in, int[] sizes_in, Tensor alpha_out, int[] sizes_out, str impl, "
+@custom_op(
+    "mixed_weight",
+    "(Tensor weight, Tensor alpha_in, int[] sizes_in, Tensor alpha_out, int[] sizes_out, str impl, "
     "Tensor? masks, str? backend) -> Tensor",
 )
 def _mixed_weight(
@@ -327,10 +336,9 @@ def _(
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-@torch.library.custom_op(
-    "jointnas::mixed_weight_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor weight, Tensor alpha_in, int[] sizes_in, Tensor alpha_out, int[] sizes_out, "
+@custom_op(
+    "mixed_weight_backward",
+    "(Tensor grad, Tensor weight, Tensor alpha_in, int[] sizes_in, Tensor alpha_out, int[] sizes_out, "
     "str impl, Tensor? masks, bool need_weight, str? backend) -> (Tensor, Tensor, Tensor)",
 )
 def _mixed_weight_backward(
@@ -369,7 +377,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad):
     weight, alpha_in, alpha_out, masks = ctx.saved_tensors
     need = ctx.needs_input_grad
-    dw, da, db = torch.ops.jointnas.mixed_weight_backward(
+    dw, da, db = _mixed_weight_backward(
         grad, weight, alpha_in, ctx.sizes_in, alpha_out, ctx.sizes_out, ctx.impl, masks, need[0], ctx.backend
     )
     return dw if need[0] else None, da if need[1] else None, None, db if need[3] else None, None, None, None, None
@@ -405,6 +413,6 @@ def mixed_weight(
         check(min(sizes) > 0 and max(sizes) <= full, op, f"sizes_{name} {tuple(sizes)} must lie in 1..{full}")
     check(masks is None or (impl == "masks" and masks.shape == (len(sizes_in) * len(sizes_out), m, n)), op,
           "masks must be choice_masks(sizes_in, sizes_out, weight.shape) and go with impl='masks'")
-    return torch.ops.jointnas.mixed_weight(
+    return _mixed_weight(
         weight, alpha_in, list(sizes_in), alpha_out, list(sizes_out), impl, masks, backend
     )

@@ -11,15 +11,16 @@ At tau = 1 its expectation is Heun's rule applied to the exact gradient, hence e
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype
+from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op
 
 
 def _softmax_vjp(p: Tensor, v: Tensor) -> Tensor:
     return p * (v - (p * v).sum(-1, keepdim=True))
 
 
-@torch.library.custom_op(
-    "jointnas::reinmax", mutates_args=(), schema="(Tensor logits, Tensor index, float tau) -> Tensor"
+@custom_op(
+    "reinmax",
+    "(Tensor logits, Tensor index, float tau) -> Tensor",
 )
 def _reinmax(logits: Tensor, index: Tensor, tau: float) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, index.unsqueeze(-1), 1.0)
@@ -30,10 +31,9 @@ def _(logits: Tensor, index: Tensor, tau: float) -> Tensor:
     return torch.empty_like(logits)
 
 
-@torch.library.custom_op(
-    "jointnas::reinmax_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor logits, Tensor index, float tau) -> Tensor",
+@custom_op(
+    "reinmax_backward",
+    "(Tensor grad, Tensor logits, Tensor index, float tau) -> Tensor",
 )
 def _reinmax_backward(grad: Tensor, logits: Tensor, index: Tensor, tau: float) -> Tensor:
     acc = compute_dtype(logits)
@@ -57,7 +57,7 @@ def _setup(ctx, inputs, output):
 
 def _backward(ctx, grad):
     logits, index = ctx.saved_tensors
-    return torch.ops.jointnas.reinmax_backward(grad, logits, index, ctx.tau), None, None
+    return _reinmax_backward(grad, logits, index, ctx.tau), None, None
 
 
 _reinmax.register_autograd(_backward, setup_context=_setup)
@@ -77,4 +77,4 @@ def reinmax(logits: Tensor, tau: float = 1.0, generator: torch.Generator | None 
     probs = logits.detach().to(compute_dtype(logits)).softmax(-1)
     flat = probs.reshape(-1, probs.shape[-1])
     index = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:-1])
-    return torch.ops.jointnas.reinmax(logits, index, tau)
+    return _reinmax(logits, index, tau)

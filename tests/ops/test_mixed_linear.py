@@ -117,6 +117,16 @@ def test_a_group_equals_its_layers(outs: tuple[int, ...], biased: bool, dtype: t
         compare(op, tensors, wanted, None, TOLERANCE[dtype], reference=plain)
 
 
+def test_a_group_with_an_unused_output() -> None:
+    x, a, b = leaf(4, 9), leaf(2, 9), leaf(5, 2)
+    weight = rand(5, 9, dtype=torch.float32)
+    out = ops.mixed_linear_group(x, [weight, weight], [a, a.detach()], [b, b.detach()])[0]
+    alone = ops.mixed_linear(x, weight, None, None, a, b)
+    for got, want in zip(torch.autograd.grad(out.sum(), [x, a, b]), torch.autograd.grad(alone.sum(), [x, a, b]),
+                         strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def leaf(*shape: int) -> Tensor:
     return rand(*shape, dtype=torch.float32).requires_grad_()
 
@@ -128,11 +138,12 @@ def test_opcheck(absent: tuple[int, ...]) -> None:
     opcheck(torch.ops.jointnas.mixed_linear, tuple(None if i in absent else a for i, a in enumerate(case)))
 
 
-@pytest.mark.parametrize("biases", [0, 2])
-def test_opcheck_group(biases: int) -> None:
-    frozen = [rand(5, 9, dtype=torch.float32), rand(4, 9, dtype=torch.float32)]
-    lora = [leaf(2, 9), leaf(2, 9)], [leaf(5, 2), leaf(4, 2)]
-    case = (leaf(2, 3, 9), frozen, *lora, 0.5, [leaf(5), leaf(4)][:biases])
+@pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_opcheck_group(k: int, biased: bool) -> None:
+    layers = [t for o in range(4, 4 + k) for t in (rand(o, 9, dtype=torch.float32), leaf(2, 9), leaf(o, 2))]
+    biases = [leaf(o) for o in range(4, 4 + k)] if biased else []
+    case = (leaf(2, 3, 9), 0.5, *layers, *[None] * (9 - len(layers)), *biases, *[None] * (3 - len(biases)))
     opcheck(torch.ops.jointnas.mixed_linear_group, case)
 
 
@@ -161,6 +172,7 @@ def test_fullgraph_compile() -> None:
         (lambda: ops.mixed_linear(leaf(2, 5), leaf(4, 5), in_mask=leaf(4)), "in_mask must be [5]"),
         (lambda: ops.mixed_linear(leaf(2, 5), leaf(4, 5).bfloat16()), "must agree outside autocast"),
         (lambda: ops.mixed_linear_group(leaf(2, 5), [leaf(4, 5)], [], []), "counts must agree"),
+        (lambda: ops.mixed_linear_group(leaf(2, 5), [leaf(4, 5)] * 4, [], []), "a group has 1 to 3"),
         (lambda: ops.mixed_linear_group(leaf(2, 5), [leaf(4, 5)], [leaf(1, 5)], [leaf(4, 1)]), "use mixed_linear"),
     ],
 )
