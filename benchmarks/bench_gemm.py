@@ -126,11 +126,19 @@ def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, pe
 def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
     """Our paths that ``matmul`` chooses between, each on its own."""
     found: dict[str, Callable[[Any], Tensor]] = {}
+    hopper = torch.cuda.get_device_capability() == (9, 0)
     if a_bits < 16:
         a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
         kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS else lowbit_cuda.tile
         found["ours, quantized x"] = lambda w: kernel(a, w, (s, z))
+        if hopper and x.shape[0] >= 64:
+            b, sb, zb = lowbit_cuda.quantize_pack(x, a_bits, layout=1)
+            found["ours, wgmma, quantized x"] = lambda w: lowbit_cuda.wgmma(b, w, (sb, zb))
     elif x.shape[0] >= 64:
+        if x.shape[0] == 64:
+            found["ours, stream"] = lambda w: lowbit_cuda.stream(x, w)
+        if hopper:
+            found["ours, wgmma"] = lambda w: lowbit_cuda.wgmma(x, w)
         found["ours, tile"] = lambda w: lowbit_cuda.tile(x, w)
         found["ours, dense"] = lambda w: x @ lowbit_cuda.dense(w).t()
     return found

@@ -16,7 +16,8 @@ constexpr int kStep = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    act_quant_kernel(const T* x, int8_t* a, float* scale, int* zero, int inputs, int bits, int symmetric, float tiny) {
+    act_quant_kernel(const T* x, int8_t* a, float* scale, int* zero, int inputs, int bits, int symmetric, int layout,
+                     float tiny) {
   JN_DYNAMIC_SHARED(shared);
   float* partial = reinterpret_cast<float*>(shared);  // [2][warps]
   const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -82,27 +83,56 @@ __global__ void __launch_bounds__(kThreads)
       const int place = place_in_token(j);
       word[place / 4] |= (static_cast<uint32_t>(static_cast<int>(q)) & 0xffu) << (8 * (place % 4));
     }
-    uint32_t* dst = reinterpret_cast<uint32_t*>(a + k / kGroup * kGroup + place_in_token(k % kGroup));
+    const int in_group = k % kGroup;  // input of s = 0; s = 1 follows at once, or 16 bytes later for wgmma
+    const int place = layout == 0 ? place_in_token(in_group) : place_for_wgmma(1, in_group);
+    uint32_t* dst = reinterpret_cast<uint32_t*>(a + k / kGroup * kGroup + place);
     dst[0] = word[0];
-    dst[1] = word[1];
+    dst[layout == 0 ? 1 : 4] = word[1];
   }
 }
 
+// One thread per 32 inputs: a 4 x 4 transposition of words, [t][s, h] to [s, h][t].
+__global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, Vec4* out, long long blocks) {
+  const long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= blocks) return;
+  Vec4 in[4], to[4];
+#pragma unroll
+  for (int t = 0; t < 4; ++t) in[t] = ptx::load_readonly(x + i * 4 + t);
+#pragma unroll
+  for (int sh = 0; sh < 4; ++sh)
+#pragma unroll
+    for (int t = 0; t < 4; ++t) to[sh].w[t] = in[t].w[sh];
+#pragma unroll
+  for (int sh = 0; sh < 4; ++sh) out[i * 4 + sh] = to[sh];
+}
+
 template <class T> int run(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
-                           int symmetric, float tiny, cudaStream_t stream) {
+                           int symmetric, int layout, float tiny, cudaStream_t stream) {
   return launch(act_quant_kernel<T>, dim3(tokens), dim3(kThreads), 2 * kThreads / 32 * sizeof(float), stream, false,
-                static_cast<const T*>(x), a, scale, zero, inputs, bits, symmetric, tiny);
+                static_cast<const T*>(x), a, scale, zero, inputs, bits, symmetric, layout, tiny);
 }
 
 }  // namespace
 }  // namespace jointnas
 
 int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
-                      int symmetric, int dtype, void* stream) {
+                      int symmetric, int layout, int dtype, void* stream) {
   if (inputs % jointnas::kGroup || tokens < 1 || (bits != 2 && bits != 4 && bits != 8)) return 1;
   auto s = static_cast<cudaStream_t>(stream);
   // a token of zeros has scale 0; the smallest step of the type stands in (torch.finfo(dtype).eps)
-  if (dtype == JN_F16) return jointnas::run<jointnas::F16>(x, a, scale, zero, tokens, inputs, bits, symmetric, 0x1p-10f, s);
-  if (dtype == JN_BF16) return jointnas::run<jointnas::BF16>(x, a, scale, zero, tokens, inputs, bits, symmetric, 0x1p-7f, s);
+  const auto run = [&](auto type, float tiny) {
+    return jointnas::run<decltype(type)>(x, a, scale, zero, tokens, inputs, bits, symmetric, layout, tiny, s);
+  };
+  if (dtype == JN_F16) return run(jointnas::F16{}, 0x1p-10f);
+  if (dtype == JN_BF16) return run(jointnas::BF16{}, 0x1p-7f);
   return 1;
+}
+
+int jn_token_layout(const void* x, void* out, int tokens, int inputs, void* stream) {
+  if (inputs % jointnas::kGroup || tokens < 1) return 1;
+  const long long blocks = static_cast<long long>(tokens) * inputs / 32;
+  const auto grid = static_cast<unsigned>((blocks + jointnas::kThreads - 1) / jointnas::kThreads);
+  return jointnas::launch(jointnas::token_layout_kernel, dim3(grid), dim3(jointnas::kThreads), 0,
+                          static_cast<cudaStream_t>(stream), false, static_cast<const jointnas::Vec4*>(x),
+                          static_cast<jointnas::Vec4*>(out), blocks);
 }

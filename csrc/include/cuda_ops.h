@@ -14,6 +14,7 @@ struct JnLowbitArgs {
   const void* x;              // [M, I] dtype, or int8 as written by jn_act_quant_pack
   const float* act_scale;     // [M]; null for 16-bit activations
   const int* act_zero;        // [M]; null for 16-bit activations
+  const float* row_sum;       // [O], sums of q * scale over the inputs: zero points applied at the end (wgmma); or null
   void* y;                    // [M, O] dtype
   float* partial;             // [splits, M, O] if splits > 1
   int* locks;                 // [row blocks * token blocks], zero before and after, if splits > 1
@@ -28,15 +29,20 @@ struct JnLowbitArgs {
 int jn_lowbit_stream(const JnLowbitArgs* args, void* stream);
 // Many tokens: blocks of 128 rows x 64 or 128 tokens (lowbit_tile.cu).
 int jn_lowbit_tile(const JnLowbitArgs* args, void* stream);
+// The same with wgmma, sm_90a only; x in the order of jn_token_layout or jn_act_quant_pack(layout 1) (lowbit_wgmma.cu).
+int jn_lowbit_wgmma(const JnLowbitArgs* args, void* stream);
+// x[M, I] of a 16-bit type to the order lowbit_wgmma reads.
+int jn_token_layout(const void* x, void* out, int tokens, int inputs, void* stream);
 
 // Tiled weights and scales to dense [O, I] of dtype: q * scale rounded once (lowbit_dequant.cu).
 int jn_lowbit_dequant(const void* weight, const void* scale, void* out, int rows, int inputs, int bits, int dtype,
                       void* stream);
 
 // Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) to int8 in the order the kernels read.
-// symmetric: 0 or 1. Writes a[M, I], scale[M] (the rounded scale, as fp32) and zero[M].
+// symmetric: 0 or 1. layout: 0 for lowbit_stream and lowbit_tile, 1 for lowbit_wgmma. Writes a[M, I], scale[M] (the
+// rounded scale, as fp32) and zero[M].
 int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
-                      int symmetric, int dtype, void* stream);
+                      int symmetric, int layout, int dtype, void* stream);
 
 // W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), ops/quant_lora_mix.py (quant_lora_mix.cu).
 struct JnMixArgs {

@@ -23,7 +23,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define JN_DYNAMIC_SHARED(name) unsigned char* name = ::jointnas::emu::block().shared.data()
+#define JN_DYNAMIC_SHARED(name) unsigned char* name = ::jointnas::emu::shared_base()
 
 struct dim3 {
   unsigned x, y, z;
@@ -60,6 +60,10 @@ inline dim3& block_index() { static dim3 d; return d; }
 inline dim3& block_size() { static dim3 d; return d; }
 inline dim3& grid_size() { static dim3 d; return d; }
 
+inline unsigned char* shared_base() {  // 1024-byte aligned, as on the device
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block().shared.data()) + 1023) / 1024 * 1024);
+}
+
 constexpr size_t kStack = 128 * 1024;
 
 inline void yield() {
@@ -77,7 +81,7 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
   static Block b;  // fibers and their stacks are reused
   block_pointer() = &b;
   b.body = body;
-  b.shared.assign(shared_bytes + 16, 0xFF);
+  b.shared.assign(shared_bytes + 1024, 0xFF);
   b.warps.assign((threads + 31) / 32, Warp{});
   b.barrier = Meeting{};
   b.idle = 0;
@@ -277,6 +281,7 @@ inline void wait_dependencies() {}
 }  // namespace jointnas::ptx
 
 namespace jointnas {
+inline int compute_capability() { return 90; }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, bool, A... args) {
   emu::grid_size() = grid;

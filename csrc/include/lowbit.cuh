@@ -28,6 +28,13 @@ JN_HOST_DEVICE int place_in_token(int input) {
   return 32 * t + 8 * i + 4 * s + 2 * e + h;
 }
 
+// The same for wgmma, which takes a token's inputs in memory order: 16-bit activations in the order of the A registers
+// of successive k16 products, 8-bit ones of k32 products.
+JN_HOST_DEVICE int place_for_wgmma(int bytes, int input) {
+  const int i = input / 32, t = input / 8 % 4, s = input / 4 % 2, h = input / 2 % 2, e = input % 2;
+  return bytes == 2 ? 32 * i + 16 * s + 8 * h + 2 * t + e : 32 * i + 16 * s + 4 * t + 2 * e + h;
+}
+
 // Bits of a small number as F16 / BF16; exact for every constant used below.
 JN_HOST_DEVICE constexpr uint32_t half_bits(bool bf16, double v) {
   const uint32_t sign = v < 0 ? 0x8000u : 0u;
@@ -75,6 +82,22 @@ template <int BITS, int F> JN_DEVICE uint32_t spread(uint32_t word) {
   constexpr int up = 8 - BITS - BITS * F;  // bits pushed into the next byte are masked off
   constexpr uint32_t top = (0xffu << (8 - BITS)) & 0xffu;
   return ptx::and_xor(up > 0 ? word << up : word, top * 0x01010101u, 0x80808080u);
+}
+
+// All A registers of a tile: a[step] for mma.m16n8k16 ...
+template <class T, int BITS, int STEP = 0> JN_DEVICE void dequant_tile(const uint32_t (&w)[2 * BITS], uint32_t (&a)[8][4]) {
+  constexpr int per_word = 8 / BITS, f0 = 2 * STEP, f1 = f0 + 1;
+  a[STEP][0] = dequant<T, BITS, f0 % per_word, 0>(w[f0 / per_word]);
+  a[STEP][1] = dequant<T, BITS, f1 % per_word, 0>(w[f1 / per_word]);
+  a[STEP][2] = dequant<T, BITS, f0 % per_word, 1>(w[f0 / per_word]);
+  a[STEP][3] = dequant<T, BITS, f1 % per_word, 1>(w[f1 / per_word]);
+  if constexpr (STEP < 7) dequant_tile<T, BITS, STEP + 1>(w, a);
+}
+// ... and for mma.m16n8k32.s8.
+template <int BITS, int FIELD = 0> JN_DEVICE void spread_tile(const uint32_t (&w)[2 * BITS], uint32_t (&a)[4][4]) {
+  constexpr int per_word = 8 / BITS;
+  a[FIELD / 4][FIELD % 4] = spread<BITS, FIELD % per_word>(w[FIELD / per_word]);
+  if constexpr (FIELD < 15) spread_tile<BITS, FIELD + 1>(w, a);
 }
 
 }  // namespace jointnas

@@ -14,7 +14,11 @@ JN_DEVICE void finish_block(const JnLowbitArgs& p, int threads, int first_row, i
   const int tokens = p.tokens - first_token < block_tokens ? p.tokens - first_token : block_tokens;
   auto store = [&](int token, int row, float v) {
     const int m = first_token + token;
-    if constexpr (QUANTIZED) v *= p.act_scale[m] * (1.0f / (1 << (8 - BITS)));  // spread() scaled the weights up
+    if constexpr (QUANTIZED) {
+      v *= 1.0f / (1 << (8 - BITS));  // spread() scaled the weights up
+      if (p.row_sum) v -= static_cast<float>(p.act_zero[m]) * p.row_sum[first_row + row];
+      v *= p.act_scale[m];
+    }
     static_cast<T*>(p.y)[size_t(m) * p.rows + first_row + row] = ptx::from_float<T>(v);
   };
   for (int i = threadIdx.x; i < tokens * block_rows; i += threads) {

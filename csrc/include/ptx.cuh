@@ -156,6 +156,15 @@ JN_DEVICE void wait_dependencies() {
 }  // namespace jointnas::ptx
 
 namespace jointnas {
+// Of the current device, times ten: 80, 90, ...
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
+
 // Launch on `stream`; `early` allows the kernel to start before its predecessor ends (sm_90, programmatic dependent
 // launch). Returns the CUDA error code.
 template <class... P, class... A>

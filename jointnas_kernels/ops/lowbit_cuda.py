@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.pack import TILE_INPUTS, tile_scale, tile_weight
+from jointnas_kernels.ops.pack import TILE_INPUTS, tile_scale, tile_weight, unpack_weight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
@@ -72,6 +72,7 @@ class CudaWeight:
     weight: Tensor  # int32 [tiles, groups, bits/2, 32, 4]
     scale: Tensor  # [groups, 16 * tiles]
     locks: Tensor  # int32, zero between launches
+    row_sum: Tensor  # fp32 [O]: sums of q * scale over the inputs
     bits: int
     rows: int
     inputs: int
@@ -88,7 +89,9 @@ class CudaWeight:
                 f"{tuple(scale.shape)}"
             )
         locks = torch.zeros(LOCKS, dtype=torch.int32, device=packed.device)
-        return CudaWeight(tile_weight(packed, bits), tile_scale(scale), locks, bits, rows, inputs)
+        q = unpack_weight(packed, bits, (rows, inputs)).view(rows, -1, TILE_INPUTS)
+        row_sum = (q.sum(2, dtype=torch.int32) * scale.double()).sum(1).float()
+        return CudaWeight(tile_weight(packed, bits), tile_scale(scale), locks, row_sum, bits, rows, inputs)
 
     @property
     def bytes(self) -> int:
@@ -110,14 +113,14 @@ def multiprocessors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
-def quantize_pack(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, I] to (a int8 [M, I] in the kernels' order, scale fp32 [M], zero int32 [M])."""
+def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]); ``layout`` 1 is the order :func:`wgmma` reads."""
     tokens, inputs = x.shape
     a = torch.empty(tokens, inputs, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
     code = _ext.load(cuda=True).act_quant_pack(x.data_ptr(), a.data_ptr(), scale.data_ptr(), zero.data_ptr(), tokens,
-                                               inputs, bits, int(symmetric), DTYPES[x.dtype], current_stream(x))
+                                               inputs, bits, int(symmetric), layout, DTYPES[x.dtype], current_stream(x))
     check_launch(code, "act_quant_pack")
     return a, scale, zero
 
@@ -129,8 +132,9 @@ def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Te
     y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=x.device)
     partial = torch.empty(splits, tokens, weight.rows, dtype=torch.float32, device=x.device) if splits > 1 else None
     act_scale, act_zero = activation if activation is not None else (None, None)
+    row_sum = weight.row_sum if kernel == "lowbit_wgmma" else None
     pointers = [0 if t is None else t.data_ptr()
-                for t in (weight.weight, weight.scale, x, act_scale, act_zero, y, partial, weight.locks)]
+                for t in (weight.weight, weight.scale, x, act_scale, act_zero, row_sum, y, partial, weight.locks)]
     code = getattr(_ext.load(cuda=True), kernel)(
         *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], token_tiles, warp_rows,
         splits, int(early), current_stream(x))
@@ -153,6 +157,18 @@ def tile(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None
     """y [M, O] for many tokens."""
     p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
     return run("lowbit_tile", x, weight, activation, p.token_tiles, 1, p.splits, False)
+
+
+def wgmma(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
+          plan: TilePlan | None = None) -> Tensor:
+    """y [M, O] for many tokens on sm_90a; a quantized ``x`` comes from ``quantize_pack(..., layout=1)``."""
+    p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
+    if activation is None:
+        ordered = torch.empty_like(x)
+        code = _ext.load(cuda=True).token_layout(x.data_ptr(), ordered.data_ptr(), *x.shape, current_stream(x))
+        check_launch(code, "token_layout")
+        x = ordered
+    return run("lowbit_wgmma", x, weight, activation, p.token_tiles, 1, p.splits, False)
 
 
 def dense(weight: CudaWeight) -> Tensor:

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from tests.aot.harness import SHARED_LIMIT, TOOLS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,11 +19,15 @@ pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not ins
 SOURCES = {
     "lowbit_stream": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
     "lowbit_tile": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
+    "lowbit_wgmma": ("HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32 ", "IGMMA.64x128x32.S8.S8"),
+    "lowbit_dequant": ("LDG.E.128", "STG.E.128"),
     "act_quant_pack": ("LDG.E.128",),
 }
+# wgmma exists on sm_90a only; elsewhere its kernels are empty and the launcher refuses
+CASES = [(name, arch) for name in SOURCES for arch in ("80", "90a") if (name, arch) != ("lowbit_wgmma", "80")]
 
 
-@pytest.fixture(scope="module", params=[(name, arch) for name in SOURCES for arch in ("80", "90a")], ids="-sm_".join)
+@pytest.fixture(scope="module", params=CASES, ids="-sm_".join)
 def cubin(request, tmp_path_factory):
     name, arch = request.param
     target = tmp_path_factory.mktemp("cubin") / f"{name}_{arch}.cubin"

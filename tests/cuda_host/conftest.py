@@ -18,7 +18,10 @@ import pytest
 from jointnas_kernels.ops import lowbit_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ["lowbit_stream.cu", "lowbit_tile.cu", "lowbit_dequant.cu", "act_quant_pack.cu", "quant_lora_mix.cu"]
+SOURCES = [
+    *("lowbit_stream.cu", "lowbit_tile.cu", "lowbit_wgmma.cu", "lowbit_dequant.cu", "act_quant_pack.cu"),
+    "quant_lora_mix.cu",
+]
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 
 
@@ -29,7 +32,7 @@ def structure(pointers: str, integers: str, floats: str = "") -> type[ctypes.Str
 
 
 LOWBIT = structure(
-    "weight scale x act_scale act_zero y partial locks",
+    "weight scale x act_scale act_zero row_sum y partial locks",
     "tokens rows inputs w_bits dtype token_tiles warp_rows splits early",
 )
 
@@ -55,14 +58,17 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     command = ["g++", *flags, f"-I{ROOT / 'csrc' / 'include'}", "-x", "c++", *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     c = ctypes.CDLL(str(library))
+    c.jn_token_layout.argtypes = [POINTER] * 2 + [INT] * 2 + [POINTER]
     c.jn_lowbit_dequant.argtypes = [POINTER] * 3 + [INT] * 4 + [POINTER]
-    c.jn_act_quant_pack.argtypes = [POINTER] * 4 + [INT] * 5 + [POINTER]
+    c.jn_act_quant_pack.argtypes = [POINTER] * 4 + [INT] * 6 + [POINTER]
     return SimpleNamespace(
         has_cuda=True,
         act_quant_pack=c.jn_act_quant_pack,
         lowbit_dequant=c.jn_lowbit_dequant,
         lowbit_stream=with_struct(c.jn_lowbit_stream, LOWBIT),
         lowbit_tile=with_struct(c.jn_lowbit_tile, LOWBIT),
+        lowbit_wgmma=with_struct(c.jn_lowbit_wgmma, LOWBIT),
+        token_layout=c.jn_token_layout,
         quant_lora_mix=with_struct(c.jn_quant_lora_mix, MIX),
     )
 

@@ -60,7 +60,8 @@ def test_stream_plans(plan, a_bits):
 @pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
 @pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
 @pytest.mark.parametrize(("shape", "plan"), [((70, 150, 384), (8, 1)), ((130, 129, 1280), (16, 3))], ids=str)
-def test_tile(shape, plan, w_bits, a_bits, dtype):
+@pytest.mark.parametrize("kernel", [lowbit_cuda.tile, lowbit_cuda.wgmma], ids=["tile", "wgmma"])
+def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype)
     weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
@@ -68,9 +69,9 @@ def test_tile(shape, plan, w_bits, a_bits, dtype):
     with poisoned():
         operand, activation = x, None
         if a_bits < 16:
-            operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+            operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=int(kernel is lowbit_cuda.wgmma))
             activation = (s, z)
-        y = lowbit_cuda.tile(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
+        y = kernel(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
     assert not weight.locks.any()
 

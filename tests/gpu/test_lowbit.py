@@ -66,18 +66,21 @@ def test_stream_plans(plan, early, dtype, device):
 @pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
 @pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
 @pytest.mark.parametrize("plan", [(8, 1), (8, 3), (16, 1), (16, 4)], ids=str)
-def test_tile_plans(plan, w_bits, a_bits, dtype, device):
+@pytest.mark.parametrize("kernel", [lowbit_cuda.tile, lowbit_cuda.wgmma], ids=["tile", "wgmma"])
+def test_many_tokens(kernel, plan, w_bits, a_bits, dtype, device):
+    if kernel is lowbit_cuda.wgmma and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is Hopper's")
     packed, scale = make(300, 2048, w_bits, dtype, device)
     weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
     x = torch.randn(133, 2048, device=device).to(dtype)
     operand, activation = x, None
     target = x.double()
     if a_bits < 16:
-        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=int(kernel is lowbit_cuda.wgmma))
         activation = (s, z)
         a, sx, zx = quantize_tokens(x, a_bits)
         target = (a.double() - zx.double()) * sx.double()
-    y = lowbit_cuda.tile(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
+    y = kernel(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
     assert_close(y, reference(target, packed, scale, w_bits, 16, 128, False))
     assert not weight.locks.any()
 

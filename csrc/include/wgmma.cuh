@@ -1,0 +1,125 @@
+// wgmma (sm_90a): a warpgroup of 128 threads multiplies 64 rows of A, in registers, with B in shared memory.
+//
+// A: every warp holds 16 rows in the register layout of mma.m16n8k16 / m16n8k32. B: N columns, K-major, rows of 128
+// bytes with the 128-byte swizzle (16-byte chunk index ^= column % 8), 1024-byte aligned; `b` points at the first byte of
+// the k range, so consecutive steps add 32 bytes. D: like mma's C for each 8 columns. Every call zeroes D unless `add`.
+#pragma once
+#include "ptx.cuh"
+
+namespace jointnas::ptx {
+
+#ifndef JN_EMULATE
+// matrix descriptor: address / 16, stride between 8-column blocks 1024 bytes, 128-byte swizzle
+JN_DEVICE uint64_t wgmma_descriptor(const void* b) {
+  return (static_cast<uint64_t>(shared_address(b) >> 4) & 0x3fff) | (uint64_t{1} << 16) | (uint64_t{64} << 32) |
+         (uint64_t{1} << 62);
+}
+JN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+JN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING> JN_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// ordinary writes to shared memory (cp.async too) become visible to wgmma
+JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#define JN_4(t, i) "+" t(c[i]), "+" t(c[i + 1]), "+" t(c[i + 2]), "+" t(c[i + 3])
+#define JN_16(t, i) JN_4(t, i), JN_4(t, i + 4), JN_4(t, i + 8), JN_4(t, i + 12)
+#define JN_32(t) JN_16(t, 0), JN_16(t, 16)
+#define JN_64(t) JN_32(t), JN_16(t, 32), JN_16(t, 48)
+
+#define JN_REGISTERS_32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define JN_REGISTERS_64 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+
+template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add);
+template <>
+JN_DEVICE void wgmma_m64k16<F16, 64>(float (&c)[32], const uint32_t (&a)[4], const void* b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+      JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
+      : JN_32("f")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+}
+template <>
+JN_DEVICE void wgmma_m64k16<F16, 128>(float (&c)[64], const uint32_t (&a)[4], const void* b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+      JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
+      : JN_64("f")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+}
+template <>
+JN_DEVICE void wgmma_m64k16<BF16, 64>(float (&c)[32], const uint32_t (&a)[4], const void* b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
+      : JN_32("f")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+}
+template <>
+JN_DEVICE void wgmma_m64k16<BF16, 128>(float (&c)[64], const uint32_t (&a)[4], const void* b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
+      : JN_64("f")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+}
+template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add);
+template <> JN_DEVICE void wgmma_m64k32_s8<64>(int (&c)[32], const uint32_t (&a)[4], const void* b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
+      JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p; }"
+      : JN_32("r")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+}
+template <> JN_DEVICE void wgmma_m64k32_s8<128>(int (&c)[64], const uint32_t (&a)[4], const void* b, bool add) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
+      JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p; }"
+      : JN_64("r")
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+}
+#undef JN_REGISTERS_32
+#undef JN_REGISTERS_64
+#undef JN_4
+#undef JN_16
+#undef JN_32
+#undef JN_64
+#else
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+template <int PENDING> void wgmma_wait() {}
+inline void fence_async_shared() {}
+
+// Four mma per 8 columns would do the same; B's bytes are found through the swizzle as the hardware does, on addresses
+// relative to the 1024-byte aligned start of shared memory.
+inline uint32_t swizzled_word(const void* b, int column, int byte) {
+  const unsigned char* base = emu::shared_base();
+  size_t at = static_cast<const unsigned char*>(b) - base + column / 8 * 1024 + column % 8 * 128 + byte;
+  at ^= (at >> 7 & 7) << 4;
+  uint32_t v;
+  std::memcpy(&v, base + at, 4);
+  return v;
+}
+template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add) {
+  const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
+  for (int n = 0; n < N; n += 8) {
+    float d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
+    mma_m16n8k16<T>(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
+    for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
+  }
+}
+template <int N> void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add) {
+  const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
+  for (int n = 0; n < N; n += 8) {
+    int d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
+    mma_m16n8k32_s8(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
+    for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
+  }
+}
+#endif
+
+}  // namespace jointnas::ptx
