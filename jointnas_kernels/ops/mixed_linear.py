@@ -35,6 +35,18 @@ def reference(
     return z if out_mask is None else z * out_mask.to(x.dtype)
 
 
+def lora_operands(lora_as: list[Tensor], lora_bs: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    """[A_1; ..; A_k] and the B_j in ``dtype``. fp32 LoRA beside half weights is cast by one launch for all of them."""
+    every = [*lora_as, *lora_bs]
+    if all(t.dtype == dtype for t in every):
+        return lora_as[0] if len(lora_as) == 1 else torch.cat(lora_as), lora_bs
+    memory = torch.empty(sum(t.numel() for t in every), dtype=dtype, device=every[0].device)
+    parts = [part.view(t.shape) for part, t in zip(memory.split([t.numel() for t in every]), every, strict=True)]
+    torch._foreach_copy_(parts, every)
+    rank, width = sum(a.shape[0] for a in lora_as), lora_as[0].shape[1]
+    return memory[: rank * width].view(rank, width), parts[len(lora_as) :]
+
+
 def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """scaling * a @ b in one launch."""
     return torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device).addmm_(a, b, beta=0, alpha=scaling)
@@ -72,8 +84,9 @@ def _mixed_linear(
     z = xm @ weight.t() if bias is None else torch.addmm(bias, xm, weight.t())
     u = no_grad_slot(x)
     if lora_a is not None and lora_b is not None:
-        u = scaled_mm(xm, lora_a.to(x.dtype).t(), scaling)
-        z.addmm_(u, lora_b.to(x.dtype).t())
+        a, (b,) = lora_operands([lora_a], [lora_b], x.dtype)
+        u = scaled_mm(xm, a.t(), scaling)
+        z.addmm_(u, b.t())
     shape = (*x.shape[:-1], weight.shape[0])
     if out_mask is None:
         return z.view(shape), u, no_grad_slot(x)
@@ -110,10 +123,11 @@ def _mixed_linear_backward(
     flat = None if x is None else rows(x)
     if out_mask is not None:
         gm, dout = mask_backward(gm, gm if z is None else z, out_mask, need_out, how)
-    v = None
+    a = v = None
     if lora_a is not None and lora_b is not None:
         if need_x or need_in or need_a:
-            v = scaled_mm(gm, lora_b.to(gm.dtype), scaling)
+            a, (b,) = lora_operands([lora_a], [lora_b], gm.dtype)
+            v = scaled_mm(gm, b, scaling)
         if need_b and u is not None:
             db = mm_as(gm.t(), u, lora_b.dtype)
         if need_a and v is not None and flat is not None:
@@ -126,8 +140,8 @@ def _mixed_linear_backward(
         dw = gm.t() @ (flat if in_mask is None else mask_forward(flat, in_mask, how))
     if need_x or need_in:
         dxm = gm @ weight
-        if v is not None and lora_a is not None:
-            dxm.addmm_(v, lora_a.to(gm.dtype))
+        if v is not None and a is not None:
+            dxm.addmm_(v, a)
         if in_mask is None:
             dx = dxm
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops._dispatch import check, custom_op, no_grad_slot, rows
-from jointnas_kernels.ops.mixed_linear import autocast_dtype, check_shapes, mm_as, scaled_mm
+from jointnas_kernels.ops.mixed_linear import autocast_dtype, check_shapes, lora_operands, mm_as, scaled_mm
 
 MOST = 3
 # tensor lists would cost 200 us of flattening per call: the op takes three of everything, absent ones as None
@@ -30,10 +30,6 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _stack(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
-
-
 @custom_op(
     "mixed_linear_group", f"(Tensor x, float scaling, {_LAYERS}, {_BIASES}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
@@ -41,11 +37,12 @@ def _group(x: Tensor, scaling: float, *layers: Tensor | None) -> tuple[Tensor, .
     """y_1, y_2, y_3 (empty where absent), u."""
     weights, lora_as, lora_bs = (_present(layers[i:9:3]) for i in range(3))
     flat = rows(x)
-    u = scaled_mm(flat, _stack(lora_as, x.dtype).t(), scaling)
+    a, lora_bs = lora_operands(lora_as, lora_bs, x.dtype)
+    u = scaled_mm(flat, a.t(), scaling)
     outputs, start = [], 0
     for weight, b, bias in zip(weights, lora_bs, layers[9:], strict=False):
         y = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
-        y.addmm_(u[:, start : start + b.shape[1]], b.to(x.dtype).t())
+        y.addmm_(u[:, start : start + b.shape[1]], b.t())
         start += b.shape[1]
         outputs.append(y.view(*x.shape[:-1], weight.shape[0]))
     return (*outputs, *(no_grad_slot(x) for _ in range(MOST - len(outputs))), u)
@@ -73,11 +70,12 @@ def _group_backward(
     dtype, ranks = g0.dtype, [b.shape[1] for b in lora_bs]
     dx, da, *others = (no_grad_slot(g0) for _ in range(8))
     v = torch.empty(grads[0].shape[0], sum(ranks), dtype=dtype, device=g0.device)
+    a, casts = lora_operands(lora_as, lora_bs, dtype)
     if need_x or need_a:
-        for g, b, part in zip(grads, lora_bs, v.split(ranks, dim=1), strict=True):
-            part.addmm_(g, b.to(dtype), beta=0, alpha=scaling)
+        for g, b, part in zip(grads, casts, v.split(ranks, dim=1), strict=True):
+            part.addmm_(g, b, beta=0, alpha=scaling)
     if need_x:
-        dx = v @ _stack(lora_as, dtype)
+        dx = v @ a
         for g, weight in zip(grads, weights, strict=True):
             dx.addmm_(g, weight)
         dx = dx.view(*g0.shape[:-1], weights[0].shape[1])
