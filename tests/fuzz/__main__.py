@@ -61,21 +61,30 @@ def campaign(arguments: argparse.Namespace, recorder: Recorder) -> int:
         if start < share[c]
     ]
     started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, context) as pool:
-        running: dict[Future[Tally], Combination] = {}
-        while chunks or running:
-            late = time.monotonic() - started > arguments.seconds
-            if late:
-                chunks.clear()
-            while chunks and len(running) < 2 * arguments.workers:
-                c, seeds = chunks.pop(0)
-                if tallies[c].cases or not tallies[c].skipped:
-                    work = (c, seeds, arguments.variants, arguments.limits, arguments.device)
-                    running[pool.submit(run_chunk, *work)] = c
-            done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
-            for future in done:
-                tallies[running.pop(future)].add(future.result())
+    pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(arguments.workers)]
+    running: dict[Future[Tally], tuple[Combination, int]] = {}
+    idle = list(range(arguments.workers))
+    while chunks or running:
+        if time.monotonic() - started > arguments.seconds:
+            chunks.clear()
+        while chunks and idle:
+            c, seeds = chunks.pop(0)
+            hopeless = tallies[c].fatal or (tallies[c].skipped and not tallies[c].cases)
+            if not hopeless:
+                worker = idle.pop()
+                work = (c, seeds, arguments.variants, arguments.limits, arguments.device)
+                running[pools[worker].submit(run_chunk, *work)] = c, worker
+        done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
+        for future in done:
+            c, worker = running.pop(future)
+            tally = future.result()
+            tallies[c].add(tally)
+            idle.append(worker)
+            if tally.fatal:
+                pools[worker].shutdown()
+                pools[worker] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    for pool in pools:
+        pool.shutdown()
     for c in todo:
         report(recorder, c, tallies[c], arguments)
     total = sum(t.cases for t in tallies.values())

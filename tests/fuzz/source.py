@@ -136,7 +136,7 @@ class Seeded(Source):
 
     def __init__(self, op: str, seed: int, variants: int, *source: object) -> None:
         super().__init__(*source)  # type: ignore[arg-type]
-        self.structure = random.Random(f"{op}/{seed % variants if variants else seed}")
+        self.structure = random.Random(f"{op}/{self.dtype}/{seed % variants if variants else seed}")
         self.rest = random.Random(f"{op}/{seed}/free")
 
     def pick(self, options: Sequence[T]) -> T:

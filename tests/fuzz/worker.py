@@ -39,6 +39,7 @@ class Tally:
     cancelled: int = 0
     undecided: int = 0
     flipped: int = 0
+    fatal: bool = False  # the process lost its CUDA context
 
     def add(self, other: Tally) -> None:
         self.cases += other.cases
@@ -52,6 +53,7 @@ class Tally:
         self.cancelled += other.cancelled
         self.undecided += other.undecided
         self.flipped += other.flipped
+        self.fatal = self.fatal or other.fatal
 
     def fail(self, seed: int, message: str) -> None:
         self.failures += 1
@@ -96,6 +98,9 @@ def run_chunk(c: Combination, seeds: list[int], variants: int, limits: str, devi
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{Path(where.filename).name}:{where.lineno}"
             tally.fail(seed, f"{case.text if case else ''}: {type(error).__name__} at {place}: {error}")
+            if "CUDA error" in str(error):  # every later call of this process would fail, too
+                tally.fatal = True
+                return tally
         else:
             if outcome.failures:
                 tally.fail(seed, f"{case.text}: {'; '.join(outcome.failures)}")
