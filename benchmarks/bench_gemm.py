@@ -1,7 +1,7 @@
 """Low-bit GEMMs: microseconds per call against torch bf16 and, where installed, humming-kernels and gemlite.
 
 python -m benchmarks.bench_gemm [--rows 8192 --inputs 8192] [--tokens 1 16 64 512 4096] [--schemes w4a16 w2a8 ...]
-                                [--sweep] [--no-peers]
+                                [--sweep] [--contenders ours]
 
 CUDA graphs of at least 10 calls that cycle over weight copies of more than twice the L2 together, so every call reads
 cold weights; extra.share is the achieved part of --peak (bytes of weights, scales, activations and outputs over time).
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--schemes", nargs="+", default=["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8"])
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
     parser.add_argument("--sweep", action="store_true", help="time every plan of the streaming kernel instead")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--contenders", default="all", choices=("all", "ours", "peers"), help="peers compile for long")
     parser.add_argument("--peak", type=float, default=None, help="bytes per second that shares refer to")
     args = parser.parse_args(argv)
     rec = Recorder("gemm", args.device, args.out, args.commit)
@@ -238,8 +238,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             case = Case(args.rows, args.inputs, scheme_bits(scheme)[0], dtype)
             guarded(scheme, partial(sweep, rec, args, case, scheme))
         return rec.rows
-    guarded("torch", partial(dense, rec, args, dtype))
-    for peers in (False,) if args.no_peers else (False, True):  # peers compile for a while: last
+    if args.contenders != "peers":
+        guarded("torch", partial(dense, rec, args, dtype))
+    for peers in {"all": (False, True), "ours": (False,), "peers": (True,)}[args.contenders]:
         for scheme in args.schemes:
             case = Case(args.rows, args.inputs, scheme_bits(scheme)[0], dtype)
             guarded(scheme, partial(measure, rec, args, case, scheme, peers))
