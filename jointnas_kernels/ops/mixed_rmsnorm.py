@@ -176,9 +176,9 @@ def segment_shape(sizes: Sequence[int], width: int) -> tuple[int, int]:
     return power_of_two(-(-width // seg)), seg
 
 
-def row_warps(width: int) -> int:
-    """16 fp32 values per thread up to 8192 channels, then more."""
-    return max(1, min(16, power_of_two(width) // 512))
+def row_warps(width: int, column: bool = False) -> int:
+    """16 fp32 values of a row per thread up to 8192 channels, then more; half of it beside column sums."""
+    return max(1, min(16, power_of_two(width) // (256 if column else 512)))
 
 
 def _launch_forward(
@@ -219,7 +219,8 @@ def _launch_backward(
             rmsnorm_backward_kernel[(programs,)](
                 g, v, weight, alpha, in_mask, inv, dx, dalpha, column, count, width, g.stride(0), v.stride(0),
                 SIZES=tuple(sizes), K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None,
-                NEED_ALPHA=need_alpha, NEED_COLUMN=need_column, num_warps=row_warps(width),
+                NEED_ALPHA=need_alpha, NEED_COLUMN=need_column,
+                num_warps=row_warps(width, need_column),
             )  # fmt: skip
     total = None if column is None else column.sum(0)
     dw, dmask = no_grad_slot(x), no_grad_slot(x)

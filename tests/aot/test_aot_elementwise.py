@@ -108,7 +108,7 @@ def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, .
     if not need:
         values |= {"dalpha_ptr": None, "column_ptr": None}
     kernel = rmsnorm_backward_kernel
-    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=row_warps(width)))
+    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=row_warps(width, need)))
 
 
 @ARCH
