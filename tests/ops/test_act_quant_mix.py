@@ -23,7 +23,7 @@ def _seed() -> None:
 
 
 def tokens(dtype: torch.dtype) -> Tensor:
-    """[2, 40, 96] with rows of every kind: spread over magnitudes, one-sided, constant, zero, on a coarse grid (ties)."""
+    """[2, 40, 96] with rows of every kind: of many magnitudes, one-sided, constant, zero, on a coarse grid (ties)."""
     x = torch.randn(2, 40, 96) * torch.logspace(-4, 3, 40).unsqueeze(-1)
     x[0, 0] = 0
     x[0, 1] = 3.0

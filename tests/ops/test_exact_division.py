@@ -41,7 +41,7 @@ static float two_part(float x, float s, int off) {
   const float r = ulps(1.0f / s, off), t = std::fmaf(-s, r, 1.0f) * r;
   return std::fmaf(x, r, x * t);
 }
-// kind 0: Markstein, 1: two-part, 2: plain product with the reciprocal; fraction bits of s; returns the number of wrong quotients
+// kind 0: Markstein, 1: two-part, 2: plain product with the reciprocal; fraction bits of s. How many are wrong
 extern "C" long divisions(int kind, int fraction, long count) {
   long wrong = 0;
   for (long i = 0; i < count; ++i) {
