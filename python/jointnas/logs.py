@@ -46,11 +46,11 @@ class Progress:
 
 
 class Metrics:
-    """`metrics.jsonl` of a run, and TensorBoard next to it. A resumed run first drops what was written after `step`."""
+    """`metrics.jsonl` of a run, and TensorBoard next to it. A run resumed at `step` first drops what is later."""
 
     def __init__(self, folder: Path, phase: str, step: int = 0, tensorboard: bool = True) -> None:
         self._path, self._phase = folder / "metrics.jsonl", phase
-        kept = [r for r in read_metrics(folder) if r["phase"] != phase or r["step"] < step]
+        kept = [r for r in read_metrics(folder) if r["phase"] != phase or r["step"] <= step]
         folder.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a")  # noqa: SIM115
@@ -76,7 +76,7 @@ def _board(folder: Path, step: int) -> Any:
         raise JointNASError(
             "TensorBoard logs need the `tensorboard` package: pip install tensorboard, or set --tensorboard=false"
         ) from None
-    return SummaryWriter(str(folder), purge_step=step)
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

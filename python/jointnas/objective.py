@@ -141,9 +141,8 @@ class Feasibility:
     def repair(self, probs: Probs) -> Choice:
         """The most probable choice that satisfies every limit.
 
-        Structures (widths and depth) are tried from the most probable on. For each, bits start at their most probable
-        feasible values; while the model is too slow, the change of one block's bits that buys most latency per lost
-        log-probability is made. A structure is skipped once it cannot beat the best found.
+        Structures (widths and depth) are tried from the most probable on, until none that is left can win. Each takes
+        the most probable bits that fit into its latency (`knapsack`).
         """
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
         keys = (*WIDTHS, "blocks")
@@ -209,24 +208,13 @@ class Feasibility:
         scores = bits.flatten(1).masked_fill(~feasible, -math.inf)  # [blocks, W·A]
         cost = linear.flatten()
         current = scores.argmax(1)
-        kept = kept_blocks(self.bound.rank, structure.blocks)
-        latency = fixed + sum(cost[current[b]].item() for b in kept)
-        while latency > self.limits.latency_max:
-            best: tuple[float, int, int] | None = None
-            for b in kept:
-                now = int(current[b])
-                for other in feasible.nonzero().flatten().tolist():
-                    gain = (cost[now] - cost[other]).item()
-                    if gain > 0:
-                        loss = (scores[b, now] - scores[b, other]).item()
-                        rate = gain / max(loss, 1e-9)
-                        if best is None or rate > best[0]:
-                            best = rate, b, other
-            if best is None:
+        kept = list(kept_blocks(self.bound.rank, structure.blocks))
+        room = self.limits.latency_max - fixed
+        if cost[current[kept]].sum().item() > room:
+            fitted = knapsack(scores[kept], cost, room)
+            if fitted is None:
                 return None
-            _, b, other = best
-            latency -= (cost[current[b]] - cost[other]).item()
-            current[b] = other
+            current[kept] = fitted
         total = scores.gather(1, current[:, None]).sum().item()
         w_index, a_index = current // linear.shape[1], current % linear.shape[1]
         weight = tuple(self.space.weight_bits[i] for i in w_index.tolist()) if self.space.weight_bits else None
@@ -234,6 +222,33 @@ class Feasibility:
         return total, Choice(
             structure.hidden, structure.heads, structure.head_dim, structure.intermediate, structure.blocks, weight, act
         )
+
+
+def knapsack(scores: Tensor, cost: Tensor, room: float, units: int = 4000) -> Tensor | None:
+    """One option per row with the largest Σ scores and Σ cost <= room; None if even the cheapest options are too much.
+
+    scores [rows, options], -inf where not allowed; cost [options]. Dynamic programme over the room in `units`; costs
+    are rounded up to them, so at most rows / units of the room stays unused."""
+    if room <= 0:
+        return None
+    weights = (cost / (room / units)).nan_to_num(math.inf).ceil()
+    best = torch.zeros(units + 1, dtype=torch.float64)  # best[u]: score of the rows so far within u units
+    taken = []
+    for row in scores:
+        options = torch.full((len(cost), units + 1), -math.inf, dtype=torch.float64)
+        for o, weight in enumerate(weights.tolist()):
+            if weight <= units and row[o] > -math.inf:
+                options[o, int(weight) :] = best[: units + 1 - int(weight)] + row[o]
+        best, choice = options.max(0)
+        taken.append(choice)
+    if best[units] == -math.inf:
+        return None
+    left, found = units, []
+    for choice in reversed(taken):
+        option = int(choice[left])
+        found.append(option)
+        left -= int(weights[option])
+    return torch.tensor(found[::-1])
 
 
 def original_choice(model_config: Any) -> Choice:

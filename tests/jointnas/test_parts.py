@@ -1,0 +1,287 @@
+"""Checkpoints, data, objective and repair, one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from jointnas import checkpoint, data
+from jointnas.config import DataConfig
+from jointnas.objective import Feasibility, Limits, Objective, entropies
+from jointnas.peers import canonical, hypervolume, pareto, random_peers
+from jointnas.quantize import RATIOS, mse_clip
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, count_params
+from tests.jointnas import tiny
+from tests.latency.tables import CONFIG, SPACE, synthetic
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tensors = {"a": {"x": torch.arange(6).view(2, 3).t()}, "b": {"y": torch.ones(2), "n": torch.tensor(3.0)}}
+    return checkpoint.save(tmp_path, 7, tensors, {"note": [1, "two"]})
+
+
+def test_checkpoint_round_trip(saved: Path) -> None:
+    tensors, state = checkpoint.load(saved)
+    assert torch.equal(tensors["a"]["x"], torch.arange(6).view(2, 3).t())
+    assert tensors["b"]["n"].shape == ()
+    assert state == {"step": 7, "note": [1, "two"]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "COMPLETE").unlink(), "no COMPLETE"),
+        (lambda f: (f / "a.safetensors").unlink(), "a.safetensors is missing"),
+        (lambda f: (f / "state.json").write_text("{}"), "state.json does not match the manifest"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json does not match COMPLETE"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json"),
+    ],
+    ids=["complete", "missing", "state", "manifest", "no-manifest"],
+)
+def test_damaged_checkpoint(saved: Path, damage, message: str) -> None:
+    damage(saved)
+    with pytest.raises(JointNASError, match=message):
+        checkpoint.load(saved)
+    assert checkpoint.latest(saved.parent) is None
+
+
+def test_old_checkpoints_and_leftovers_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".step-3.tmp").mkdir()
+    for step in (1, 2, 3, 10):
+        checkpoint.save(tmp_path, step, {}, {}, keep=2)
+    assert checkpoint.steps(tmp_path) == [3, 10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-3"]
+
+
+def test_optimizer_state_round_trip(tmp_path: Path) -> None:
+    """A restored AdamW continues exactly, also with parameters that never had a gradient."""
+
+    def make() -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(3)]
+        return parameters, torch.optim.AdamW(parameters, lr=0.1, betas=(0.9, 0.95))
+
+    def step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, k: int) -> None:
+        for i, p in enumerate(parameters[:2]):
+            p.grad = torch.full_like(p, k + i + 1.0)
+        optimizer.step()
+
+    first, optimizer = make()
+    for k in range(3):
+        step(first, optimizer, k)
+    tensors, groups = checkpoint.pack_optimizer(optimizer)
+    path = checkpoint.save(tmp_path, 3, {"o": tensors}, {"g": json.loads(json.dumps(groups))})
+    loaded, state = checkpoint.load(path)
+    second, again = make()
+    with torch.no_grad():
+        for p, q in zip(second, first, strict=True):
+            p.copy_(q)
+    checkpoint.unpack_optimizer(again, loaded["o"], state["g"])
+    for k in range(3):
+        step(first, optimizer, k)
+        step(second, again, k)
+    assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_visits_every_window_once() -> None:
+    batches = data.Batches(torch.arange(1000), batch=4, length=10, seed=0)
+    starts = torch.cat([batches.at(step)[:, 0] for step in range(25)])
+    assert sorted(starts.tolist()) == list(range(0, 1000, 10))
+    second = torch.cat([batches.at(step)[:, 0] for step in range(25, 50)])
+    assert second.tolist() != starts.tolist()
+    assert second.max() <= 990
+
+
+def test_batches_depend_on_seed_and_step_alone() -> None:
+    stream = torch.randint(50, (3000,))
+    one, two = (data.Batches(stream, 3, 7, seed=5) for _ in range(2))
+    for step in (0, 999, 3, 141):
+        assert torch.equal(one.at(step), two.at(step))
+    assert not torch.equal(one.at(0), data.Batches(stream, 3, 7, seed=6).at(0))
+
+
+def test_seeded_streams_differ() -> None:
+    draws = {torch.rand(1, generator=data.seeded(*key)).item() for key in [(0, 0), (0, 1), (1, 0), (0, 0, 0), (2,)]}
+    assert len(draws) == 5
+    assert torch.rand(1, generator=data.seeded(3, 4)) == torch.rand(1, generator=data.seeded(3, 4))
+
+
+class Characters:
+    """The least a tokenizer can be."""
+
+    eos_token_id = 0
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(c) % 90 + 1 for c in text] for text in texts]}
+
+
+def test_text_files(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text("abc " * 500)
+    config = DataConfig(source=str(tmp_path), seq_len=8, batch_size=2, arch_fraction=0.25)
+    streams = data.load(config, Characters())
+    total = 3 * 2001
+    assert len(streams.held_out) == int(total * 0.05)
+    assert len(streams.all) == total - len(streams.held_out)
+    assert len(streams.arch) == pytest.approx(len(streams.all) * 0.25, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.txt", "does not exist; allowed"),
+        ("short.txt", "too few"),
+        ("latin.txt", "not UTF-8"),
+        (".", "no .txt"),
+    ],
+)
+def test_bad_text(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "data").mkdir()
+    folder = tmp_path / "data" if source == "." else tmp_path
+    (tmp_path / "short.txt").write_text("abc")
+    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa" * 100)
+    path = folder if source == "." else folder / source
+    with pytest.raises(JointNASError, match=message):
+        data.load(DataConfig(source=str(path)), Characters())
+
+
+# ---- objective ------------------------------------------------------------------------------------------------------
+
+
+def uniform(space: SearchSpace) -> dict[str, torch.Tensor]:
+    probs = {k: torch.full((len(space.sizes(k)),), 1.0 / len(space.sizes(k))) for k in (*WIDTHS, "blocks")}
+    for key in ("weight_bits", "act_bits"):
+        if space.sizes(key):
+            probs[key] = torch.full((space.depth, len(space.sizes(key))), 1.0 / len(space.sizes(key)))
+    return probs
+
+
+def test_penalty_is_the_relative_violation(tmp_path: Path) -> None:
+    space = SearchSpace.from_dict({k: v for k, v in tiny.NO_BITS.items() if v != "none"})
+    full = count_params(CONFIG, Choice(128, 4, 32, 192, 3))
+    config = tiny.config(tmp_path, tiny.NO_BITS, search={"budget_max": 0.2, "lambda_ramp": 0.5, "steps": 100})
+    objective = Objective(config, CONFIG, synthetic(space).bind(space))
+    probs = uniform(space)
+    total, parts = objective.regularizer(probs, step=25)
+    assert parts["lambda"] == pytest.approx(10.0)  # half of the ramp to 20
+    assert parts["penalty"] == pytest.approx(parts["params"] / (0.2 * full) - 1)
+    assert total.item() == pytest.approx(parts["latency_share"] + 10 * parts["penalty"])
+    assert objective.penalty_weight(1000) == 20.0
+
+
+def test_entropy_ignores_bits_of_removed_blocks() -> None:
+    probs = uniform(SPACE)
+    probs["blocks"] = torch.tensor([0.9, 0.05, 0.05])
+    found = entropies(probs, SPACE, (2, 0, 1))
+    assert found["hidden"] == pytest.approx(1.0)
+    assert {k for k in found if k.startswith("weight_bits")} == {"weight_bits.2"}
+    certain = {**probs, "heads": torch.tensor([0.0, 1.0])}
+    assert entropies(certain, SPACE, (2, 0, 1))["heads"] == pytest.approx(0.0, abs=1e-9)
+
+
+def log_probability(probs: dict[str, torch.Tensor], space: SearchSpace, choice: Choice) -> float:
+    total = sum(probs[k][space.sizes(k).index(getattr(choice, k))].double().log() for k in (*WIDTHS, "blocks"))
+    for key in ("weight_bits", "act_bits"):
+        for b, bits in enumerate(getattr(choice, key) or ()):
+            total = total + probs[key][b, space.sizes(key).index(bits)].double().log()
+    return float(total)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_repair_is_the_most_probable_feasible_choice(seed: int) -> None:
+    space = SearchSpace((64, 128), (2, 4), (16, 32), (64, 128, 192), (1, 2, 3))
+    bound = synthetic(space).bind(space, (1, 2, 0))
+    torch.manual_seed(seed)
+    probs = {k: (2 * torch.randn_like(v)).softmax(-1) for k, v in uniform(space).items()}
+    sizes = sorted(count_params(CONFIG, c) for c in space)
+    times = sorted(bound.predict(c) for c in space)
+    limits = Limits(sizes[5], sizes[60], times[40])
+    check = Feasibility(CONFIG, bound, limits)
+    best = max((c for c in space if not check.violations(c)), key=lambda c: log_probability(probs, space, c))
+    assert check.repair(probs) == best
+
+
+BITS = SearchSpace((128,), (4,), (32,), (64, 192), (1, 2, 3), (2, 4, 8), (8, 16), group_size=64)
+
+
+def random_bits(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return {k: (2 * torch.randn_like(v)).softmax(-1) for k, v in uniform(BITS).items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_repair_of_bits(seed: int) -> None:
+    """Feasible, and the best of all choices but for the rounding of the latency to 4000 units."""
+    bound = synthetic(BITS).bind(BITS, (1, 2, 0))
+    probs = random_bits(seed)
+    limit = sorted(bound.predict(c) for c in BITS)[150]
+    check = Feasibility(CONFIG, bound, Limits(latency_max=limit))
+    found = check.repair(probs)
+    assert not check.violations(found)
+    best = max((c for c in BITS if not check.violations(c)), key=lambda c: log_probability(probs, BITS, c))
+    assert log_probability(probs, BITS, found) >= log_probability(probs, BITS, best) - 0.05
+
+
+def test_repair_avoids_infeasible_bits() -> None:
+    table = synthetic(BITS, feasible=lambda s: (s.wbits, s.abits) not in ((2, 16), (4, 8)))
+    check = Feasibility(CONFIG, table.bind(BITS), Limits())
+    for seed in range(10):
+        assert not check.violations(check.repair(random_bits(seed)))
+
+
+# ---- peers and quantizers -------------------------------------------------------------------------------------------
+
+
+def test_random_peers_cost_the_same_and_differ() -> None:
+    bound = synthetic().bind(SPACE, (2, 0, 1))
+    found = Choice(128, 4, 32, 128, 2, (4, 8, 4), (8, 8, 8))
+    peers = random_peers(found, bound, CONFIG, 8, seed=3)
+    assert len({canonical(p, bound) for p in peers}) == 8
+    assert canonical(found, bound) not in peers
+    for peer in peers:
+        assert count_params(CONFIG, peer) == pytest.approx(count_params(CONFIG, found), rel=0.1)
+        assert bound.predict(peer) == pytest.approx(bound.predict(found), rel=0.1)
+    assert peers == random_peers(found, bound, CONFIG, 8, seed=3)
+    with pytest.raises(JointNASError, match="only 0 of 2 random choices"):
+        random_peers(found, bound, CONFIG, 2, width=1e-9, tries=50)
+
+
+def test_bits_of_removed_blocks_do_not_make_another_choice() -> None:
+    bound = synthetic().bind(SPACE, (2, 0, 1))
+    one, two = (Choice(128, 4, 32, 128, 1, (a, a, 4), (8, 8, 8)) for a in (2, 8))
+    assert canonical(one, bound) == canonical(two, bound)
+    assert bound.predict(one) == bound.predict(two)
+
+
+def test_pareto_and_hypervolume() -> None:
+    points = [(1.0, 5.0), (2.0, 3.0), (3.0, 4.0), (4.0, 1.0), (2.0, 3.5)]
+    assert pareto(points) == [0, 1, 3]
+    assert hypervolume(points, (5.0, 6.0)) == pytest.approx(1 * 1 + 2 * 3 + 1 * 5)
+    assert hypervolume([(9.0, 9.0)], (5.0, 6.0)) == 0
+
+
+def test_mse_clip_is_the_best_ratio_of_the_grid() -> None:
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 4, 8):
+        ratio = mse_clip(weight, bits, 64)
+
+        def error(clip: torch.Tensor, bits: int = bits) -> torch.Tensor:
+            return (fake_quant_weight(weight, bits, 64, clip=clip) - weight).view(8, 2, 64).square().sum(-1)
+
+        every = torch.stack([error(torch.full_like(ratio, r)) for r in RATIOS])
+        assert torch.allclose(error(ratio), every.amin(0))
+    gain = error(mse_clip(weight, 2, 64), 2).sum() / error(torch.ones(8, 2), 2).sum()
+    assert gain < 0.7  # of the error without clipping, for Gaussian weights at 2 bits
+    assert math.isfinite(gain)
