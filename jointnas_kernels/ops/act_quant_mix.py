@@ -102,18 +102,21 @@ def act_quant_mix_backward_reference(
 @torch.library.custom_op("jointnas::act_quant_mix", mutates_args=())
 def _act_quant_mix(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """(y, the rows' extremes [rows, 2] where the backward of this backend reads them, else zeros)."""
     backend = resolve("act_quant_mix", backend, x)
     if backend == "triton":
         return act_forward_triton(x, probs, mask, bits, symmetric)
+    unused = torch.zeros(x.shape[:-1].numel(), 2, dtype=torch.float32, device=x.device)
     if backend == "cpu":
-        return _cpu.act_quant_mix(x, probs, mask, bits, symmetric)
-    return act_quant_mix_reference(x, bits, probs, symmetric, mask).contiguous()
+        return _cpu.act_quant_mix(x, probs, mask, bits, symmetric), unused
+    return act_quant_mix_reference(x, bits, probs, symmetric, mask).contiguous(), unused
 
 
 @_act_quant_mix.register_fake
 def _(x, probs, mask, bits, symmetric, backend):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    extremes = torch.empty(x.shape[:-1].numel(), 2, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), extremes
 
 
 @torch.library.custom_op("jointnas::act_quant_mix_backward", mutates_args=())
@@ -122,6 +125,7 @@ def _act_quant_mix_backward(
     x: Tensor,
     probs: Tensor,
     mask: Tensor | None,
+    extremes: Tensor,
     bits: Sequence[int],
     symmetric: bool,
     want_x: bool,
@@ -132,14 +136,14 @@ def _act_quant_mix_backward(
     backend = resolve("act_quant_mix", backend, x)
     want = (want_x, want_probs, want_mask)
     if backend == "triton":
-        return act_backward_triton(grad, x, probs, mask, bits, symmetric, want)
+        return act_backward_triton(grad, x, probs, mask, extremes, bits, symmetric, want)
     if backend == "cpu":
         return _cpu.act_quant_mix_backward(grad, x, probs, mask, bits, symmetric, want)
     return act_quant_mix_backward_reference(grad.contiguous(), x.contiguous(), probs, mask, bits, symmetric, want)
 
 
 @_act_quant_mix_backward.register_fake
-def _(grad, x, probs, mask, bits, symmetric, want_x, want_probs, want_mask, backend):
+def _(grad, x, probs, mask, extremes, bits, symmetric, want_x, want_probs, want_mask, backend):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else no_grad_slot(x)
     dprobs = torch.empty_like(probs) if want_probs else no_grad_slot(x)
     dmask = torch.empty_like(mask) if want_mask and mask is not None else no_grad_slot(x)
@@ -148,10 +152,11 @@ def _(grad, x, probs, mask, bits, symmetric, want_x, want_probs, want_mask, back
 
 def _setup_context(ctx, inputs, output):
     x, probs, mask, ctx.bits, ctx.symmetric, ctx.backend = inputs
-    ctx.save_for_backward(x, probs, mask)
+    ctx.save_for_backward(x, probs, mask, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, _):
     want = ctx.needs_input_grad[:3]
     dx, dprobs, dmask = _act_quant_mix_backward(
         grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, *want, ctx.backend
@@ -183,4 +188,4 @@ def act_quant_mix(
         )
     if mask is not None and tuple(mask.shape) != (x.shape[-1],):
         raise JointNASError(f"act_quant_mix: mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
-    return _act_quant_mix(x, probs, mask, list(bits), symmetric, backend)
+    return _act_quant_mix(x, probs, mask, list(bits), symmetric, backend)[0]

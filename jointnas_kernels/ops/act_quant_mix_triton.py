@@ -1,4 +1,5 @@
-"""Triton kernels of ``act_quant_mix``: whole token rows in registers, one read and one write per tensor.
+"""Triton kernels of ``act_quant_mix``: one read and one write per tensor. The forward holds whole token rows in
+registers and writes down their extremes, so that the backward is free to work in column blocks.
 
 Every operation of the quantizer is rounded to the storage type, as the reference (and compressed-tensors) does it; the
 kernel gets the same bits with fewer instructions:
@@ -74,11 +75,11 @@ def token_levels(
 
 @triton.jit
 def act_forward_kernel(
-    x_ptr, mask_ptr, probs_ptr, out_ptr, count, N, stride,
+    x_ptr, mask_ptr, probs_ptr, out_ptr, extremes_ptr, count, N, stride,
     Q: tl.constexpr, LOW: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens per program. LOW[q] = -2^(b-1); 0 marks the identity (16 bits)."""
+    """ROWS tokens per program; extremes [count, 2]. LOW[q] = -2^(b-1); 0 marks the identity (16 bits)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -88,6 +89,8 @@ def act_forward_kernel(
         x = round_to(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype)
     least = tl.minimum(tl.min(x, axis=1), 0.0)
     most = tl.maximum(tl.max(x, axis=1), 0.0)
+    tl.store(extremes_ptr + 2 * row, least, mask=row < count)
+    tl.store(extremes_ptr + 2 * row + 1, most, mask=row < count)
     mixed = tl.zeros([ROWS, BLOCK], tl.float32)
     for q in tl.static_range(Q):
         pi = tl.load(probs_ptr + q).to(tl.float32)
@@ -101,25 +104,28 @@ def act_forward_kernel(
 
 @triton.jit
 def act_backward_kernel(
-    grad_ptr, x_ptr, mask_ptr, probs_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
+    grad_ptr, x_ptr, mask_ptr, probs_ptr, extremes_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
     Q: tl.constexpr, Q_PAD: tl.constexpr, LOW: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
     WANT_X: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Each program strides over the rows; dprobs_ptr [programs, Q] and dmask_ptr [programs, N] get its partial sums."""
+    """BLOCK columns, ROWS tokens at a time: program (c, i) takes row tiles i, i + programs, ...
+
+    Partial sums: dprobs_ptr [programs of the whole grid, Q], dmask_ptr [programs of axis 1, N].
+    """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    col = tl.arange(0, BLOCK)
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col_ok = col < N
     total = 0.0
     for q in tl.static_range(Q):
         total += tl.load(probs_ptr + q).to(tl.float32)
     slot = tl.arange(0, Q_PAD)
     dprobs = tl.zeros([Q_PAD], tl.float32)
-    dmask = tl.zeros([ROWS, BLOCK], tl.float32)
+    dmask = tl.zeros([BLOCK], tl.float32)
     weight = tl.full([BLOCK], 1.0, tl.float32)
     if HAS_MASK:
         weight = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)
-    for start in range(tl.program_id(0) * ROWS, count, tl.num_programs(0) * ROWS):
+    for start in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
         row = (start + tl.arange(0, ROWS)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         g = tl.load(grad_ptr + row[:, None] * grad_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -131,12 +137,12 @@ def act_backward_kernel(
         if WANT_PROBS or WANT_MASK:
             x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
             if WANT_MASK:
-                dmask += g * x
+                dmask += tl.sum(g * x, axis=0)
             if WANT_PROBS:
                 if HAS_MASK:
                     x = round_to(x * weight[None, :], dtype)
-                least = tl.minimum(tl.min(x, axis=1), 0.0)
-                most = tl.maximum(tl.max(x, axis=1), 0.0)
+                least = tl.load(extremes_ptr + 2 * row, mask=row < count, other=0.0)
+                most = tl.load(extremes_ptr + 2 * row + 1, mask=row < count, other=0.0)
                 for q in tl.static_range(Q):
                     if LOW[q] == 0.0:
                         inner = tl.sum(g * x)
@@ -145,9 +151,10 @@ def act_backward_kernel(
                         inner = tl.sum(tl.sum(g * level, axis=1) * s)
                     dprobs += tl.where(slot == q, inner, 0.0)
     if WANT_PROBS:
-        tl.store(dprobs_ptr + tl.program_id(0) * Q + slot, dprobs, mask=slot < Q)
+        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        tl.store(dprobs_ptr + program * Q + slot, dprobs, mask=slot < Q)
     if WANT_MASK:
-        tl.store(dmask_ptr + tl.program_id(0) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
+        tl.store(dmask_ptr + tl.program_id(1) * N + col, dmask * total, mask=col_ok)
 
 
 # ---- launchers ----
@@ -171,18 +178,26 @@ def constants(x: Tensor, bits: Sequence[int], symmetric: bool, mask: Tensor | No
     }
 
 
-def act_forward_triton(x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool) -> Tensor:
-    """y in the shape and dtype of x, contiguous."""
+def backward_config(columns: int) -> dict[str, int]:
+    """Columns and rows per tile (4096 elements) and warps."""
+    block = min(512, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "ROWS": min(32, 4096 // block), "num_warps": 8}
+
+
+def act_forward_triton(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """(y in the shape and dtype of x, contiguous; min(x, 0) and max(x, 0) of every row as fp32)."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
     flat, config = rows(x), row_config(x.shape[-1])
     count, n = flat.shape
-    act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
-        flat, flat if mask is None else mask.contiguous(), probs.contiguous(), out, count, n, flat.stride(0),
-        **constants(x, bits, symmetric, mask), **config,
-    )  # fmt: skip
-    return out
+    extremes = torch.empty(count, 2, dtype=torch.float32, device=x.device)
+    if out.numel():
+        act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
+            flat, flat if mask is None else mask.contiguous(), probs.contiguous(), out, extremes, count, n,
+            flat.stride(0), **constants(x, bits, symmetric, mask), **config,
+        )  # fmt: skip
+    return out, extremes
 
 
 def act_backward_triton(
@@ -190,22 +205,24 @@ def act_backward_triton(
     x: Tensor,
     probs: Tensor,
     mask: Tensor | None,
+    extremes: Tensor,
     bits: Sequence[int],
     symmetric: bool,
     want: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dprobs, dmask); an empty tensor for each one not wanted."""
     want_x, want_probs, want_mask = want[0], want[1], want[2] and mask is not None
-    flat, grad, config = rows(x), rows(grad), row_config(x.shape[-1])
+    flat, grad, config = rows(x), rows(grad), backward_config(x.shape[-1])
     count, n = flat.shape
-    programs = min(triton.cdiv(count, config["ROWS"]), 264)  # two per multiprocessor of the largest part
+    blocks = triton.cdiv(n, config["BLOCK"])
+    programs = max(1, min(triton.cdiv(count, config["ROWS"]), 528 // blocks))  # four per multiprocessor of an H200
     new = x.new_empty
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if want_x else no_grad_slot(x)
-    dprobs = new(programs, len(bits), dtype=torch.float32) if want_probs else no_grad_slot(x)
+    dprobs = new(programs * blocks, len(bits), dtype=torch.float32) if want_probs else no_grad_slot(x)
     dmask = new(programs, n, dtype=torch.float32) if want_mask else no_grad_slot(x)
     if x.numel():
-        act_backward_kernel[(programs,)](
-            grad, flat, flat if mask is None else mask.contiguous(), probs.contiguous(), dx, dprobs, dmask,
+        act_backward_kernel[(blocks, programs)](
+            grad, flat, flat if mask is None else mask.contiguous(), probs.contiguous(), extremes, dx, dprobs, dmask,
             count, n, grad.stride(0), flat.stride(0), Q_PAD=triton.next_power_of_2(len(bits)),
             WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask,
             **constants(x, bits, symmetric, mask), **config,

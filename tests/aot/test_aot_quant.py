@@ -1,0 +1,100 @@
+"""The quantizer kernels at the Llama-3.1-8B shapes, compiled for sm_80 and sm_90: no spills, tensor cores used, and the
+forward's instruction count, which decides whether it is bound by memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from jointnas_kernels.ops.act_quant_mix_triton import act_backward_kernel, act_forward_kernel, row_config
+from jointnas_kernels.ops.act_quant_mix_triton import backward_config as act_backward_config
+from jointnas_kernels.ops.fake_quant_weight import TINY_SCALE, fake_quant_kernel
+from jointnas_kernels.ops.quant_lora_mix_triton import (
+    backward_config,
+    bit_constants,
+    forward_config,
+    mix_backward_kernel,
+    mix_forward_kernel,
+    tile_config,
+)
+from tests.aot.harness import ARCHES, Compiled, compile_kernel
+
+ARCH = pytest.mark.parametrize("arch", ARCHES, ids=lambda a: f"sm_{a}")
+BITS = (2, 4, 8)
+
+
+def compile_with(kernel, values: dict[str, object], arch: int, half: str, stages: int = 1) -> Compiled:
+    """Pointers named in fp32 below, all others of the half type; integers are multiples of 16."""
+    single = {"probs_ptr", "clip_ptr", "mask_ptr", "da_ptr", "db_ptr", "dprobs_ptr", "dclip_ptr", "dmask_ptr"}
+    single |= {"extremes_ptr"}
+    warps = int(values.pop("num_warps", 4))  # type: ignore[call-overload]
+    arguments: dict[str, object] = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if name in values:
+            arguments[name] = values[name]
+        elif name.endswith("_ptr"):
+            arguments[name] = "*fp32:16" if name in single else f"*{half}:16"
+        else:
+            arguments[name] = "fp32" if name == "scaling" else "i32:16"
+    return compile_kernel(kernel, arguments, arch, num_warps=warps, num_stages=stages)
+
+
+def mix_values(group: int, clip: bool, config: dict[str, int]) -> dict[str, object]:
+    shape = tile_config(group, 32, 128)
+    return {"P": 3, "HAS_CLIP": clip, "EXACT": False, **shape, **bit_constants(BITS), **config}
+
+
+@ARCH
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("clip", [False, True], ids=["", "clip"])
+@pytest.mark.parametrize("group", [128, 64])
+def test_mix_forward(group: int, clip: bool, half: str, arch: int) -> None:
+    config = forward_config(128, clip, arch >= 90)
+    rows, warps = config["BLOCK"], config["num_warps"]
+    compiled = compile_with(mix_forward_kernel, mix_values(group, clip, config), arch, half)
+    compiled.assert_sound()
+    assert compiled.has("HMMA", "HGMMA")
+    assert compiled.count("LDG.E.128") > 0
+    assert compiled.count("STG.E.128") > 0
+    if arch >= 90 and not clip and group == 128:  # straight-line code: instructions per lane over elements per lane
+        instructions = sum(compiled.count(name) for name in ("F", "H", "I", "L", "S", "P", "M", "C", "U", "V"))
+        assert instructions / (rows * 128 / (32 * warps)) < 38
+
+
+@ARCH
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+@pytest.mark.parametrize("mode", ["arch", "clip"])
+def test_mix_backward(mode: str, half: str, arch: int) -> None:
+    clip = mode == "clip"
+    values = mix_values(128, clip, backward_config(128, clip))
+    values |= {"BLOCK_T": 64, "STAGES": 3, "DENSE": False, "CLIP_STE": clip}
+    values |= {"WANT_LORA": clip, "WANT_PROBS": True, "WANT_CLIP": clip}
+    compiled = compile_with(mix_backward_kernel, values, arch, half, stages=3)
+    compiled.assert_sound()
+    assert compiled.has("HMMA", "HGMMA")
+    assert compiled.count("LDGSTS") > 0, "the token loop is not pipelined"
+
+
+@ARCH
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_fake_quant(backward: bool, symmetric: bool, arch: int) -> None:
+    values = {"low": -8.0, "high": 7.0, "divisor": 7.5, "tiny": TINY_SCALE, "G": 128, "G_PAD": 128, "BLOCK": 32}
+    values |= {"SYMMETRIC": symmetric, "HAS_CLIP": True, "BACKWARD": backward}
+    compile_with(fake_quant_kernel, values, arch, "bf16").assert_sound()
+
+
+@ARCH
+@pytest.mark.parametrize("columns", [4096, 14336])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_act_quant(backward: bool, columns: int, arch: int) -> None:
+    values: dict[str, object] = {"Q": 4, "LOW": (-2.0, -8.0, -128.0, 0.0), "eps": torch.finfo(torch.bfloat16).eps}
+    values |= {"SYMMETRIC": False, "HAS_MASK": True, "EXACT": False}
+    values |= act_backward_config(columns) if backward else row_config(columns)
+    if backward:
+        values |= {"Q_PAD": 4, "WANT_X": True, "WANT_PROBS": True, "WANT_MASK": True}
+    compiled = compile_with(act_backward_kernel if backward else act_forward_kernel, values, arch, "bf16")
+    compiled.assert_sound()
+    assert compiled.count("LDG.E.128") > 0
+    assert compiled.count("STG.E.128") > 0
