@@ -32,9 +32,9 @@ import torch
 
 from benchmarks.harness import RESULTS, environment, slug
 from jointnas import data, models
-from jointnas.peers import fresh_supernet, hypervolume, pareto, random_peers, score
-from jointnas.config import ModelConfig, RunConfig, build
 from jointnas.bilevel import optimise, prepare
+from jointnas.config import ModelConfig, RunConfig, build
+from jointnas.peers import fresh_supernet, hypervolume, pareto, random_peers, score
 from jointnas_kernels.hf import importance_scores
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace
@@ -60,6 +60,7 @@ class Settings:
         values = {
             "seed": seed,
             "progress": False,
+            "tensorboard": False,
             "out": "unused",
             "model": {"source": self.model, "device": self.device},
             "data": {"batch_size": self.batch, "seq_len": self.seq},

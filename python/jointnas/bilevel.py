@@ -184,7 +184,7 @@ def optimise(run: Run) -> Found:
         for lane, stream in ((WEIGHT, run.streams.weight), (ARCH, run.streams.arch), (GAP, run.streams.arch))
     }
     _write_environment(run)
-    metrics = Metrics(run.folder, "search", start)
+    metrics = Metrics(run.folder, "search", start, config.tensorboard)
     progress = Progress("search", options.steps, start, config.progress)
     began = time.monotonic() - seconds
     step = start
@@ -347,7 +347,7 @@ def _restore(run: Run, optimizers: dict[str, Any]) -> tuple[int, float, bool]:
 def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
     plain = config.model_dump(mode="json")
-    for key in ("out", "resume", "progress", "finetune", "eval", "latency"):
+    for key in ("out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"):
         plain.pop(key)
     for key in ("log_every", "save_every", "keep_checkpoints"):
         plain["search"].pop(key)

@@ -153,6 +153,7 @@ class RunConfig(Section):
     )
     target_latency_ms: float | None = Field(default=None, gt=0, description="hard limit on the found model's latency")
     progress: bool = True
+    tensorboard: bool = True
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     space: SpaceConfig = SpaceConfig()

@@ -137,7 +137,7 @@ def candidate(run: Run, name: str, choice: Choice | None) -> Any:
     distil(
         student, original_logits(run.supernet), run.streams.all, config.finetune, batch_size=config.data.batch_size,
         seq_len=config.data.seq_len, seed=config.seed, folder=run.folder if name == "found" else None,
-        progress=config.progress, name="finetune",
+        progress=config.progress, tensorboard=config.tensorboard,
     )  # fmt: skip
     model = bake(student)
     if name != "found":

@@ -83,6 +83,7 @@ def distil(
     folder: Path | None = None,
     resume: bool = False,
     progress: bool = True,
+    tensorboard: bool = True,
     name: str = "finetune",
 ) -> LlamaForCausalLM:
     """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
@@ -109,7 +110,7 @@ def distil(
         checkpoint.unpack_optimizer(optimizer, tensors["optimizer"], state["groups"])
         start = int(state["step"])
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
-    metrics = Metrics(folder, name, start) if folder is not None else None
+    metrics = Metrics(folder, name, start, tensorboard) if folder is not None else None
     bar = Progress(name, config.steps, start, progress)
     for step in range(start, config.steps):
         ids = batches.at(step, device)

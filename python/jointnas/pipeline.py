@@ -75,7 +75,7 @@ def _finetune(run: Run, again: bool = False) -> Path:
     distil(
         student, original_logits(run.supernet), run.streams.all, config.finetune, batch_size=config.data.batch_size,
         seq_len=config.data.seq_len, seed=config.seed, folder=run.folder, resume=config.resume == "auto",
-        progress=config.progress,
+        progress=config.progress, tensorboard=config.tensorboard,
     )  # fmt: skip
     return write_final(run, bake(student), choice, final)
 

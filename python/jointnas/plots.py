@@ -51,9 +51,9 @@ def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, x: str, y: str
     line = [points[i] for i in front]
     axis.plot([p[x] for p in line], [p[y] for p in line], color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
     seen: set[str] = set()
-    for i, p in enumerate(points):
+    for p in points:
         kind = p.get("kind", p["name"])
-        color = {"found": RED, "original": BLUE}.get(kind, GREY if i not in front else GREEN)
+        color = {"found": RED, "original": BLUE, "random": GREY}.get(kind, GREEN)
         marker = {"found": "*", "original": "s"}.get(kind, "o")
         label = kind if kind not in seen else None
         seen.add(kind)
@@ -77,7 +77,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, x: str, y: str
 def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: Path) -> Path:
     """Heat maps of every dimension's probabilities over the steps; for bits, the mean bit width of every block."""
     steps = [r["step"] for r in rows]
-    keys = [k for k in TITLES if k in rows[-1]["probs"]]
+    keys = [k for k in TITLES if k in rows[-1]["probs"] and len(space.sizes(k)) > 1] or ["blocks"]
     columns = min(3, len(keys))
     figure, axes = _figure(-(-len(keys) // columns), columns, 3.6 * columns, 2.4 * -(-len(keys) // columns))
     for axis in axes.flat[len(keys) :]:
