@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.
 SHAPES = pytest.mark.parametrize(
     "shape", [(1, 1), (3, 17), (127, 251), (1024, 4096), (5, 7, 1000), (16384, 130)], ids=str
 )
-HIDDEN = [512, 1024, 1536, 2048, 2560, 3072, 3584, 4096]
+HIDDEN = [2**i for i in range(5, 13)]  # of the llama3 space
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +97,9 @@ def test_a_hard_gate_is_exact(gate: float) -> None:
 @DTYPES
 @pytest.mark.parametrize(
     "rows, n, sizes",
-    [(1, 16, [16]), (5, 100, [100, 37, 64]), (63, 1000, [251, 1000]), (1024, 4096, HIDDEN), (333, 4096, [1000, 4096]),
-     (2048, 4096, [2048, 4096]), (8192, 2048, [1024, 2048]), (257, 8192, [4096, 6144, 8192]), (64, 16384, [16384])],
+    [(1, 16, [16]), (5, 100, [100, 37, 64]), (63, 1000, [251, 1000]), (1024, 4096, HIDDEN),
+     (100, 4096, [512 * i for i in range(1, 9)]), (333, 4096, [1000, 4096]), (2048, 4096, [2048, 4096]),
+     (8192, 2048, [1024, 2048]), (257, 8192, [4096, 6144, 8192]), (64, 16384, [16384])],
     ids=str,
 )
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "masked"])

@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from jointnas_kernels import ops
 from tests.comparison import compare
@@ -213,12 +216,46 @@ def test_a_layer_of_ops_compiles_as_one_graph() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_frozen_inputs_get_no_gradient_and_keep_nothing_alive() -> None:
+def test_a_weight_step_keeps_no_activation_alive() -> None:
+    """With a frozen mask the backward needs the mask only."""
     x, mask = leaf(4, 9), rand(9)
-    out = ops.channel_mask(x, mask)
-    assert out.grad_fn is not None
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = ops.channel_mask(x, mask)
+        ops.gated_residual(x, out, mask)
+    assert [t.shape for t in saved] == [mask.shape, mask.shape]
     (dx,) = torch.autograd.grad(out.sum(), x)
     torch.testing.assert_close(dx, mask.expand(4, 9))
+
+
+def test_modes_and_fake_tensors_see_the_registered_op() -> None:
+    """The short way of eager mode must not hide the op from tracing."""
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        ops.channel_mask(rand(2, 3), rand(3))
+    assert any("jointnas.channel_mask" in name for name in seen)
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(leaf(2, 3))
+        assert ops.channel_mask(x, mode.from_tensor(rand(3))).shape == (2, 3)
+    assert ops.channel_mask(leaf(2, 3).to("meta"), rand(3).to("meta")).shape == (2, 3)
+
+
+def test_gradient_checkpointing() -> None:
+    x, w, alpha, mask = leaf(3, 16), rand(16), leaf(2), leaf(16)
+
+    def layer(x: Tensor) -> Tensor:
+        h = ops.mixed_rmsnorm(x, w, alpha, [8, 16], 1e-5, mask)
+        return ops.gated_residual(x, ops.masked_swiglu(h, h, mask, mask), mask, alpha[0], x)
+
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, alpha, mask])
+    saved = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), [x, alpha, mask])
+    assert all(torch.equal(a, b) for a, b in zip(plain, saved, strict=True))
 
 
 @pytest.mark.parametrize(
