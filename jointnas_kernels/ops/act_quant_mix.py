@@ -27,7 +27,7 @@ from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve
 from jointnas_kernels.ops.act_quant_mix_triton import act_backward_triton, act_forward_triton
 from jointnas_kernels.ops.fake_quant_weight import _ste, compute_dtype
 
@@ -99,7 +99,10 @@ def act_quant_mix_backward_reference(
 # ---- registration ----
 
 
-@torch.library.custom_op("jointnas::act_quant_mix", mutates_args=())
+@custom_op(
+    "act_quant_mix",
+    "(Tensor x, Tensor probs, Tensor? mask, int[] bits, bool symmetric, str? backend) -> (Tensor, Tensor)"
+)
 def _act_quant_mix(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
@@ -119,13 +122,17 @@ def _(x, probs, mask, bits, symmetric, backend):
     return torch.empty_like(x, memory_format=torch.contiguous_format), extremes
 
 
-@torch.library.custom_op("jointnas::act_quant_mix_backward", mutates_args=())
+@custom_op(
+    "act_quant_mix_backward",
+    "(Tensor grad, Tensor x, Tensor probs, Tensor? mask, Tensor? extremes, int[] bits, bool symmetric, "
+    "bool want_x, bool want_probs, bool want_mask, str? backend) -> (Tensor, Tensor, Tensor)"
+)
 def _act_quant_mix_backward(
     grad: Tensor,
     x: Tensor,
     probs: Tensor,
     mask: Tensor | None,
-    extremes: Tensor,
+    extremes: Tensor | None,
     bits: Sequence[int],
     symmetric: bool,
     want_x: bool,
@@ -152,14 +159,16 @@ def _(grad, x, probs, mask, extremes, bits, symmetric, want_x, want_probs, want_
 
 def _setup_context(ctx, inputs, output):
     x, probs, mask, ctx.bits, ctx.symmetric, ctx.backend = inputs
-    ctx.save_for_backward(x, probs, mask, output[1])
+    read = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # dx alone is P · mask ⊙ grad: x need not stay alive
+    ctx.save_for_backward(x if read else None, probs, mask, output[1] if read else None)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad, _):
     want = ctx.needs_input_grad[:3]
+    x, *others = ctx.saved_tensors
     dx, dprobs, dmask = _act_quant_mix_backward(
-        grad, *ctx.saved_tensors, ctx.bits, ctx.symmetric, *want, ctx.backend
+        grad, grad if x is None else x, *others, ctx.bits, ctx.symmetric, *want, ctx.backend
     )
     return dx if want[0] else None, dprobs if want[1] else None, dmask if want[2] else None, None, None, None
 

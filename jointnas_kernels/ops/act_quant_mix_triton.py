@@ -193,10 +193,11 @@ def act_forward_triton(
     count, n = flat.shape
     extremes = torch.empty(count, 2, dtype=torch.float32, device=x.device)
     if out.numel():
-        act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
-            flat, flat if mask is None else mask.contiguous(), probs.contiguous(), out, extremes, count, n,
-            flat.stride(0), **constants(x, bits, symmetric, mask), **config,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
+                flat, flat if mask is None else mask.contiguous(), probs.contiguous(), out, extremes, count, n,
+                flat.stride(0), **constants(x, bits, symmetric, mask), **config,
+            )  # fmt: skip
     return out, extremes
 
 
@@ -205,7 +206,7 @@ def act_backward_triton(
     x: Tensor,
     probs: Tensor,
     mask: Tensor | None,
-    extremes: Tensor,
+    extremes: Tensor | None,
     bits: Sequence[int],
     symmetric: bool,
     want: tuple[bool, bool, bool],
@@ -221,12 +222,14 @@ def act_backward_triton(
     dprobs = new(programs * blocks, len(bits), dtype=torch.float32) if want_probs else no_grad_slot(x)
     dmask = new(programs, n, dtype=torch.float32) if want_mask else no_grad_slot(x)
     if x.numel():
-        act_backward_kernel[(blocks, programs)](
-            grad, flat, flat if mask is None else mask.contiguous(), probs.contiguous(), extremes, dx, dprobs, dmask,
-            count, n, grad.stride(0), flat.stride(0), Q_PAD=triton.next_power_of_2(len(bits)),
-            WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask,
-            **constants(x, bits, symmetric, mask), **config,
-        )  # fmt: skip
+        with torch.cuda.device_of(x):
+            act_backward_kernel[(blocks, programs)](
+                grad, flat, flat if mask is None else mask.contiguous(), probs.contiguous(),
+                flat if extremes is None else extremes, dx, dprobs, dmask,
+                count, n, grad.stride(0), flat.stride(0), Q_PAD=triton.next_power_of_2(len(bits)),
+                WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask,
+                **constants(x, bits, symmetric, mask), **config,
+            )  # fmt: skip
     return (
         dx,
         dprobs.sum(0).to(probs.dtype) if want_probs else dprobs,

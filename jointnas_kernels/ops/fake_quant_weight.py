@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.ops._dispatch import resolve
+from jointnas_kernels.ops._dispatch import custom_op, resolve
 
 # Below this scale 1/s or the remainder of a division could leave fp32's normal range; such groups are zero anyway.
 TINY_SCALE = 2.0**-100
@@ -199,25 +199,15 @@ def _launch(
         return out, dclip
     padded = triton.next_power_of_2(group_size)
     block = max(1, 4096 // padded)
-    fake_quant_kernel[(triton.cdiv(groups, block),)](
-        weight,
-        weight if clip is None else clip,
-        weight if grad is None else grad.contiguous(),
-        out,
-        out if dclip is None else dclip,
-        groups,
-        low=float(-(2 ** (bits - 1))),
-        high=float(2 ** (bits - 1) - 1),
-        divisor=(2**bits - 1) / 2 if symmetric else 2.0**bits - 1,
-        tiny=TINY_SCALE,
-        G=group_size,
-        G_PAD=padded,
-        BLOCK=block,
-        SYMMETRIC=symmetric,
-        HAS_CLIP=clip is not None,
-        BACKWARD=backward,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(weight):
+        fake_quant_kernel[(triton.cdiv(groups, block),)](
+            weight, weight if clip is None else clip, weight if grad is None else grad.contiguous(), out,
+            out if dclip is None else dclip, groups,
+            low=float(-(2 ** (bits - 1))), high=float(2 ** (bits - 1) - 1),
+            divisor=(2**bits - 1) / 2 if symmetric else 2.0**bits - 1, tiny=TINY_SCALE,
+            G=group_size, G_PAD=padded, BLOCK=block, SYMMETRIC=symmetric, HAS_CLIP=clip is not None,
+            BACKWARD=backward, num_warps=4,
+        )  # fmt: skip
     return out, dclip
 
 
@@ -229,7 +219,10 @@ def chosen(weight: Tensor, backend: str | None) -> str:
     return resolve("fake_quant_weight", backend, weight, available=("triton", "reference"))
 
 
-@torch.library.custom_op("jointnas::fake_quant_weight", mutates_args=())
+@custom_op(
+    "fake_quant_weight",
+    "(Tensor weight, Tensor? clip, int bits, int group_size, bool symmetric, str ste, str? backend) -> Tensor"
+)
 def _fake_quant_weight(
     weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, ste: str, backend: str | None
 ) -> Tensor:
@@ -243,7 +236,11 @@ def _(weight, clip, bits, group_size, symmetric, ste, backend):
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("jointnas::fake_quant_weight_backward", mutates_args=())
+@custom_op(
+    "fake_quant_weight_backward",
+    "(Tensor grad, Tensor weight, Tensor? clip, int bits, int group_size, bool symmetric, str? backend) "
+    "-> (Tensor, Tensor)"
+)
 def _fake_quant_weight_backward(
     grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:

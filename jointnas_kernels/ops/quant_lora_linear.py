@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve
 from jointnas_kernels.ops.quant_lora_mix import (
     BACKENDS,
     GPU,
@@ -37,7 +37,11 @@ from jointnas_kernels.ops.quant_lora_mix import (
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton
 
 
-@torch.library.custom_op("jointnas::quant_lora_linear", mutates_args=())
+@custom_op(
+    "quant_lora_linear",
+    "(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor probs, Tensor? clip, Tensor? bias, "
+    "float scaling, int[] bits, int group_size, str ste, str mode, bool recompute, str? backend) -> (Tensor, Tensor)"
+)
 def _quant_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -66,10 +70,15 @@ def _(x, weight, lora_a, lora_b, probs, clip, bias, scaling, bits, group_size, s
     return x.new_empty((*x.shape[:-1], weight.shape[0])), mixed
 
 
-@torch.library.custom_op("jointnas::quant_lora_linear_backward", mutates_args=())
+@custom_op(
+    "quant_lora_linear_backward",
+    "(Tensor grad, Tensor? x, Tensor? mixed, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor probs, "
+    "Tensor? clip, float scaling, int[] bits, int group_size, str ste, bool want_x, bool want_lora, "
+    "bool want_probs, bool want_clip, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 def _quant_lora_linear_backward(
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     mixed: Tensor | None,
     weight: Tensor,
     lora_a: Tensor,
@@ -87,12 +96,14 @@ def _quant_lora_linear_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dprobs, dclip)."""
-    with torch.autocast(x.device.type, enabled=False):
-        dx = no_grad_slot(x)
+    with torch.autocast(grad.device.type, enabled=False):
+        dx = no_grad_slot(grad)
         if want_x:
             if mixed is None:
-                mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend).to(x.dtype)
-            dx = grad @ mixed
+                mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend)
+            dx = grad @ mixed.to(grad.dtype)
+        if x is None:  # no other gradient is wanted
+            return dx, no_grad_slot(grad), no_grad_slot(grad), no_grad_slot(grad), no_grad_slot(grad)
         g2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         rank_only = want_lora and ste == "identity"
         want = (want_lora and not rank_only, want_probs, want_clip)
@@ -132,7 +143,7 @@ def _(
     grad, x, mixed, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste,
     want_x, want_lora, want_probs, want_clip, backend,
 ):  # fmt: skip
-    dx = x.new_empty(x.shape) if want_x else no_grad_slot(x)
+    dx = grad.new_empty((*grad.shape[:-1], weight.shape[1])) if want_x else no_grad_slot(grad)
     return dx, *fake_gradients(weight, lora_a, lora_b, probs, clip, want_lora, want_probs, want_clip)
 
 
@@ -140,7 +151,8 @@ def _setup_context(ctx, inputs, output):
     x, weight, lora_a, lora_b, probs, clip, bias, *rest = inputs
     ctx.scaling, ctx.bits, ctx.group_size, ctx.ste, ctx.mode, recompute, ctx.backend = rest
     keep = output[1] if ctx.needs_input_grad[0] and not recompute else None
-    ctx.save_for_backward(x, keep, weight, lora_a, lora_b, probs, clip)
+    # dx alone needs W~ but not x
+    ctx.save_for_backward(x if any(wanted(ctx, 2)) else None, keep, weight, lora_a, lora_b, probs, clip)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
 
@@ -148,8 +160,9 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad, _):
     lora, probs, clip = want = wanted(ctx, 2)
     want_x = ctx.needs_input_grad[0]
+    x, *others = ctx.saved_tensors
     dx, da, db, dprobs, dclip = _quant_lora_linear_backward(
-        grad, *ctx.saved_tensors, ctx.scaling, ctx.bits, ctx.group_size, ctx.ste, want_x, *want, ctx.backend
+        grad, x, *others, ctx.scaling, ctx.bits, ctx.group_size, ctx.ste, want_x, *want, ctx.backend
     )
     dbias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[6] else None
     return (

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve
 from jointnas_kernels.ops.fake_quant_weight import _ste, check_clip, check_quantizer, compute_dtype, quantize_levels
 from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, unsupported
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton, mix_forward_triton
@@ -139,7 +139,11 @@ def choose(op: str, backend: str | None, weight: Tensor, rank: int, precisions: 
     return chosen
 
 
-@torch.library.custom_op("jointnas::quant_lora_mix", mutates_args=())
+@custom_op(
+    "quant_lora_mix",
+    "(Tensor weight, Tensor lora_a, Tensor lora_b, Tensor probs, Tensor? clip, float scaling, int[] bits, "
+    "int group_size, str ste, str mode, str? backend) -> Tensor"
+)
 def _quant_lora_mix(
     weight: Tensor,
     lora_a: Tensor,
@@ -161,7 +165,12 @@ def _(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, mode,
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("jointnas::quant_lora_mix_backward", mutates_args=())
+@custom_op(
+    "quant_lora_mix_backward",
+    "(Tensor grad, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor probs, Tensor? clip, float scaling, "
+    "int[] bits, int group_size, str ste, bool want_lora, bool want_probs, bool want_clip, str? backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
 def _quant_lora_mix_backward(
     grad: Tensor,
     weight: Tensor,

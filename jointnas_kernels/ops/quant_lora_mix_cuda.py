@@ -65,10 +65,11 @@ def mix_forward_cuda(
     if splits is None:
         splits = row_splits(o, math.ceil(i / (128 * columns)), lowbit_cuda.multiprocessors(weight))
     packed = sum(width << (8 * p) for p, width in enumerate(bits))
-    code = _ext.load(cuda=True).quant_lora_mix(
-        *(0 if t is None else t.data_ptr() for t in (weight, a, b, pi, ratio, out)),
-        *(o, i, rank, len(bits), group_size, packed, DTYPES[weight.dtype], columns, splits, scaling),
-        lowbit_cuda.current_stream(weight),
-    )
+    with torch.cuda.device_of(weight):
+        code = _ext.load(cuda=True).quant_lora_mix(
+            *(0 if t is None else t.data_ptr() for t in (weight, a, b, pi, ratio, out)),
+            *(o, i, rank, len(bits), group_size, packed, DTYPES[weight.dtype], columns, splits, scaling),
+            lowbit_cuda.current_stream(weight),
+        )
     lowbit_cuda.check_launch(code, "quant_lora_mix")
     return out

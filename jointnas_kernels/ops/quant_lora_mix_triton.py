@@ -280,11 +280,12 @@ def mix_forward_triton(
     shape = tile_config(group_size, rank, 128)
     config = forward_config(shape["NG"] * shape["G_PAD"], clip is not None, hopper(weight))
     grid = (triton.cdiv(groups, shape["NG"]), triton.cdiv(o, config["BLOCK"]))
-    mix_forward_kernel[grid](
-        weight, lora_a, lora_b, probs, weight if clip is None else clip.contiguous(), out,
-        scaling, o, i, rank, groups, P=len(bits), HAS_CLIP=clip is not None, EXACT=interpreting(),
-        **config, **shape, **bit_constants(bits),
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):
+        mix_forward_kernel[grid](
+            weight, lora_a, lora_b, probs, weight if clip is None else clip.contiguous(), out,
+            scaling, o, i, rank, groups, P=len(bits), HAS_CLIP=clip is not None, EXACT=interpreting(),
+            **config, **shape, **bit_constants(bits),
+        )  # fmt: skip
     return out
 
 
@@ -317,13 +318,14 @@ def mix_backward_triton(
     programs = triton.cdiv(groups, shape["NG"]) * triton.cdiv(o, config["BLOCK"])
     dprobs = torch.empty(p, programs, dtype=torch.float32, device=weight.device) if want_probs else no_grad_slot(weight)
     if programs:
-        mix_backward_kernel[(programs,)](
-            grad, grad if x is None else x, weight, lora_a, lora_b, probs, weight if clip is None else clip,
-            da, db, dprobs, dclip, scaling, 0 if x is None else x.shape[0], o, i, rank, groups,
-            P=p, BLOCK_T=64, STAGES=3, HAS_CLIP=clip is not None, EXACT=interpreting(), DENSE=x is None,
-            CLIP_STE=ste == "clip", WANT_LORA=want_lora, WANT_PROBS=want_probs, WANT_CLIP=want_clip,
-            **config, **shape, **bit_constants(bits),
-        )  # fmt: skip
+        with torch.cuda.device_of(weight):
+            mix_backward_kernel[(programs,)](
+                grad, grad if x is None else x, weight, lora_a, lora_b, probs, weight if clip is None else clip,
+                da, db, dprobs, dclip, scaling, 0 if x is None else x.shape[0], o, i, rank, groups,
+                P=p, BLOCK_T=64, STAGES=3, HAS_CLIP=clip is not None, EXACT=interpreting(), DENSE=x is None,
+                CLIP_STE=ste == "clip", WANT_LORA=want_lora, WANT_PROBS=want_probs, WANT_CLIP=want_clip,
+                **config, **shape, **bit_constants(bits),
+            )  # fmt: skip
     return (
         da.to(lora_a.dtype) if want_lora else da,
         db.to(lora_b.dtype) if want_lora else db,
