@@ -63,10 +63,14 @@ def campaign(arguments: argparse.Namespace, recorder: Recorder) -> int:
     started = time.monotonic()
     pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(arguments.workers)]
     running: dict[Future[Tally], tuple[Combination, int]] = {}
-    idle = list(range(arguments.workers))
+    idle, reported = list(range(arguments.workers)), started
     while chunks or running:
         if time.monotonic() - started > arguments.seconds:
             chunks.clear()
+        if time.monotonic() - reported > 30:
+            reported = time.monotonic()
+            totals = [sum(getattr(t, key) for t in tallies.values()) for key in ("cases", "failures")]
+            print(f"{reported - started:.0f} s: {totals[0]} cases, {totals[1]} failures", file=sys.stderr, flush=True)
         while chunks and idle:
             c, seeds = chunks.pop(0)
             hopeless = tallies[c].fatal or (tallies[c].skipped and not tallies[c].cases)
@@ -82,6 +86,7 @@ def campaign(arguments: argparse.Namespace, recorder: Recorder) -> int:
             idle.append(worker)
             if tally.fatal:
                 pools[worker].shutdown()
+                print(f"lost a CUDA context: {c}, --case {tally.first}: {tally.message[:500]}", file=sys.stderr)
                 pools[worker] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     for pool in pools:
         pool.shutdown()
