@@ -65,9 +65,12 @@ def _main(arguments: list[str]) -> int:
 
 
 def run_verb(verb: str, values: dict[str, Any]) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
     from jointnas import verbs
     from jointnas.config import RunConfig, build
 
+    disable_progress_bar()  # one bar at a time: ours
     if verb == "search":
         return verbs.search(build(RunConfig, values))
     return getattr(verbs, _function(verb))(**values)
