@@ -152,9 +152,9 @@ def test_copies_cover_the_model_but_not_more_than_twice_the_cache() -> None:
 
 def test_measure_walks_through_all_runs() -> None:
     calls: list[int] = []
-    p10, median, p90, samples = measure([lambda i=i: calls.append(i) for i in range(7)], CPU, seconds=1e-3, samples=20)  # type: ignore[misc]
+    p10, median, p90, samples = measure([lambda i=i: calls.append(i) for i in range(7)], CPU, seconds=0.05, samples=20)  # type: ignore[misc]
     assert 0 < p10 <= median <= p90
-    assert samples == 20
+    assert samples >= 20
     assert set(calls) == set(range(7))
 
 
