@@ -30,7 +30,6 @@ from jointnas_kernels.ops.quant_lora_mix import (
     fake_gradients,
     finish,
     mix_forward,
-    rounded_lora,
     tiles,
     wanted,
 )
@@ -127,15 +126,19 @@ def _quant_lora_linear_backward(
 def lora_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """(dA, dB) of ste="identity" from grad [T, O] and x [T, I] in four GEMMs of rank P·r."""
-    a, b = rounded_lora(weight, lora_a, lora_b, scaling)
-    p, r, i = a.shape
-    stacked = a.to(x.dtype).reshape(p * r, i)
-    beside = b.to(x.dtype).permute(1, 0, 2).reshape(-1, p * r)
+    """(dA, dB) of ste="identity" from grad [T, O] and x [T, I]: four GEMMs of rank P·r, and as few small kernels as
+    possible around them, since each costs about as much as such a GEMM over 1024 tokens."""
+    p, r, i = lora_a.shape
+    new = weight.new_empty
+    beside = new(weight.shape[0], p, r)  # B' rounded to the weight's dtype
+    torch.mul(lora_b.permute(1, 0, 2), scaling, out=beside)
+    beside = beside.to(x.dtype).view(-1, p * r)
+    stacked = lora_a.to(weight.dtype).to(x.dtype).reshape(p * r, i)
     pi = probs.to(compute_dtype(weight.dtype)).view(p, 1, 1)
-    da = ((grad @ beside).T @ x).view(p, r, i) * pi
-    db = (grad.T @ (x @ stacked.T)).view(-1, p, r).permute(1, 0, 2) * (pi * scaling)
-    return da.to(lora_a.dtype), db.to(lora_b.dtype).contiguous()
+    da, db = new(lora_a.shape, dtype=lora_a.dtype), new(lora_b.shape, dtype=lora_b.dtype)
+    torch.mul(((grad @ beside).T @ x).view(p, r, i), pi, out=da)
+    torch.mul((grad.T @ (x @ stacked.T)).view(-1, p, r).permute(1, 0, 2), pi * scaling, out=db)
+    return da, db
 
 
 @_quant_lora_linear_backward.register_fake
