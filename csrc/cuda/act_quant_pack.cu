@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(kThreads)
   ptx::launch_dependents();
   ptx::wait_dependencies();
   x += static_cast<size_t>(token) * inputs;
-  a += static_cast<size_t>(token) * inputs;
 
   float low = 0, high = 0;
   for (int k = threadIdx.x * kStep; k < inputs; k += kThreads * kStep) {
@@ -75,19 +74,42 @@ __global__ void __launch_bounds__(kThreads)
     T v[kStep];
     for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
       reinterpret_cast<Vec4*>(v)[j] = ptx::load_readonly(reinterpret_cast<const Vec4*>(x + k) + j);
+    int level[kStep];
+#pragma unroll
+    for (int j = 0; j < kStep; ++j) {
+      const float q = rounded<T>(rounded<T>(ptx::divide(ptx::to_float(v[j]), s)) + z);
+      level[j] = static_cast<int>(ptx::round_even(q < qmin ? qmin : q > qmax ? qmax : q));
+    }
+    if (layout == 3) {  // a byte of every plane
+      for (int b = 0; b < bits; ++b) {
+        int byte = 0;
+#pragma unroll
+        for (int j = 0; j < kStep; ++j) byte |= (level[j] >> b & 1) << j;
+        a[((static_cast<size_t>(token) * (inputs / kGroup) + k / kGroup) * bits + b) * (kGroup / 8) + k % kGroup / 8] = static_cast<int8_t>(byte);
+      }
+      continue;
+    }
     uint32_t word[2] = {0, 0};
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
-      float q = rounded<T>(rounded<T>(ptx::divide(ptx::to_float(v[j]), s)) + z);
-      q = ptx::round_even(q < qmin ? qmin : q > qmax ? qmax : q);
       const int place = place_in_token(j);
-      word[place / 4] |= (static_cast<uint32_t>(static_cast<int>(q)) & 0xffu) << (8 * (place % 4));
+      word[place / 4] |= (static_cast<uint32_t>(level[j]) & 0xffu) << (8 * (place % 4));
     }
     const int in_group = k % kGroup;  // input of s = 0; s = 1 follows at once, or 16 bytes later for wgmma
-    const int place = layout == 0 ? place_in_token(in_group) : place_for_wgmma(1, in_group);
-    uint32_t* dst = reinterpret_cast<uint32_t*>(a + k / kGroup * kGroup + place);
-    dst[0] = word[0];
-    dst[layout == 0 ? 1 : 4] = word[1];
+    const size_t row = static_cast<size_t>(token) * inputs + k / kGroup * kGroup;
+    size_t first, second;
+    if (layout == 0) {
+      first = row + place_in_token(in_group);
+      second = first + 4;
+    } else if (layout == 1) {
+      first = row + place_for_wgmma(1, in_group);
+      second = first + 16;
+    } else {
+      first = place_swizzled(gridDim.x, token, k / kGroup, place_for_wgmma(1, in_group));
+      second = place_swizzled(gridDim.x, token, k / kGroup, place_for_wgmma(1, in_group) + 16);
+    }
+    *reinterpret_cast<uint32_t*>(a + first) = word[0];
+    *reinterpret_cast<uint32_t*>(a + second) = word[1];
   }
 }
 

@@ -204,8 +204,9 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const JnLowbitArgs p)
       for (int c = 0; c < 4; ++c)
         sums[(warp_token + 8 * n + 2 * t + c % 2) * kSumPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
   ptx::sync_threads();
-  finish_block<T, QUANTIZED, BITS>(p, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, S::tokens,
-                                   shared, [&](int token, int row) { return sums[token * kSumPitch + row]; });
+  constexpr float unit = 1.0f / (1 << (8 - BITS));
+  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, S::tokens, shared,
+                  [&](int token, int row) { return sums[token * kSumPitch + row]; });
 }
 
 template <class T, int BITS, int NT, bool QUANTIZED> int run(const JnLowbitArgs& p, cudaStream_t stream) {

@@ -117,8 +117,9 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p
   for (int i = 0; i < N / 2; ++i)
     sums[(i / 4 * 8 + 2 * t + i % 2) * kSumPitch + warp * kTileRows + g + i % 4 / 2 * 8] = acc[i];
   ptx::sync_threads();
-  finish_block<T, QUANTIZED, BITS>(p, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, N, shared,
-                                   [&](int token, int row) { return sums[token * kSumPitch + row]; });
+  constexpr float unit = 1.0f / (1 << (8 - BITS));
+  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, N, shared,
+                  [&](int token, int row) { return sums[token * kSumPitch + row]; });
 #endif
 }
 

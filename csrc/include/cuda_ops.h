@@ -20,10 +20,13 @@ struct JnLowbitArgs {
   int* locks;                 // [row blocks * token blocks], zero before and after, if splits > 1
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
-  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile)
+  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile), 16 or 32 (int8);
+                              // bitplane: tiles of 8 token planes, 1, 2, 4 or 8
   int warp_rows;              // stream: 64-row strips per block: 1, 2, 4 or 8
   int splits;                 // blocks along the inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
+  int a_bits;                 // bitplane: planes per token
+  int cluster;                // int8: blocks that share their tokens' copies, 1 or 2
 };
 // Few tokens: each warp streams weights of its own, once (lowbit_stream.cu).
 int jn_lowbit_stream(const JnLowbitArgs* args, void* stream);
@@ -31,6 +34,12 @@ int jn_lowbit_stream(const JnLowbitArgs* args, void* stream);
 int jn_lowbit_tile(const JnLowbitArgs* args, void* stream);
 // The same with wgmma, sm_90a only; x in the order of jn_token_layout or jn_act_quant_pack(layout 1) (lowbit_wgmma.cu).
 int jn_lowbit_wgmma(const JnLowbitArgs* args, void* stream);
+// Quantized tokens only, sm_90a only, warp-specialised: blocks of 128 rows x 128 or 256 tokens; x of
+// jn_act_quant_pack(layout 2); no splits (lowbit_int8.cu).
+int jn_lowbit_int8(const JnLowbitArgs* args, void* stream);
+// Few tokens, W{2,4} x A{2,4,8} on bit-planes, zero points by row_sum: weight of ops/pack.py tile_planes, x of
+// jn_act_quant_pack(layout 3); warp_rows and splits as for the streaming kernel (lowbit_bitplane.cu).
+int jn_lowbit_bitplane(const JnLowbitArgs* args, void* stream);
 // x[M, I] of a 16-bit type to the order lowbit_wgmma reads.
 int jn_token_layout(const void* x, void* out, int tokens, int inputs, void* stream);
 
@@ -38,9 +47,11 @@ int jn_token_layout(const void* x, void* out, int tokens, int inputs, void* stre
 int jn_lowbit_dequant(const void* weight, const void* scale, void* out, int rows, int inputs, int bits, int dtype,
                       void* stream);
 
-// Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) to int8 in the order the kernels read.
-// symmetric: 0 or 1. layout: 0 for lowbit_stream and lowbit_tile, 1 for lowbit_wgmma. Writes a[M, I], scale[M] (the
-// rounded scale, as fp32) and zero[M].
+// Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) in the order the kernels read. symmetric: 0 or
+// 1. Writes scale[M] (the rounded scale, as fp32), zero[M] and, by layout,
+//   0  int8 [M, I] for lowbit_stream and lowbit_tile       1  int8 [M, I] for lowbit_wgmma
+//   2  int8 [I / 128, ceil(M / 8), 8, 128] for lowbit_int8, swizzled; tokens past the end are not written
+//   3  bits [M, I / 128, bits, 128] for lowbit_bitplane: plane j holds bit j of the two's complement, input k at bit k
 int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
                       int symmetric, int layout, int dtype, void* stream);
 

@@ -1,4 +1,5 @@
-// Test-only twin of ptx.cuh: runs a kernel's blocks one after another on the CPU, a block's threads as fibers.
+// Test-only twin of ptx.cuh: runs a kernel's blocks (or clusters of blocks) one after another on the CPU, their threads
+// as fibers.
 // Barriers and warp-wide instructions switch fibers until every participant has arrived. Shared memory starts out as
 // 0xFF bytes; a cp.async destination holds 0xFF until its group is waited for, so a read that comes too early gives NaN.
 #pragma once
@@ -10,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -34,6 +36,20 @@ using cudaStream_t = void*;
 namespace jointnas::emu {
 
 struct Copy { void* dst; const void* src; bool valid; };
+struct BulkCopy { void* dst; const void* src; int bytes; };
+struct Barrier {  // in shared memory, hopper.cuh
+  int arrivals, pending;
+  long bytes;  // announced and not yet here; negative when the copies were faster
+  unsigned phase;
+  std::vector<BulkCopy> copies;
+  void arrive();
+  void land();
+  void turn() {
+    if (pending || bytes) return;
+    pending = arrivals;
+    ++phase;
+  }
+};
 struct Fiber {
   ucontext_t start;
   jmp_buf resume;
@@ -41,6 +57,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   std::vector<Copy> open;                 // copies not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<std::function<void()>> open_products;          // the same for wgmma
+  std::vector<std::vector<std::function<void()>>> products;
 };
 struct Meeting { unsigned generation = 0; int arrived = 0; };
 struct Warp { Meeting meeting; alignas(16) unsigned char in[32][64], out[32][64]; };
@@ -48,8 +66,11 @@ struct Block {
   std::vector<unsigned char> shared;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Meeting barrier;
-  int current = 0, idle = 0;
+  Meeting barriers_of_ranks[16], cluster_barrier, named[256];  // named: [rank][id]
+  std::map<void*, Barrier> barriers;
+  int current = 0, idle = 0, threads = 0;  // threads: of one block
+  size_t shared_stride = 0;                // between the shared memories of a cluster's blocks
+  int rank() const { return current / threads; }
   jmp_buf scheduler;
   std::function<void()> body;
 };
@@ -61,7 +82,26 @@ inline dim3& block_size() { static dim3 d; return d; }
 inline dim3& grid_size() { static dim3 d; return d; }
 
 inline unsigned char* shared_base() {  // 1024-byte aligned, as on the device
-  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(block().shared.data()) + 1023) / 1024 * 1024);
+  const auto first = (reinterpret_cast<uintptr_t>(block().shared.data()) + 1023) / 1024 * 1024;
+  return reinterpret_cast<unsigned char*>(first + block().rank() * block().shared_stride);
+}
+inline void Barrier::arrive() {
+  block().idle = 0;
+  if (pending-- == 0) {
+    std::fprintf(stderr, "more arrivals at a barrier than it was initialised for\n");
+    std::abort();
+  }
+  turn();
+}
+inline void Barrier::land() {
+  if (copies.empty()) return;
+  block().idle = 0;
+  for (const BulkCopy& copy : copies) {
+    std::memcpy(copy.dst, copy.src, copy.bytes);
+    bytes -= copy.bytes;
+  }
+  copies.clear();
+  turn();
 }
 
 constexpr size_t kStack = 128 * 1024;
@@ -77,28 +117,39 @@ inline void entry() {
   b.idle = 0;
   _longjmp(b.scheduler, 1);
 }
-inline void run_block(const std::function<void()>& body, unsigned threads, size_t shared_bytes) {
+// `ranks` blocks at consecutive x, as one cluster
+inline void run_block(const std::function<void()>& body, unsigned threads, size_t shared_bytes, unsigned ranks = 1) {
   static Block b;  // fibers and their stacks are reused
   block_pointer() = &b;
+  const dim3 first = block_index();
+  const unsigned all = threads * ranks;
   b.body = body;
-  b.shared.assign(shared_bytes + 1024, 0xFF);
-  b.warps.assign((threads + 31) / 32, Warp{});
-  b.barrier = Meeting{};
+  b.threads = static_cast<int>(threads);
+  b.shared_stride = (shared_bytes + 1023) / 1024 * 1024;
+  b.shared.assign(b.shared_stride * ranks + 1024, 0xFF);
+  b.warps.assign((all + 31) / 32, Warp{});
+  for (Meeting& m : b.barriers_of_ranks) m = Meeting{};
+  for (Meeting& m : b.named) m = Meeting{};
+  b.cluster_barrier = Meeting{};
+  b.barriers.clear();
   b.idle = 0;
-  if (b.fibers.size() != threads) b.fibers = std::vector<Fiber>(threads);
+  if (b.fibers.size() != all) b.fibers = std::vector<Fiber>(all);
   for (Fiber& f : b.fibers) {
     f.started = f.done = false;
     f.open.clear();
     f.groups.clear();
+    f.open_products.clear();
+    f.products.clear();
     if (!f.stack) f.stack.reset(new char[kStack]);
   }
-  volatile unsigned live = threads, next = 0;
+  volatile unsigned live = all, next = 0;
   while (live) {
-    while (b.fibers[next].done) next = (next + 1) % threads;
+    while (b.fibers[next].done) next = (next + 1) % all;
     b.current = static_cast<int>(next);
-    thread_index() = dim3(next);
+    thread_index() = dim3(next % threads);
+    block_index() = dim3(first.x + next / threads, first.y, first.z);
     Fiber& f = b.fibers[next];
-    if (++b.idle > static_cast<int>(threads) * 4) {
+    if (++b.idle > static_cast<int>(all) * 4) {
       std::fprintf(stderr, "emulated block is deadlocked: thread %u waits for ever\n", unsigned(next));
       std::abort();
     }
@@ -113,7 +164,7 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
       setcontext(&f.start);
     }
     if (b.fibers[next].done) live = live - 1;
-    next = (next + 1) % threads;
+    next = (next + 1) % all;
   }
 }
 // Wait until `count` threads have called; the last one runs `act` first.
@@ -236,6 +287,11 @@ inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
     return s;
   });
 }
+// A: two registers, rows g and g + 8; B: one. Lane t holds bits 32t .. 32t + 31 of the 128.
+inline void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
+  const uint32_t a[4] = {low, high, 0, 0};
+  mma(c, a, b, 0, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
+}
 inline void mma_m16n8k256_and(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma(c, a, b0, b1, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
 }
@@ -265,9 +321,13 @@ template <int PENDING> void cp_async_wait() {
   }
 }
 inline Vec4 load_readonly(const void* p) { Vec4 v; std::memcpy(&v, p, 16); return v; }
+inline uint32_t load_readonly32(const uint32_t* p) { return *p; }
 inline float load_l2(const float* p) { return *p; }
 
-inline void sync_threads() { emu::meet(emu::block().barrier, static_cast<int>(emu::block().fibers.size()), [] {}); }
+inline void sync_threads() {
+  emu::Block& b = emu::block();
+  emu::meet(b.barriers_of_ranks[b.rank()], b.threads, [] {});
+}
 inline void sync_warp() { emu::meet(emu::block().warps[emu::block().current / 32].meeting, 32, [] {}); }
 template <class T> T shuffle_xor(T v, int mask) {
   return emu::warp_wide<T, T>(v, [mask](const T* in, T* out) { for (int i = 0; i < 32; ++i) out[i] = in[i ^ mask]; });
@@ -283,15 +343,19 @@ inline void wait_dependencies() {}
 namespace jointnas {
 inline int compute_capability() { return 90; }
 template <class... P, class... A>
-int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, bool, A... args) {
+int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, int cluster, A... args) {
   emu::grid_size() = grid;
   emu::block_size() = block;
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
+      for (unsigned x = 0; x < grid.x; x += cluster) {
         emu::block_index() = dim3(x, y, z);
-        emu::run_block([&] { kernel(static_cast<P>(args)...); }, block.x, shared_bytes);
+        emu::run_block([&] { kernel(static_cast<P>(args)...); }, block.x, shared_bytes, cluster);
       }
   return 0;
+}
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool, A... args) {
+  return launch_cluster(kernel, grid, block, shared_bytes, stream, 1, args...);
 }
 }  // namespace jointnas

@@ -35,6 +35,13 @@ JN_HOST_DEVICE int place_for_wgmma(int bytes, int input) {
   return bytes == 2 ? 32 * i + 16 * s + 8 * h + 2 * t + e : 32 * i + 16 * s + 4 * t + 2 * e + h;
 }
 
+// Where byte `at` of a token's group is for lowbit_int8: [group][token / 8][token % 8][128], 16-byte chunks swizzled, so
+// that any number of whole eights of tokens is one contiguous copy into wgmma's shared-memory layout.
+JN_HOST_DEVICE size_t place_swizzled(int tokens, int token, int group, int at) {
+  return (static_cast<size_t>(group) * ((tokens + 7) / 8) + token / 8) * 1024 + token % 8 * 128 +
+         (at / 16 ^ token % 8) * 16 + at % 16;
+}
+
 // Bits of a small number as F16 / BF16; exact for every constant used below.
 JN_HOST_DEVICE constexpr uint32_t half_bits(bool bf16, double v) {
   const uint32_t sign = v < 0 ? 0x8000u : 0u;

@@ -8,14 +8,15 @@ namespace jointnas {
 // `sum(token, row)` is the block's share of an output, token < block_tokens, row < block_rows counted inside the block.
 // With splits, the last block of a strip adds the shares in order, so the result does not depend on who was last.
 // `shared` may be overwritten.
-template <class T, bool QUANTIZED, int BITS, class Sum>
-JN_DEVICE void finish_block(const JnLowbitArgs& p, int threads, int first_row, int block_rows, int first_token,
+// With quantized activations (act_scale) the sums are multiplied by `unit` and the token's scale.
+template <class T, class Sum>
+JN_DEVICE void finish_block(const JnLowbitArgs& p, float unit, int threads, int first_row, int block_rows, int first_token,
                             int block_tokens, void* shared, Sum sum) {
   const int tokens = p.tokens - first_token < block_tokens ? p.tokens - first_token : block_tokens;
   auto store = [&](int token, int row, float v) {
     const int m = first_token + token;
-    if constexpr (QUANTIZED) {
-      v *= 1.0f / (1 << (8 - BITS));  // spread() scaled the weights up
+    if (p.act_scale) {
+      v *= unit;  // spread() scales 8-bit weights up
       if (p.row_sum) v -= static_cast<float>(p.act_zero[m]) * p.row_sum[first_row + row];
       v *= p.act_scale[m];
     }

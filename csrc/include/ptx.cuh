@@ -43,7 +43,13 @@ JN_DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// c[i][j] += popcount(A row i AND B column j) over 256 bits
+// c[i][j] += popcount(A row i AND B column j) over 128 bits; `low`, `high`: rows g and g + 8
+JN_DEVICE void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(low), "r"(high), "r"(b));
+}
+// the same over 256 bits
 JN_DEVICE void mma_m16n8k256_and(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm(
       "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -77,6 +83,7 @@ template <> JN_DEVICE uint32_t fma2<BF16>(uint32_t a, uint32_t b, uint32_t c) {
 }
 
 // ---- conversions, round to nearest even ----
+JN_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
 JN_DEVICE float to_float(float v) { return v; }
 JN_DEVICE float to_float(F16 v) {
   float f;
@@ -131,6 +138,7 @@ JN_DEVICE Vec4 load_readonly(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
   return v;
 }
+JN_DEVICE uint32_t load_readonly32(const uint32_t* p) { return __ldg(p); }
 JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by other blocks: L1 may be stale
 
 // ---- threads ----
@@ -165,25 +173,40 @@ inline int compute_capability() {
   return 10 * major + minor;
 }
 
-// Launch on `stream`; `early` allows the kernel to start before its predecessor ends (sm_90, programmatic dependent
-// launch). Returns the CUDA error code.
 template <class... P, class... A>
-int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+int launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                cudaStream_t stream, A... args) {
   if (shared_bytes > 48 * 1024) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (e != cudaSuccess) return static_cast<int>(e);
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
+  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
+  config.numAttrs = attribute ? 1 : 0;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...));
+}
+// Launch on `stream`; `early` allows the kernel to start before its predecessor ends (sm_90, programmatic dependent
+// launch). Returns the CUDA error code.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return launch_with(early ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, args...);
+}
+// In clusters of `cluster` blocks along x (sm_90), which divides grid.x.
+template <class... P, class... A>
+int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, int cluster,
+                   A... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return launch_with(&attribute, kernel, grid, block, shared_bytes, stream, args...);
 }
 }  // namespace jointnas
 #endif

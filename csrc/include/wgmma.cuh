@@ -17,6 +17,11 @@ JN_DEVICE uint64_t wgmma_descriptor(const void* b) {
 JN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 JN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> JN_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+// Keeps the compiler from moving uses of an accumulator across a wait.
+template <int N> JN_DEVICE void registers_fence(int (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(c[i])::"memory");
+}
 // ordinary writes to shared memory (cp.async too) become visible to wgmma
 JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #define JN_4(t, i) "+" t(c[i]), "+" t(c[i + 1]), "+" t(c[i + 2]), "+" t(c[i + 3])
@@ -89,10 +94,22 @@ template <> JN_DEVICE void wgmma_m64k32_s8<128>(int (&c)[64], const uint32_t (&a
 #undef JN_64
 #else
 
+// A product happens when its group is waited for, on what its registers and shared memory hold then: a result used or an
+// operand changed too early shows.
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-template <int PENDING> void wgmma_wait() {}
 inline void fence_async_shared() {}
+inline void wgmma_commit() {
+  fiber().products.push_back(std::move(fiber().open_products));
+  fiber().open_products.clear();
+}
+template <int PENDING> void wgmma_wait() {
+  auto& groups = fiber().products;
+  while (groups.size() > PENDING) {
+    for (const auto& product : groups.front()) product();
+    groups.erase(groups.begin());
+  }
+}
+template <int N> void registers_fence(int (&)[N]) {}
 
 // Four mma per 8 columns would do the same; B's bytes are found through the swizzle as the hardware does, on addresses
 // relative to the 1024-byte aligned start of shared memory.
@@ -105,20 +122,26 @@ inline uint32_t swizzled_word(const void* b, int column, int byte) {
   return v;
 }
 template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add) {
-  const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
-  for (int n = 0; n < N; n += 8) {
-    float d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
-    mma_m16n8k16<T>(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
-    for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
-  }
+  if (!add) std::memset(c, 0x7F, sizeof(c));
+  fiber().open_products.push_back([&c, &a, b, add] {
+    const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
+    for (int n = 0; n < N; n += 8) {
+      float d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
+      mma_m16n8k16<T>(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
+      for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
+    }
+  });
 }
 template <int N> void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add) {
-  const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
-  for (int n = 0; n < N; n += 8) {
-    int d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
-    mma_m16n8k32_s8(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
-    for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
-  }
+  if (!add) std::memset(c, 0x7F, sizeof(c));
+  fiber().open_products.push_back([&c, &a, b, add] {
+    const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
+    for (int n = 0; n < N; n += 8) {
+      int d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
+      mma_m16n8k32_s8(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
+      for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
+    }
+  });
 }
 #endif
 

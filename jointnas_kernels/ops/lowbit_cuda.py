@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.pack import TILE_INPUTS, tile_scale, tile_weight, unpack_weight
+from jointnas_kernels.ops.pack import TILE_INPUTS, tile_planes, tile_scale, tile_weight, unpack_weight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
@@ -78,8 +78,9 @@ class CudaWeight:
     inputs: int
 
     @staticmethod
-    def build(packed: Tensor, scale: Tensor, bits: int) -> CudaWeight:
-        """Tile ``packed`` int32 [O, I*bits/32] and ``scale`` [O, I/128] (fp16 or bf16)."""
+    def build(packed: Tensor, scale: Tensor, bits: int, planes: bool = False) -> CudaWeight:
+        """Tile ``packed`` int32 [O, I*bits/32] and ``scale`` [O, I/128] (fp16 or bf16); ``planes``: for
+        :func:`bitplane`."""
         if scale.dtype not in DTYPES:
             raise JointNASError(f"the CUDA kernels take float16 or bfloat16 scales, got {scale.dtype}")
         rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
@@ -91,7 +92,8 @@ class CudaWeight:
         locks = torch.zeros(LOCKS, dtype=torch.int32, device=packed.device)
         q = unpack_weight(packed, bits, (rows, inputs)).view(rows, -1, TILE_INPUTS)
         row_sum = (q.sum(2, dtype=torch.int32) * scale.double()).sum(1).float()
-        return CudaWeight(tile_weight(packed, bits), tile_scale(scale), locks, row_sum, bits, rows, inputs)
+        tiled = tile_planes(packed, bits) if planes else tile_weight(packed, bits)
+        return CudaWeight(tiled, tile_scale(scale), locks, row_sum, bits, rows, inputs)
 
     @property
     def bytes(self) -> int:
@@ -114,9 +116,10 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]); ``layout`` 1 is the order :func:`wgmma` reads."""
+    """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]); ``layout`` 1 is the order :func:`wgmma` reads, 3
+    the bit-planes of :func:`bitplane` (a [M, I * bits / 8])."""
     tokens, inputs = x.shape
-    a = torch.empty(tokens, inputs, dtype=torch.int8, device=x.device)
+    a = torch.empty(tokens, inputs // 8 * bits if layout == 3 else inputs, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
     code = _ext.load(cuda=True).act_quant_pack(x.data_ptr(), a.data_ptr(), scale.data_ptr(), zero.data_ptr(), tokens,
@@ -126,18 +129,18 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
 
 
 def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None, token_tiles: int,
-        warp_rows: int, splits: int, early: bool) -> Tensor:
-    """Launch ``lowbit_stream`` or ``lowbit_tile``: y [M, O]."""
+        warp_rows: int, splits: int, early: bool, a_bits: int = 16, cluster: int = 1) -> Tensor:
+    """Launch one of the ``lowbit_*`` kernels: y [M, O]."""
     tokens = x.shape[0]
     y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=x.device)
     partial = torch.empty(splits, tokens, weight.rows, dtype=torch.float32, device=x.device) if splits > 1 else None
     act_scale, act_zero = activation if activation is not None else (None, None)
-    row_sum = weight.row_sum if kernel == "lowbit_wgmma" else None
+    row_sum = weight.row_sum if kernel in ("lowbit_wgmma", "lowbit_bitplane") else None
     pointers = [0 if t is None else t.data_ptr()
                 for t in (weight.weight, weight.scale, x, act_scale, act_zero, row_sum, y, partial, weight.locks)]
     code = getattr(_ext.load(cuda=True), kernel)(
         *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], token_tiles, warp_rows,
-        splits, int(early), current_stream(x))
+        splits, int(early), a_bits, cluster, current_stream(x))
     check_launch(code, kernel)
     return y
 
@@ -150,6 +153,14 @@ def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | No
     """
     p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, weight.bits, multiprocessors(x))
     return run("lowbit_stream", x, weight, activation, p.token_tiles, p.warp_rows, p.splits, early)
+
+
+def bitplane(a: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor], a_bits: int,
+             plan: StreamPlan | None = None, early: bool = False) -> Tensor:
+    """y [M, O] for few tokens on bit-planes: ``a`` from ``quantize_pack(..., layout=3)``, a weight built for planes."""
+    columns = a.shape[0] * a_bits
+    p = plan or stream_plan(columns, weight.rows, weight.inputs, weight.bits, multiprocessors(a))
+    return run("lowbit_bitplane", a, weight, activation, p.token_tiles, p.warp_rows, p.splits, early, a_bits)
 
 
 def tile(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,

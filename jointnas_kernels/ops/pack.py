@@ -101,6 +101,36 @@ def untile_weight(tiled: Tensor, bits: int, rows: int) -> Tensor:
     return pack_weight(v.reshape(tiles * TILE_ROWS, groups * TILE_INPUTS)[:rows].to(torch.int8), bits)
 
 
+def tile_planes(packed: Tensor, bits: int) -> Tensor:
+    """Storage layout to bit-planes in the tiled shape: word 2i + r of lane 4g + t holds bit i of q (two's complement)
+    for row 8r + g of the tile and inputs 32t .. 32t + 31 of the group, lowest first."""
+    check_bits(bits, WEIGHT_BITS, "tile_planes: bits")
+    rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
+    if inputs % TILE_INPUTS:
+        raise JointNASError(f"tile_planes: the input size must be a multiple of {TILE_INPUTS}, got {inputs}")
+    tiles, groups = -(-rows // TILE_ROWS), inputs // TILE_INPUTS
+    q = torch.zeros(tiles * TILE_ROWS, inputs, dtype=torch.int8, device=packed.device)
+    q[:rows] = unpack_weight(packed, bits, (rows, inputs))
+    v = q.view(tiles, 2, 8, groups, 4, 32).permute(0, 3, 1, 2, 4, 5).to(torch.int32)  # tile group r g t j
+    words = torch.zeros(tiles, groups, bits, 2, 32, dtype=torch.int32, device=packed.device)
+    for plane in range(bits):
+        for j in range(32):
+            words[:, :, plane] |= ((v[..., j] >> plane) & 1).flatten(3) << j
+    return words.view(tiles, groups, bits // 2, 4, 32).transpose(3, 4).contiguous()
+
+
+def untile_planes(tiled: Tensor, bits: int, rows: int) -> Tensor:
+    """Inverse of :func:`tile_planes`."""
+    check_bits(bits, WEIGHT_BITS, "untile_planes: bits")
+    tiles, groups = tiled.shape[:2]
+    words = tiled.transpose(3, 4).reshape(tiles, groups, bits, 2, 8, 4, 1)
+    planes = (words >> torch.arange(32, dtype=torch.int32, device=tiled.device)) & 1
+    weights = [1 << i for i in range(bits - 1)] + [-(1 << (bits - 1))]
+    q = torch.stack([planes[:, :, i] * w for i, w in enumerate(weights)]).sum(0)  # tile group r g t j
+    q = q.permute(0, 2, 3, 1, 4, 5).reshape(tiles * TILE_ROWS, groups * TILE_INPUTS)
+    return pack_weight(q[:rows].to(torch.int8), bits)
+
+
 def tile_scale(scale: Tensor) -> Tensor:
     """Scales [O, I/128] to [I/128, 16*ceil(O/16)], rows g and g + 8 of a tile adjacent; missing rows get scale 0."""
     rows, groups = scale.shape

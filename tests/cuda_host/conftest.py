@@ -19,7 +19,8 @@ from jointnas_kernels.ops import lowbit_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *("lowbit_stream.cu", "lowbit_tile.cu", "lowbit_wgmma.cu", "lowbit_dequant.cu", "act_quant_pack.cu"),
+    *("lowbit_stream.cu", "lowbit_tile.cu", "lowbit_wgmma.cu", "lowbit_bitplane.cu"),
+    *("lowbit_dequant.cu", "act_quant_pack.cu"),
     "quant_lora_mix.cu",
 ]
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
@@ -33,7 +34,7 @@ def structure(pointers: str, integers: str, floats: str = "") -> type[ctypes.Str
 
 LOWBIT = structure(
     "weight scale x act_scale act_zero row_sum y partial locks",
-    "tokens rows inputs w_bits dtype token_tiles warp_rows splits early",
+    "tokens rows inputs w_bits dtype token_tiles warp_rows splits early a_bits cluster",
 )
 
 MIX = structure(
@@ -68,6 +69,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         lowbit_stream=with_struct(c.jn_lowbit_stream, LOWBIT),
         lowbit_tile=with_struct(c.jn_lowbit_tile, LOWBIT),
         lowbit_wgmma=with_struct(c.jn_lowbit_wgmma, LOWBIT),
+        lowbit_bitplane=with_struct(c.jn_lowbit_bitplane, LOWBIT),
         token_layout=c.jn_token_layout,
         quant_lora_mix=with_struct(c.jn_quant_lora_mix, MIX),
     )

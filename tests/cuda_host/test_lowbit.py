@@ -87,6 +87,21 @@ def test_dense(rows, bits, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("a_bits", [2, 4, 8], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("w_bits", [2, 4], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize(("tokens", "plan"), [(1, (1, 1, 1)), (3, (2, 2, 2)), (9, (4, 8, 1))], ids=str)
+def test_planes(tokens, plan, w_bits, a_bits, dtype):
+    packed, scale = make(150, 768, w_bits, dtype)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits, planes=True)
+    x = (torch.randn(tokens, 768) + 0.5).to(dtype)
+    with poisoned():
+        a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
+        y = lowbit_cuda.bitplane(a, weight, (s, z), a_bits, lowbit_cuda.StreamPlan(*plan))
+    assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
+    assert not weight.locks.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_activation_quantization_is_exact(bits, symmetric, dtype):

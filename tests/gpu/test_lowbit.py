@@ -94,6 +94,23 @@ def test_dense(bits, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("a_bits", [2, 4, 8], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("w_bits", [2, 4], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize("shape", [(1, 1, 128), (3, 1000, 4096), (17, 200, 1152)], ids=str)
+def test_planes(shape, w_bits, a_bits, dtype, device):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype, device)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits, planes=True)
+    x = (torch.randn(tokens, inputs, device=device) + 0.5).to(dtype)
+    operand, sx, zx = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
+    y = lowbit_cuda.bitplane(operand, weight, (sx, zx), a_bits)
+    a, s, z = quantize_tokens(x, a_bits)
+    expected = reference((a.double() - z.double()) * s.double(), packed, scale, w_bits, 16, 128, False)
+    assert_close(y, expected)
+    assert not weight.locks.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_activation_quantization_is_exact(bits, symmetric, dtype, device):

@@ -57,6 +57,23 @@ def test_tiles(rows, bits):
         assert (value & ((1 << bits) - 1)) - (1 << (bits - 1)) == q[row, k]
 
 
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_planes(rows, bits):
+    inputs = 256
+    q = integers(rows, inputs, bits)
+    packed = pack.pack_weight(q, bits)
+    tiled = pack.tile_planes(packed, bits)
+    assert tiled.shape == (-(-rows // 16), inputs // 128, bits // 2, 32, 4)
+    assert torch.equal(pack.untile_planes(tiled, bits, rows), packed)
+    for row, k in torch.stack([torch.randint(rows, (200,)), torch.randint(inputs, (200,))], 1).tolist():
+        lane = 4 * (row % 8) + k % 128 // 32
+        for plane in range(bits):
+            word = 2 * plane + row % 16 // 8
+            value = tiled[row // 16, k // 128, word // 4, lane, word % 4].item() >> (k % 32)
+            assert value & 1 == (q[row, k].item() >> plane) & 1
+
+
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 def test_scale_tiles(rows):
     scale = torch.rand(rows, 3)

@@ -1,0 +1,117 @@
+// What sm_90 adds for moving data: barriers in shared memory that count bytes, bulk copies that complete on them (also
+// into every block of a cluster at once), clusters of blocks, registers handed from one warpgroup to another.
+#pragma once
+#include "ptx.cuh"
+
+namespace jointnas::ptx {
+
+#ifndef JN_EMULATE
+JN_DEVICE void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0],%1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+JN_DEVICE void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// One arrival, and `bytes` more to come before the phase can end.
+JN_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// One arrival at the same barrier of block `rank` of the cluster.
+JN_DEVICE void barrier_arrive(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote,%0,%1; mbarrier.arrive.shared::cluster.b64 _,[remote]; }" ::"r"(
+          shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+// Until the phase of this parity has ended; a new barrier is in phase 0, so waiting for parity 1 returns at once.
+JN_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{ .reg .pred done; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done,[%0],%1; @!done bra AGAIN; }" ::"r"(
+          shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+// `bytes` (a multiple of 16) from global to shared memory; both 16-byte aligned; counted on `barrier`.
+JN_DEVICE void bulk_copy(void* dst, const void* src, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(
+                   shared_address(dst)),
+               "l"(src), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+// The same to the same place, and barrier, of every block in `ranks` (bit mask).
+JN_DEVICE void bulk_copy_multicast(void* dst, const void* src, int bytes, uint64_t* barrier, int ranks) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0],[%1],%2,[%3],%4;" ::"r"(
+                   shared_address(dst)),
+               "l"(src), "r"(bytes), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>(ranks))
+               : "memory");
+}
+JN_DEVICE int cluster_rank() {
+  int rank;
+  asm("mov.u32 %0,%%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+JN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+// Barrier `id` (1 to 15) of `threads` threads, whole warps.
+JN_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
+template <int REGISTERS> JN_DEVICE void raise_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <int REGISTERS> JN_DEVICE void lower_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+#else
+
+inline int cluster_rank() { return emu::block().rank(); }
+// The same place in the shared memory of another block of the cluster.
+template <class P> P* on_rank(P* p, int rank) {
+  emu::Block& b = emu::block();
+  return reinterpret_cast<P*>(reinterpret_cast<uintptr_t>(p) + (rank - b.rank()) * b.shared_stride);
+}
+inline void barrier_init(uint64_t* barrier, int arrivals) { emu::block().barriers[barrier] = {arrivals, arrivals, 0, 0, {}}; }
+inline void fence_barrier_init() {}
+inline emu::Barrier& barrier_at(uint64_t* barrier) {
+  auto found = emu::block().barriers.find(barrier);
+  if (found == emu::block().barriers.end()) {
+    std::fprintf(stderr, "barrier used before its initialisation\n");
+    std::abort();
+  }
+  return found->second;
+}
+inline void barrier_expect(uint64_t* barrier, int bytes) {
+  emu::Barrier& b = barrier_at(barrier);
+  b.bytes += bytes;
+  b.arrive();
+}
+inline void barrier_arrive(uint64_t* barrier, int rank) { barrier_at(on_rank(barrier, rank)).arrive(); }
+// Copies land only when somebody waits for them.
+inline void barrier_wait(uint64_t* barrier, int parity) {
+  emu::Barrier& b = barrier_at(barrier);
+  while (b.phase % 2 == static_cast<unsigned>(parity)) {
+    b.land();
+    if (b.phase % 2 == static_cast<unsigned>(parity)) emu::yield();
+  }
+}
+inline void bulk_copy_multicast(void* dst, const void* src, int bytes, uint64_t* barrier, int ranks) {
+  if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16 || bytes <= 0) {
+    std::fprintf(stderr, "bulk copy of %d bytes, not in units of 16\n", bytes);
+    std::abort();
+  }
+  for (int rank = 0; rank < 16; ++rank)
+    if (ranks >> rank & 1) {
+      std::memset(on_rank(static_cast<char*>(dst), rank), 0xFF, bytes);
+      barrier_at(on_rank(barrier, rank)).copies.push_back({on_rank(static_cast<char*>(dst), rank), src, bytes});
+    }
+}
+inline void bulk_copy(void* dst, const void* src, int bytes, uint64_t* barrier) {
+  bulk_copy_multicast(dst, src, bytes, barrier, 1 << cluster_rank());
+}
+inline void sync_cluster() { emu::meet(emu::block().cluster_barrier, static_cast<int>(emu::block().fibers.size()), [] {}); }
+inline void sync_some(int id, int threads) {
+  emu::meet(emu::block().named[emu::block().rank() * 16 + id], threads, [] {});
+}
+template <int> void raise_registers() {}
+template <int> void lower_registers() {}
+#endif
+
+}  // namespace jointnas::ptx
