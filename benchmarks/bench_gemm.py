@@ -60,8 +60,8 @@ class Case:
         return x.double() @ self.dense.double().t()
 
 
-def ours(case: Case) -> Any:
-    return lowbit_cuda.CudaWeight.build(case.packed, case.scale, case.bits)
+def ours(case: Case, planes: bool = False) -> Any:
+    return lowbit_cuda.CudaWeight.build(case.packed, case.scale, case.bits, planes)
 
 
 def humming(case: Case, a_bits: int) -> Any:
@@ -91,15 +91,23 @@ def our_product(weight: lowbit_cuda.CudaWeight, x: Tensor, a_bits: int) -> Tenso
     return lowbit_cuda.matmul(x, weight, a_bits)
 
 
+def bitplane_product(weight: lowbit_cuda.CudaWeight, x: Tensor, a_bits: int) -> Tensor:
+    a, scale, zero = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
+    return lowbit_cuda.bitplane(a, weight, (scale, zero), a_bits)
+
+
 def peer_product(layer: Any, x: Tensor) -> Tensor:
     return layer(x)
 
 
 def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable[[], Any], Product, bool]]:
     """name: (make one weight copy, product, whether activations are quantized symmetrically); ours or the peers."""
-    if not peers:
-        return {"ours": (partial(ours, case), partial(our_product, a_bits=a_bits), False)}
     found: dict[str, tuple[Callable[[], Any], Product, bool]] = {}
+    if not peers:
+        found["ours"] = (partial(ours, case), partial(our_product, a_bits=a_bits), False)
+        if case.bits < 8 and a_bits < 16:
+            found["ours, bitplane"] = (partial(ours, case, True), partial(bitplane_product, a_bits=a_bits), False)
+        return found
     if importlib.util.find_spec("humming") and a_bits in (8, 16):
         found["humming"] = (partial(humming, case, a_bits), peer_product, True)
     if importlib.util.find_spec("gemlite") and a_bits == 16:
@@ -115,17 +123,25 @@ def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, pe
         except Exception as error:
             print(f"FAILED {name} {scheme}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             continue
-        for tokens in args.tokens:
+        planes = name == "ours, bitplane"
+        for tokens in [t for t in args.tokens if not planes or t * a_bits <= 64]:  # 8 products of 8 columns
             x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
             reference = case.reference(x, a_bits, symmetric)
             calls: dict[str, Callable[[Any], Tensor]] = {name: partial(product, x=x)}
-            if not peers:
+            if planes:
+                a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
+                calls[f"{name}, quantized x"] = partial(given_planes, a, s, z, a_bits)
+            elif not peers:
                 calls |= variants(x, a_bits)
             for label, call in calls.items():
                 one = partial(check_and_time, rec, args, case, scheme, label, call, weights, x, reference)
                 guarded(f"{label} {scheme} m={tokens}", one)
         del weights
         torch.cuda.empty_cache()
+
+
+def given_planes(a: Tensor, scale: Tensor, zero: Tensor, a_bits: int, weight: lowbit_cuda.CudaWeight) -> Tensor:
+    return lowbit_cuda.bitplane(a, weight, (scale, zero), a_bits)
 
 
 def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
@@ -223,7 +239,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--inputs", type=int, default=8192)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 4096])
-    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8"])
+    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8", "w2a2", "w4a4"])
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
     parser.add_argument("--sweep", action="store_true", help="time every plan of the streaming kernel instead")
     parser.add_argument("--contenders", default="all", choices=("all", "ours", "peers"), help="peers compile for long")
