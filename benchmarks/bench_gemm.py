@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--inputs", type=int, default=8192)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 4096])
-    parser.add_argument("--schemes", nargs="+", default=["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8", "w2a2", "w4a4"])
+    schemes = ["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8", "w2a2", "w4a4"]
+    parser.add_argument("--schemes", nargs="+", default=schemes)
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
     parser.add_argument("--sweep", action="store_true", help="time every plan of the streaming kernel instead")
     parser.add_argument("--contenders", default="all", choices=("all", "ours", "peers"), help="peers compile for long")
