@@ -172,13 +172,13 @@ def place(values: Tensor, how: str, device: str) -> Tensor:
     dense · offset (rows cut out, unaligned) · padded (rows cut out, aligned) · step (every second element) · columns
     (transposed memory) · expanded (stride 0 everywhere; all values are equal).
     """
-    values = values.to(device)
     if values.dim() == 0 or how == "dense":
-        return values.clone(memory_format=torch.contiguous_format)
+        return values.clone(memory_format=torch.contiguous_format).to(device)
     if how == "columns":
-        return values.transpose(-1, -2).contiguous().transpose(-1, -2) if values.dim() > 1 else values.clone()
+        turned = values.transpose(-1, -2).contiguous() if values.dim() > 1 else values.clone()
+        return turned.to(device).transpose(-1, -2) if values.dim() > 1 else turned.to(device)
     if how == "expanded":
-        return values.flatten()[0].expand(values.shape)
+        return values.flatten()[0].to(device).expand(values.shape)
     n = values.shape[-1]
     start, length, step = {
         "offset": (3, -(-(n + 3) // 16) * 16 + 5, 1),
@@ -186,6 +186,6 @@ def place(values: Tensor, how: str, device: str) -> Tensor:
         "step": (0, 2 * n, 2),
     }[how]
     poison = float("nan") if values.is_floating_point() else torch.iinfo(values.dtype).max
-    buffer = torch.full((*values.shape[:-1], length), poison, dtype=values.dtype, device=device)
-    view = buffer[..., start : start + step * n : step]
-    return view.copy_(values)
+    buffer = torch.full((*values.shape[:-1], length), poison, dtype=values.dtype)
+    buffer[..., start : start + step * n : step] = values
+    return buffer.to(device)[..., start : start + step * n : step]  # one transfer: no kernels but the op's own

@@ -80,6 +80,9 @@ def missing(error: JointNASError) -> bool:
 def run_chunk(c: Combination, seeds: list[int], variants: int, limits: str, device: str) -> Tally:
     """Cases of one combination, in a worker process."""
     torch.set_num_threads(1)
+    # the library's GEMMs may otherwise add partial sums in half precision, which no rounding count allows for
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     signal.signal(signal.SIGALRM, _expired)
     tally = Tally()
     for seed in seeds:
