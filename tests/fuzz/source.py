@@ -2,8 +2,8 @@
 
 A case builder asks a ``Source``: ``pick`` for choices a kernel is compiled for (flags, dtypes, bit widths, power-of-two
 buckets of sizes, layouts), ``free`` for everything else. ``Seeded`` answers from two generators, so that on a GPU all
-cases of an op share a few dozen compiled kernels while sizes and data still differ in each; ``Shrinking`` answers from
-hypothesis, which then reduces a failing case to a small one.
+cases of an op share a few dozen compiled kernels while sizes and data still differ in each; ``Shrinking``
+(shrinking.py) answers from hypothesis, which then reduces a failing case to a small one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 T = TypeVar("T")
@@ -147,23 +146,6 @@ class Seeded(Source):
 
     def seed(self) -> int:
         return self.rest.getrandbits(40)
-
-
-class Shrinking(Source):
-    """Choices drawn by hypothesis."""
-
-    def __init__(self, data: st.DataObject, *source: object) -> None:
-        super().__init__(*source)  # type: ignore[arg-type]
-        self.draw = data.draw
-
-    def pick(self, options: Sequence[T]) -> T:
-        return self.draw(st.sampled_from(options))
-
-    def free(self, options: Sequence[T]) -> T:
-        return self.draw(st.sampled_from(options))
-
-    def seed(self) -> int:
-        return self.draw(st.integers(0, 2**20))
 
 
 def place(values: Tensor, how: str, device: str) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from jointnas_kernels import _ext
 from tests.fuzz.cases import LIBRARY, OPS
 from tests.fuzz.check import Case, check
-from tests.fuzz.source import LIMITS, Seeded, Shrinking
+from tests.fuzz.shrinking import Shrinking
+from tests.fuzz.source import LIMITS, Seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CPU_KERNELS = (

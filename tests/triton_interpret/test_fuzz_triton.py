@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.fuzz.cases import LIBRARY, OPS
 from tests.fuzz.check import check
-from tests.fuzz.source import LIMITS, Shrinking
+from tests.fuzz.shrinking import Shrinking
+from tests.fuzz.source import LIMITS
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op not in LIBRARY])
