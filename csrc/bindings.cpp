@@ -92,13 +92,14 @@ PYBIND11_MODULE(_C, m) {
   JN_DEF(lowbit_dequant);
   using L = JnLowbitArgs;
   for (auto [name, function] : {std::pair{"lowbit_stream", jn_lowbit_stream}, {"lowbit_tile", jn_lowbit_tile}, {"lowbit_wgmma", jn_lowbit_wgmma},
-                                {"lowbit_bitplane", jn_lowbit_bitplane}})
+                                {"lowbit_bitplane", jn_lowbit_bitplane}, {"lowbit_int8", jn_lowbit_int8}})
     def(m, name, function, &L::weight, &L::scale, &L::x, &L::act_scale, &L::act_zero, &L::row_sum, &L::y, &L::partial, &L::locks,
         &L::tokens, &L::rows, &L::inputs, &L::w_bits, &L::dtype, &L::token_tiles, &L::warp_rows, &L::splits, &L::early,
         &L::a_bits, &L::cluster);
   using X = JnMixArgs;
-  def(m, "quant_lora_mix", jn_quant_lora_mix, &X::weight, &X::lora_a, &X::lora_b, &X::probs, &X::clip, &X::out, &X::rows,
-      &X::inputs, &X::rank, &X::precisions, &X::group_size, &X::bits, &X::dtype, &X::columns, &X::splits, &X::scaling);
+  def(m, "quant_lora_mix", jn_quant_lora_mix, &X::weight, &X::lora_a, &X::lora_b, &X::grad, &X::probs, &X::clip, &X::out,
+      &X::partial, &X::rows, &X::begin, &X::end, &X::inputs, &X::rank, &X::precisions, &X::group_size, &X::bits,
+      &X::dtype, &X::columns, &X::splits, &X::scaling);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -21,7 +21,7 @@ struct JnLowbitArgs {
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
   int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile), 16 or 32 (int8);
-                              // bitplane: tiles of 8 token planes, 1, 2, 4 or 8
+                              // bitplane: tiles of 8 token planes, 1, 2 or 4
   int warp_rows;              // stream: 64-row strips per block: 1, 2, 4 or 8
   int splits;                 // blocks along the inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
@@ -55,15 +55,19 @@ int jn_lowbit_dequant(const void* weight, const void* scale, void* out, int rows
 int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
                       int symmetric, int layout, int dtype, void* stream);
 
-// W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), ops/quant_lora_mix.py (quant_lora_mix.cu).
+// W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), ops/quant_lora_mix.py; or, if there is a grad, sum(grad * Q_p) of the
+// rows begin .. end - 1, one partial sum per warp (quant_lora_mix.cu).
 struct JnMixArgs {
   const void* weight;   // [O, I] dtype, I a multiple of 128
   const void* lora_a;   // [P, r, I] dtype, r even, at most 32
   const void* lora_b;   // [P, O, r] dtype
+  const void* grad;     // [end - begin, I] dtype, or null
   const float* probs;   // [P], P at most 4
   const float* clip;    // [P, O, I / group_size], or null
-  void* out;            // [O, I] dtype
-  int rows, inputs, rank, precisions, group_size;  // O, I, r, P; group_size 32, 64 or 128
+  void* out;            // [O, I] dtype; not written if there is a grad
+  float* partial;       // [P, ceil(I / 128 / columns) * splits * 4]; only if there is a grad
+  int rows, begin, end; // O, and the rows to work on
+  int inputs, rank, precisions, group_size;  // I, r, P; group_size 32, 64 or 128
   int bits;             // bit width of precision p in byte p
   int dtype;            // JN_F16 or JN_BF16
   int columns, splits;  // 128-input tiles per block; blocks along the rows

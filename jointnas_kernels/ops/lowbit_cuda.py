@@ -66,6 +66,24 @@ def tile_plan(tokens: int, rows: int, inputs: int, sms: int) -> TilePlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Int8Plan:
+    """How lowbit_int8 splits the work: 8-token tiles per block (16 or 32), blocks that share their tokens (1 or 2)."""
+
+    token_tiles: int
+    cluster: int
+
+    def blocks(self, tokens: int, rows: int) -> int:
+        return -(-rows // (BLOCK_ROWS * self.cluster)) * self.cluster * -(-tokens // (8 * self.token_tiles))
+
+
+def int8_plan(tokens: int, rows: int, sms: int) -> Int8Plan:
+    """256-token blocks read a third less than 128-token blocks, so those must save more than a tenth in whole waves."""
+    cluster = 2 if rows > BLOCK_ROWS else 1
+    wide, narrow = Int8Plan(32, cluster), Int8Plan(16, cluster)
+    return wide if 2 * -(-wide.blocks(tokens, rows) // sms) <= 1.1 * -(-narrow.blocks(tokens, rows) // sms) else narrow
+
+
+@dataclasses.dataclass(frozen=True)
 class CudaWeight:
     """Weights in the kernels' layout. One instance must not be used on two streams at once (``locks``)."""
 
@@ -116,10 +134,11 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]); ``layout`` 1 is the order :func:`wgmma` reads, 3
-    the bit-planes of :func:`bitplane` (a [M, I * bits / 8])."""
+    """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]); ``layout`` 1 is the order :func:`wgmma` reads, 2
+    that of :func:`int8` (a [8 * ceil(M/8), I]), 3 the bit-planes of :func:`bitplane` (a [M, I * bits / 8])."""
     tokens, inputs = x.shape
-    a = torch.empty(tokens, inputs // 8 * bits if layout == 3 else inputs, dtype=torch.int8, device=x.device)
+    shape = {2: (-(-tokens // 8) * 8, inputs), 3: (tokens, inputs // 8 * bits)}.get(layout, (tokens, inputs))
+    a = torch.empty(shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
     code = _ext.load(cuda=True).act_quant_pack(x.data_ptr(), a.data_ptr(), scale.data_ptr(), zero.data_ptr(), tokens,
@@ -131,11 +150,11 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
 def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None, token_tiles: int,
         warp_rows: int, splits: int, early: bool, a_bits: int = 16, cluster: int = 1) -> Tensor:
     """Launch one of the ``lowbit_*`` kernels: y [M, O]."""
-    tokens = x.shape[0]
+    tokens = x.shape[0] if activation is None else activation[0].numel()
     y = torch.empty(tokens, weight.rows, dtype=weight.scale.dtype, device=x.device)
     partial = torch.empty(splits, tokens, weight.rows, dtype=torch.float32, device=x.device) if splits > 1 else None
     act_scale, act_zero = activation if activation is not None else (None, None)
-    row_sum = weight.row_sum if kernel in ("lowbit_wgmma", "lowbit_bitplane") else None
+    row_sum = weight.row_sum if kernel in ("lowbit_wgmma", "lowbit_bitplane", "lowbit_int8") else None
     pointers = [0 if t is None else t.data_ptr()
                 for t in (weight.weight, weight.scale, x, act_scale, act_zero, row_sum, y, partial, weight.locks)]
     code = getattr(_ext.load(cuda=True), kernel)(
@@ -180,6 +199,12 @@ def wgmma(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | Non
         check_launch(code, "token_layout")
         x = ordered
     return run("lowbit_wgmma", x, weight, activation, p.token_tiles, 1, p.splits, False)
+
+
+def int8(a: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor], plan: Int8Plan | None = None) -> Tensor:
+    """y [M, O] for many quantized tokens on sm_90a: ``a`` from ``quantize_pack(..., layout=2)``."""
+    p = plan or int8_plan(activation[0].numel(), weight.rows, multiprocessors(a))
+    return run("lowbit_int8", a, weight, activation, p.token_tiles, 1, 1, False, cluster=p.cluster)
 
 
 def dense(weight: CudaWeight) -> Tensor:

@@ -19,7 +19,7 @@ from jointnas_kernels.ops import lowbit_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
-    *("lowbit_stream.cu", "lowbit_tile.cu", "lowbit_wgmma.cu", "lowbit_bitplane.cu"),
+    *("lowbit_stream.cu", "lowbit_tile.cu", "lowbit_wgmma.cu", "lowbit_bitplane.cu", "lowbit_int8.cu"),
     *("lowbit_dequant.cu", "act_quant_pack.cu"),
     "quant_lora_mix.cu",
 ]
@@ -38,8 +38,8 @@ LOWBIT = structure(
 )
 
 MIX = structure(
-    "weight lora_a lora_b probs clip out",
-    "rows inputs rank precisions group_size bits dtype columns splits",
+    "weight lora_a lora_b grad probs clip out partial",
+    "rows begin end inputs rank precisions group_size bits dtype columns splits",
     "scaling",
 )
 
@@ -70,6 +70,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         lowbit_tile=with_struct(c.jn_lowbit_tile, LOWBIT),
         lowbit_wgmma=with_struct(c.jn_lowbit_wgmma, LOWBIT),
         lowbit_bitplane=with_struct(c.jn_lowbit_bitplane, LOWBIT),
+        lowbit_int8=with_struct(c.jn_lowbit_int8, LOWBIT),
         token_layout=c.jn_token_layout,
         quant_lora_mix=with_struct(c.jn_quant_lora_mix, MIX),
     )

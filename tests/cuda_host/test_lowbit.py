@@ -76,6 +76,23 @@ def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
     assert not weight.locks.any()
 
 
+@pytest.mark.parametrize(("w_bits", "dtype"), [(2, DTYPES[0]), (4, DTYPES[1]), (8, DTYPES[0])], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [((130, 300, 640), (16, 2)), ((261, 129, 896), (32, 2)), ((9, 120, 256), (16, 1)), ((140, 17, 128), (32, 2))],
+    ids=str,
+)
+def test_int8(shape, plan, w_bits, dtype):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    x = (torch.randn(tokens, inputs) + 0.5).to(dtype)
+    with poisoned():
+        a, s, z = lowbit_cuda.quantize_pack(x, 8, layout=2)
+        y = lowbit_cuda.int8(a, weight, (s, z), lowbit_cuda.Int8Plan(*plan))
+    assert_close(y, expected(x, packed, scale, w_bits, 8), what=f"W{w_bits}A8")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("rows", [1, 17, 130])

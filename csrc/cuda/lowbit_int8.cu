@@ -1,0 +1,223 @@
+// W{2,4,8}A8 for many tokens on sm_90a, made to keep the int8 tensor cores busy: Y^T = W X^T, weights as wgmma's register
+// operand (unpacked once per block), tokens in shared memory.
+//
+// A block owns 128 rows x N tokens. A third warpgroup only fetches (bulk copies onto barriers, a ring of 4 or more
+// groups); two blocks that share their tokens form a cluster and each fetches half of them for both. The two consumer
+// warpgroups own 64 rows each and walk the tokens in chunks of 64: while the tensor cores multiply a chunk, the chunk
+// before is scaled. Integer sums of one group are exact; scales enter in fp32.
+//
+// Cost per output and group of 128 inputs: 128 MACs, at 4096 per clock and SM 1/32 clock of tensor core; one I2FP and one
+// FFMA, 2/128 = 1/64 clock of issue slots (I2FP alone 1/64, 64 lanes per clock). So scaling can hide behind multiplying,
+// but takes half of all issue slots. Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256
+// tokens in pairs and W4 24 KB per 1024 clocks at full rate.
+#include "cuda_ops.h"
+#include "hopper.cuh"
+#include "lowbit.cuh"
+#include "wgmma.cuh"
+
+namespace jointnas {
+namespace {
+
+constexpr int kConsumers = 256;
+constexpr int kThreads = 384;
+constexpr int kBlockTiles = 8;  // 128 rows
+constexpr int kBlockRows = kBlockTiles * kTileRows;
+constexpr int kChunk = 64;            // tokens per product
+constexpr int kBand = 16;             // blocks along the rows that run together, for L2
+constexpr int kPitch = kBlockRows + 4;  // floats per token of the final exchange; + 4 keeps its stores off each other's banks
+constexpr int kMaxStages = 6;
+
+template <int BITS, int N> struct Shape {
+  static constexpr int token_bytes = N * kGroup;
+  static constexpr int tile_bytes = BITS * 256;
+  static constexpr int weight_bytes = kBlockTiles * tile_bytes;
+  static constexpr int stage_bytes = token_bytes + weight_bytes + 1024;  // scales; stages stay 1024-byte aligned
+  static constexpr int fit = 220 * 1024 / stage_bytes;
+  static constexpr int stages = fit > kMaxStages ? kMaxStages : fit;
+  static constexpr int bytes = stages * stage_bytes + 2 * kMaxStages * 8;
+  static_assert(stages >= 4 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
+};
+
+// Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first.
+struct Part { int row_block, token_block; };
+JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
+  const int band = index / (kBand * token_blocks), rest = index - band * kBand * token_blocks;
+  const int width = min_of(kBand, row_blocks - band * kBand);
+  return {band * kBand + rest % width, rest / width};
+}
+
+// The chunk's sums, times the scales of rows g (low) and g + 8, onto the totals.
+template <int N> JN_DEVICE void scale_chunk(float (&total)[N / 2], const int (&sum)[kChunk / 2], int chunk, float low, float high) {
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; ++i) total[chunk * (kChunk / 2) + i] += static_cast<float>(sum[i]) * (i % 4 < 2 ? low : high);
+}
+
+template <class T, int BITS, int N>
+__global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p) {
+#if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  JN_DYNAMIC_SHARED(shared);
+  using S = Shape<BITS, N>;
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + S::stages * S::stage_bytes);
+  uint64_t* empty = full + kMaxStages;
+  const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
+  const int row_blocks = ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
+  const Part part = part_of(blockIdx.x, row_blocks, (p.tokens + N - 1) / N);
+  const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * N;
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < S::stages; ++s) {
+      ptx::barrier_init(full + s, 1);
+      ptx::barrier_init(empty + s, kConsumers / 32 * p.cluster);
+    }
+    ptx::fence_barrier_init();
+  }
+  ptx::sync_cluster();
+
+  if (threadIdx.x >= kConsumers) {
+    ptx::lower_registers<40>();
+    if (threadIdx.x < kConsumers + 32) {
+      // Lanes 0 .. 7 fetch a tile of weights each, lane 8 the scales, lane 9 this block's share of the tokens.
+      const int lane = threadIdx.x % 32, rank = ptx::cluster_rank();
+      const int eights = (p.tokens + 7) / 8, mine = N / 8 / p.cluster;
+      const int all_eights = min_of(N / 8, eights - first_token / 8);  // of the block, and of the cluster
+      const int share = min_of(mine, all_eights - rank * mine);       // may be none
+      const int block_tiles = min_of(kBlockTiles, tiles - first_tile);  // none or less in a block beyond the rows
+      const int present = block_tiles > 0 ? block_tiles : 0;
+      const int bytes = all_eights * 1024 + present * (S::tile_bytes + kTileRows * 2);
+      int stage = 0, parity = 1;
+      for (int group = 0; group < groups; ++group) {
+        unsigned char* dst = shared + stage * S::stage_bytes;
+        ptx::barrier_wait(empty + stage, parity);
+        if (lane == 0) ptx::barrier_expect(full + stage, bytes);
+        if (lane < present) {
+          const char* src = static_cast<const char*>(p.weight) + (size_t(first_tile + lane) * groups + group) * S::tile_bytes;
+          ptx::bulk_copy(dst + S::token_bytes + lane * S::tile_bytes, src, S::tile_bytes, full + stage);
+        } else if (lane == kBlockTiles && present) {
+          const char* src = static_cast<const char*>(p.scale) + (size_t(group) * tiles + first_tile) * kTileRows * 2;
+          ptx::bulk_copy(dst + S::token_bytes + S::weight_bytes, src, present * kTileRows * 2, full + stage);
+        } else if (lane == kBlockTiles + 1 && share > 0) {
+          const char* src = static_cast<const char*>(p.x) + (size_t(group) * eights + first_token / 8 + rank * mine) * 1024;
+          unsigned char* to = dst + rank * mine * 1024;
+          if (p.cluster > 1) ptx::bulk_copy_multicast(to, src, share * 1024, full + stage, (1 << p.cluster) - 1);
+          else ptx::bulk_copy(to, src, share * 1024, full + stage);
+        }
+        if (++stage == S::stages) {
+          stage = 0;
+          parity ^= 1;
+        }
+      }
+    }
+  } else {
+    ptx::raise_registers<232>();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    float total[N / 2] = {};
+    int stage = 0, parity = 0;
+    for (int group = 0; group < groups; ++group) {
+      ptx::barrier_wait(full + stage, parity);
+      const unsigned char* tokens = shared + stage * S::stage_bytes;
+      const unsigned char* weights = tokens + S::token_bytes + warp * S::tile_bytes + lane * 16;
+      const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes) + warp * kTileRows + 2 * g;
+      const float low = ptx::to_float(scales[0]), high = ptx::to_float(scales[1]);  // rows g, g + 8
+      uint32_t w[2 * BITS];
+#pragma unroll
+      for (int v = 0; v < BITS / 2; ++v) {
+        const Vec4 u = *reinterpret_cast<const Vec4*>(weights + v * 512);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
+      }
+      uint32_t a[4][4];
+      int sum[2][kChunk / 2];
+      spread_tile<BITS>(w, a);
+#pragma unroll
+      for (int chunk = 0; chunk < N / kChunk; ++chunk) {
+        int (&now)[kChunk / 2] = sum[chunk % 2];
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32_s8<kChunk>(now, a[i], tokens + chunk * kChunk * kGroup + i * 32, i > 0);
+        ptx::wgmma_commit();
+        if (chunk > 0) {
+          ptx::wgmma_wait<1>();
+          ptx::registers_fence(sum[(chunk + 1) % 2]);
+          scale_chunk<N>(total, sum[(chunk + 1) % 2], chunk - 1, low, high);
+        }
+      }
+      // A product in flight across the loop's end would make ptxas serialize all; the other warpgroup fills the gap.
+      ptx::wgmma_wait<0>();
+      ptx::registers_fence(sum[1]);
+      if (lane < p.cluster) ptx::barrier_arrive(empty + stage, lane);
+      scale_chunk<N>(total, sum[1], N / kChunk - 1, low, high);
+      if (++stage == S::stages) {
+        stage = 0;
+        parity ^= 1;
+      }
+    }
+
+    // Through shared memory to y: everybody has read the ring, and every copy into it was waited for.
+    ptx::sync_some(1, kConsumers);
+    float* exchange = reinterpret_cast<float*>(shared);  // [token][row]
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i)
+      exchange[(i / 4 * 8 + 2 * t + i % 2) * kPitch + warp * kTileRows + g + i % 4 / 2 * 8] = total[i];
+    ptx::sync_some(1, kConsumers);
+    const int row = part.row_block * kBlockRows + threadIdx.x % 16 * 8;  // eight rows, and every 16th token
+    float row_sum[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) row_sum[j] = row + j < p.rows ? p.row_sum[row + j] : 0;
+    for (int token = threadIdx.x / 16; token < min_of(N, p.tokens - first_token); token += kConsumers / 16) {
+      const int m = first_token + token;
+      const float scale = p.act_scale[m], zero = static_cast<float>(p.act_zero[m]);
+      alignas(16) T out[8];
+#pragma unroll
+      for (int v = 0; v < 2; ++v) {
+        const Vec4 u = *reinterpret_cast<const Vec4*>(exchange + token * kPitch + threadIdx.x % 16 * 8 + 4 * v);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)  // spread() scaled the weights up
+          out[4 * v + j] = ptx::from_float<T>((ptx::bits_float(u.w[j]) * (1.0f / (1 << (8 - BITS))) - zero * row_sum[4 * v + j]) * scale);
+      }
+      T* y = static_cast<T*>(p.y) + size_t(m) * p.rows + row;
+      if (p.rows % 8 == 0) {
+        if (row < p.rows) *reinterpret_cast<Vec4*>(y) = *reinterpret_cast<const Vec4*>(out);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j)
+          if (row + j < p.rows) y[j] = out[j];
+      }
+    }
+  }
+  ptx::sync_cluster();  // a block's shared memory must outlive its neighbour's arrivals
+#endif
+}
+
+template <class T, int BITS, int N> int run(const JnLowbitArgs& p, cudaStream_t stream) {
+  using S = Shape<BITS, N>;
+  const int row_blocks = ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
+  const dim3 grid(row_blocks * ((p.tokens + N - 1) / N));
+  return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kThreads), S::bytes, stream, p.cluster, p);
+}
+template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {
+  if (p.token_tiles == 16) return run<T, BITS, 128>(p, stream);
+  if (p.token_tiles == 32) return run<T, BITS, 256>(p, stream);
+  return 1;  // cudaErrorInvalidValue
+}
+template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
+  switch (p.w_bits) {
+    case 2: return run_tokens<T, 2>(p, stream);
+    case 4: return run_tokens<T, 4>(p, stream);
+    case 8: return run_tokens<T, 8>(p, stream);
+    default: return 1;
+  }
+}
+
+}  // namespace
+}  // namespace jointnas
+
+int jn_lowbit_int8(const JnLowbitArgs* args, void* stream) {
+  const JnLowbitArgs& p = *args;
+  if (p.inputs % jointnas::kGroup || p.splits != 1 || p.tokens < 1 || p.rows < 1) return 1;
+  if (p.cluster < 1 || p.cluster > 2 || !p.act_scale || !p.act_zero || !p.row_sum) return 1;
+  if (jointnas::compute_capability() != 90) return 209;  // cudaErrorNoKernelImageForDevice
+  auto s = static_cast<cudaStream_t>(stream);
+  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
+  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
+  return 1;
+}
