@@ -141,6 +141,22 @@ class LatencyTable:
         measured = len(needed) - len(missing) - infeasible.total()
         return Coverage(len(needed), measured, dict(infeasible), missing, reasons)
 
+    def summary(self) -> str:
+        """How much was measured, which bits are infeasible, which backends were rejected, and why."""
+        best = self._best.values()
+        lines = [f"{sum(r.status == 'ok' for r in best)} of {len(best)} operations measured"]
+        for row in best:
+            text = f"  W{row.wbits}A{row.abits} infeasible: {row.reason}"
+            if row.status == "infeasible" and text not in lines:
+                lines.append(text)
+        rejected: dict[tuple[str, str], list[OpSpec]] = {}
+        for row in self.rows:
+            if row.status == "rejected":
+                rejected.setdefault((row.backend, row.reason), []).append(row.spec)
+        for (backend, reason), specs in rejected.items():
+            lines.append(f"  {backend} rejected for {len(specs)} operations, first {specs[0]}: {reason}")
+        return "\n".join(lines)
+
     @property
     def overhead(self) -> tuple[float, float]:
         """(fixed, per block) of the calibration, in the header's unit; zero without one."""

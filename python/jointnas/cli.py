@@ -172,7 +172,8 @@ def _print_doctor(found: dict[str, Any]) -> None:
 
 
 def _print_table(table: Any) -> None:
-    print(f"{len(table.rows)} rows, {table.header.device}, {table.header.workload!s}")
+    print(f"{table.header.device}; {table.header.workload!s}")
+    print(table.summary())
     if table.calibration is not None:
         print(
             f"whole models: error {table.calibration.mape:.1%}, {table.calibration.mape_before:.1%} before adding "
