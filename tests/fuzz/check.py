@@ -8,7 +8,7 @@ sensitivity to relative changes of the inputs is taken for rms(ref): the root me
 definition to 16 random relative perturbations, and the size of the formula's terms where those cancel whatever the
 inputs are (the gradient of x / |x|). Such comparisons are counted (``cancelled``).
 
-``allowance`` is zero but for levels that fp32 cannot decide: see quantizers.py. Elements that need it are counted too.
+``allowance`` is zero but for levels that fp32 cannot decide: see levels.py. Elements that need it are counted too.
 """
 
 from __future__ import annotations
