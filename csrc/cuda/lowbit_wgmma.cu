@@ -24,9 +24,41 @@ template <int BITS, int N, int BYTES> struct Shape {
   static constexpr int stage_bytes = token_bytes + weight_bytes + 1024;  // 256 of scales; stages stay 1024-byte aligned
   static constexpr int fit = 200 * 1024 / stage_bytes;
   static constexpr int stages = fit > 4 ? 4 : fit;
+  static_assert(stages >= 3);
   static constexpr int ring = stages * stage_bytes, sums = N * kSumPitch * 4;
   static constexpr int bytes = ring > sums ? ring : sums;
 };
+
+template <bool QUANTIZED> constexpr int kSteps = QUANTIZED ? 2 : 4;  // products per half of a group
+
+// Half HALF of the warp's tile at `src` (this lane's first vector) as A operands.
+template <class T, int BITS, bool QUANTIZED, int HALF>
+JN_DEVICE void unpack(const unsigned char* src, uint32_t (&a)[kSteps<QUANTIZED>][4]) {
+  constexpr int first = HALF * BITS / 4, count = (BITS + 3) / 4;  // of the tile's vectors; W2 has one
+  uint32_t w[2 * BITS];
+#pragma unroll
+  for (int v = first; v < first + count; ++v) {
+    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
+  }
+  if constexpr (QUANTIZED) spread_steps<BITS, HALF * 2, 2>(w, a);
+  else dequant_steps<T, BITS, HALF * 4, 4>(w, a);
+}
+
+// Its products with the tokens of a group, in flight on return.
+template <class T, int N, bool QUANTIZED, int HALF, class Sum>
+JN_DEVICE void multiply(Sum (&sum)[N / 2], const uint32_t (&a)[kSteps<QUANTIZED>][4], const unsigned char* tokens) {
+  ptx::wgmma_fence();
+#pragma unroll
+  for (int j = 0; j < kSteps<QUANTIZED>; ++j) {
+    const int i = HALF * kSteps<QUANTIZED> + j;
+    const unsigned char* b = tokens + i / 4 * N * 128 + i % 4 * 32;
+    if constexpr (QUANTIZED) ptx::wgmma_m64k32_s8<N>(sum, a[j], b, i > 0);
+    else ptx::wgmma_m64k16<T, N>(sum, a[j], b, i > 0);
+  }
+  ptx::wgmma_commit();
+}
 
 template <class T, int BITS, int N, bool QUANTIZED>
 __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p) {
@@ -40,7 +72,8 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p
   const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * N;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
 
-  // Rows and tokens past the end are copies of the last one; their results are not stored.
+  // Rows and tokens past the end are copies of the last one; their results are not stored. Indices count vectors of 16
+  // bytes: 32 bits reach 64 GB.
   auto fetch = [&](int group, int stage) {
     if (group < end) {
       unsigned char* dst = shared + stage * S::stage_bytes;
@@ -49,65 +82,57 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p
       for (int j = 0; j < N * per_token / kThreads; ++j) {
         const int i = j * kThreads + threadIdx.x, token = i / per_token, segment = i % per_token / 8, v = i % 8;
         const int from = min_of(first_token + token, p.tokens - 1);
-        const Vec4* src = static_cast<const Vec4*>(p.x) + (size_t(from) * groups + group) * per_token + segment * 8 + v;
-        ptx::cp_async16(dst + segment * N * 128 + token * 128 + (v ^ token % 8) * 16, src);
+        const uint32_t at = (static_cast<uint32_t>(from) * groups + group) * per_token + segment * 8 + v;
+        unsigned char* to = dst + segment * N * 128 + token * 128 + (v ^ token % 8) * 16;
+        ptx::cp_async16(to, static_cast<const Vec4*>(p.x) + at);
       }
       dst += S::token_bytes;
       constexpr int per_tile = BITS * 16;
 #pragma unroll
       for (int j = 0; j < kBlockTiles * per_tile / kThreads; ++j) {
         const int i = j * kThreads + threadIdx.x, tile = min_of(first_tile + i / per_tile, tiles - 1);
-        const size_t at = (size_t(tile) * groups + group) * per_tile + i % per_tile;
+        const uint32_t at = (static_cast<uint32_t>(tile) * groups + group) * per_tile + i % per_tile;
         ptx::cp_async16(dst + i * 16, static_cast<const Vec4*>(p.weight) + at);
       }
       if (threadIdx.x < kBlockTiles * 2) {
         const int tile = min_of(first_tile + static_cast<int>(threadIdx.x) / 2, tiles - 1);
-        const Vec4* src = static_cast<const Vec4*>(p.scale) + (size_t(group) * tiles + tile) * 2 + threadIdx.x % 2;
+        const Vec4* src = static_cast<const Vec4*>(p.scale) + ((group * tiles + tile) * 2 + threadIdx.x % 2);
         ptx::cp_async16(dst + S::weight_bytes + threadIdx.x * 16, src);
       }
     }
     ptx::cp_async_commit();
   };
 
+  constexpr int steps = kSteps<QUANTIZED>;
+  float acc[N / 2] = {};
+  Sum sum[N / 2];
 #pragma unroll
   for (int s = 0; s < S::stages - 1; ++s) fetch(begin + s, s);
-  float acc[N / 2] = {};
+  ptx::cp_async_wait<S::stages - 2>();
+  ptx::fence_async_shared();
+  ptx::sync_threads();
+  uint32_t a0[steps][4], a1[steps][4];
+  const unsigned char* tile = shared + S::token_bytes + warp * BITS * 256 + lane * 16;
+  unpack<T, BITS, QUANTIZED, 0>(tile, a0);
   int stage = 0;
-  for (int group = begin; group < end; ++group) {
-    ptx::cp_async_wait<S::stages - 2>();
-    ptx::fence_async_shared();
-    ptx::sync_threads();
-    fetch(group + S::stages - 1, (stage + S::stages - 1) % S::stages);
+  for (int group = begin; group < end; ++group) {  // weights are unpacked and fetched while products run
     const unsigned char* tokens = shared + stage * S::stage_bytes;
-    const unsigned char* weights = tokens + S::token_bytes + warp * BITS * 256 + lane * 16;
-    const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes) + warp * kTileRows + 2 * g;
-    const float low = ptx::to_float(scales[0]), high = ptx::to_float(scales[1]);  // rows g, g + 8
-    uint32_t w[2 * BITS];
-#pragma unroll
-    for (int v = 0; v < BITS / 2; ++v) {
-      const Vec4 u = *reinterpret_cast<const Vec4*>(weights + v * 512);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-    }
-    Sum sum[N / 2];
-    if constexpr (QUANTIZED) {
-      uint32_t a[4][4];
-      spread_tile<BITS>(w, a);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32_s8<N>(sum, a[i], tokens + i * 32, i > 0);
-    } else {
-      uint32_t a[8][4];
-      dequant_tile<T, BITS>(w, a);
-      ptx::wgmma_fence();
-#pragma unroll
-      for (int i = 0; i < 8; ++i) ptx::wgmma_m64k16<T, N>(sum, a[i], tokens + i / 4 * N * 128 + i % 4 * 32, i > 0);
-    }
-    ptx::wgmma_commit();
+    multiply<T, N, QUANTIZED, 0>(sum, a0, tokens);
+    unpack<T, BITS, QUANTIZED, 1>(tile + stage * S::stage_bytes, a1);
+    multiply<T, N, QUANTIZED, 1>(sum, a1, tokens);
+    const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes);
+    const float low = ptx::to_float(scales[warp * kTileRows + 2 * g]);  // row g
+    const float high = ptx::to_float(scales[warp * kTileRows + 2 * g + 1]);  // row g + 8
+    ptx::cp_async_wait<S::stages - 3>();  // the next group
+    ptx::fence_async_shared();
+    ptx::sync_threads();  // and nobody multiplies the previous group any more: its place is free
+    fetch(group + S::stages - 1, (stage + S::stages - 1) % S::stages);
+    stage = (stage + 1) % S::stages;
+    ptx::wgmma_wait<1>();
+    if (group + 1 < end) unpack<T, BITS, QUANTIZED, 0>(tile + stage * S::stage_bytes, a0);
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) acc[i] += static_cast<float>(sum[i]) * (i % 4 < 2 ? low : high);
-    stage = (stage + 1) % S::stages;
   }
 
   ptx::cp_async_wait<0>();

@@ -91,20 +91,25 @@ template <int BITS, int F> JN_DEVICE uint32_t spread(uint32_t word) {
   return ptx::and_xor(up > 0 ? word << up : word, top * 0x01010101u, 0x80808080u);
 }
 
-// All A registers of a tile: a[step] for mma.m16n8k16 ...
-template <class T, int BITS, int STEP = 0> JN_DEVICE void dequant_tile(const uint32_t (&w)[2 * BITS], uint32_t (&a)[8][4]) {
-  constexpr int per_word = 8 / BITS, f0 = 2 * STEP, f1 = f0 + 1;
-  a[STEP][0] = dequant<T, BITS, f0 % per_word, 0>(w[f0 / per_word]);
-  a[STEP][1] = dequant<T, BITS, f1 % per_word, 0>(w[f1 / per_word]);
-  a[STEP][2] = dequant<T, BITS, f0 % per_word, 1>(w[f0 / per_word]);
-  a[STEP][3] = dequant<T, BITS, f1 % per_word, 1>(w[f1 / per_word]);
-  if constexpr (STEP < 7) dequant_tile<T, BITS, STEP + 1>(w, a);
+// A registers of products FROM .. FROM + COUNT - 1 of a tile, for mma.m16n8k16 (a tile has 8) ...
+template <class T, int BITS, int FROM, int COUNT, int I = 0>
+JN_DEVICE void dequant_steps(const uint32_t (&w)[2 * BITS], uint32_t (&a)[COUNT][4]) {
+  constexpr int per_word = 8 / BITS, f0 = 2 * (FROM + I), f1 = f0 + 1;
+  a[I][0] = dequant<T, BITS, f0 % per_word, 0>(w[f0 / per_word]);
+  a[I][1] = dequant<T, BITS, f1 % per_word, 0>(w[f1 / per_word]);
+  a[I][2] = dequant<T, BITS, f0 % per_word, 1>(w[f0 / per_word]);
+  a[I][3] = dequant<T, BITS, f1 % per_word, 1>(w[f1 / per_word]);
+  if constexpr (I + 1 < COUNT) dequant_steps<T, BITS, FROM, COUNT, I + 1>(w, a);
 }
-// ... and for mma.m16n8k32.s8.
-template <int BITS, int FIELD = 0> JN_DEVICE void spread_tile(const uint32_t (&w)[2 * BITS], uint32_t (&a)[4][4]) {
-  constexpr int per_word = 8 / BITS;
-  a[FIELD / 4][FIELD % 4] = spread<BITS, FIELD % per_word>(w[FIELD / per_word]);
-  if constexpr (FIELD < 15) spread_tile<BITS, FIELD + 1>(w, a);
+// ... and for mma.m16n8k32.s8 (a tile has 4).
+template <int BITS, int FROM, int COUNT, int I = 0>
+JN_DEVICE void spread_steps(const uint32_t (&w)[2 * BITS], uint32_t (&a)[COUNT][4]) {
+  constexpr int per_word = 8 / BITS, f = 4 * FROM + I;
+  a[I / 4][I % 4] = spread<BITS, f % per_word>(w[f / per_word]);
+  if constexpr (I + 1 < 4 * COUNT) spread_steps<BITS, FROM, COUNT, I + 1>(w, a);
+}
+template <int BITS> JN_DEVICE void spread_tile(const uint32_t (&w)[2 * BITS], uint32_t (&a)[4][4]) {
+  spread_steps<BITS, 0, 4>(w, a);
 }
 
 }  // namespace jointnas
