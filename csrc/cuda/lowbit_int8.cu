@@ -18,7 +18,7 @@
 namespace jointnas {
 namespace {
 
-constexpr int kConsumers = 256;
+[[maybe_unused]] constexpr int kConsumers = 256;
 constexpr int kThreads = 384;
 constexpr int kBlockTiles = 8;  // 128 rows
 constexpr int kBlockRows = kBlockTiles * kTileRows;
@@ -40,10 +40,14 @@ template <int BITS, int N> struct Shape {
 
 // Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first.
 struct Part { int row_block, token_block; };
-JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
+[[maybe_unused]] JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
   const int band = index / (kBand * token_blocks), rest = index - band * kBand * token_blocks;
   const int width = min_of(kBand, row_blocks - band * kBand);
   return {band * kBand + rest % width, rest / width};
+}
+
+JN_HOST_DEVICE int row_blocks_of(const JnLowbitArgs& p) {  // whole clusters
+  return ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
 }
 
 // The chunk's sums, times the scales of rows g (low) and g + 8, onto the totals.
@@ -60,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p)
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + S::stages * S::stage_bytes);
   uint64_t* empty = full + kMaxStages;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const int row_blocks = ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
+  const int row_blocks = row_blocks_of(p);
   const Part part = part_of(blockIdx.x, row_blocks, (p.tokens + N - 1) / N);
   const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * N;
 
@@ -190,8 +194,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p)
 
 template <class T, int BITS, int N> int run(const JnLowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, N>;
-  const int row_blocks = ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
-  const dim3 grid(row_blocks * ((p.tokens + N - 1) / N));
+  const dim3 grid(row_blocks_of(p) * ((p.tokens + N - 1) / N));
   return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kThreads), S::bytes, stream, p.cluster, p);
 }
 template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {

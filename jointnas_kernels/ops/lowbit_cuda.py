@@ -21,7 +21,10 @@ STRIP_ROWS = 64  # rows of one warp
 STREAM_TOKENS = 32  # up to here the streaming kernel, beyond it the tiled one
 DENSE_TOKENS = 256  # from here on 16-bit activations take the library's GEMM on dequantised weights
 LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
-BLOCK_ROWS = 128  # of the tiled kernel
+BLOCK_ROWS = 128  # of the tiled, wgmma and int8 kernels
+INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
+PLANE_BITS = (2, 4, 8)  # activations of the bit-plane kernel
+LAYOUTS = {"stream": 0, "tile": 0, "wgmma": 1, "int8": 2, "bitplane": 3}  # of quantized activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,7 @@ class CudaWeight:
     bits: int
     rows: int
     inputs: int
+    planes: bool = False  # laid out for bitplane, and only for it
 
     @staticmethod
     def build(packed: Tensor, scale: Tensor, bits: int, planes: bool = False) -> CudaWeight:
@@ -111,7 +115,7 @@ class CudaWeight:
         q = unpack_weight(packed, bits, (rows, inputs)).view(rows, -1, TILE_INPUTS)
         row_sum = (q.sum(2, dtype=torch.int32) * scale.double()).sum(1).float()
         tiled = tile_planes(packed, bits) if planes else tile_weight(packed, bits)
-        return CudaWeight(tiled, tile_scale(scale), locks, row_sum, bits, rows, inputs)
+        return CudaWeight(tiled, tile_scale(scale), locks, row_sum, bits, rows, inputs, planes)
 
     @property
     def bytes(self) -> int:
@@ -217,6 +221,25 @@ def dense(weight: CudaWeight) -> Tensor:
     return out
 
 
+def choose(tokens: int, weight: CudaWeight, a_bits: int, device: torch.device) -> str:
+    """Which kernel multiplies ``tokens`` tokens of ``a_bits`` bits; one tied to a GPU generation only once verified."""
+    from jointnas_kernels.ops.lowbit_check import verified
+
+    if weight.planes:
+        if a_bits not in PLANE_BITS:
+            raise JointNASError(f"bit-plane weights take activations of {PLANE_BITS} bits, got {a_bits}")
+        return "bitplane"
+    if tokens <= STREAM_TOKENS:
+        return "stream"
+    if a_bits == 16:
+        return "dense" if tokens >= DENSE_TOKENS else "tile"
+    sms = multiprocessors(weight.weight)
+    fills = Int8Plan(16, 2).blocks(tokens, weight.rows) >= sms // 2  # it cannot split along the inputs
+    if tokens >= INT8_TOKENS and fills and verified("int8", weight.bits, weight.scale.dtype, device):
+        return "int8"
+    return "tile"
+
+
 def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = False) -> Tensor:
     """y = x_hat @ (q * scale)^T for x [..., I] in the scales' dtype."""
     if x.dtype != weight.scale.dtype:
@@ -224,10 +247,17 @@ def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = Fa
     flat = x.reshape(-1, weight.inputs).contiguous()
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.rows)
-    kernel = stream if flat.shape[0] <= STREAM_TOKENS else tile
-    if a_bits == 16:
-        y = flat @ dense(weight).t() if flat.shape[0] >= DENSE_TOKENS else kernel(flat, weight)
+    chosen = choose(flat.shape[0], weight, a_bits, flat.device)
+    if chosen == "dense":
+        y = flat @ dense(weight).t()
+    elif a_bits == 16:
+        y = (stream if chosen == "stream" else tile)(flat, weight)
     else:
-        a, scale, zero = quantize_pack(flat, a_bits, symmetric)
-        y = kernel(a, weight, (scale, zero))
+        a, scale, zero = quantize_pack(flat, a_bits, symmetric, LAYOUTS[chosen])
+        if chosen == "bitplane":
+            y = bitplane(a, weight, (scale, zero), a_bits)
+        elif chosen == "int8":
+            y = int8(a, weight, (scale, zero))
+        else:
+            y = (stream if chosen == "stream" else tile)(a, weight, (scale, zero))
     return y.view(*x.shape[:-1], weight.rows)
