@@ -63,7 +63,7 @@ def commands(out: Path, rows: Path, args: argparse.Namespace) -> dict[str, list[
         "masks": [bench("masks")],
         "gemm": [
             bench("gemm", "--contenders", "ours"),
-            bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16"),
+            bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16", "64", "512"),
             bench("gemm", "--contenders", "peers", "--schemes", "w4a16", "w2a8", "w8a16", "--tokens", "1", "16", "512"),
         ],
         "search": [bench("search", "--table", args.table, "--workers", "8")] if args.table else [],
