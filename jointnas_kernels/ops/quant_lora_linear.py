@@ -5,7 +5,8 @@ dL/dW~ = gᵀx (64 MB in fp32 for one 4096 x 4096 weight, and 3x that in traffic
                                   dB_p = scaling · probs[p] · gᵀ U_p,   dA_p = probs[p] · V_pᵀ x        (rank P·r only)
     arch step or ste="clip"       one GEMM over gᵀx whose epilogue recomputes Q_p of its tile and keeps only the
                                   reductions of ``quant_lora_mix``: ⟨dW, Q_p⟩, clip slopes, (m ⊙ dW) A_pᵀ,
-                                  B'_pᵀ (m ⊙ dW). The reference does it for one tile of rows at a time.
+                                  B'_pᵀ (m ⊙ dW); or some rows of dW at a time through the library's GEMM (the
+                                  reference, and "cuda" in arch steps: 16 MB that stay in cache).
 
 W~ (as large as the weight) is kept for dx by default; ``recompute=True`` rebuilds it in backward instead, for models
 whose second copy of the weights would not fit and that do not already checkpoint whole blocks.
@@ -20,20 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot
 from jointnas_kernels.ops.quant_lora_mix import (
-    BACKENDS,
-    GPU,
-    MixGradients,
     check_mix,
     compute_dtype,
     fake_gradients,
-    finish,
+    mix_backward,
     mix_forward,
-    tiles,
     wanted,
 )
-from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton
 
 
 @custom_op(
@@ -106,17 +102,11 @@ def _quant_lora_linear_backward(
         g2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         rank_only = want_lora and ste == "identity"
         want = (want_lora and not rank_only, want_probs, want_clip)
-        if not any(want):
-            sums = (no_grad_slot(x), no_grad_slot(x), no_grad_slot(x), no_grad_slot(x))
-        elif resolve("quant_lora_linear", backend, weight, available=BACKENDS) in GPU:
-            sums = mix_backward_triton(
-                g2, x2, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
+        sums = (no_grad_slot(x), no_grad_slot(x), no_grad_slot(x), no_grad_slot(x))
+        if any(want):
+            sums = mix_backward(
+                g2, x2, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want, backend
             )
-        else:
-            gradients = MixGradients(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
-            for rows in tiles(weight.shape[0]):
-                gradients.add(rows, g2[:, rows].T @ x2)
-            sums = finish(gradients, lora_a, lora_b, probs, clip)
         da, db, dprobs, dclip = sums
         if rank_only:
             da, db = lora_gradients(g2, x2, weight, lora_a, lora_b, probs, scaling)

@@ -25,12 +25,11 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve
 from jointnas_kernels.ops.fake_quant_weight import _ste, check_clip, check_quantizer, compute_dtype, quantize_levels
-from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, unsupported
+from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, mix_probs_cuda, unsupported
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton, mix_forward_triton
 
 MODES = ("weight", "arch", "full")
-BACKENDS = ("triton", "cuda", "cpu", "reference")  # "cuda" and "cpu" are forwards: see mix_forward
-GPU = ("triton", "cuda")  # both use the Triton backward; the others the tiled reference
+BACKENDS = ("cuda", "triton", "cpu", "reference")
 ROW_TILE = 256  # rows of dW held at once by the reference: 256 x 14336 fp32 is 14 MB
 
 
@@ -131,10 +130,11 @@ def tiles(rows: int) -> list[slice]:
 
 
 def choose(op: str, backend: str | None, weight: Tensor, rank: int, precisions: int, group_size: int) -> str:
-    """The backend for these arguments."""
-    chosen = resolve(op, backend, weight, available=BACKENDS)
-    reason = unsupported(weight, rank, precisions, group_size) if chosen == "cuda" else None
-    if reason is not None:
+    """The backend for these arguments; by itself "cuda" only where its kernel takes them."""
+    reason = unsupported(weight, rank, precisions, group_size)
+    automatic = backend is None or backend == "auto"
+    chosen = resolve(op, backend, weight, available=BACKENDS[1:] if automatic and reason else BACKENDS)
+    if chosen == "cuda" and reason:
         raise JointNASError(f"{op}: backend 'cuda' cannot run: {reason}")
     return chosen
 
@@ -188,15 +188,10 @@ def _quant_lora_mix_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast(weight.device.type, enabled=False):
-        want = (want_lora, want_probs, want_clip)
-        if resolve("quant_lora_mix", backend, weight, available=BACKENDS) in GPU:
-            return mix_backward_triton(
-                grad, None, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want
-            )
-        sums = MixGradients(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
-        for rows in tiles(weight.shape[0]):
-            sums.add(rows, grad[rows])
-        return finish(sums, lora_a, lora_b, probs, clip)
+        return mix_backward(
+            grad, None, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste,
+            (want_lora, want_probs, want_clip), backend,
+        )  # fmt: skip
 
 
 @_quant_lora_mix_backward.register_fake
@@ -227,6 +222,34 @@ def mix_forward(
         if backend == "cpu":
             return _cpu.quant_lora_mix(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
         return quant_lora_mix_reference(weight, lora_a, lora_b, scaling, bits, probs, group_size, clip).contiguous()
+
+
+def mix_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    probs: Tensor,
+    clip: Tensor | None,
+    scaling: float,
+    bits: Sequence[int],
+    group_size: int,
+    ste: str,
+    want: tuple[bool, bool, bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(da, db, dprobs, dclip) of dW = gradᵀ x with grad [T, O] and x [T, I], or of dW = grad where x is None."""
+    chosen = choose("quant_lora_mix", backend, weight, lora_a.shape[1], len(bits), group_size)
+    if chosen == "cuda" and want == (False, True, False):
+        dprobs = mix_probs_cuda(grad, x, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
+        return no_grad_slot(weight), no_grad_slot(weight), dprobs, no_grad_slot(weight)
+    if chosen in ("cuda", "triton"):
+        return mix_backward_triton(grad, x, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
+    sums = MixGradients(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
+    for rows in tiles(weight.shape[0]):
+        sums.add(rows, grad[rows] if x is None else grad[:, rows].T @ x)
+    return finish(sums, lora_a, lora_b, probs, clip)
 
 
 def finish(

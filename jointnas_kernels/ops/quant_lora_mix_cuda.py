@@ -1,5 +1,6 @@
-"""Launcher of the CUDA C++ forward of ``quant_lora_mix`` (csrc/cuda/quant_lora_mix.cu): half types, groups of 32, 64 or
-128, input channels a multiple of 128, an even rank up to 32, at most 4 precisions."""
+"""Launchers of the CUDA C++ kernel of ``quant_lora_mix`` (csrc/cuda/quant_lora_mix.cu): the forward, and the dprobs of
+arch steps. Half types, groups of 32, 64 or 128, input channels a multiple of 128, an even rank up to 32, at most 4
+precisions."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from jointnas_kernels.ops import lowbit_cuda
 from jointnas_kernels.ops.lowbit_cuda import DTYPES
 
 WARPS, BLOCKS = 4, 2  # per block; blocks per multiprocessor (255 registers)
+CHUNK = 8 << 20  # elements of dW at a time
 COLUMNS = 2  # 128-channel tiles per block: 48 KB of A at rank 32 and 3 precisions
 
 
@@ -39,6 +41,57 @@ def row_splits(rows: int, column_blocks: int, multiprocessors: int) -> int:
     return min(range(1, min(math.ceil(tiles / WARPS), 128) + 1), key=cost)
 
 
+class Mix:
+    """The operands of one weight in the form the kernel reads."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        probs: Tensor,
+        clip: Tensor | None,
+        scaling: float,
+        bits: Sequence[int],
+        group_size: int,
+    ) -> None:
+        exact = torch.tensor(scaling, dtype=weight.dtype).item() == scaling
+        if lora_b.dtype != weight.dtype or not exact:  # else the kernel's own product would round twice
+            lora_b, scaling = lora_b.float() * scaling, 1.0
+        self.weight, self.scaling = weight.contiguous(), scaling
+        self.a, self.b = (t.to(weight.dtype).contiguous() for t in (lora_a, lora_b))
+        self.probs, self.clip = probs.float().contiguous(), None if clip is None else clip.float().contiguous()
+        self.bits, self.group_size = bits, group_size
+
+    def launch(
+        self,
+        out: Tensor | None = None,
+        grad: Tensor | None = None,
+        begin: int = 0,
+        end: int | None = None,
+        columns: int = COLUMNS,
+        splits: int | None = None,
+    ) -> Tensor | None:
+        """Write ``out``, or return the partial sums [P, n] of ⟨grad, Q_p⟩ for grad = dW[begin:end]."""
+        weight, (rows, inputs) = self.weight, self.weight.shape
+        end = rows if end is None else end
+        blocks = math.ceil(inputs / (128 * columns))
+        splits = splits or row_splits(end - begin, blocks, lowbit_cuda.multiprocessors(weight))
+        partial = None
+        if grad is not None:
+            partial = torch.empty(len(self.bits), blocks * splits * WARPS, dtype=torch.float32, device=weight.device)
+        pointers = (weight, self.a, self.b, grad, self.probs, self.clip, out, partial)
+        with torch.cuda.device_of(weight):
+            code = _ext.load(cuda=True).quant_lora_mix(
+                *(0 if t is None else t.data_ptr() for t in pointers),
+                *(rows, begin, end, inputs, self.a.shape[1], len(self.bits), self.group_size),
+                sum(width << (8 * p) for p, width in enumerate(self.bits)),
+                *(DTYPES[weight.dtype], columns, splits, self.scaling, lowbit_cuda.current_stream(weight)),
+            )
+        lowbit_cuda.check_launch(code, "quant_lora_mix")
+        return partial
+
+
 def mix_forward_cuda(
     weight: Tensor,
     lora_a: Tensor,
@@ -52,24 +105,36 @@ def mix_forward_cuda(
     splits: int | None = None,
 ) -> Tensor:
     """W~ [O, I]; ``columns`` and ``splits`` override the launch plan."""
-    weight = weight.contiguous()
-    (o, i), rank = weight.shape, lora_a.shape[1]
-    out = torch.empty_like(weight)
-    if out.numel() == 0:
-        return out
-    exact = torch.tensor(scaling, dtype=weight.dtype).item() == scaling
-    if lora_b.dtype != weight.dtype or not exact:  # else the kernel's own product would round twice
-        lora_b, scaling = lora_b.float() * scaling, 1.0
-    a, b = lora_a.to(weight.dtype).contiguous(), lora_b.to(weight.dtype).contiguous()
-    pi, ratio = probs.float().contiguous(), None if clip is None else clip.float().contiguous()
-    if splits is None:
-        splits = row_splits(o, math.ceil(i / (128 * columns)), lowbit_cuda.multiprocessors(weight))
-    packed = sum(width << (8 * p) for p, width in enumerate(bits))
-    with torch.cuda.device_of(weight):
-        code = _ext.load(cuda=True).quant_lora_mix(
-            *(0 if t is None else t.data_ptr() for t in (weight, a, b, pi, ratio, out)),
-            *(o, i, rank, len(bits), group_size, packed, DTYPES[weight.dtype], columns, splits, scaling),
-            lowbit_cuda.current_stream(weight),
-        )
-    lowbit_cuda.check_launch(code, "quant_lora_mix")
+    mix = Mix(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
+    out = torch.empty_like(mix.weight)
+    if out.numel():
+        mix.launch(out, columns=columns, splits=splits)
     return out
+
+
+def mix_probs_cuda(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    probs: Tensor,
+    clip: Tensor | None,
+    scaling: float,
+    bits: Sequence[int],
+    group_size: int,
+) -> Tensor:
+    """dprobs of dW = gradᵀ x (grad [T, O], x [T, I]), or of dW = grad [O, I] where x is None.
+
+    The library GEMM writes some rows of dW at a time, 16 MB that stay in the second-level cache, and the forward's
+    kernel reduces them: at 1024 tokens that GEMM is twice as fast as one with registers left for this epilogue.
+    """
+    mix = Mix(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
+    rows, inputs = weight.shape
+    step = max(256, CHUNK // inputs // 256 * 256)
+    sums = []
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        part = grad[begin:end] if x is None else grad[:, begin:end].T @ x.to(grad.dtype)
+        sums.append(mix.launch(grad=part.to(weight.dtype).contiguous(), begin=begin, end=end))
+    return torch.cat([s for s in sums if s is not None], dim=1).sum(1).to(probs.dtype)

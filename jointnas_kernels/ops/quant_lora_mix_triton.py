@@ -127,52 +127,28 @@ def mix_forward_kernel(
 
 
 @triton.jit
-def mix_backward_kernel(
-    grad_ptr, x_ptr, w_ptr, a_ptr, b_ptr, probs_ptr, clip_ptr,
-    da_ptr, db_ptr, dprobs_ptr, dclip_ptr, scaling, T, O, I, R, groups,
+def columns_of(first_group, groups, G: tl.constexpr, G_PAD: tl.constexpr, NG: tl.constexpr):
+    """(channels [NG * G_PAD], which of them exist, groups [NG]) of a tile; group padding does not exist."""
+    lane = tl.arange(0, NG * G_PAD)
+    of = first_group + lane // G_PAD
+    return of * G + lane % G_PAD, (lane % G_PAD < G) & (of < groups), first_group + tl.arange(0, NG)
+
+
+@triton.jit
+def reduce_tile(
+    dw, tile, row, row_ok, first_group, w_ptr, a_ptr, b_ptr, probs_ptr, clip_ptr,
+    da_ptr, db_ptr, dprobs_ptr, dclip_ptr, scaling, O, I, R, groups, tiles,
     P: tl.constexpr, HIGH: tl.constexpr, DIVISOR: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr,
-    G: tl.constexpr, G_PAD: tl.constexpr, NG: tl.constexpr, R_PAD: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
-    HAS_CLIP: tl.constexpr, EXACT: tl.constexpr, DENSE: tl.constexpr, CLIP_STE: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, NG: tl.constexpr, R_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CLIP: tl.constexpr, EXACT: tl.constexpr, CLIP_STE: tl.constexpr,
     WANT_LORA: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_CLIP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dW = gradᵀ x (or of a given dW if DENSE), reduced against the quantizers without being written.
-
-    dprobs_ptr [P, programs] gets one partial per program; da [P, R, I] and db [P, O, R] are fp32 and accumulated by
-    atomic additions, since every tile contributes to them.
-    """
+    """Reduce dw [BLOCK, NG * G_PAD] against the quantizers of its tile."""
     dtype: tl.constexpr = w_ptr.dtype.element_ty
     N: tl.constexpr = NG * G_PAD
-    # 8 row tiles side by side before the next column tile: their x and grad slabs stay in L2.
-    tiles_n = tl.cdiv(groups, NG)
-    tiles_m = tl.cdiv(O, BLOCK)
-    pid = tl.program_id(0)
-    band = pid // (8 * tiles_n)
-    height = tl.minimum(tiles_m - band * 8, 8)
-    pid_m = band * 8 + (pid % (8 * tiles_n)) % height
-    pid_n = (pid % (8 * tiles_n)) // height
-
-    row = (pid_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    row_ok = row < O
-    group = pid_n * NG + tl.arange(0, NG)
-    lane = tl.arange(0, N)
-    col_group = pid_n * NG + lane // G_PAD
-    col = col_group * G + lane % G_PAD  # [N]
-    col_ok = (lane % G_PAD < G) & (col_group < groups)
-    at = row[:, None] * I + col[None, :]
+    col, col_ok, group = columns_of(first_group, groups, G, G_PAD, NG)
     ok = row_ok[:, None] & col_ok[None, :]
-    if DENSE:
-        dw = tl.load(grad_ptr + at, mask=ok, other=0.0).to(tl.float32)  # [BLOCK, N]
-    else:
-        dw = tl.zeros([BLOCK, N], tl.float32)
-        step = tl.arange(0, BLOCK_T)
-        for start in tl.range(0, T, BLOCK_T, num_stages=STAGES):
-            token = (start + step).to(tl.int64)
-            token_ok = (token < T)[:, None]
-            g = tl.load(grad_ptr + token[:, None] * O + row[None, :], mask=token_ok & row_ok[None, :], other=0.0)
-            x = tl.load(x_ptr + token[:, None] * I + col[None, :], mask=token_ok & col_ok[None, :], other=0.0)
-            dw = tl.dot(tl.trans(g), x, acc=dw, input_precision="ieee")
-    base = tl.load(w_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    base = tl.load(w_ptr + row[:, None] * I + col[None, :], mask=ok, other=0.0).to(tl.float32)
     dw3 = tl.reshape(dw, [BLOCK, NG, G_PAD])
     ratio = tl.full([BLOCK, NG], 1.0, tl.float32)
     group_at = row[:, None] * groups + group[None, :]
@@ -188,7 +164,7 @@ def mix_backward_kernel(
         )  # fmt: skip
         if WANT_PROBS:
             inner = tl.sum(tl.sum(dw3 * level, axis=2) * s)
-            tl.store(dprobs_ptr + p * tl.num_programs(0) + pid, inner)
+            tl.store(dprobs_ptr + p * tiles + tile, inner)
         if WANT_LORA or WANT_CLIP:
             pi = tl.load(probs_ptr + p).to(tl.float32)
             masked = dw3
@@ -213,6 +189,70 @@ def mix_backward_kernel(
                     da_ptr + p * R * I + rank[:, None] * I + col[None, :], da,
                     mask=(rank < R)[:, None] & col_ok[None, :], sem="relaxed",
                 )  # fmt: skip
+
+
+@triton.jit
+def mix_backward_kernel(
+    grad_ptr, x_ptr, w_ptr, a_ptr, b_ptr, probs_ptr, clip_ptr,
+    da_ptr, db_ptr, dprobs_ptr, dclip_ptr, scaling, T, O, I, R, groups,
+    P: tl.constexpr, HIGH: tl.constexpr, DIVISOR: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr,
+    G: tl.constexpr, G_PAD: tl.constexpr, NG: tl.constexpr, R_PAD: tl.constexpr,
+    BLOCK: tl.constexpr, HALVES: tl.constexpr, BLOCK_T: tl.constexpr, STAGES: tl.constexpr,
+    HAS_CLIP: tl.constexpr, EXACT: tl.constexpr, DENSE: tl.constexpr, CLIP_STE: tl.constexpr,
+    WANT_LORA: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_CLIP: tl.constexpr,
+):  # fmt: skip
+    """One tile of dW = gradᵀ x (or of a given dW if DENSE), reduced against the quantizers without being written.
+
+    The tile is HALVES (1 or 2) times NG groups wide: two accumulators share the grad operand, and each is reduced on
+    its own, so that the epilogue's registers are those of one half. dprobs_ptr [P, programs * HALVES] gets partial
+    sums; da [P, R, I] and db [P, O, R] are fp32 and accumulated by atomic additions, since every tile contributes.
+    """
+    # 8 row tiles side by side before the next column tile: their x and grad slabs stay in L2.
+    tiles_n = tl.cdiv(groups, NG * HALVES)
+    tiles_m = tl.cdiv(O, BLOCK)
+    pid = tl.program_id(0)
+    band = pid // (8 * tiles_n)
+    height = tl.minimum(tiles_m - band * 8, 8)
+    pid_m = band * 8 + (pid % (8 * tiles_n)) % height
+    first_group = (pid % (8 * tiles_n)) // height * (NG * HALVES)
+
+    N: tl.constexpr = NG * G_PAD
+    row = (pid_m * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    row_ok = row < O
+    col, col_ok, _ = columns_of(first_group, groups, G, G_PAD, NG)
+    col1, col1_ok, _ = columns_of(first_group + NG, groups, G, G_PAD, NG)
+    if DENSE:
+        at = grad_ptr + row[:, None] * I
+        dw = tl.load(at + col[None, :], mask=row_ok[:, None] & col_ok[None, :], other=0.0).to(tl.float32)
+        if HALVES == 2:
+            dw1 = tl.load(at + col1[None, :], mask=row_ok[:, None] & col1_ok[None, :], other=0.0).to(tl.float32)
+    else:
+        dw = tl.zeros([BLOCK, N], tl.float32)
+        dw1 = tl.zeros([BLOCK, N], tl.float32)
+        step = tl.arange(0, BLOCK_T)
+        for start in tl.range(0, T, BLOCK_T, num_stages=STAGES):
+            token = (start + step).to(tl.int64)
+            token_ok = (token < T)[:, None]
+            g = tl.load(grad_ptr + token[:, None] * O + row[None, :], mask=token_ok & row_ok[None, :], other=0.0)
+            x = tl.load(x_ptr + token[:, None] * I + col[None, :], mask=token_ok & col_ok[None, :], other=0.0)
+            dw = tl.dot(tl.trans(g), x, acc=dw, input_precision="ieee")
+            if HALVES == 2:
+                x1 = tl.load(x_ptr + token[:, None] * I + col1[None, :], mask=token_ok & col1_ok[None, :], other=0.0)
+                dw1 = tl.dot(tl.trans(g), x1, acc=dw1, input_precision="ieee")
+    tiles = tl.num_programs(0) * HALVES
+    reduce_tile(
+        dw, pid, row, row_ok, first_group, w_ptr, a_ptr, b_ptr, probs_ptr, clip_ptr,
+        da_ptr, db_ptr, dprobs_ptr, dclip_ptr, scaling, O, I, R, groups, tiles,
+        P, HIGH, DIVISOR, INVERSE, REST, G, G_PAD, NG, R_PAD, BLOCK,
+        HAS_CLIP, EXACT, CLIP_STE, WANT_LORA, WANT_PROBS, WANT_CLIP,
+    )  # fmt: skip
+    if HALVES == 2:
+        reduce_tile(
+            dw1, pid + tl.num_programs(0), row, row_ok, first_group + NG, w_ptr, a_ptr, b_ptr, probs_ptr, clip_ptr,
+            da_ptr, db_ptr, dprobs_ptr, dclip_ptr, scaling, O, I, R, groups, tiles,
+            P, HIGH, DIVISOR, INVERSE, REST, G, G_PAD, NG, R_PAD, BLOCK,
+            HAS_CLIP, EXACT, CLIP_STE, WANT_LORA, WANT_PROBS, WANT_CLIP,
+        )  # fmt: skip
 
 
 # ---- launchers ----
@@ -257,8 +297,8 @@ def forward_config(group_columns: int, has_clip: bool, wgmma: bool) -> dict[str,
 def backward_config(group_columns: int, epilogue_gemms: bool) -> dict[str, int]:
     """Rows per tile and warps; the two extra products of the epilogue need registers."""
     if group_columns > 128:
-        return {"BLOCK": 16, "num_warps": 8}
-    return {"BLOCK": 32, "num_warps": 8} if epilogue_gemms else {"BLOCK": 64, "num_warps": 4}
+        return {"BLOCK": 16, "HALVES": 1, "num_warps": 8}
+    return {"BLOCK": 32, "HALVES": 1, "num_warps": 8} if epilogue_gemms else {"BLOCK": 64, "HALVES": 1, "num_warps": 4}
 
 
 def mix_forward_triton(
@@ -315,13 +355,13 @@ def mix_backward_triton(
     dclip = torch.empty_like(clip) if want_clip and clip is not None else no_grad_slot(weight)
     shape = tile_config(group_size, rank, 128)
     config = backward_config(shape["NG"] * shape["G_PAD"], want_lora or want_clip)
-    programs = triton.cdiv(groups, shape["NG"]) * triton.cdiv(o, config["BLOCK"])
-    dprobs = torch.empty(p, programs, dtype=torch.float32, device=weight.device) if want_probs else no_grad_slot(weight)
+    programs = triton.cdiv(groups, shape["NG"] * config["HALVES"]) * triton.cdiv(o, config["BLOCK"])
+    sums = weight.new_empty(p, programs * config["HALVES"], dtype=torch.float32) if want_probs else no_grad_slot(weight)
     if programs:
         with torch.cuda.device_of(weight):
             mix_backward_kernel[(programs,)](
                 grad, grad if x is None else x, weight, lora_a, lora_b, probs, weight if clip is None else clip,
-                da, db, dprobs, dclip, scaling, 0 if x is None else x.shape[0], o, i, rank, groups,
+                da, db, sums, dclip, scaling, 0 if x is None else x.shape[0], o, i, rank, groups,
                 P=p, BLOCK_T=64, STAGES=3, HAS_CLIP=clip is not None, EXACT=interpreting(), DENSE=x is None,
                 CLIP_STE=ste == "clip", WANT_LORA=want_lora, WANT_PROBS=want_probs, WANT_CLIP=want_clip,
                 **config, **shape, **bit_constants(bits),
@@ -329,6 +369,6 @@ def mix_backward_triton(
     return (
         da.to(lora_a.dtype) if want_lora else da,
         db.to(lora_b.dtype) if want_lora else db,
-        dprobs.sum(1).to(probs.dtype) if want_probs else dprobs,
+        sums.sum(1).to(probs.dtype) if want_probs else sums,
         dclip,
     )

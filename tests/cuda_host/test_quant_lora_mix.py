@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix_reference
-from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, row_splits
+from jointnas_kernels.ops import quant_lora_mix_cuda
+from jointnas_kernels.ops.quant_lora_mix import MixGradients, quant_lora_mix_reference
+from jointnas_kernels.ops.quant_lora_mix_cuda import Mix, mix_forward_cuda, row_splits
 from jointnas_kernels.testing import poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -43,6 +46,42 @@ def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
         assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, probs, group, ratio))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("with_clip", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "begin", "end", "channels", "group", "columns", "splits"),
+    [(16, 0, 16, 128, 128, 1, 1), (83, 5, 80, 384, 128, 2, 2), (70, 32, 33, 256, 32, 1, 3), (33, 0, 33, 384, 64, 3, 1)],
+)
+def test_reduction(rows, begin, end, channels, group, columns, splits, with_clip, dtype):
+    """sum(dW * Q_p) of some rows, for every precision."""
+    weight, a, b, clip = inputs(rows, channels, 18, group, dtype)
+    ratio = clip if with_clip else None
+    grad = torch.randn(end - begin, channels).to(dtype)
+    with poisoned():
+        mix = Mix(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group)
+        partial = mix.launch(grad=grad, begin=begin, end=end, columns=columns, splits=splits)
+    for p in range(3):
+        wide = (weight.float(), a, b, 0.5, BITS, torch.eye(3)[p], group, ratio)
+        quantized = quant_lora_mix_reference(*wide, scale_dtype=dtype)
+        expected = (grad.double() * quantized[begin:end].double()).sum()
+        scale = (grad.double() * quantized[begin:end].double()).norm()
+        assert abs(partial[p].double().sum() - expected) <= 1e-5 * scale
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["from x", "given"])
+def test_probability_gradient(given, monkeypatch):
+    monkeypatch.setattr(quant_lora_mix_cuda, "CHUNK", 256 * 256)  # two chunks of rows
+    weight, a, b, clip = inputs(300, 256, 8, 128, torch.bfloat16)
+    grad, x = torch.randn(9, 300).bfloat16(), torch.randn(9, 256).bfloat16()
+    dw = (grad.float().T @ x.float()).bfloat16()
+    probs = torch.rand(3)
+    args = (weight, a, b, probs, clip, 0.5, BITS, 128)
+    got = quant_lora_mix_cuda.mix_probs_cuda(*((dw, None) if given else (grad, x)), *args)
+    sums = MixGradients(weight, a, b, probs, clip, 0.5, BITS, 128, "identity", (False, True, False))
+    sums.add(slice(0, 300), dw)
+    assert (got - sums.dprobs).norm() <= 2e-3 * sums.dprobs.norm()
+
+
 def test_mixture_and_scaling():
     """Scalings that the weight's dtype cannot hold, fp32 LoRA, one and four precisions."""
     for bits, scaling in (((4,), 0.7), ((2, 3, 5, 8), 1 / 3)):
@@ -58,9 +97,9 @@ def test_mixture_and_scaling():
 @pytest.mark.parametrize(("rows", "channels"), [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (1, 128)])
 def test_launch_plan_fills_the_device(rows, channels):
     """At the 8B shapes at least 85 % of the warp slots have work in every wave."""
-    blocks, slots = -(-channels // 256), 132 * 2
+    blocks, slots = math.ceil(channels / 256), 132 * 2
     splits = row_splits(rows, blocks, 132)
-    tiles = -(-rows // 16)
-    waves, per_warp = -(-blocks * splits // slots), -(-(-(-tiles // splits)) // 4)
+    tiles = math.ceil(rows / 16)
+    waves, per_warp = math.ceil(blocks * splits / slots), math.ceil(math.ceil(tiles / splits) / 4)
     ideal = tiles * blocks / (slots * 4)
     assert rows == 1 or waves * per_warp <= max(1.2 * ideal, ideal + 1)

@@ -111,14 +111,32 @@ def test_cuda_mix_plans(group, rank, dtype, device):
         assert torch.equal(first, mix_forward_cuda(*args, columns=columns, splits=splits))
 
 
+@pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
+@pytest.mark.parametrize("shape", [(2500, 4096, 32, 128), (600, 14336, 32, 128), (300, 256, 8, 64)], ids=str)
+def test_cuda_probs_over_several_chunks(shape, device):
+    t = make(shape, torch.bfloat16, device)
+    grad = torch.randn(70, shape[0], device=device).bfloat16()
+    x = torch.randn(70, shape[1], device=device).bfloat16()
+    t["probs"].requires_grad_()
+    options = {"scaling": 0.5, "bits": BITS, "group_size": shape[3], "mode": "arch"}
+    got, expected = (
+        torch.autograd.grad(quant_lora_linear(x, backend=b, **options, **t), t["probs"], grad)[0]
+        for b in ("cuda", "reference")
+    )
+    assert_close(got, expected, 1e-2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ste", ["identity", "clip"])
 @pytest.mark.parametrize("mode", ["weight", "arch", "full"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 130])
-def test_linear_gradients(tokens, shape, mode, ste, dtype, device):
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_linear_gradients(backend, tokens, shape, mode, ste, dtype, device):
     o, i, _, g = shape
     t = make(shape, dtype, device)
+    if backend == "cuda" and not compiled_cuda(t, g):
+        pytest.skip("not a shape or type of the CUDA C++ kernel, or it is not built")
     t["x"] = torch.randn(tokens, i, device=device).to(dtype)
     names = ["x"]
     names += ["lora_a", "lora_b"] if mode != "arch" else []
@@ -126,7 +144,7 @@ def test_linear_gradients(tokens, shape, mode, ste, dtype, device):
     names += ["clip"] if mode != "arch" and ste == "clip" else []
     for name in names:
         t[name].requires_grad_()
-    y = quant_lora_linear(scaling=0.5, bits=BITS, group_size=g, ste=ste, mode=mode, backend="triton", **t)
+    y = quant_lora_linear(scaling=0.5, bits=BITS, group_size=g, ste=ste, mode=mode, backend=backend, **t)
     wide = widened(t)
     x32 = wide.pop("x")
     mixed = quant_lora_mix_reference(scaling=0.5, bits=BITS, group_size=g, ste=ste, scale_dtype=dtype, **wide)
