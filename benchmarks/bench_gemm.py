@@ -155,6 +155,9 @@ def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
         if hopper and x.shape[0] >= 64:
             b, sb, zb = lowbit_cuda.quantize_pack(x, a_bits, layout=1)
             found["ours, wgmma, quantized x"] = lambda w: lowbit_cuda.wgmma(b, w, (sb, zb))
+        if hopper and x.shape[0] >= lowbit_cuda.INT8_TOKENS:
+            c, sc, zc = lowbit_cuda.quantize_pack(x, a_bits, layout=2)
+            found["ours, int8, quantized x"] = lambda w: lowbit_cuda.int8(c, w, (sc, zc))
     elif x.shape[0] >= 64:
         if x.shape[0] == 64:
             found["ours, stream"] = lambda w: lowbit_cuda.stream(x, w)
@@ -194,44 +197,85 @@ def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
         )
 
 
+def dense8(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
+    """The library's 8-bit products on quantized operands, one scale for all: int8 to int32, and fp8 to ``dtype``."""
+    rows, inputs = args.rows, args.inputs
+    one = torch.ones((), device="cuda")
+
+    def int8(*shape: int) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda")
+
+    def fp8(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda").to(torch.float8_e4m3fn)
+
+    def scaled(x: Tensor, w: Tensor) -> Tensor:
+        return torch._scaled_mm(x, w.t(), one, one, out_dtype=dtype)
+
+    kinds: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+        "torch, _int_mm": (int8, lambda x, w: torch._int_mm(x, w.t()))
+    }
+    if torch.cuda.get_device_capability() >= (8, 9):
+        kinds["torch, _scaled_mm fp8"] = (fp8, scaled)
+    for name, (draw, product) in kinds.items():
+        weights = rotation(partial(draw, rows, inputs), rows * inputs, "cuda")
+        for tokens in [t for t in args.tokens if t >= 64]:  # both want more than 16 tokens
+            time = time_rotated(partial(product, draw(tokens, inputs)), weights, "cuda", calls=per_graph(tokens))
+            extra = {"rate": 2 * tokens * rows * inputs / time.median}
+            rec.row(name, time, extra=extra, scheme="w8a8", m=tokens, n=rows, k=inputs, dtype=str(dtype)[6:])
+
+
 def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> None:
-    """Plans of the streaming kernel, with and without programmatic dependent launch."""
+    """Every plan of the streaming kernel (with and without early launch), beyond 16 tokens of the wgmma kernel too."""
     a_bits = scheme_bits(scheme)[1]
     weights = rotation(partial(ours, case), case.nbytes, "cuda")
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    for tokens in [t for t in args.tokens if t <= 64]:
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for tokens in args.tokens:
         x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
         reference = case.reference(x, a_bits)
-        activation = None
-        if a_bits < 16:
-            x, s, z = lowbit_cuda.quantize_pack(x, a_bits)
-            activation = (s, z)
-        default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, case.bits, multiprocessors)
-        plans = {default}
-        for tiles in {default.token_tiles, 4 if tokens > 16 else default.token_tiles}:
-            for warp_rows in (1, 2, 4):
-                for splits in (1, 2, 3, 4, 6, 8):
-                    plan = lowbit_cuda.StreamPlan(tiles, warp_rows, splits)
-                    if multiprocessors // 2 < plan.blocks(tokens, case.rows) <= 2 * multiprocessors:
-                        plans.add(plan)
-        for plan in sorted(plans, key=str):
-            for early in (False, True):
-                call = lambda w, x=x, a=activation, p=plan, e=early: lowbit_cuda.stream(x, w, a, p, e)  # noqa: E731
+        for (kernel, plan, early), call in planned(x, case, a_bits, sms).items():
+            try:
                 error = gate("plan", {"y": (call(weights[0]), reference)}, 1e-2)
-                time = time_rotated(call, weights, "cuda", calls=per_graph(tokens))
-                rec.row(
-                    "plan",
-                    time,
-                    extra={"share": case.nbytes / time.median / args.peak, "error": error, "default": plan == default},
-                    scheme=scheme,
-                    m=tokens,
-                    n=case.rows,
-                    k=case.inputs,
-                    tiles=plan.token_tiles,
-                    warp_rows=plan.warp_rows,
-                    splits=plan.splits,
-                    early=early,
+            except Exception as failure:
+                print(f"FAILED {kernel} {plan} {scheme} m={tokens}: {failure}", flush=True)
+                continue
+            time = time_rotated(call, weights, "cuda", calls=per_graph(tokens))
+            extra = {"share": case.nbytes / time.median / args.peak, "error": error}
+            shape = {"scheme": scheme, "m": tokens, "n": case.rows, "k": case.inputs}
+            rec.row("plan", time, extra=extra, **shape, kernel=kernel, plan=str(plan), early=early)
+
+
+def planned(x: Tensor, case: Case, a_bits: int, sms: int) -> dict[tuple[str, Any, bool], Callable[[Any], Tensor]]:
+    """(kernel, plan, early): product, for every plan that fills at least half and at most two waves of the chip."""
+    tokens = x.shape[0]
+    activation = None
+    operand = x
+    if a_bits < 16:
+        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+        activation = (s, z)
+    found: dict[tuple[str, Any, bool], Callable[[Any], Tensor]] = {}
+    default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, case.bits, sms)
+    for warp_rows in (1, 2, 4) if tokens <= 64 else ():
+        for splits in (1, 2, 3, 4, 6, 8):
+            plan = lowbit_cuda.StreamPlan(default.token_tiles, warp_rows, splits)
+            if plan == default or sms // 2 < plan.blocks(tokens, case.rows) <= 2 * sms:
+                for early in (False, True):
+                    found["stream", plan, early] = partial(
+                        lowbit_cuda.stream, operand, activation=activation, plan=plan, early=early
+                    )
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for tiles in (8, 16) if hopper and tokens > 16 else ():
+        for splits in (1, 2, 3, 4):
+            blocks = -(-case.rows // 128) * -(-tokens // (8 * tiles)) * splits
+            if splits == 1 or blocks <= 2 * sms:
+                wide = lowbit_cuda.TilePlan(tiles, splits)
+                wgmma_operand, wgmma_activation = x, None
+                if a_bits < 16:
+                    wgmma_operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=1)
+                    wgmma_activation = (s, z)
+                found["wgmma", wide, False] = partial(
+                    lowbit_cuda.wgmma, wgmma_operand, activation=wgmma_activation, plan=wide
                 )
+    return found
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -239,10 +283,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--inputs", type=int, default=8192)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 4096])
-    schemes = ["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8", "w2a2", "w4a4"]
+    schemes = ["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8", "w2a2", "w2a4", "w4a4"]
     parser.add_argument("--schemes", nargs="+", default=schemes)
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
-    parser.add_argument("--sweep", action="store_true", help="time every plan of the streaming kernel instead")
+    parser.add_argument("--sweep", action="store_true", help="time every plan of the kernels instead")
     parser.add_argument("--contenders", default="all", choices=("all", "ours", "peers"), help="peers compile for long")
     parser.add_argument("--peak", type=float, default=None, help="bytes per second that shares refer to")
     args = parser.parse_args(argv)
@@ -262,6 +306,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         return rec.rows
     if args.contenders != "peers":
         guarded("torch", partial(dense, rec, args, dtype))
+        guarded("torch, 8 bits", partial(dense8, rec, args, dtype))
     for peers in {"all": (False, True), "ours": (False,), "peers": (True,)}[args.contenders]:
         for scheme in args.schemes:
             case = Case(args.rows, args.inputs, scheme_bits(scheme)[0], dtype)
