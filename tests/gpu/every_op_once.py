@@ -59,6 +59,17 @@ def lowbit_linear() -> None:
                     ops.lowbit_linear(x, packed, scale, w_bits, a_bits, 128, backend=backend)
 
 
+def lowbit_kernels() -> None:
+    from jointnas_kernels.ops import lowbit_check
+
+    if not (_ext.available() and _ext.load().has_cuda):
+        return
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    for kernel in lowbit_check.KERNELS if hopper else ("bitplane",):
+        result = lowbit_check.differences(kernel, 4, torch.bfloat16, torch.device("cuda"))
+        assert not result, f"{kernel}: {result}"
+
+
 def mixed_weight() -> None:
     for impl in ("factored", "masks", "loop"):
         backward(ops.mixed_weight(leaf(37, 65), unit(2), (17, 65), unit(2), (9, 37), impl))
@@ -90,6 +101,7 @@ CASES: dict[str, Callable[[], None]] = {
     "quant_lora_mix": quant_lora_mix,
     "quant_lora_linear": quant_lora_linear,
     "lowbit_linear": lowbit_linear,
+    "lowbit_kernels": lowbit_kernels,
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jointnas_kernels import _ext
-from jointnas_kernels.ops import lowbit_cuda
+from jointnas_kernels.ops import lowbit_check, lowbit_cuda
 from jointnas_kernels.ops.lowbit_linear import dequantize, lowbit_linear, quantize_tokens, reference
 from jointnas_kernels.ops.pack import pack_weight
 from jointnas_kernels.testing import assert_close
@@ -83,6 +83,66 @@ def test_many_tokens(kernel, plan, w_bits, a_bits, dtype, device):
     y = kernel(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
     assert_close(y, reference(target, packed, scale, w_bits, 16, 128, False))
     assert not weight.locks.any()
+
+
+HOPPER = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="the kernel is Hopper's")
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize("a_bits", [8, 4, 2], ids=lambda b: f"A{b}")
+@pytest.mark.parametrize("plan", [(16, 1), (16, 2), (32, 1), (32, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 17, 128), (133, 300, 2048), (521, 1000, 1152), (300, 2500, 640)], ids=str)
+def test_int8(shape, plan, a_bits, w_bits, dtype, device):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype, device)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    x = (torch.randn(tokens, inputs, device=device) + 0.5).to(dtype)
+    a, s, z = quantize_tokens(x, a_bits)
+    expected = reference((a.double() - z.double()) * s.double(), packed, scale, w_bits, 16, 128, False)
+    operand, sx, zx = lowbit_cuda.quantize_pack(x, a_bits, layout=2)
+    y = lowbit_cuda.int8(operand, weight, (sx, zx), lowbit_cuda.Int8Plan(*plan))
+    assert_close(y, expected)
+    for _ in range(5):
+        assert torch.equal(y, lowbit_cuda.int8(operand, weight, (sx, zx), lowbit_cuda.Int8Plan(*plan)))
+
+
+@HOPPER
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+def test_int8_sums_are_exact(w_bits, device):
+    """Unit scales and outputs below 2^11: fp16 holds every integer, so nothing may be off by one."""
+    tokens, rows, inputs = 300, 700, 128
+    q = torch.randint(-2, 2, (rows, inputs), dtype=torch.int8, device=device)
+    scale = torch.ones(rows, 1, dtype=torch.float16, device=device)
+    weight = lowbit_cuda.CudaWeight.build(pack_weight(q, w_bits), scale, w_bits)
+    x = torch.randint(-7, 9, (tokens, inputs), device=device).half()
+    x[:, 0], x[:, 1] = -7, 8  # 16 levels: the 4-bit step is 1
+    operand, s, z = lowbit_cuda.quantize_pack(x, 4, layout=2)
+    assert (s == 1).all()
+    assert torch.equal(lowbit_cuda.int8(operand, weight, (s, z)).double(), x.double() @ q.double().t())
+
+
+@HOPPER
+@pytest.mark.parametrize("rows", [4096, 4100])
+def test_int8_under_load(rows, device):
+    """Every multiprocessor busy, every barrier phase wrapped many times; the same bits from run to run."""
+    packed, scale = make(rows, 8192, 4, torch.bfloat16, device)
+    weight = lowbit_cuda.CudaWeight.build(packed, scale, 4)
+    x = torch.randn(1500, 8192, device=device).bfloat16()
+    y = lowbit_cuda.matmul(x, weight, 8)
+    assert lowbit_cuda.choose(1500, weight, 8, x.device) == "int8"
+    a, s, z = quantize_tokens(x, 8)
+    dense = dequantize(packed, scale, 4, 128, torch.float64)
+    assert_close(y, (a.double() - z.double()) * s.double() @ dense.t())
+    for _ in range(20):
+        assert torch.equal(y, lowbit_cuda.matmul(x, weight, 8))
+
+
+def test_kernels_verify_themselves(device):
+    report = lowbit_check.report(torch.device("cuda", torch.cuda.current_device()))
+    expected = {name for name in report if "bitplane" in name or torch.cuda.get_device_capability() == (9, 0)}
+    assert {name for name, result in report.items() if result == "verified"} == expected, report
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
