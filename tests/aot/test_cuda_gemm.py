@@ -25,6 +25,7 @@ SOURCES = {
     "lowbit_bitplane": ("BMMA.168128.AND.POPC", "LDGSTS.E.BYPASS.128"),
     "lowbit_dequant": ("LDG.E.128", "STG.E.128"),
     "act_quant_pack": ("LDG.E.128",),
+    "quant_lora_mix": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"),
 }
 # wgmma exists on sm_90a only; elsewhere its kernels are empty and the launcher refuses
 HOPPER_ONLY = (("lowbit_wgmma", "80"), ("lowbit_int8", "80"))
