@@ -1,5 +1,6 @@
 """Which implementation of an op runs: decided inside the op, from the tensor's device and dtype or by the caller."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,10 +122,15 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def bad(op: str, message: str) -> JointNASError:
+    """The error of bad input to ``op``. Raised by the caller, so that a good call builds no message."""
+    return JointNASError(f"{op}: {message}")
+
+
 def check(condition: bool, op: str, message: str) -> None:
-    """Raise one clear error naming the op unless ``condition`` holds."""
+    """Raise one clear error naming the op unless ``condition`` holds; for ops whose calls are not counted in us."""
     if not condition:
-        raise JointNASError(f"{op}: {message}")
+        raise bad(op, message)
 
 
 def rows(tensor: Tensor) -> Tensor:
@@ -138,33 +144,16 @@ def no_grad_slot(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=tensor.device)
 
 
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's GPU; 2 in the interpreter, so that loops over rows are exercised."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 2
+    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 2
 
 
 def power_of_two(n: int) -> int:
     """The smallest power of two >= n."""
     return 1 << (n - 1).bit_length()
-
-
-def row_tiles(tensor: Tensor, count: int, width: int, reduce: bool) -> tuple[int, int, int, int, int]:
-    """Launch shape of an elementwise kernel over [count, width]: (grid, column blocks, rows per program, BLOCK_M,
-    BLOCK_N), for a 1-D grid in which consecutive programs take consecutive column blocks.
-
-    8 x 1024 elements keep the fp32 mask vectors at 1/4 of the bytes read; fewer rows when that leaves processors idle.
-    With ``reduce`` a program walks down many rows, so that the partial column sums [programs per column, width] stay a
-    few percent of the data: two programs per processor.
-    """
-    block_n = min(1024 if not reduce else 512, power_of_two(width))
-    column_blocks = -(-width // block_n)
-    target = 2 * processors(tensor)
-    block_m = 8
-    while block_m > 1 and -(-count // block_m) * column_blocks < target:
-        block_m //= 2
-    per_program = block_m
-    if reduce:
-        chunks = max(1, min(-(-count // block_m), target // column_blocks))
-        per_program = -(-count // (chunks * block_m)) * block_m
-    grid = -(-count // per_program) * column_blocks
-    return grid, column_blocks, per_program, block_m, block_n

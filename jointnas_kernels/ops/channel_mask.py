@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops._columns import STAGES, column_sums, row_tiles
+from jointnas_kernels.ops._dispatch import bad, compute_dtype, custom_op, no_grad_slot, resolve, rows
 
 
 def reference(x: Tensor, mask: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def reference_backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool) -
 @triton.jit
 def channel_mask_kernel(
     g_ptr, x_ptr, mask_ptr, out_ptr, partial_ptr, count, width, column_blocks, per_program, g_stride, x_stride,
-    REDUCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    REDUCE: tl.constexpr, LOOP_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = g * mask; with REDUCE also this program's column sums of g * x. x is read only then."""
     pid = tl.program_id(0)
@@ -41,7 +42,8 @@ def channel_mask_kernel(
     col_ok = col < width
     mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(chunk * per_program, min((chunk + 1) * per_program, count), BLOCK_M):
+    last = min((chunk + 1) * per_program, count)
+    for first in tl.range(chunk * per_program, last, BLOCK_M, num_stages=LOOP_STAGES):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -64,10 +66,10 @@ def _launch(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor |
     with torch.cuda.device_of(g):
         channel_mask_kernel[(grid,)](
             flat, other, mask, out, partial, count, width, column_blocks, per_program, flat.stride(0),
-            0 if other is None else other.stride(0), REDUCE=other is not None, BLOCK_M=block_m, BLOCK_N=block_n,
-            num_warps=8,
+            0 if other is None else other.stride(0), REDUCE=other is not None,
+            LOOP_STAGES=1 if other is None else STAGES, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
-    return out, None if partial is None else partial.sum(0)
+    return out, None if partial is None else column_sums(partial)[0]
 
 
 def forward(x: Tensor, mask: Tensor, backend: str) -> Tensor:
@@ -137,5 +139,6 @@ _channel_mask.register_autograd(_backward, setup_context=_setup)
 
 def channel_mask(x: Tensor, mask: Tensor, backend: str | None = None) -> Tensor:
     """x * mask along the last dim; gradients to x and mask."""
-    check(mask.shape == x.shape[-1:], "channel_mask", f"mask {tuple(mask.shape)} does not match x {tuple(x.shape)}")
+    if mask.shape != x.shape[-1:]:
+        raise bad("channel_mask", f"mask {tuple(mask.shape)} does not match x {tuple(x.shape)}")
     return _channel_mask(x, mask, backend)

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops._columns import STAGES, column_sums, row_tiles
+from jointnas_kernels.ops._dispatch import bad, compute_dtype, custom_op, no_grad_slot, resolve, rows
 from jointnas_kernels.ops.channel_mask import _channel_mask_backward
 
 
@@ -69,7 +70,7 @@ def residual_forward_kernel(
 def residual_backward_kernel(
     g_ptr, h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, dh_ptr, dy_ptr, dx_ptr, dmask_ptr, dgate_ptr, count, width,
     column_blocks, per_program, g_stride, h_stride, y_stride, x_stride,
-    HAS_MASK: tl.constexpr, NEED_MASK: tl.constexpr, NEED_GATE: tl.constexpr,
+    HAS_MASK: tl.constexpr, NEED_MASK: tl.constexpr, NEED_GATE: tl.constexpr, LOOP_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dh, dx and (HAS_MASK) dy; with the flags also this program's column sums for dmask and its share of dgate."""
@@ -83,7 +84,8 @@ def residual_backward_kernel(
         mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     dmask = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dgate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(chunk * per_program, min((chunk + 1) * per_program, count), BLOCK_M):
+    last = min((chunk + 1) * per_program, count)
+    for first in tl.range(chunk * per_program, last, BLOCK_M, num_stages=LOOP_STAGES):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         at = row[:, None] * width + col[None, :]
@@ -133,17 +135,20 @@ def _launch_backward(
     dy = no_grad_slot(grad) if mask is None else torch.empty_like(dh)
     grid, column_blocks, per_program, block_m, block_n = row_tiles(grad, count, width, need_mask or need_gate)
     dmask = g.new_empty(grid // column_blocks, width, dtype=torch.float32) if need_mask else None
-    dgate = g.new_empty(grid, dtype=torch.float32) if need_gate else None
+    dgate = g.new_empty(grid, 1, dtype=torch.float32) if need_gate else None
     if grid > 0:
         with torch.cuda.device_of(grad):
             residual_backward_kernel[(grid,)](
                 g, h2, y2, mask, gate, x2, dh, dy, dx, dmask, dgate, count, width, column_blocks, per_program,
                 g.stride(0), h2.stride(0), y2.stride(0), x2.stride(0), HAS_MASK=mask is not None,
-                NEED_MASK=need_mask, NEED_GATE=need_gate, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+                NEED_MASK=need_mask, NEED_GATE=need_gate, LOOP_STAGES=STAGES if need_mask or need_gate else 1,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    return (dh, dy, dx,
-            no_grad_slot(grad) if dmask is None or mask is None else dmask.sum(0).to(mask.dtype),
-            no_grad_slot(grad) if dgate is None else dgate.sum().to(gate.dtype))
+    slot = no_grad_slot(grad)
+    if dmask is None or mask is None:
+        return dh, dy, dx, slot, no_grad_slot(grad) if dgate is None else column_sums(dgate)[0].view(()).to(gate.dtype)
+    first, second = column_sums(dmask, dgate)
+    return dh, dy, dx, first.to(mask.dtype), slot if second is None else second.view(()).to(gate.dtype)
 
 
 @custom_op(
@@ -238,13 +243,15 @@ def gated_residual(
     backend: str | None = None,
 ) -> Tensor:
     """h + mask * y, or with a gate its blend x + gate * (h + mask * y - x) with the block input x."""
-    check(h.shape == y.shape and h.dtype == y.dtype, "gated_residual",
-          f"h {h.dtype} {tuple(h.shape)} and y {y.dtype} {tuple(y.shape)} differ")
-    check(mask is None or mask.shape == h.shape[-1:], "gated_residual",
-          f"mask does not match h {tuple(h.shape)}: it must be [{h.shape[-1]}]")
-    check((gate is None) == (x is None), "gated_residual", "gate and x go together: give both or neither")
+    if h.shape != y.shape or h.dtype != y.dtype:
+        raise bad("gated_residual", f"h {h.dtype} {tuple(h.shape)} and y {y.dtype} {tuple(y.shape)} differ")
+    if mask is not None and mask.shape != h.shape[-1:]:
+        raise bad("gated_residual", f"mask does not match h {tuple(h.shape)}: it must be [{h.shape[-1]}]")
+    if (gate is None) != (x is None):
+        raise bad("gated_residual", "gate and x go together: give both or neither")
     if gate is not None and x is not None:
-        check(gate.dim() == 0, "gated_residual", f"gate must be a 0-dim tensor, got {tuple(gate.shape)}")
-        check(x.shape == h.shape and x.dtype == h.dtype, "gated_residual",
-              f"x {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)} differ")
+        if gate.dim() != 0:
+            raise bad("gated_residual", f"gate must be a 0-dim tensor, got {tuple(gate.shape)}")
+        if x.shape != h.shape or x.dtype != h.dtype:
+            raise bad("gated_residual", f"x {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)} differ")
     return _gated_residual(h, y, mask, gate, x, backend)

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
+from jointnas_kernels.ops._columns import STAGES, column_sums
 from jointnas_kernels.ops._dispatch import (
-    check,
+    bad,
     compute_dtype,
     custom_op,
     no_grad_slot,
@@ -84,7 +85,7 @@ def rope_kernel(
     q_ptr, k_ptr, xq_ptr, xk_ptr, cos_ptr, sin_ptr, q_mask_ptr, k_mask_ptr, q_out_ptr, k_out_ptr, dqm_ptr, dkm_ptr,
     tokens, T, H, HKV, half, q_sb, q_st, q_sh, k_sb, k_st, k_sh, xq_sb, xq_st, xq_sh, xk_sb, xk_st, xk_sh,
     cos_sb, cos_st, sin_sb, sin_st, per_program,
-    BACKWARD: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr,
+    BACKWARD: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, LOOP_STAGES: tl.constexpr,
     HP: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """``per_program`` tokens, all heads. Forward: rope(mask * q). BACKWARD: mask * rope^T(q) for incoming gradients q,
@@ -97,7 +98,7 @@ def rope_kernel(
     dqm2 = tl.zeros([HP, HALF], tl.float32)
     dkm1 = tl.zeros([KP, HALF], tl.float32)
     dkm2 = tl.zeros([KP, HALF], tl.float32)
-    for i in range(per_program):
+    for i in tl.range(0, per_program, num_stages=LOOP_STAGES):
         token = (pid * per_program + i).to(tl.int64)
         live = (token < tokens).to(tl.int32)  # past the last token no head is loaded or stored
         q_heads, k_heads = live * H, live * HKV
@@ -173,9 +174,16 @@ def _launch(
                 q, k, xq, xk, cos, sin, q_mask.contiguous(), k_mask.contiguous(), q_out, k_out, dqm, dkm, tokens,
                 length, heads, kv_heads, dim // 2, *strides(q), *strides(k), *strides(xq), *strides(xk), *table(cos),
                 *table(sin), per_program, BACKWARD=backward, NEED_Q=xq is not None, NEED_K=xk is not None,
-                HP=hp, KP=kp, HALF=half, num_warps=8 if hp * half >= 2048 else 4,
+                LOOP_STAGES=STAGES if per_program > 1 else 1, HP=hp, KP=kp, HALF=half,
+                num_warps=4 if hp * half < 2048 else 8 if dqm is None and dkm is None else 16,
             )  # fmt: skip
-    return q_out, k_out, None if dqm is None else dqm.sum(0), None if dkm is None else dkm.sum(0)
+    sums: list[Tensor | None] = [None, None]
+    if dqm is not None:
+        sums = list(column_sums(dqm.flatten(1), None if dkm is None else dkm.flatten(1)))
+    elif dkm is not None:
+        sums[1] = column_sums(dkm.flatten(1))[0]
+    return (q_out, k_out, None if sums[0] is None else sums[0].view(heads, dim),
+            None if sums[1] is None else sums[1].view(kv_heads, dim))
 
 
 @custom_op(
@@ -270,15 +278,23 @@ def masked_rope(
     follow Hugging Face (both halves filled) and get no gradient.
     """
     op = "masked_rope"
-    check(q.dim() == 4 and k.dim() == 4 and q.shape[:2] == k.shape[:2] and q.shape[-1] == k.shape[-1], op,
-          f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, T, heads, D] with equal B, T, D")
-    check(q.shape[-1] % 2 == 0, op, f"head_dim {q.shape[-1]} must be even")
-    check(q.dtype == k.dtype, op, f"q is {q.dtype}, k is {k.dtype}")
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or (q.shape[-1] != k.shape[-1]):
+        raise bad(op, f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, T, heads, D] with equal B, T, D")
+    if q.shape[-1] % 2 != 0:
+        raise bad(op, f"head_dim {q.shape[-1]} must be even")
+    if q.dtype != k.dtype:
+        raise bad(op, f"q is {q.dtype}, k is {k.dtype}")
     for name, table in (("cos", cos), ("sin", sin)):
-        check(table.dim() == 3 and table.shape[0] in (1, q.shape[0]) and table.shape[1] == q.shape[1]
-              and table.shape[2] == q.shape[3], op, f"{name} {tuple(table.shape)} must be [B or 1, T, D] for q "
-              f"{tuple(q.shape)}")
-    check(q_mask.shape == q.shape[2:], op, f"q_mask {tuple(q_mask.shape)} must be {tuple(q.shape[2:])}")
-    check(k_mask.shape == k.shape[2:], op, f"k_mask {tuple(k_mask.shape)} must be {tuple(k.shape[2:])}")
+        if (
+            table.dim() != 3
+            or table.shape[0] not in (1, q.shape[0])
+            or table.shape[1] != q.shape[1]
+            or table.shape[2] != q.shape[3]
+        ):
+            raise bad(op, f"{name} {tuple(table.shape)} must be [B or 1, T, D] for q " f"{tuple(q.shape)}")
+    if q_mask.shape != q.shape[2:]:
+        raise bad(op, f"q_mask {tuple(q_mask.shape)} must be {tuple(q.shape[2:])}")
+    if k_mask.shape != k.shape[2:]:
+        raise bad(op, f"k_mask {tuple(k_mask.shape)} must be {tuple(k.shape[2:])}")
     q_out, k_out = _masked_rope(q, k, cos, sin, q_mask, k_mask, backend)
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

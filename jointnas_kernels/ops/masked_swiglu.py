@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, no_grad_slot, resolve, row_tiles, rows
+from jointnas_kernels.ops._columns import STAGES, column_sums, row_tiles
+from jointnas_kernels.ops._dispatch import bad, compute_dtype, custom_op, no_grad_slot, resolve, rows
 
 
 def reference(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
@@ -59,7 +60,8 @@ def swiglu_forward_kernel(
 def swiglu_backward_kernel(
     g_ptr, gate_ptr, up_ptr, r_ptr, c_ptr, dgate_ptr, dup_ptr, dr_ptr, dc_ptr, count, width, column_blocks,
     per_program, g_stride, gate_stride, up_stride,
-    NEED_OUT: tl.constexpr, NEED_IN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_OUT: tl.constexpr, NEED_IN: tl.constexpr, LOOP_STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dgate, dup; with the flags also this program's column sums for dr (NEED_OUT) and dc (NEED_IN)."""
     pid = tl.program_id(0)
@@ -70,7 +72,8 @@ def swiglu_backward_kernel(
     c = tl.load(c_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     dr = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in range(chunk * per_program, min((chunk + 1) * per_program, count), BLOCK_M):
+    last = min((chunk + 1) * per_program, count)
+    for first in tl.range(chunk * per_program, last, BLOCK_M, num_stages=LOOP_STAGES):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -130,10 +133,13 @@ def _launch_backward(
             swiglu_backward_kernel[(grid,)](
                 g, x, u, out_mask, in_mask, dgate, dup, dr, dc, count, width, column_blocks, per_program,
                 g.stride(0), x.stride(0), u.stride(0), NEED_OUT=need_out, NEED_IN=need_in,
-                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+                LOOP_STAGES=STAGES if need_out or need_in else 1, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    return (dgate, dup, no_grad_slot(gate) if dr is None else dr.sum(0).to(out_mask.dtype),
-            no_grad_slot(gate) if dc is None else dc.sum(0).to(in_mask.dtype))
+    slot = no_grad_slot(gate)
+    if dr is None:
+        return dgate, dup, slot, no_grad_slot(gate) if dc is None else column_sums(dc)[0].to(in_mask.dtype)
+    first, second = column_sums(dr, dc)
+    return dgate, dup, first.to(out_mask.dtype), slot if second is None else second.to(in_mask.dtype)
 
 
 @custom_op(
@@ -204,9 +210,9 @@ _masked_swiglu.register_autograd(_backward, setup_context=_setup)
 
 def masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None = None) -> Tensor:
     """silu(out_mask * gate) * (out_mask * up) * in_mask along the last dim; gradients to all four."""
-    check(gate.shape == up.shape and gate.dtype == up.dtype, "masked_swiglu",
-          f"gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise bad("masked_swiglu", f"gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
     for name, mask in (("out_mask", out_mask), ("in_mask", in_mask)):
-        check(mask.shape == gate.shape[-1:], "masked_swiglu",
-              f"{name} {tuple(mask.shape)} does not match gate {tuple(gate.shape)}")
+        if mask.shape != gate.shape[-1:]:
+            raise bad("masked_swiglu", f"{name} {tuple(mask.shape)} does not match gate {tuple(gate.shape)}")
     return _masked_swiglu(gate, up, out_mask, in_mask, backend)

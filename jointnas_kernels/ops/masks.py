@@ -11,16 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check
+from jointnas_kernels.ops._dispatch import bad
 
 
 def membership(
     sizes: Sequence[int], n: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """[n, K]: 1 where channel < sizes[i]."""
-    check(len(sizes) > 0, "membership", "sizes is empty")
+    if len(sizes) <= 0:
+        raise bad("membership", "sizes is empty")
     for size in sizes:
-        check(0 < size <= n, "membership", f"size {size} is outside 1..{n}")
+        if not 0 < size <= n:
+            raise bad("membership", f"size {size} is outside 1..{n}")
     channel = torch.arange(n, device=device)
     # one comparison per choice with a Python scalar: no host-to-device copy, so it can be captured in a CUDA graph
     return torch.stack([channel < size for size in sizes], dim=-1).to(dtype)
@@ -28,7 +30,8 @@ def membership(
 
 def prefix_mask(alpha: Tensor, sizes: Sequence[int], n: int) -> Tensor:
     """[n]: c[k] = sum_{i: k < sizes[i]} alpha[i]; differentiable in alpha."""
-    check(alpha.shape == (len(sizes),), "prefix_mask", f"alpha has shape {tuple(alpha.shape)}, sizes {len(sizes)}")
+    if alpha.shape != (len(sizes),):
+        raise bad("prefix_mask", f"alpha has shape {tuple(alpha.shape)}, sizes {len(sizes)}")
     # a product and a sum, not a matmul: autocast would run that in bf16
     return (membership(sizes, n, alpha.device, alpha.dtype) * alpha).sum(-1)
 
@@ -39,19 +42,20 @@ def strided_pair_index(D: int, d: int, device: torch.device | str | None = None)
     Rotate-half pairs (i, i + D/2) for i in multiples of D/d, because inv_freq(D)[::D/d] == inv_freq(d): any other
     choice of pairs would change the rotary frequencies of the extracted model.
     """
-    check(D % 2 == 0 and d % 2 == 0 and 0 < d <= D and D % d == 0, "strided_pair_index",
-          f"head_dim {d} must be even and divide the full head_dim {D}")
+    if D % 2 != 0 or d % 2 != 0 or (not 0 < d <= D) or (D % d != 0):
+        raise bad("strided_pair_index", f"head_dim {d} must be even and divide the full head_dim {D}")
     first = torch.arange(0, D // 2, D // d, device=device)
     return torch.cat([first, first + D // 2])
 
 
 def strided_pair_mask(alpha: Tensor, dims: Sequence[int], D: int) -> Tensor:
     """[D]: weight of each dim of a D-wide head under head_dim choices ``dims``; differentiable in alpha."""
-    check(alpha.shape == (len(dims),), "strided_pair_mask", f"alpha has shape {tuple(alpha.shape)}, dims {len(dims)}")
+    if alpha.shape != (len(dims),):
+        raise bad("strided_pair_mask", f"alpha has shape {tuple(alpha.shape)}, dims {len(dims)}")
     pair = torch.arange(D, device=alpha.device) % (D // 2)
     columns = []
     for d in dims:
-        check(D % 2 == 0 and d % 2 == 0 and 0 < d <= D and D % d == 0, "strided_pair_mask",
-              f"head_dim {d} must be even and divide the full head_dim {D}")
+        if D % 2 != 0 or d % 2 != 0 or (not 0 < d <= D) or (D % d != 0):
+            raise bad("strided_pair_mask", f"head_dim {d} must be even and divide the full head_dim {D}")
         columns.append(pair % (D // d) == 0)
     return (torch.stack(columns, dim=-1).to(alpha.dtype) * alpha).sum(-1)

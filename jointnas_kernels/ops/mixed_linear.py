@@ -16,7 +16,7 @@ LoRA is added in place by addmm (beta = 1), so no elementwise pass over [rows, O
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, custom_op, no_grad_slot, resolve, rows
+from jointnas_kernels.ops._dispatch import bad, custom_op, no_grad_slot, resolve, rows
 from jointnas_kernels.ops.channel_mask import backward as mask_backward
 from jointnas_kernels.ops.channel_mask import forward as mask_forward
 
@@ -197,14 +197,20 @@ def check_shapes(op: str, x: Tensor, weight: Tensor, lora_a: Tensor | None, lora
                  bias: Tensor | None) -> None:
     """Shared by mixed_linear and mixed_linear_group."""
     out_features, in_features = weight.shape
-    check(x.shape[-1] == in_features, op, f"x {tuple(x.shape)} does not match weight {tuple(weight.shape)}")
-    check((lora_a is None) == (lora_b is None), op, "lora_a and lora_b go together: give both or neither")
+    if x.shape[-1] != in_features:
+        raise bad(op, f"x {tuple(x.shape)} does not match weight {tuple(weight.shape)}")
+    if (lora_a is None) != (lora_b is None):
+        raise bad(op, "lora_a and lora_b go together: give both or neither")
     if lora_a is not None and lora_b is not None:
         rank = lora_a.shape[0]
-        check(lora_a.shape == (rank, in_features) and lora_b.shape == (out_features, rank), op,
-              f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be [r, {in_features}] and "
-              f"[{out_features}, r]")
-    check(bias is None or bias.shape == (out_features,), op, f"bias must be [{out_features}]")
+        if lora_a.shape != (rank, in_features) or lora_b.shape != (out_features, rank):
+            raise bad(
+                op,
+                f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} must be [r, {in_features}] and "
+                f"[{out_features}, r]",
+            )
+    if bias is not None and bias.shape != (out_features,):
+        raise bad(op, f"bias must be [{out_features}]")
 
 
 def mixed_linear(
@@ -225,11 +231,14 @@ def mixed_linear(
     """
     op = "mixed_linear"
     check_shapes(op, x, weight, lora_a, lora_b, bias)
-    check(in_mask is None or in_mask.shape == weight.shape[1:], op, f"in_mask must be [{weight.shape[1]}]")
-    check(out_mask is None or out_mask.shape == weight.shape[:1], op, f"out_mask must be [{weight.shape[0]}]")
+    if in_mask is not None and in_mask.shape != weight.shape[1:]:
+        raise bad(op, f"in_mask must be [{weight.shape[1]}]")
+    if out_mask is not None and out_mask.shape != weight.shape[:1]:
+        raise bad(op, f"out_mask must be [{weight.shape[0]}]")
     dtype = autocast_dtype(x)
     if torch.is_autocast_enabled(x.device.type):
         x, weight = x.to(dtype), weight.to(dtype)
-    check(weight.dtype == dtype, op, f"x is {x.dtype} and weight {weight.dtype}; they must agree outside autocast")
+    if weight.dtype != dtype:
+        raise bad(op, f"x is {x.dtype} and weight {weight.dtype}; they must agree outside autocast")
     bias = None if bias is None else bias.to(dtype)
     return _mixed_linear(x, weight, in_mask, out_mask, lora_a, lora_b, scaling, bias, backend)[0]

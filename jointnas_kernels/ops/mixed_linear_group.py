@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, custom_op, no_grad_slot, rows
+from jointnas_kernels.ops._dispatch import bad, custom_op, no_grad_slot, rows
 from jointnas_kernels.ops.mixed_linear import autocast_dtype, check_shapes, lora_operands, mm_as, scaled_mm
 
 MOST = 3
@@ -157,18 +157,24 @@ def mixed_linear_group(
     op = "mixed_linear_group"
     k = len(weights)
     biases = [] if biases is None else biases
-    check(0 < k <= MOST, op, f"{k} weights; a group has 1 to {MOST}")
-    check(len(lora_as) == k and len(lora_bs) == k and len(biases) in (0, k), op,
-          f"{k} weights, {len(lora_as)} lora_as, {len(lora_bs)} lora_bs, {len(biases)} biases: counts must agree")
+    if not 0 < k <= MOST:
+        raise bad(op, f"{k} weights; a group has 1 to {MOST}")
+    if len(lora_as) != k or len(lora_bs) != k or len(biases) not in (0, k):
+        raise bad(
+            op,
+            f"{k} weights, {len(lora_as)} lora_as, {len(lora_bs)} lora_bs, {len(biases)} biases: counts must agree",
+        )
     for j in range(k):
         check_shapes(op, x, weights[j], lora_as[j], lora_bs[j], biases[j] if biases else None)
-        check(not weights[j].requires_grad, op, f"weight {j} requires a gradient; use mixed_linear for trained weights")
+        if weights[j].requires_grad:
+            raise bad(op, f"weight {j} requires a gradient; use mixed_linear for trained weights")
     dtype = autocast_dtype(x)
     if torch.is_autocast_enabled(x.device.type):
         x, weights = x.to(dtype), [w.to(dtype) for w in weights]
     layers: list[Tensor | None] = []
     for weight, a, b in zip(weights, lora_as, lora_bs, strict=True):
-        check(weight.dtype == dtype, op, f"x is {dtype} and a weight {weight.dtype}; they must agree outside autocast")
+        if weight.dtype != dtype:
+            raise bad(op, f"x is {dtype} and a weight {weight.dtype}; they must agree outside autocast")
         layers += [weight, a, b]
     layers += [None] * (3 * (MOST - k))
     layers += [*(b.to(dtype) for b in biases), *[None] * (MOST - len(biases))]

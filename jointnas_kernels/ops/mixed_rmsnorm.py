@@ -13,6 +13,7 @@ Backward, with g = dL/dy, h = m w g and prefix sums S_i = sum_{k < N_i} h_k x_k:
 inv [rows, K] is the only thing saved beside the inputs.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -23,8 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
+from jointnas_kernels.ops._columns import STAGES, column_sums
 from jointnas_kernels.ops._dispatch import (
-    check,
+    bad,
     compute_dtype,
     custom_op,
     no_grad_slot,
@@ -104,28 +106,30 @@ def reference_backward(
 
 @triton.jit
 def rmsnorm_forward_kernel(
-    x_ptr, w_ptr, alpha_ptr, mask_ptr, y_ptr, inv_ptr, width, x_stride, eps,
+    x_ptr, w_ptr, alpha_ptr, mask_ptr, y_ptr, inv_ptr, count, width, x_stride, eps,
     SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One row, seen as S segments of SEG channels. No size ends inside a segment, so all K prefix sums are one scan of
-    S numbers, and t is the suffix scan of the alpha_i inv_i placed at the segments where their sizes end."""
-    row = tl.program_id(0).to(tl.int64)
+    """Rows pid, pid + programs, .., each seen as S segments of SEG channels. No size ends inside a segment, so all K
+    prefix sums are one scan of S numbers, and t is the suffix scan of alpha_i inv_i placed where the sizes end."""
     segment = tl.arange(0, S)
     col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
     ok = col < width
-    end = tl.minimum((segment + 1) * SEG, width)
-    x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
-    inv = tl.rsqrt(tl.cumsum(tl.sum(x * x, axis=1), axis=0) / end.to(tl.float32) + eps)  # [S]
-    at_end = tl.zeros([S], tl.float32)
-    for i in tl.static_range(K):
-        last = segment == (SIZES[i] - 1) // SEG
-        at_end += tl.where(last, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
-        tl.store(inv_ptr + row * K + i + segment * 0, inv, mask=last)
-    t = tl.cumsum(at_end * inv, axis=0, reverse=True)
+    end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
     scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
     if HAS_MASK:
         scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * width + col, x * scale * t[:, None], mask=ok)
+    at_end = tl.zeros([S], tl.float32)
+    for i in tl.static_range(K):
+        at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+    for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
+        row = tl.cast(index, tl.int64)
+        x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
+        inv = tl.rsqrt(tl.cumsum(tl.sum(x * x, axis=1), axis=0) / end + eps)  # [S]
+        t = tl.cumsum(at_end * inv, axis=0, reverse=True)
+        tl.store(y_ptr + row * width + col, x * scale * t[:, None], mask=ok)
+        for i in tl.static_range(K):
+            tl.store(inv_ptr + row * K + i + segment * 0, inv, mask=segment == (SIZES[i] - 1) // SEG)
 
 
 @triton.jit
@@ -133,52 +137,55 @@ def rmsnorm_backward_kernel(
     g_ptr, x_ptr, w_ptr, alpha_ptr, mask_ptr, inv_ptr, dx_ptr, dalpha_ptr, column_ptr, count, width, g_stride,
     x_stride,
     SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
-    NEED_ALPHA: tl.constexpr, NEED_COLUMN: tl.constexpr,
+    NEED_ALPHA: tl.constexpr, NEED_COLUMN: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dx of the rows pid, pid + programs, ..; also inv_i S_i per row (NEED_ALPHA) and this program's share of P."""
+    """dx of the rows pid, pid + programs, .., and this program's share of dalpha (NEED_ALPHA) and P (NEED_COLUMN)."""
     segment = tl.arange(0, S)
     col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
     ok = col < width
+    end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
     scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
     if HAS_MASK:
         scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    at_end = tl.zeros([S], tl.float32)
+    for i in tl.static_range(K):
+        at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+    which = tl.zeros([S], tl.int32)  # the choice whose size ends here, for one load of all inv_i
+    for i in tl.static_range(K):
+        which = tl.where(segment == (SIZES[i] - 1) // SEG, i, which)
     column = tl.zeros([S, SEG], tl.float32)
-    for index in range(tl.program_id(0), count, tl.num_programs(0)):
+    dalpha = tl.zeros([S], tl.float32)
+    for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
+        inv = tl.load(inv_ptr + row * K + which)  # [S]; where no size ends, at_end is 0 and nothing reads the share
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * g_stride + col, mask=ok, other=0.0).to(tl.float32)
         h = g * scale
-        prefix = tl.cumsum(tl.sum(h * x, axis=1), axis=0)  # [S]
-        forward = tl.zeros([S], tl.float32)
-        back = tl.zeros([S], tl.float32)
-        for i in tl.static_range(K):
-            last = segment == (SIZES[i] - 1) // SEG
-            inv = tl.load(inv_ptr + row * K + i)
-            weighted = tl.load(alpha_ptr + i).to(tl.float32) * inv
-            forward += tl.where(last, weighted, 0.0)
-            back += tl.where(last, weighted * inv * inv / SIZES[i], 0.0)
-            if NEED_ALPHA:
-                tl.store(dalpha_ptr + row * K + i + segment * 0, inv * prefix, mask=last)
-        t = tl.cumsum(forward, axis=0, reverse=True)
-        back = tl.cumsum(back * prefix, axis=0, reverse=True)
+        share = tl.cumsum(tl.sum(h * x, axis=1), axis=0) * inv  # [S], inv_i S_i where sizes end
+        t = tl.cumsum(at_end * inv, axis=0, reverse=True)
+        back = tl.cumsum(at_end * inv * inv * share / end, axis=0, reverse=True)
         tl.store(dx_ptr + row * width + col, h * t[:, None] - x * back[:, None], mask=ok)
+        if NEED_ALPHA:
+            dalpha += share
         if NEED_COLUMN:
             column += g * x * t[:, None]
+    if NEED_ALPHA:
+        for i in tl.static_range(K):
+            at = dalpha_ptr + tl.program_id(0) * K + i + segment * 0
+            tl.store(at, dalpha, mask=segment == (SIZES[i] - 1) // SEG)
     if NEED_COLUMN:
         tl.store(column_ptr + tl.program_id(0).to(tl.int64) * width + col, column, mask=ok)
 
 
-def segment_shape(sizes: Sequence[int], width: int) -> tuple[int, int]:
-    """(S, SEG): the widest power-of-two segments that no size cuts."""
+@functools.lru_cache(maxsize=1024)
+def launch_shape(sizes: tuple[int, ...], width: int, row_bytes: int) -> tuple[int, int, int, int]:
+    """(S, SEG, warps, stages): the widest power-of-two segments that no size cuts; 16 fp32 values of a row per thread
+    up to 8192 channels, then more; rows in flight up to 64 KB of shared memory per program."""
     inner = [size for size in sizes if size < width]
     divisor = math.gcd(*inner) if inner else power_of_two(width)
     seg = min(divisor & -divisor, power_of_two(width))
-    return power_of_two(-(-width // seg)), seg
-
-
-def row_warps(width: int, column: bool = False) -> int:
-    """16 fp32 values of a row per thread up to 8192 channels, then more; half of it beside column sums."""
-    return max(1, min(16, power_of_two(width) // (256 if column else 512)))
+    warps = max(1, min(16, power_of_two(width) // 512))
+    return power_of_two(-(-width // seg)), seg, warps, max(1, min(STAGES, 65536 // row_bytes))
 
 
 def _launch_forward(
@@ -187,15 +194,17 @@ def _launch_forward(
     flat, weight, alpha = rows(x), weight.contiguous(), alpha.contiguous()
     in_mask = None if in_mask is None else in_mask.contiguous()
     count, width = flat.shape
-    check(width <= MAX_WIDTH, "mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {width}")
+    if width > MAX_WIDTH:
+        raise bad("mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {width}")
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     inv = torch.empty(count, len(sizes), dtype=torch.float32, device=x.device)
-    s, seg = segment_shape(sizes, width)
+    sizes = tuple(sizes)
+    s, seg, warps, stages = launch_shape(sizes, width, width * x.element_size())
     if count > 0:
         with torch.cuda.device_of(x):
-            rmsnorm_forward_kernel[(count,)](
-                flat, weight, alpha, in_mask, y, inv, width, flat.stride(0), eps, SIZES=tuple(sizes), K=len(sizes),
-                S=s, SEG=seg, HAS_MASK=in_mask is not None, num_warps=row_warps(width),
+            rmsnorm_forward_kernel[(min(count, 32 // warps * processors(x)),)](
+                flat, weight, alpha, in_mask, y, inv, count, width, flat.stride(0), eps, SIZES=sizes, K=len(sizes),
+                S=s, SEG=seg, HAS_MASK=in_mask is not None, LOOP_STAGES=stages, num_warps=warps,
             )  # fmt: skip
     return y, inv
 
@@ -209,26 +218,33 @@ def _launch_backward(
     count, width = v.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     need_column = need_weight or need_mask
-    # with column sums a program keeps them over many rows; one or two programs per processor bound the partial sums
-    programs = min(count, processors(x) * (2 if count >= 4096 else 1)) if need_column else count
-    dalpha = torch.empty(count, len(sizes), dtype=torch.float32, device=x.device) if need_alpha else None
+    sizes = tuple(sizes)
+    s, seg, warps, stages = launch_shape(sizes, width, 2 * width * x.element_size())
+    # what fits beside ~90 registers per thread; beside few rows, half of it keeps the partial column sums small
+    programs = min(count, 16 // warps * processors(x))
+    if need_column and count < 4096:
+        programs = min(count, max(1, 8 // warps) * processors(x))
+    shares = torch.empty(programs, len(sizes), dtype=torch.float32, device=x.device) if need_alpha else None
     column = torch.empty(programs, width, dtype=torch.float32, device=x.device) if need_column else None
-    s, seg = segment_shape(sizes, width)
     if count > 0:
         with torch.cuda.device_of(x):
             rmsnorm_backward_kernel[(programs,)](
-                g, v, weight, alpha, in_mask, inv, dx, dalpha, column, count, width, g.stride(0), v.stride(0),
-                SIZES=tuple(sizes), K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None,
-                NEED_ALPHA=need_alpha, NEED_COLUMN=need_column,
-                num_warps=row_warps(width, need_column),
+                g, v, weight, alpha, in_mask, inv, dx, shares, column, count, width, g.stride(0), v.stride(0),
+                SIZES=sizes, K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None, NEED_ALPHA=need_alpha,
+                NEED_COLUMN=need_column, LOOP_STAGES=stages, num_warps=warps,
             )  # fmt: skip
-    total = None if column is None else column.sum(0)
-    dw, dmask = no_grad_slot(x), no_grad_slot(x)
-    if total is not None and need_weight:
-        dw = (total if in_mask is None else total * in_mask).to(weight.dtype, copy=True)
-    if total is not None and need_mask and in_mask is not None:
-        dmask = (total * weight).to(in_mask.dtype)
-    return dx, dw, no_grad_slot(x) if dalpha is None else dalpha.sum(0).to(alpha.dtype), dmask
+    dw, dalpha, dmask = (no_grad_slot(x) for _ in range(3))
+    if column is not None:
+        # dm = w P; with a weight gradient too, P itself is needed and scaled by torch
+        total, extra = column_sums(column, shares, None if need_weight else weight)
+        dalpha = dalpha if extra is None else extra.to(alpha.dtype)
+        if need_mask and in_mask is not None:
+            dmask = (total * weight if need_weight else total).to(in_mask.dtype)
+        if need_weight:
+            dw = (total if in_mask is None else total * in_mask).to(weight.dtype)
+    elif shares is not None:
+        dalpha = column_sums(shares)[0].to(alpha.dtype)
+    return dx, dw, dalpha, dmask
 
 
 @custom_op(
@@ -327,9 +343,12 @@ def mixed_rmsnorm(
     """in_mask * weight * sum_i alpha_i RMSNorm over the first sizes[i] channels; gradients to x, alpha, in_mask and
     weight, each only if it requires one."""
     n = x.shape[-1]
-    check(weight.shape == (n,), "mixed_rmsnorm", f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}")
-    check(len(sizes) > 0 and alpha.shape == (len(sizes),), "mixed_rmsnorm",
-          f"alpha {tuple(alpha.shape)} does not match {len(sizes)} sizes")
-    check(min(sizes) > 0 and max(sizes) <= n, "mixed_rmsnorm", f"sizes {tuple(sizes)} must lie in 1..{n}")
-    check(in_mask is None or in_mask.shape == (n,), "mixed_rmsnorm", f"in_mask must be [{n}]")
+    if weight.shape != (n,):
+        raise bad("mixed_rmsnorm", f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}")
+    if len(sizes) <= 0 or alpha.shape != (len(sizes),):
+        raise bad("mixed_rmsnorm", f"alpha {tuple(alpha.shape)} does not match {len(sizes)} sizes")
+    if min(sizes) <= 0 or max(sizes) > n:
+        raise bad("mixed_rmsnorm", f"sizes {tuple(sizes)} must lie in 1..{n}")
+    if in_mask is not None and in_mask.shape != (n,):
+        raise bad("mixed_rmsnorm", f"in_mask must be [{n}]")
     return _mixed_rmsnorm(x, weight, alpha, list(sizes), eps, in_mask, backend)[0]

@@ -23,7 +23,7 @@ from torch import Tensor
 from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import (
-    check,
+    bad,
     compute_dtype,
     custom_op,
     no_grad_slot,
@@ -405,14 +405,16 @@ def mixed_weight(
     op = "mixed_weight"
     if impl not in IMPLS:
         raise unknown("impl", impl, IMPLS, where=op)
-    check(weight.dim() == 2, op, f"weight must be [M, N], got {tuple(weight.shape)}")
+    if weight.dim() != 2:
+        raise bad(op, f"weight must be [M, N], got {tuple(weight.shape)}")
     m, n = weight.shape
     for name, alpha, sizes, full in (("in", alpha_in, sizes_in, n), ("out", alpha_out, sizes_out, m)):
-        check(len(sizes) > 0 and alpha.shape == (len(sizes),), op,
-              f"alpha_{name} {tuple(alpha.shape)} does not match {len(sizes)} sizes")
-        check(min(sizes) > 0 and max(sizes) <= full, op, f"sizes_{name} {tuple(sizes)} must lie in 1..{full}")
-    check(masks is None or (impl == "masks" and masks.shape == (len(sizes_in) * len(sizes_out), m, n)), op,
-          "masks must be choice_masks(sizes_in, sizes_out, weight.shape) and go with impl='masks'")
+        if len(sizes) <= 0 or alpha.shape != (len(sizes),):
+            raise bad(op, f"alpha_{name} {tuple(alpha.shape)} does not match {len(sizes)} sizes")
+        if min(sizes) <= 0 or max(sizes) > full:
+            raise bad(op, f"sizes_{name} {tuple(sizes)} must lie in 1..{full}")
+    if masks is not None and (impl != "masks" or masks.shape != (len(sizes_in) * len(sizes_out), m, n)):
+        raise bad(op, "masks must be choice_masks(sizes_in, sizes_out, weight.shape) and go with impl='masks'")
     return _mixed_weight(
         weight, alpha_in, list(sizes_in), alpha_out, list(sizes_out), impl, masks, backend
     )

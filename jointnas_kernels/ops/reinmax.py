@@ -11,7 +11,7 @@ At tau = 1 its expectation is Heun's rule applied to the exact gradient, hence e
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op
+from jointnas_kernels.ops._dispatch import bad, compute_dtype, custom_op
 
 
 def _softmax_vjp(p: Tensor, v: Tensor) -> Tensor:
@@ -71,9 +71,10 @@ def reinmax(logits: Tensor, tau: float = 1.0, generator: torch.Generator | None 
         tau: temperature of the backward only; >= 1 trades bias for variance.
         generator: source of the draw (on the logits' device).
     """
-    check(logits.dim() >= 1 and logits.is_floating_point(), "reinmax", f"logits must be floating point [..., K], "
-          f"got {logits.dtype} {tuple(logits.shape)}")
-    check(tau > 0, "reinmax", f"tau must be positive, got {tau}")
+    if logits.dim() < 1 or not logits.is_floating_point():
+        raise bad("reinmax", f"logits must be floating point [..., K], " f"got {logits.dtype} {tuple(logits.shape)}")
+    if tau <= 0:
+        raise bad("reinmax", f"tau must be positive, got {tau}")
     probs = logits.detach().to(compute_dtype(logits)).softmax(-1)
     flat = probs.reshape(-1, probs.shape[-1])
     index = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:-1])

@@ -3,16 +3,12 @@ fits, and loads and stores are 16 bytes wide."""
 
 import pytest
 
+from jointnas_kernels.ops._columns import STAGES, column_sums_kernel
 from jointnas_kernels.ops.channel_mask import channel_mask_kernel
 from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel
 from jointnas_kernels.ops.masked_rope import rope_kernel
 from jointnas_kernels.ops.masked_swiglu import swiglu_backward_kernel, swiglu_forward_kernel
-from jointnas_kernels.ops.mixed_rmsnorm import (
-    rmsnorm_backward_kernel,
-    rmsnorm_forward_kernel,
-    row_warps,
-    segment_shape,
-)
+from jointnas_kernels.ops.mixed_rmsnorm import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
 from jointnas_kernels.ops.mixed_weight import factored_backward_kernel, factored_kernel, loop_kernel, masks_kernel
 from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
@@ -37,18 +33,22 @@ def types(kernel, values: dict[str, object]) -> dict[str, object]:
     return out
 
 
+def tile(reduce: bool) -> dict[str, object]:
+    """The tile ``row_tiles`` chooses at these sizes."""
+    return {"LOOP_STAGES": STAGES if reduce else 1, "BLOCK_M": 4 if reduce else 8, "BLOCK_N": 512 if reduce else 1024}
+
+
 def check(compiled: Compiled, wide: bool = True) -> None:
     compiled.assert_sound()
     if wide:
-        assert compiled.count("LDG.E.128") > 0, "loads are not 16 bytes wide"
+        assert compiled.has("LDG.E.128", "LDGSTS.E.BYPASS.128"), "loads are not 16 bytes wide"
         assert compiled.count("STG.E.128") > 0, "stores are not 16 bytes wide"
 
 
 @ARCH
 @pytest.mark.parametrize("reduce", [False, True], ids=["dx", "dmask"])
 def test_channel_mask(arch: int, reduce: bool) -> None:
-    block_n = 512 if reduce else 1024
-    values = {"REDUCE": reduce, "BLOCK_M": 8, "BLOCK_N": block_n, "mask_ptr": VECTOR}
+    values = {"REDUCE": reduce, "mask_ptr": VECTOR} | tile(reduce)
     if not reduce:
         values |= {"x_ptr": None, "partial_ptr": None}
     check(compile_kernel(channel_mask_kernel, types(channel_mask_kernel, values), arch, num_warps=8))
@@ -63,8 +63,7 @@ def test_swiglu_forward(arch: int) -> None:
 @ARCH
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "dmasks"])
 def test_swiglu_backward(arch: int, need: bool) -> None:
-    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need, "BLOCK_M": 8,
-                                 "BLOCK_N": 512 if need else 1024}
+    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need} | tile(need)
     if not need:
         values |= {"dr_ptr": None, "dc_ptr": None}
     check(compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8))
@@ -82,33 +81,42 @@ def test_residual_forward(arch: int, gated: bool) -> None:
 @ARCH
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
 def test_residual_backward(arch: int, need: bool) -> None:
-    values: dict[str, object] = {"HAS_MASK": True, "NEED_MASK": need, "NEED_GATE": need, "BLOCK_M": 8,
-                                 "BLOCK_N": 512 if need else 1024, "dgate_ptr": VECTOR if need else None}
+    values: dict[str, object] = {"HAS_MASK": True, "NEED_MASK": need, "NEED_GATE": need} | tile(need)
+    values["dgate_ptr"] = VECTOR if need else None
     if not need:
         values["dmask_ptr"] = None
     check(compile_kernel(residual_backward_kernel, types(residual_backward_kernel, values), arch, num_warps=8))
 
 
+WIDTHS = pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
+
+
 @ARCH
-@pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
+@WIDTHS
 def test_rmsnorm_forward(arch: int, width: int, sizes: tuple[int, ...]) -> None:
-    s, seg = segment_shape(sizes, width)
-    values = {"w_ptr": HALF, "eps": "fp32", "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "HAS_MASK": True}
-    kernel = rmsnorm_forward_kernel
-    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=row_warps(width)))
+    s, seg, warps, stages = launch_shape(sizes, width, 2 * width)
+    values = {"w_ptr": HALF, "eps": "fp32", "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "HAS_MASK": True,
+              "LOOP_STAGES": stages}
+    check(compile_kernel(rmsnorm_forward_kernel, types(rmsnorm_forward_kernel, values), arch, num_warps=warps))
 
 
 @ARCH
-@pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
+@WIDTHS
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
 def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, ...]) -> None:
-    s, seg = segment_shape(sizes, width)
-    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
-                                 "HAS_MASK": True, "NEED_ALPHA": need, "NEED_COLUMN": need}
+    s, seg, warps, stages = launch_shape(sizes, width, 4 * width)
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "HAS_MASK": True,
+                                 "NEED_ALPHA": need, "NEED_COLUMN": need, "LOOP_STAGES": stages}
     if not need:
         values |= {"dalpha_ptr": None, "column_ptr": None}
-    kernel = rmsnorm_backward_kernel
-    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=row_warps(width, need)))
+    check(compile_kernel(rmsnorm_backward_kernel, types(rmsnorm_backward_kernel, values), arch, num_warps=warps))
+
+
+@ARCH
+def test_column_sums(arch: int) -> None:
+    values: dict[str, object] = {"HAS_SCALE": True, "HAS_B": True, "BLOCK_M": 128, "BLOCK_N": 32}
+    values |= {name: "*fp32:16" for name in ("a_ptr", "b_ptr", "scale_ptr", "a_out_ptr", "b_out_ptr")}
+    check(compile_kernel(column_sums_kernel, types(column_sums_kernel, values), arch, num_warps=8), wide=False)
 
 
 @ARCH
@@ -116,12 +124,12 @@ def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, .
 def test_rope(arch: int, mode: str) -> None:
     need = mode == "all"
     values: dict[str, object] = {"BACKWARD": mode != "forward", "NEED_Q": need, "NEED_K": need, "HP": 32, "KP": 8,
-                                 "HALF": 64, "per_program": "i32"}
+                                 "HALF": 64, "per_program": "i32", "LOOP_STAGES": STAGES}
     tensors = ("q", "k", "xq", "xk", "cos", "sin", "q_out", "k_out")
     values |= {f"{name}_ptr": HALF for name in tensors}
     if not need:
         values |= dict.fromkeys(("xq_ptr", "xk_ptr", "dqm_ptr", "dkm_ptr"))
-    check(compile_kernel(rope_kernel, types(rope_kernel, values), arch, num_warps=8))
+    check(compile_kernel(rope_kernel, types(rope_kernel, values), arch, num_warps=16 if need else 8))
 
 
 @ARCH
