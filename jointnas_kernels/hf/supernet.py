@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..nn.linear import MODES, SupernetLinear
 from ..nn.loss import linear_cross_entropy
 from ..ops.channel_mask import channel_mask
 from ..space import Choice, SearchSpace, original_sizes
+from .graphs import BlockGraphs
 from .reorder import Order
 
 
@@ -32,6 +33,7 @@ class Supernet(nn.Module):
         full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
             give their gates a gradient; their output is the identity either way. "weight" mode always skips them.
         gradient_checkpointing: recompute blocks in the backward pass.
+        graphs: the captured blocks, see `capture`; None: none.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Supernet(nn.Module):
         self.gradient_checkpointing = False
         self.sample: ArchSample | None = None
         self.choice: Choice | None = None
+        self.graphs: BlockGraphs | None = None
         self._mode = "weight"
         self.replaced = sum(isinstance(m, (SupernetLinear, SupernetNorm)) for m in self.modules())
 
@@ -82,14 +85,15 @@ class Supernet(nn.Module):
     def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> ArchSample:
         """One architecture sample for the next forward passes; the generator is one of the host."""
         with torch.set_grad_enabled(self._mode != "weight" and torch.is_grad_enabled()):
-            self.sample = self.arch.sample(generator, relaxation, device=self.device, dtype=self._mask_dtype)
-        self.choice = None
-        return self.sample
+            return self.use(self.arch.draw(generator, relaxation))
 
     def use(self, alphas: Mapping[str, Tensor]) -> ArchSample:
         """Like `draw`, with given values (keyed as `arch.draw` returns them); gradients reach them."""
         self.choice = None
-        self.sample = self.arch.assemble(alphas, device=self.device, dtype=self._mask_dtype)
+        if self.graphs is not None:
+            self.sample = self.graphs.assemble(self, alphas)
+        else:
+            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self._mask_dtype)
         return self.sample
 
     def fix(self, choice: Choice) -> Supernet:
@@ -104,6 +108,45 @@ class Supernet(nn.Module):
         self.choice = self.sample = None
         return self
 
+    def capture(self, batch: int, tokens: int, modes: Sequence[str] = ("weight", "arch")) -> Supernet:
+        """Capture the blocks in CUDA graphs, so that steps over [batch, tokens] are not bound by the host.
+
+        From then on a forward pass of a drawn sample over that shape replays the graphs of the mode, values and
+        gradients as before; everything else runs as if nothing had been captured: other shapes, an attention mask, a
+        fixed choice, other modes, autocast, gradient checkpointing, and blocks one of whose precisions became certain.
+        Blocks that the depth draw skips are not replayed. Embedding, last norm and loss stay outside.
+
+        The graphs keep what they work on: activations of one step (with searched bits also the mixed weights, as much
+        as the blocks' weights), one input and output gradient per block and mode, and the LoRA gradients; the modes
+        share the activations. `graphs.bytes` says how much. Hence
+        * `.grad` of LoRA after a backward pass is memory of the graphs, overwritten by the next backward pass unless it
+          is still there then (gradient accumulation works); `clone` it to keep it.
+        * Between a forward pass and its backward pass there must be no other draw, forward or backward pass; the
+          backward pass raises if there was.
+        * Hooks on modules inside the blocks are not called.
+
+        Moving the supernet releases the graphs. Parameters may be changed in place; where one is replaced, or a
+        quantizer's clip ratios are, steps run without graphs until `capture` is called again.
+
+        Raises:
+            JointNASError: not on a CUDA device, under autocast or inference mode, parameters sharded over devices, bits
+                drawn as one precision each (bit_relaxation="reinmax": in "weight" mode the kernels differ from draw to
+                draw), or an unknown mode.
+        """
+        for name in modes:
+            if name not in MODES:
+                raise unknown("mode", name, MODES, where="capture")
+        if self.device.type != "cuda":
+            raise JointNASError(f"capture: the supernet is on {self.device.type!r}; CUDA graphs need a CUDA device.")
+        self.release()
+        self.graphs = BlockGraphs(self, batch, tokens, modes)
+        return self
+
+    def release(self) -> Supernet:
+        """Let go of captured graphs and their memory."""
+        self.graphs = None
+        return self
+
     def _refresh(self) -> None:
         if self.choice is not None:
             alphas = self.arch.one_hot(self.choice)
@@ -111,6 +154,7 @@ class Supernet(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Supernet:
         super()._apply(fn, recurse)
+        self.graphs = None
         self.sample = None  # its masks are on the old device
         self._refresh()
         return self
@@ -143,18 +187,38 @@ class Supernet(nn.Module):
         if self.sample is None:
             raise JointNASError("the supernet has no architecture: call draw(generator) or fix(choice) before a step.")
         sample = self.sample
-        x, step = self._embed(input_ids, attention_mask, sample.masks, self.space.hidden)
-        for block, one, gate in zip(self.blocks, sample.blocks, sample.gates, strict=True):
-            run: Any = block
-            if gate == 0:
-                if one.gate is None or not one.gate.requires_grad or not self.full_depth_gradient:
-                    continue
-                run = block.skipped
-            if self.gradient_checkpointing and torch.is_grad_enabled() and gate != 0:
-                x = checkpoint(run, x, step, one, use_reentrant=False)
+        graphs = self._replayable(sample, input_ids, attention_mask)
+        ticket = 0 if graphs is None else graphs.begin()
+        angles = None if graphs is None else (graphs.step.cos, graphs.step.sin)
+        x, step = self._embed(input_ids, attention_mask, sample.masks, self.space.hidden, angles=angles)
+        block: Any
+        for index, (block, one, gate) in enumerate(zip(self.blocks, sample.blocks, sample.gates, strict=True)):
+            skipped = gate == 0
+            if skipped and (one.gate is None or not one.gate.requires_grad or not self.full_depth_gradient):
+                continue
+            replay = None if graphs is None else graphs.find(index, self._mode, skipped, one, x)
+            if replay is not None:
+                x = BlockGraphs.run(replay, x, step, one, skipped)
+            elif skipped:
+                x = block.skipped(x, step, one)
+            elif self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, step, one, use_reentrant=False)
             else:
-                x = run(x, step, one)
-        return self._output(x, step, labels, return_logits)
+                x = block(x, step, one)
+        x = self.norm(x, step)
+        if graphs is not None:
+            x = graphs.guard(x, ticket)
+        return self._output(x, labels, return_logits)
+
+    def _replayable(
+        self, sample: ArchSample, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> BlockGraphs | None:
+        """The graphs, if a forward pass of these may use them."""
+        if self.graphs is None or attention_mask is not None or torch.is_autocast_enabled(self.device.type):
+            return None
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return None
+        return self.graphs if self.graphs.covers(sample, self._mode, input_ids.shape) else None
 
     @torch.no_grad()
     def original(
@@ -174,20 +238,20 @@ class Supernet(nn.Module):
         x, step = self._embed(input_ids, attention_mask, masks, (s["hidden"],), original=True)
         for block in self.blocks:
             x = block(x, step, BlockSample())
-        return self._output(x, step, labels, True)
+        return self._output(self.norm(x, step), labels, True)
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, masks: Masks, sizes: tuple[int, ...],
-        original: bool = False,
+        original: bool = False, angles: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Step]:
-        """Masked embeddings [B, T, N], and what the blocks share."""
+        """Masked embeddings [B, T, N], and what the blocks share; `angles`: cos and sin, where they are at hand."""
         kind = self.device.type
         x = nn.functional.embedding(input_ids, self.embedding)
         if torch.is_autocast_enabled(kind):  # the whole residual stream runs in the autocast dtype
             x = x.to(torch.get_autocast_dtype(kind))
         x = channel_mask(x, masks.hidden, backend=self.backend)
         length = input_ids.shape[1]
-        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])
+        cos, sin = angles or self.rotary(x, torch.arange(length, device=x.device)[None])
         look = None
         if attention_mask is not None:
             causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
@@ -195,8 +259,7 @@ class Supernet(nn.Module):
             look = look | torch.eye(length, dtype=torch.bool, device=x.device)  # left padding would see nothing: NaN
         return x, Step(masks, sizes, cos, sin, look, self._mode, original)
 
-    def _output(self, x: Tensor, step: Step, labels: Tensor | None, return_logits: bool | None) -> CausalLMOutput:
-        x = self.norm(x, step)
+    def _output(self, x: Tensor, labels: Tensor | None, return_logits: bool | None) -> CausalLMOutput:
         weight = (self.embedding if self.lm_head is None else self.lm_head).to(x.dtype)
         loss = logits = None
         if labels is not None:

@@ -92,21 +92,22 @@ class _Dirichlet(torch.autograd.Function):
 
 
 class _ToDevice(torch.autograd.Function):
-    """Copy many small host tensors to the device at once, and their gradients back at once."""
+    """Copy many small host tensors to the device at once (into `out` if given), and their gradients back at once."""
 
     ALIGN = 64  # elements: vectors start at multiples of 256 bytes, so kernels can use wide loads
 
     @staticmethod
-    def forward(ctx: Any, device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, device: torch.device, out: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.shapes = [t.shape for t in tensors]
         ctx.dtype = tensors[0].dtype
         flat = _ToDevice.pack(list(tensors), pin=device.type == "cuda")
-        return _ToDevice.unpack(flat.to(device, non_blocking=True), ctx.shapes)
+        flat = flat.to(device, non_blocking=True) if out is None else out.copy_(flat, non_blocking=True)
+        return _ToDevice.unpack(flat, ctx.shapes)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         flat = _ToDevice.pack([g.to(ctx.dtype) for g in grads]).cpu()
-        return None, *_ToDevice.unpack(flat, ctx.shapes)
+        return None, None, *_ToDevice.unpack(flat, ctx.shapes)
 
     @staticmethod
     def pack(tensors: list[Tensor], pin: bool = False) -> Tensor:
@@ -254,35 +255,51 @@ class ArchParameters(nn.Module):
         """`assemble(draw(...))`."""
         return self.assemble(self.draw(generator, relaxation), device=device, dtype=dtype)
 
-    def assemble(
-        self, alphas: Mapping[str, Tensor], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> ArchSample:
-        """Masks, gates and bit probabilities of given host values, on the device; differentiable in them."""
+    def _vectors(self, alphas: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Masks, gates and bit probabilities of given values, on the host."""
         a = {k: v.to(dtype) for k, v in alphas.items()}
         m = {k: v.to(dtype) for k, v in self._member.items()}
         heads, pairs, prefix = m["heads"] @ a["heads"], m["pairs"] @ a["head_dim"], m["prefix"] @ a["head_dim"]
         scale = m["scale"] @ a["head_dim"]
-        gates = m["blocks"] @ a["blocks"]
-        host = [
+        return [
             a["hidden"],
             m["hidden"] @ a["hidden"],
             heads[:, None] * (pairs * scale),
             pairs.expand(self._kv, -1),
             (heads[:, None] * prefix.square()).flatten(),
             m["intermediate"] @ a["intermediate"],
-            gates,
+            m["blocks"] @ a["blocks"],
             *(a[k] for k in ("weight_bits", "act_bits") if k in a),
         ]
-        device = torch.device(device)
-        moved = list(host) if device.type == "cpu" else list(_ToDevice.apply(device, *host))
+
+    @torch.no_grad()
+    def buffer(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Device memory for one sample, as `assemble` takes it."""
+        return _ToDevice.pack(self._vectors(self.probs(), dtype)).to(device)
+
+    def assemble(
+        self,
+        alphas: Mapping[str, Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        out: Tensor | None = None,
+    ) -> ArchSample:
+        """Masks, gates and bit probabilities of given host values, on the device; differentiable in them.
+
+        With `out`, from `buffer`, they are views of it, always at the same addresses, and it is overwritten.
+        """
+        host = self._vectors(alphas, dtype)
+        device, gates = torch.device(device), host[6]
+        moved = host if device.type == "cpu" and out is None else list(_ToDevice.apply(device, out, *host))
         masks = Masks(*moved[:6])
         blocks = len(self.block_rank)
         values = tuple(gates.detach().tolist())
         on_device = {"gate": moved[6].unbind()}
         for key, name in (("weight_bits", "weight"), ("act_bits", "act")):
-            present = key in a
+            present = key in alphas
             on_device[f"{name}_probs"] = moved[7 if name == "weight" else -1].unbind() if present else (None,) * blocks
-            on_device[f"{name}_index"] = self._certain(a[key]) if present else (None,) * blocks
+            on_device[f"{name}_index"] = self._certain(alphas[key]) if present else (None,) * blocks
         # a certain gate of 1 is no gate at all
         if not gates.requires_grad:
             on_device["gate"] = tuple(None if v == 1 else g for v, g in zip(values, on_device["gate"], strict=True))

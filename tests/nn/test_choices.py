@@ -102,8 +102,8 @@ def test_one_copy_to_the_device_and_back() -> None:
     """Packing and its gradient, here from the host to the host."""
     g = torch.Generator().manual_seed(4)
     tensors = [torch.randn(s, generator=g, dtype=torch.float64, requires_grad=True) for s in ((3,), (70,), (2, 5), ())]
-    assert torch.autograd.gradcheck(lambda *t: _ToDevice.apply(torch.device("cpu"), *t), tensors)
-    for moved, t in zip(_ToDevice.apply(torch.device("cpu"), *tensors), tensors, strict=True):
+    assert torch.autograd.gradcheck(lambda *t: _ToDevice.apply(torch.device("cpu"), None, *t), tensors)
+    for moved, t in zip(_ToDevice.apply(torch.device("cpu"), None, *tensors), tensors, strict=True):
         assert torch.equal(moved, t)
         assert moved.storage_offset() % 64 == 0
 

@@ -1,0 +1,276 @@
+"""CUDA graphs of a supernet's blocks: a step then costs the host one launch per block and direction, instead of some
+hundred kernel launches (on a slow host a step over 8 x 128 tokens of Llama-3.1-8B is bound by them three times over).
+
+Every block is captured on its own, forward and backward, by torch.cuda.make_graphed_callables. What differs between
+steps reaches the graphs through memory at fixed addresses: the sample's masks, gates and probabilities live in one
+buffer that a draw fills in place; LoRA is where it always is; only the block input is copied (8 MB for 8 x 128 x 4096).
+
+Why blocks can be left out: all graphs share one memory pool, in which memory freed while capturing is used again by
+what was captured later. The pool is therefore right for replays in capture order (forwards of blocks 0, 1, ..,
+backwards .., 1, 0), and also for every subsequence of that order that keeps a block's backward behind its forward:
+leaving replays out leaves only writes out. A block that the depth draw skips is not replayed; in "arch" mode its gate's
+gradient comes from a second graph (`SupernetBlock.skipped`), captured right behind the block's own. The second mode is
+captured into the memory that the first has freed: no replay of one mode needs activations of the other, because a
+backward pass whose activations were overwritten raises (see `_Guard`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import JointNASError
+from ..nn.block import Step
+from ..nn.choices import ArchSample, BlockSample
+
+if TYPE_CHECKING:
+    from .supernet import Supernet
+
+
+class Replay(NamedTuple):
+    """One captured block."""
+
+    call: Callable[..., Any]
+    parameters: tuple[nn.Parameter, ...]  # whose gradients the graph computes
+    vectors: bool  # whether it computes those of masks, gate and probabilities
+    kind: tuple[Any, ...]  # `_kind` of the block samples it was captured for
+    input_gradient: bool
+
+
+class BlockGraphs:
+    """The captured blocks of one supernet, for one batch shape; made by `Supernet.capture`.
+
+    Attributes:
+        shape: (batch, tokens) of the steps that replay.
+        modes: the captured modes.
+        bytes: device memory that the capture reserved.
+    """
+
+    def __init__(
+        self,
+        net: Supernet,
+        batch: int,
+        tokens: int,
+        modes: Iterable[str],
+        make: Callable[..., Any] = torch.cuda.make_graphed_callables,
+    ) -> None:
+        self.shape, self.modes = (batch, tokens), tuple(modes)
+        _check(net, self.modes)
+        cuda = net.device.type == "cuda"
+        before = _reserved(net.device)
+        self.buffer: Tensor | None = None
+        self.live: ArchSample | None = None  # the sample whose values are in the buffer
+        self.ticket = 0  # grows whenever buffer or activations change
+        self.parameters = tuple(_trained(net.blocks))
+        self._bindings = [
+            (d, name, d[name])
+            for _, linear in net.linears()
+            for d, names in ((linear._parameters, ("lora_a", "lora_b", "clip_logits")), (linear._buffers, ("clip",)))
+            for name in names
+            if name in d
+        ]
+        sample = self._typical(net, False)
+        ids = torch.zeros(batch, tokens, dtype=torch.long, device=net.device)
+        with torch.no_grad():
+            _, self.step = net._embed(ids, None, sample.masks, net.space.hidden)  # cos, sin depend on the length only
+        pool = torch.cuda.graph_pool_handle() if cuda else None
+        self._replays: dict[str, list[dict[bool, Replay]]] = {}
+        for mode in self.modes:
+            self._replays[mode] = self._capture(net, mode, ids, lambda c, a: make(c, a, pool=pool))
+        self.bytes = _reserved(net.device) - before
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # graphs cannot be copied: a copy of a supernet has none
+
+    # ---- capture ----------------------------------------------------------------------------------------------------
+
+    def _typical(self, net: Supernet, grad: bool) -> ArchSample:
+        """A sample of the kind that draws make: full depth, no precision certain. Its values do not matter."""
+        alphas = {k: torch.full_like(v, 1 / v.shape[-1]) for k, v in net.arch.logits.items()}
+        alphas["blocks"] = torch.zeros_like(alphas["blocks"])
+        alphas["blocks"][-1] = 1
+        return self.assemble(net, {k: v.requires_grad_(grad) for k, v in alphas.items()})
+
+    def assemble(self, net: Supernet, alphas: Mapping[str, Tensor]) -> ArchSample:
+        """The sample of these values, in the buffer; what the buffer held before is gone."""
+        if self.buffer is None:
+            self.buffer = net.arch.buffer(net.device, net._mask_dtype)
+        self.ticket += 1
+        self.live = net.arch.assemble(alphas, device=net.device, dtype=net._mask_dtype, out=self.buffer)
+        return self.live
+
+    def _capture(
+        self, net: Supernet, mode: str, ids: Tensor, make: Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
+    ) -> list[dict[bool, Replay]]:
+        weights, vectors = mode != "arch", mode != "weight"
+        sample = self._typical(net, vectors)
+        with torch.no_grad():
+            x, _ = net._embed(ids, None, sample.masks, net.space.hidden)
+        masks = type(sample.masks)(*(_leaf(m, vectors) for m in sample.masks))
+        step = self.step._replace(masks=masks, mode=mode)
+        always = min(net.space.blocks)
+        functions: list[Callable[..., Tensor]] = []
+        block: Any
+        arguments: list[tuple[Tensor, ...]] = []
+        replays: list[tuple[int, bool, Replay]] = []
+        with stand_ins(net.blocks) as leaves:
+            for index, (block, drawn) in enumerate(zip(net.blocks, sample.blocks, strict=True)):
+                gate, weight, act = (None if t is None else _leaf(t, vectors) for t in drawn[:3])
+                one = drawn._replace(gate=gate, weight_probs=weight, act_probs=act)
+                own = _trained(block) if weights else []
+                for skipped in (False, True) if vectors and net.block_rank.index(index) >= always else (False,):
+                    into = vectors or index > 0  # the embedding is frozen: only its mask wants a gradient
+                    tensors = [one.gate] if skipped else [*(_vectors(step, one) if vectors else ()), *own]
+                    functions.append(_function(block.skipped if skipped else block, step, one))
+                    arguments.append((_leaf(x.clone(), into), *(t for t in tensors if t is not None)))
+                    parameters = () if skipped else tuple(leaves[p] for p in own)
+                    replays.append((index, skipped, Replay(_unset, parameters, vectors, _kind(drawn), into)))
+            with torch.enable_grad():
+                calls = make(tuple(functions), tuple(arguments))
+        table: list[dict[bool, Replay]] = [{} for _ in net.blocks]
+        for call, (index, skipped, replay) in zip(calls, replays, strict=True):
+            table[index][skipped] = replay._replace(call=call)
+        return table
+
+    # ---- replay -----------------------------------------------------------------------------------------------------
+
+    def covers(self, sample: ArchSample, mode: str, shape: torch.Size) -> bool:
+        """Whether a forward pass of `sample` may replay: its values are in the buffer, on what was captured."""
+        return (
+            mode in self._replays
+            and sample is self.live
+            and tuple(shape) == self.shape
+            and all(d.get(name) is value for d, name, value in self._bindings)
+        )
+
+    def begin(self) -> int:
+        """A forward pass starts: activations of the last one are overwritten."""
+        self.ticket += 1
+        return self.ticket
+
+    def find(self, index: int, mode: str, skipped: bool, one: BlockSample, x: Tensor) -> Replay | None:
+        """The graph of a block for this sample; None where it has none (a precision that became certain)."""
+        replay = self._replays[mode][index].get(skipped)
+        if replay is None or replay.kind != _kind(one) or (x.requires_grad and not replay.input_gradient):
+            return None
+        return replay
+
+    @staticmethod
+    def run(replay: Replay, x: Tensor, step: Step, one: BlockSample, skipped: bool) -> Tensor:
+        """Replay a block on x; gradients reach x, the parameters and the sample's vectors."""
+        if skipped:
+            return replay.call(x, one.gate)
+        if replay.vectors:
+            return replay.call(x, *_vectors(step, one), *replay.parameters)
+        return replay.call(x, *replay.parameters)
+
+    def guard(self, x: Tensor, ticket: int) -> Tensor:
+        """x, the last norm's output; its backward pass runs before anything that reads the buffer or a block."""
+        return _Guard.apply(x, self, ticket)
+
+
+class _Guard(torch.autograd.Function):
+    """Before the first backward replay: the activations must still be those of this forward pass, and gradients that
+    earlier replays left in `.grad` must move out of the graphs' memory, which is about to be overwritten."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, graphs: BlockGraphs, ticket: int) -> Tensor:
+        ctx.graphs, ctx.ticket = graphs, ticket
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        graphs = ctx.graphs
+        if graphs.ticket != ctx.ticket:
+            raise JointNASError(
+                "captured supernet: its activations were overwritten by a later draw, forward or backward pass. Call"
+                " backward right after each forward pass, or release() the graphs."
+            )
+        graphs.ticket += 1
+        for p in graphs.parameters:
+            if p.grad is not None:
+                p.grad = p.grad.clone()
+        return grads[0], None, None
+
+
+# ---- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def _check(net: Supernet, modes: tuple[str, ...]) -> None:
+    if torch.is_autocast_enabled(net.device.type) or torch.is_inference_mode_enabled():
+        raise JointNASError("capture: leave autocast and inference mode first; graphs are for training steps.")
+    if any(type(p) is not nn.Parameter for p in net.blocks.parameters()):
+        raise JointNASError("capture: the blocks' parameters are sharded over devices; graphs need plain parameters.")
+    if "weight" in modes and (net.space.weight_bits or net.space.act_bits) and net.arch.bit_relaxation == "reinmax":
+        raise JointNASError(
+            'capture: bit_relaxation="reinmax" draws one precision per block, and in "weight" mode its kernels differ'
+            ' from draw to draw; capture modes=("arch",), or relax the bits by "softmax".'
+        )
+
+
+def _reserved(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+@contextmanager
+def stand_ins(module: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
+    """Inside, every trained parameter is replaced by a leaf on the same memory; yields stand-in -> parameter.
+
+    Captured autograd graphs stay alive with their outputs, and so would the parameters' AccumulateGrad nodes, bound to
+    the stream of the capture; stand-ins leave the parameters untouched.
+    """
+    replaced = [
+        (m._parameters, name, p)
+        for m in module.modules()
+        for name, p in m._parameters.items()
+        if p is not None and p.requires_grad
+    ]
+    found: dict[Tensor, nn.Parameter] = {}
+    try:
+        for d, name, p in replaced:
+            d[name] = leaf = p.detach().requires_grad_()  # type: ignore[assignment]
+            found[leaf] = p
+        yield found
+    finally:
+        for d, name, p in replaced:
+            d[name] = p
+
+
+def _trained(module: nn.Module) -> list[Any]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def _leaf(tensor: Tensor, grad: bool) -> Tensor:
+    """A leaf on the same memory."""
+    return tensor.detach().requires_grad_(grad)
+
+
+def _vectors(step: Step, one: BlockSample) -> list[Tensor]:
+    """What a block takes gradients for in "arch" and "full" mode."""
+    return [*step.masks, *(t for t in (one.gate, one.weight_probs, one.act_probs) if t is not None)]
+
+
+def _kind(one: BlockSample) -> tuple[Any, ...]:
+    """What of a block sample is decided on the host, and therefore frozen into a graph."""
+    present = tuple(t is None for t in (one.gate, one.weight_probs, one.act_probs))
+    return (*present, one.weight_index, one.act_index)
+
+
+def _function(block: Callable[..., Tensor], step: Step, one: BlockSample) -> Callable[..., Tensor]:
+    """A function of tensors only; behind x they are named for autograd, the block reads them where they are."""
+
+    def run(x: Tensor, *_: Tensor) -> Tensor:
+        return block(x, step, one)
+
+    return run
+
+
+def _unset(*_: Any) -> Any:
+    raise AssertionError("not captured yet")
