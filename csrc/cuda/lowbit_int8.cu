@@ -188,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p)
       }
     }
   }
+  ptx::sync_warp();
   ptx::sync_cluster();  // a block's shared memory must outlive its neighbour's arrivals
 #endif
 }
