@@ -7,7 +7,7 @@
 namespace jointnas {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kMaxThreads = 1024;  // one token has to be quick too: 8 inputs per thread at 8192
 
 template <class T> JN_DEVICE float rounded(float v) { return ptx::to_float(ptx::from_float<T>(v)); }
 
@@ -15,21 +15,21 @@ template <class T> JN_DEVICE float rounded(float v) { return ptx::to_float(ptx::
 constexpr int kStep = 8;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     act_quant_kernel(const T* x, int8_t* a, float* scale, int* zero, int inputs, int bits, int symmetric, int layout,
                      float tiny) {
   JN_DYNAMIC_SHARED(shared);
-  float* partial = reinterpret_cast<float*>(shared);  // [2][warps]
-  const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  float* partial = reinterpret_cast<float*>(shared);  // [2][32], one entry per warp
+  const int token = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, threads = blockDim.x;
   ptx::launch_dependents();
   ptx::wait_dependencies();
   x += static_cast<size_t>(token) * inputs;
 
   float low = 0, high = 0;
-  for (int k = threadIdx.x * kStep; k < inputs; k += kThreads * kStep) {
+  for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
     T v[kStep];
     for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
-      reinterpret_cast<Vec4*>(v)[j] = ptx::load_readonly(reinterpret_cast<const Vec4*>(x + k) + j);
+      reinterpret_cast<Vec4*>(v)[j] = ptx::load16(reinterpret_cast<const Vec4*>(x + k) + j);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const float f = ptx::to_float(v[j]);
@@ -45,13 +45,18 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (lane == 0) {
     partial[warp] = low;
-    partial[kThreads / 32 + warp] = high;
+    partial[32 + warp] = high;
   }
   ptx::sync_threads();
+  if (lane < threads / 32) {
+    low = partial[lane];
+    high = partial[32 + lane];
+  }
 #pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) {
-    low = partial[i] < low ? partial[i] : low;
-    high = partial[kThreads / 32 + i] > high ? partial[kThreads / 32 + i] : high;
+  for (int m = 16; m; m /= 2) {  // lanes without a warp still hold their own warp's extremes
+    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
+    low = l < low ? l : low;
+    high = h > high ? h : high;
   }
 
   const float qmin = -static_cast<float>(1 << (bits - 1)), qmax = -qmin - 1, levels = qmax - qmin;
@@ -70,10 +75,10 @@ __global__ void __launch_bounds__(kThreads)
     zero[token] = static_cast<int>(z);
   }
 
-  for (int k = threadIdx.x * kStep; k < inputs; k += kThreads * kStep) {
+  for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
     T v[kStep];
     for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
-      reinterpret_cast<Vec4*>(v)[j] = ptx::load_readonly(reinterpret_cast<const Vec4*>(x + k) + j);
+      reinterpret_cast<Vec4*>(v)[j] = ptx::load16(reinterpret_cast<const Vec4*>(x + k) + j);
     int level[kStep];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
@@ -85,7 +90,8 @@ __global__ void __launch_bounds__(kThreads)
         int byte = 0;
 #pragma unroll
         for (int j = 0; j < kStep; ++j) byte |= (level[j] >> b & 1) << j;
-        a[((static_cast<size_t>(token) * (inputs / kGroup) + k / kGroup) * bits + b) * (kGroup / 8) + k % kGroup / 8] = static_cast<int8_t>(byte);
+        const size_t plane = (static_cast<size_t>(token) * (inputs / kGroup) + k / kGroup) * bits + b;
+        a[plane * (kGroup / 8) + k % kGroup / 8] = static_cast<int8_t>(byte);
       }
       continue;
     }
@@ -113,6 +119,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kThreads = 256;
+
 // One thread per 32 inputs: a 4 x 4 transposition of words, [t][s, h] to [s, h][t].
 __global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, Vec4* out, long long blocks) {
   const long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
@@ -130,7 +138,8 @@ __global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, V
 
 template <class T> int run(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
                            int symmetric, int layout, float tiny, cudaStream_t stream) {
-  return launch(act_quant_kernel<T>, dim3(tokens), dim3(kThreads), 2 * kThreads / 32 * sizeof(float), stream, false,
+  const int threads = min_of((inputs / kStep + 31) / 32 * 32, kMaxThreads);
+  return launch(act_quant_kernel<T>, dim3(tokens), dim3(threads), 64 * sizeof(float), stream, true,
                 static_cast<const T*>(x), a, scale, zero, inputs, bits, symmetric, layout, tiny);
 }
 

@@ -22,7 +22,7 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
     for (int n = 0; n < NT; ++n) {
       const int column = 8 * n + lane / 4, token = min_of(first_token + column / ABITS, p.tokens - 1);
       const size_t at = ((size_t(token) * (p.inputs / kGroup) + group) * ABITS + column % ABITS) * 4 + lane % 4;
-      x[n] = ptx::load_readonly32(static_cast<const uint32_t*>(p.x) + at);
+      x[n] = ptx::load4(static_cast<const uint32_t*>(p.x) + at);
     }
   }
   JN_DEVICE void tiles(const uint32_t (&w)[2][2 * BITS], int (&sum)[2][NT][4]) const {

@@ -25,7 +25,7 @@ template <class T, int BITS, int NT> struct HalfMath {
       const int token = min_of(first_token + 8 * n + lane / 4, p.tokens - 1);
       const T* row = static_cast<const T*>(p.x) + size_t(token) * p.inputs + group * kGroup + lane % 4 * 8;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[n][i] = ptx::load_readonly(row + 32 * i);
+      for (int i = 0; i < 4; ++i) x[n][i] = ptx::load16(row + 32 * i);
     }
   }
 
@@ -74,7 +74,7 @@ template <int BITS, int NT> struct IntMath {
       const int token = min_of(first_token + 8 * n + lane / 4, p.tokens - 1);
       const int8_t* row = static_cast<const int8_t*>(p.x) + size_t(token) * p.inputs + group * kGroup + lane % 4 * 32;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) x[n][i] = ptx::load_readonly(row + 16 * i);
+      for (int i = 0; i < 2; ++i) x[n][i] = ptx::load16(row + 16 * i);
     }
   }
 

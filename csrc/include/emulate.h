@@ -321,7 +321,8 @@ template <int PENDING> void cp_async_wait() {
   }
 }
 inline Vec4 load_readonly(const void* p) { Vec4 v; std::memcpy(&v, p, 16); return v; }
-inline uint32_t load_readonly32(const uint32_t* p) { return *p; }
+inline Vec4 load16(const void* p) { return load_readonly(p); }
+inline uint32_t load4(const void* p) { uint32_t v; std::memcpy(&v, p, 4); return v; }
 inline float load_l2(const float* p) { return *p; }
 
 inline void sync_threads() {

@@ -138,7 +138,17 @@ JN_DEVICE Vec4 load_readonly(const void* p) {
   asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
   return v;
 }
-JN_DEVICE uint32_t load_readonly32(const uint32_t* p) { return __ldg(p); }
+// For what the previous kernel writes: after an early launch that is while this kernel runs, so the read-only path is out.
+JN_DEVICE Vec4 load16(const void* p) {
+  Vec4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3]) : "l"(p));
+  return v;
+}
+JN_DEVICE uint32_t load4(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.u32 %0,[%1];" : "=r"(v) : "l"(p));
+  return v;
+}
 JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by other blocks: L1 may be stale
 
 // ---- threads ----
@@ -196,7 +206,8 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cud
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  return launch_with(early ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, args...);
+  const bool able = early && compute_capability() >= 90;
+  return launch_with(able ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, args...);
 }
 // In clusters of `cluster` blocks along x (sm_90), which divides grid.x.
 template <class... P, class... A>

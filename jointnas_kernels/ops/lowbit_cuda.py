@@ -111,11 +111,13 @@ class CudaWeight:
                 f"the CUDA kernels take groups of {TILE_INPUTS} inputs; got weights {(rows, inputs)} with scales "
                 f"{tuple(scale.shape)}"
             )
-        locks = torch.zeros(LOCKS, dtype=torch.int32, device=packed.device)
         q = unpack_weight(packed, bits, (rows, inputs)).view(rows, -1, TILE_INPUTS)
         row_sum = (q.sum(2, dtype=torch.int32) * scale.double()).sum(1).float()
         tiled = tile_planes(packed, bits) if planes else tile_weight(packed, bits)
-        return CudaWeight(tiled, tile_scale(scale), locks, row_sum, bits, rows, inputs, planes)
+        tiled_scale = tile_scale(scale)
+        # last: a kernel launched early may run beside this one, but no longer beside those that wrote the weights
+        locks = torch.zeros(LOCKS, dtype=torch.int32, device=packed.device)
+        return CudaWeight(tiled, tiled_scale, locks, row_sum, bits, rows, inputs, planes)
 
     @property
     def bytes(self) -> int:
@@ -169,17 +171,17 @@ def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Te
 
 
 def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
-           plan: StreamPlan | None = None, early: bool = False) -> Tensor:
+           plan: StreamPlan | None = None, early: bool = True) -> Tensor:
     """y [M, O] for few tokens. ``activation``: (scale, zero) of an ``x`` from :func:`quantize_pack`.
 
-    ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90): not when that wrote them.
+    ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90); it must not have written them.
     """
     p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, weight.bits, multiprocessors(x))
     return run("lowbit_stream", x, weight, activation, p.token_tiles, p.warp_rows, p.splits, early)
 
 
 def bitplane(a: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor], a_bits: int,
-             plan: StreamPlan | None = None, early: bool = False) -> Tensor:
+             plan: StreamPlan | None = None, early: bool = True) -> Tensor:
     """y [M, O] for few tokens on bit-planes: ``a`` from ``quantize_pack(..., layout=3)``, a weight built for planes."""
     columns = a.shape[0] * a_bits
     p = plan or stream_plan(columns, weight.rows, weight.inputs, weight.bits, multiprocessors(a))
