@@ -66,6 +66,8 @@ def verified(kernel: str, bits: int, dtype: torch.dtype, device: torch.device) -
 
 def report(device: torch.device) -> dict[str, str]:
     """Check every kernel on ``device``: "W4 int8 bfloat16" -> "verified" or the reason why it is not used."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     lines = {}
     for kernel, bits, dtype in ((k, b, d) for k, widths in KERNELS.items() for b in widths for d in lowbit_cuda.DTYPES):
         reason = "" if verified(kernel, bits, dtype, device) else _results[(kernel, bits, dtype, device)]

@@ -14,6 +14,7 @@ from jointnas import assets
 from jointnas_kernels import _ext
 from jointnas_kernels.latency import survey
 from jointnas_kernels.latency.timing import cache_bytes, describe
+from jointnas_kernels.ops import lowbit_check
 
 PACKAGES = (
     "jointnas-kernels", "torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "jsonargparse",
@@ -47,6 +48,7 @@ def collect(device: str = "cpu") -> dict[str, Any]:
         },
         "packages": packages,
         "backends": survey(kind),
+        "self-checks": lowbit_check.report(kind) if kind.type == "cuda" and compiled == "with CUDA" else {},
     }
 
 
@@ -65,4 +67,7 @@ def text(found: dict[str, Any]) -> str:
             if reason != "works":
                 reasons.setdefault(reason, []).append(b)
         lines += [f"      {', '.join(b) if len(b) < 6 else f'{len(b)} combinations'}: {r}" for r, b in reasons.items()]
+    if found["self-checks"]:
+        lines.append("kernels of one GPU generation (used only where verified on this device)")
+        lines += [f"  {name}: {result}" for name, result in found["self-checks"].items()]
     return "\n".join(lines)
