@@ -106,11 +106,11 @@ def act_quant_mix_backward_reference(
 def _act_quant_mix(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    """(y, the rows' extremes [rows, 2] where the backward of this backend reads them, else zeros)."""
+    """(y, the rows' scales and zero points [rows, Q, 2] where the backward of this backend reads them, else zeros)."""
     backend = resolve("act_quant_mix", backend, x)
     if backend == "triton":
         return act_forward_triton(x, probs, mask, bits, symmetric)
-    unused = torch.zeros(x.shape[:-1].numel(), 2, dtype=torch.float32, device=x.device)
+    unused = torch.zeros(x.shape[:-1].numel(), len(bits), 2, dtype=torch.float32, device=x.device)
     if backend == "cpu":
         return _cpu.act_quant_mix(x, probs, mask, bits, symmetric), unused
     return act_quant_mix_reference(x, bits, probs, symmetric, mask).contiguous(), unused
@@ -118,13 +118,13 @@ def _act_quant_mix(
 
 @_act_quant_mix.register_fake
 def _(x, probs, mask, bits, symmetric, backend):
-    extremes = torch.empty(x.shape[:-1].numel(), 2, dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), extremes
+    levels = torch.empty(x.shape[:-1].numel(), len(bits), 2, dtype=torch.float32, device=x.device)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), levels
 
 
 @custom_op(
     "act_quant_mix_backward",
-    "(Tensor grad, Tensor x, Tensor probs, Tensor? mask, Tensor? extremes, int[] bits, bool symmetric, "
+    "(Tensor grad, Tensor x, Tensor probs, Tensor? mask, Tensor? levels, int[] bits, bool symmetric, "
     "bool want_x, bool want_probs, bool want_mask, str? backend) -> (Tensor, Tensor, Tensor)"
 )
 def _act_quant_mix_backward(
@@ -132,7 +132,7 @@ def _act_quant_mix_backward(
     x: Tensor,
     probs: Tensor,
     mask: Tensor | None,
-    extremes: Tensor | None,
+    levels: Tensor | None,
     bits: Sequence[int],
     symmetric: bool,
     want_x: bool,
@@ -143,14 +143,14 @@ def _act_quant_mix_backward(
     backend = resolve("act_quant_mix", backend, x)
     want = (want_x, want_probs, want_mask)
     if backend == "triton":
-        return act_backward_triton(grad, x, probs, mask, extremes, bits, symmetric, want)
+        return act_backward_triton(grad, x, probs, mask, levels, bits, symmetric, want)
     if backend == "cpu":
         return _cpu.act_quant_mix_backward(grad, x, probs, mask, bits, symmetric, want)
     return act_quant_mix_backward_reference(grad.contiguous(), x.contiguous(), probs, mask, bits, symmetric, want)
 
 
 @_act_quant_mix_backward.register_fake
-def _(grad, x, probs, mask, extremes, bits, symmetric, want_x, want_probs, want_mask, backend):
+def _(grad, x, probs, mask, levels, bits, symmetric, want_x, want_probs, want_mask, backend):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else no_grad_slot(x)
     dprobs = torch.empty_like(probs) if want_probs else no_grad_slot(x)
     dmask = torch.empty_like(mask) if want_mask and mask is not None else no_grad_slot(x)
@@ -191,7 +191,9 @@ def act_quant_mix(
     for width in bits:
         if width not in ACT_BITS:
             raise unknown("activation bit width", width, ACT_BITS, where="act_quant_mix")
-    if not bits or tuple(probs.shape) != (len(bits),):
+    if not 1 <= len(bits) <= 4:
+        raise JointNASError(f"act_quant_mix: mixes one to four bit widths, got {list(bits)}")
+    if tuple(probs.shape) != (len(bits),):
         raise JointNASError(
             f"act_quant_mix: probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}"
         )

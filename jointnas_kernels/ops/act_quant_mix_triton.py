@@ -1,18 +1,22 @@
 """Triton kernels of ``act_quant_mix``: one read and one write per tensor. The forward holds whole token rows in
-registers and writes down their extremes, so that the backward is free to work in column blocks.
+registers and writes down each row's scales and zero points, so that the backward is free to work in column blocks.
 
 Every operation of the quantizer is rounded to the storage type, as the reference (and compressed-tensors) does it; the
-kernel gets the same bits with fewer instructions:
+kernels get the same bits with fewer instructions:
   * bf16: RN_bf16(x · r) with any r within 2^-20 of 1/s equals RN_bf16(x / s), since a quotient of two 8-bit
     significands is never a 9-bit rounding boundary and never within 2^-17 (relatively) of one.
   * fp16: x · r + RN(x · t) with r + t = 1/s (two operations); fp32: Markstein's three.
-  * clamp, rint, - z: with M = 1.5 · 2^23, min and max act on v + M and one subtraction of M + z undoes both.
+  * half types: two quotients are rounded by one packed conversion (a single one runs at an eighth of the rate), and
+    z, min and max act on the pair (``pair_code``).
+  * rint, - z: with M = 1.5 · 2^23, + M rounds and one subtraction of M + z undoes both.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -21,6 +25,13 @@ from torch import Tensor
 from jointnas_kernels.ops._dispatch import interpreting, no_grad_slot, rows
 
 MAGIC = tl.constexpr(12582912.0)
+WIDEN = {  # both halves of p as fp32
+    "bf16": "shl.b32 q, p, 16; mov.b32 $0, q; and.b32 q, p, 0xffff0000; mov.b32 $1, q;",
+    "f16": "mov.b32 {h, k}, p; cvt.f32.f16 $0, h; cvt.f32.f16 $1, k;",
+}
+REGISTERS = ".reg .f32 a, b, u; .reg .b32 p, q; .reg .b16 h, k;"
+ROUND_BF16 = tl.constexpr(f"{{ {REGISTERS} cvt.rn.bf16x2.f32 p, $3, $2; {WIDEN['bf16']} }}")
+ROUND_F16 = tl.constexpr(f"{{ {REGISTERS} cvt.rn.f16x2.f32 p, $3, $2; {WIDEN['f16']} }}")
 
 
 @triton.jit
@@ -30,88 +41,131 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def divide_rows(x, s, dtype: tl.constexpr, EXACT: tl.constexpr):
-    """RN_dtype(x / s) for x [R, N] and s [R], both of ``dtype`` held in fp32."""
-    s2 = s[:, None]
-    if EXACT:  # the interpreter has no fused multiply-add
-        y = tl.div_rn(x, tl.broadcast_to(s2, x.shape))
-    elif dtype == tl.bfloat16:
-        y = x * (1.0 / s2)
-    elif dtype == tl.float16:
-        r = 1.0 / s2
-        y = tl.fma(x, r, x * (tl.fma(-s2, r, 1.0) * r))
+def round_tile(x, dtype: tl.constexpr, EXACT: tl.constexpr):
+    """The same for many values, two at a time."""
+    if EXACT or dtype == tl.float32:
+        return round_to(x, dtype)
     else:
-        r = tl.div_rn(s2 * 0.0 + 1.0, s2)
-        y = x * r
-        y = tl.fma(tl.fma(-y, s2, x), r, y)
-    return round_to(y, dtype)
+        code: tl.constexpr = ROUND_BF16 if dtype == tl.bfloat16 else ROUND_F16
+        return tl.inline_asm_elementwise(code, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+
+
+@triton.jit
+def scale_and_zero(
+    least, most, low: tl.constexpr, inverse: tl.constexpr, rest: tl.constexpr, eps: tl.constexpr, dtype: tl.constexpr,
+    SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """(s, z) [R] of rows with extremes least <= 0 <= most; inverse + rest = 1 / (number of steps)."""
+    high: tl.constexpr = -low - 1.0
+    span: tl.constexpr = (high - low) / 2 if SYMMETRIC else high - low
+    unit = tl.maximum(-least, most) if SYMMETRIC else round_to(most - least, dtype)
+    if EXACT:  # the interpreter has no fused multiply-add
+        s = tl.div_rn(unit, unit * 0.0 + span)
+    else:
+        s = tl.fma(unit, inverse, unit * rest)  # = RN(unit / span): the divisor has at most 8 bits
+    s = round_to(s, dtype)
+    z = unit * 0.0
+    if not SYMMETRIC:
+        # A zero scale gives NaN or inf here; any z is right then, because every level of such a row equals z.
+        if EXACT or dtype == tl.float32:
+            bottom = tl.div_rn(least, s)
+        else:
+            r = 1.0 / s
+            bottom = tl.fma(least, r, least * (tl.fma(-s, r, 1.0) * r))
+        z = round_to(low - round_to(bottom, dtype), dtype)
+        z = (tl.minimum(tl.maximum(z, low), high) + MAGIC) - MAGIC
+    return tl.where(s == 0.0, eps, s), z
 
 
 @triton.jit
 def token_levels(
-    x, least, most, low: tl.constexpr, eps: tl.constexpr, dtype: tl.constexpr,
+    x, s, z, q: tl.constexpr, LOW: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr,
     SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """(q - z [R, N], s [R]) of rows x with extremes least <= 0 <= most."""
+    """Levels minus zero point of rows x [R, N] in precision q; s, z [R]."""
+    low: tl.constexpr = LOW[q]
     high: tl.constexpr = -low - 1.0
-    span: tl.constexpr = high - low
-    if SYMMETRIC:
-        unit = tl.maximum(-least, most)
-        s = round_to(tl.div_rn(unit, unit * 0.0 + span / 2), dtype)
-        z = unit * 0.0
+    s2 = tl.broadcast_to(s[:, None], x.shape)
+    if EXACT or dtype == tl.float32:
+        if EXACT:
+            v = round_to(tl.div_rn(x, s2), dtype)
+        else:
+            r = tl.broadcast_to(tl.div_rn(s * 0.0 + 1.0, s)[:, None], x.shape)
+            v = x * r
+            v = tl.fma(tl.fma(-v, s2, x), r, v)
+        if not SYMMETRIC:
+            v = round_to(v + z[:, None], dtype)
+        v = tl.minimum(tl.maximum(v, low), high)
     else:
-        unit = round_to(most - least, dtype)
-        s = round_to(tl.div_rn(unit, unit * 0.0 + span), dtype)
-        # A zero scale gives NaN or inf here; any z is right then, because every level of such a row equals z.
-        z = round_to(low - round_to(tl.div_rn(least, s), dtype), dtype)
-        z = (tl.minimum(tl.maximum(z, low), high) + MAGIC) - MAGIC
-    s = tl.where(s == 0.0, eps, s)
-    v = divide_rows(x, s, dtype, EXACT)
-    if not SYMMETRIC:
-        v = round_to(v + z[:, None], dtype)
-    level = tl.minimum(tl.maximum(v + MAGIC, low + MAGIC), high + MAGIC)
-    return level - tl.expand_dims(z + MAGIC, 1), s
+        r = 1.0 / s
+        rest = tl.fma(-s, r, 1.0) * r
+        bits = z.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        v = tl.inline_asm_elementwise(
+            CODE[q], "=f,=f,f,f,f,f,f,f,r,r",
+            [x, tl.broadcast_to(r[:, None], x.shape), tl.broadcast_to(rest[:, None], x.shape),
+             tl.broadcast_to((bits | (bits << 16))[:, None], x.shape)],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return (v + MAGIC) - tl.expand_dims(z + MAGIC, 1)
 
 
 @triton.jit
 def act_forward_kernel(
-    x_ptr, mask_ptr, probs_ptr, out_ptr, extremes_ptr, count, N, stride,
-    Q: tl.constexpr, LOW: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, mask_ptr, probs_ptr, out_ptr, levels_ptr, count, N, stride,
+    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, CODE: tl.constexpr,
+    eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens per program; extremes [count, 2]. LOW[q] = -2^(b-1); 0 marks the identity (16 bits)."""
+    """ROWS tokens per program. LOW[q] = -2^(b-1), 0 for the identity (16 bits); levels [count, Q, 2] gets (s, z)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = tl.arange(0, BLOCK)
     ok = (row < count)[:, None] & (col < N)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_MASK:
-        x = round_to(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype)
+        x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
     least = tl.minimum(tl.min(x, axis=1), 0.0)
     most = tl.maximum(tl.max(x, axis=1), 0.0)
-    tl.store(extremes_ptr + 2 * row, least, mask=row < count)
-    tl.store(extremes_ptr + 2 * row + 1, most, mask=row < count)
     mixed = tl.zeros([ROWS, BLOCK], tl.float32)
     for q in tl.static_range(Q):
         pi = tl.load(probs_ptr + q).to(tl.float32)
         if LOW[q] == 0.0:
-            mixed += pi * x
+            mixed = tl.fma(x, tl.full([ROWS, BLOCK], 1.0, tl.float32) * pi, mixed)
         else:
-            level, s = token_levels(x, least, most, LOW[q], eps, dtype, SYMMETRIC, EXACT)
-            mixed += level * (pi * s)[:, None]
+            s, z = scale_and_zero(least, most, LOW[q], INVERSE[q], REST[q], eps, dtype, SYMMETRIC, EXACT)
+            tl.store(levels_ptr + (row * Q + q) * 2, s, mask=row < count)
+            tl.store(levels_ptr + (row * Q + q) * 2 + 1, z, mask=row < count)
+            level = token_levels(x, s, z, q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+            mixed = tl.fma(level, tl.broadcast_to((pi * s)[:, None], level.shape), mixed)
     tl.store(out_ptr + row[:, None] * N + col[None, :], mixed.to(dtype), mask=ok)
 
 
 @triton.jit
+def product(
+    g, x, levels_ptr, row, count, q: tl.constexpr, Q: tl.constexpr, LOW: tl.constexpr, CODE: tl.constexpr,
+    dtype: tl.constexpr, SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """g ⊙ Q_q(x)."""
+    if LOW[q] == 0.0:
+        return g * x
+    else:
+        at = levels_ptr + (row * Q + q) * 2
+        s = tl.load(at, mask=row < count, other=1.0)
+        z = tl.load(at + 1, mask=row < count, other=0.0)
+        return g * (token_levels(x, s, z, q, LOW, CODE, dtype, SYMMETRIC, EXACT) * s[:, None])
+
+
+@triton.jit
 def act_backward_kernel(
-    grad_ptr, x_ptr, mask_ptr, probs_ptr, extremes_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
-    Q: tl.constexpr, Q_PAD: tl.constexpr, LOW: tl.constexpr, eps: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+    grad_ptr, x_ptr, mask_ptr, probs_ptr, levels_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
+    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, CODE: tl.constexpr,
+    eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
     WANT_X: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_MASK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns, ROWS tokens at a time: program (c, i) takes row tiles i, i + programs, ...
 
-    Partial sums: dprobs_ptr [programs of the whole grid, Q], dmask_ptr [programs of axis 1, N].
+    Partial sums: dprobs_ptr [programs of the whole grid, Q] (Q <= 4), dmask_ptr [programs of axis 1, N].
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -119,9 +173,11 @@ def act_backward_kernel(
     total = 0.0
     for q in tl.static_range(Q):
         total += tl.load(probs_ptr + q).to(tl.float32)
-    slot = tl.arange(0, Q_PAD)
-    dprobs = tl.zeros([Q_PAD], tl.float32)
-    dmask = tl.zeros([BLOCK], tl.float32)
+    sum0 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum3 = tl.zeros([ROWS, BLOCK], tl.float32)
+    dmask = tl.zeros([ROWS, BLOCK], tl.float32)
     weight = tl.full([BLOCK], 1.0, tl.float32)
     if HAS_MASK:
         weight = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)
@@ -137,24 +193,28 @@ def act_backward_kernel(
         if WANT_PROBS or WANT_MASK:
             x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
             if WANT_MASK:
-                dmask += tl.sum(g * x, axis=0)
+                dmask += g * x
             if WANT_PROBS:
                 if HAS_MASK:
-                    x = round_to(x * weight[None, :], dtype)
-                least = tl.load(extremes_ptr + 2 * row, mask=row < count, other=0.0)
-                most = tl.load(extremes_ptr + 2 * row + 1, mask=row < count, other=0.0)
-                for q in tl.static_range(Q):
-                    if LOW[q] == 0.0:
-                        inner = tl.sum(g * x)
-                    else:
-                        level, s = token_levels(x, least, most, LOW[q], eps, dtype, SYMMETRIC, EXACT)
-                        inner = tl.sum(tl.sum(g * level, axis=1) * s)
-                    dprobs += tl.where(slot == q, inner, 0.0)
+                    x = round_tile(x * weight[None, :], dtype, EXACT)
+                sum0 += product(g, x, levels_ptr, row, count, 0, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                if Q > 1:
+                    sum1 += product(g, x, levels_ptr, row, count, 1, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                if Q > 2:
+                    sum2 += product(g, x, levels_ptr, row, count, 2, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                if Q > 3:
+                    sum3 += product(g, x, levels_ptr, row, count, 3, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
     if WANT_PROBS:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        tl.store(dprobs_ptr + program * Q + slot, dprobs, mask=slot < Q)
+        at = dprobs_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * Q
+        tl.store(at, tl.sum(sum0))
+        if Q > 1:
+            tl.store(at + 1, tl.sum(sum1))
+        if Q > 2:
+            tl.store(at + 2, tl.sum(sum2))
+        if Q > 3:
+            tl.store(at + 3, tl.sum(sum3))
     if WANT_MASK:
-        tl.store(dmask_ptr + tl.program_id(1) * N + col, dmask * total, mask=col_ok)
+        tl.store(dmask_ptr + tl.program_id(1) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
 
 
 # ---- launchers ----
@@ -166,15 +226,47 @@ def row_config(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": max(1, 1024 // block), "num_warps": min(16, max(4, block // 1024))}
 
 
-def constants(x: Tensor, bits: Sequence[int], symmetric: bool, mask: Tensor | None) -> dict[str, object]:
+def pair_code(low: float, half: torch.dtype, symmetric: bool) -> str:
+    """PTX for two elements: clamp(RN(RN(x / s) + z)) of a half type, widened to fp32.
+
+    $2, $3: x; $4, $5: r; $6, $7: t (r + t = 1/s); $8, $9: z in both halves. bf16 needs no t.
+    """
+    name = "bf16" if half == torch.bfloat16 else "f16"
+    both = {value: f"mov.b32 q, 0x{2 * f'{half_bits(value, half):04x}'};" for value in (1.0, low, -low - 1)}
+    quotient = "mul.rn.f32 {0}, {1}, {2};" if name == "bf16" else "mul.rn.f32 u, {1}, {3}; fma.rn.f32 {0}, {1}, {2}, u;"
+    add = "" if symmetric else f"{both[1.0]} fma.rn.{name}x2 p, p, q, $8;"  # 1 · p + z: sm_80 has no packed bf16 add
+    lower, upper = f"{both[low]} max.{name}x2 p, p, q;", f"{both[-low - 1]} min.{name}x2 p, p, q;"
+    return (
+        f"{{ {REGISTERS} "
+        + quotient.format("a", "$2", "$4", "$6") + " " + quotient.format("b", "$3", "$5", "$7")
+        + f" cvt.rn.{name}x2.f32 p, b, a; {add} {lower} {upper} {WIDEN[name]} }}"
+    )  # fmt: skip
+
+
+def half_bits(value: float, half: torch.dtype) -> int:
+    """The bit pattern of ``value``."""
+    return int(torch.tensor(value, dtype=half).view(torch.int16).item()) & 0xFFFF
+
+
+@functools.cache
+def constants(
+    dtype: torch.dtype, bits: tuple[int, ...], symmetric: bool, has_mask: bool, exact: bool
+) -> dict[str, object]:
     """Compile-time arguments both kernels share."""
+    spans = [(2**b - 1) / (2 if symmetric else 1) for b in bits]
+    inverse = [float(np.float32(1 / span)) for span in spans]
+    half = dtype in (torch.float16, torch.bfloat16)
+    low = tuple(0.0 if b == 16 else float(-(2 ** (b - 1))) for b in bits)
     return {
         "Q": len(bits),
-        "LOW": tuple(0.0 if b == 16 else float(-(2 ** (b - 1))) for b in bits),
-        "eps": torch.finfo(x.dtype).eps,
+        "LOW": low,
+        "INVERSE": tuple(inverse),
+        "REST": tuple(float(np.float32(1 / span - i)) for span, i in zip(spans, inverse, strict=True)),
+        "CODE": tuple(pair_code(value, dtype, symmetric) if half else "" for value in low),
+        "eps": torch.finfo(dtype).eps,
         "SYMMETRIC": symmetric,
-        "HAS_MASK": mask is not None,
-        "EXACT": interpreting(),
+        "HAS_MASK": has_mask,
+        "EXACT": exact,
     }
 
 
@@ -187,18 +279,19 @@ def backward_config(columns: int) -> dict[str, int]:
 def act_forward_triton(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y in the shape and dtype of x, contiguous; min(x, 0) and max(x, 0) of every row as fp32)."""
+    """(y in the shape and dtype of x, contiguous; scale and zero point of every row and precision)."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     flat, config = rows(x), row_config(x.shape[-1])
     count, n = flat.shape
-    extremes = torch.empty(count, 2, dtype=torch.float32, device=x.device)
+    levels = torch.empty(count, len(bits), 2, dtype=torch.float32, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
             act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
-                flat, flat if mask is None else mask.contiguous(), probs.contiguous(), out, extremes, count, n,
-                flat.stride(0), **constants(x, bits, symmetric, mask), **config,
+                flat, flat if mask is None else mask.contiguous(), probs.contiguous(), out, levels, count, n,
+                flat.stride(0), **config,
+                **constants(x.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
             )  # fmt: skip
-    return out, extremes
+    return out, levels
 
 
 def act_backward_triton(
@@ -206,7 +299,7 @@ def act_backward_triton(
     x: Tensor,
     probs: Tensor,
     mask: Tensor | None,
-    extremes: Tensor | None,
+    levels: Tensor | None,
     bits: Sequence[int],
     symmetric: bool,
     want: tuple[bool, bool, bool],
@@ -225,10 +318,9 @@ def act_backward_triton(
         with torch.cuda.device_of(x):
             act_backward_kernel[(blocks, programs)](
                 grad, flat, flat if mask is None else mask.contiguous(), probs.contiguous(),
-                flat if extremes is None else extremes, dx, dprobs, dmask,
-                count, n, grad.stride(0), flat.stride(0), Q_PAD=triton.next_power_of_2(len(bits)),
+                flat if levels is None else levels, dx, dprobs, dmask, count, n, grad.stride(0), flat.stride(0),
                 WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask,
-                **constants(x, bits, symmetric, mask), **config,
+                **constants(x.dtype, tuple(bits), symmetric, mask is not None, interpreting()), **config,
             )  # fmt: skip
     return (
         dx,

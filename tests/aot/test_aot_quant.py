@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.act_quant_mix_triton import act_backward_kernel, act_forward_kernel, row_config
+from jointnas_kernels.ops.act_quant_mix_triton import act_backward_kernel, act_forward_kernel, constants, row_config
 from jointnas_kernels.ops.act_quant_mix_triton import backward_config as act_backward_config
 from jointnas_kernels.ops.fake_quant_weight import TINY_SCALE, fake_quant_kernel
 from jointnas_kernels.ops.quant_lora_mix_triton import (
@@ -26,7 +26,7 @@ BITS = (2, 4, 8)
 def compile_with(kernel, values: dict[str, object], arch: int, half: str, stages: int = 1) -> Compiled:
     """Pointers named in fp32 below, all others of the half type; integers are multiples of 16."""
     single = {"probs_ptr", "clip_ptr", "mask_ptr", "da_ptr", "db_ptr", "dprobs_ptr", "dclip_ptr", "dmask_ptr"}
-    single |= {"extremes_ptr"}
+    single |= {"levels_ptr"}
     warps = int(values.pop("num_warps", 4))  # type: ignore[call-overload]
     arguments: dict[str, object] = {}
     for parameter in kernel.params:
@@ -89,12 +89,12 @@ def test_fake_quant(backward: bool, symmetric: bool, arch: int) -> None:
 @pytest.mark.parametrize("columns", [4096, 14336])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_act_quant(backward: bool, columns: int, arch: int) -> None:
-    values: dict[str, object] = {"Q": 4, "LOW": (-2.0, -8.0, -128.0, 0.0), "eps": torch.finfo(torch.bfloat16).eps}
-    values |= {"SYMMETRIC": False, "HAS_MASK": True, "EXACT": False}
+    values: dict[str, object] = dict(constants(torch.bfloat16, (2, 4, 8, 16), False, True, False))
     values |= act_backward_config(columns) if backward else row_config(columns)
     if backward:
-        values |= {"Q_PAD": 4, "WANT_X": True, "WANT_PROBS": True, "WANT_MASK": True}
+        values |= {"WANT_X": True, "WANT_PROBS": True, "WANT_MASK": True}
     compiled = compile_with(act_backward_kernel if backward else act_forward_kernel, values, arch, "bf16")
     compiled.assert_sound()
     assert compiled.count("LDG.E.128") > 0
     assert compiled.count("STG.E.128") > 0
+    assert compiled.count("F2F.") < 16, "elements are converted one by one, at an eighth of the packed rate"
