@@ -241,9 +241,14 @@ inline float round_even(float a) { return std::nearbyint(a); }
 template <class T> float half_of(uint32_t v, int i) { return to_float(T{static_cast<uint16_t>(v >> (16 * i))}); }
 template <class T> uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;
-  for (int i = 0; i < 2; ++i) {  // exact in double for 11-bit operands, then one rounding in practice
+  for (int i = 0; i < 2; ++i) {
     const double r = double(half_of<T>(a, i)) * half_of<T>(b, i) + half_of<T>(c, i);
-    d |= uint32_t(from_float<T>(float(r)).bits) << (16 * i);
+    float f = float(r);  // to odd, so that the rounding to T is the only one
+    if (!std::isnan(r) && double(f) != r) {
+      if (std::fabs(double(f)) > std::fabs(r)) f = std::nextafter(f, 0.0f);
+      f = bits_float(float_bits(f) | 1);
+    }
+    d |= uint32_t(from_float<T>(f).bits) << (16 * i);
   }
   return d;
 }

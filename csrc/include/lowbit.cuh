@@ -12,15 +12,6 @@ constexpr int kGroup = 128;  // inputs per scale, and per tile
 
 JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
-// Where a weight sits: 32-bit word index inside its tile's BITS*64 words, and the bit inside the word.
-struct Place { int word, bit; };
-JN_HOST_DEVICE Place place_in_tile(int bits, int row, int input) {
-  const int r = row / 8, g = row % 8;
-  const int i = input / 32, t = input / 8 % 4, s = input / 4 % 2, h = input / 2 % 2, e = input % 2;
-  const int field = 4 * i + 2 * s + r, word = field * bits / 8, lane = 4 * g + t;
-  return {(word / 4 * 32 + lane) * 4 + word % 4, 8 * (2 * e + h) + bits * (field % (8 / bits))};
-}
-
 // Storage index of a token's input inside its group after quantization (act_quant_pack.cu): lane t's 32 bytes are
 // contiguous, four bytes per (i, s) in the byte order of the weights.
 JN_HOST_DEVICE int place_in_token(int input) {
