@@ -66,12 +66,11 @@ class BlockGraphs:
         self.live: ArchSample | None = None  # the sample whose values are in the buffer
         self.ticket = 0  # grows whenever buffer or activations change
         self.parameters = tuple(_trained(net.blocks))
-        self._bindings = [
-            (d, name, d[name])
-            for _, linear in net.linears()
-            for d, names in ((linear._parameters, ("lora_a", "lora_b", "clip_logits")), (linear._buffers, ("clip",)))
-            for name in names
-            if name in d
+        self._bindings = [  # the tensors that the graphs read; also keeps them alive
+            (d, name, value)
+            for module in net.blocks.modules()
+            for d in (module._parameters, module._buffers)
+            for name, value in d.items()
         ]
         sample = self._typical(net, False)
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=net.device)

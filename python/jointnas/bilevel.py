@@ -174,8 +174,9 @@ def optimise(run: Run) -> Found:
     config, options, supernet = run.config, run.config.search, run.supernet
     objective = run.objective
     weight_optimizer = torch.optim.AdamW(
-        supernet.lora_parameters(), lr=options.lr_weight, betas=(0.9, 0.95), weight_decay=0.0
-    )
+        supernet.lora_parameters(), lr=options.lr_weight, betas=(0.9, 0.95), weight_decay=0.0,
+        fused=True if supernet.device.type == "cuda" else None,
+    )  # fmt: skip
     arch_optimizer = torch.optim.Adam(supernet.arch_parameters(), lr=options.lr_arch, betas=(0.5, 0.999))
     optimizers = {"weight_optimizer": weight_optimizer, "arch_optimizer": arch_optimizer}
     start, seconds, converged = _restore(run, optimizers)
@@ -184,6 +185,7 @@ def optimise(run: Run) -> Found:
         for lane, stream in ((WEIGHT, run.streams.weight), (ARCH, run.streams.arch), (GAP, run.streams.arch))
     }
     _write_environment(run)
+    capture(run)
     metrics = Metrics(run.folder, "search", start, config.tensorboard)
     progress = Progress("search", options.steps, start, config.progress)
     began = time.monotonic() - seconds
@@ -216,7 +218,19 @@ def optimise(run: Run) -> Found:
             _save(run, optimizers, step, time.monotonic() - began, converged)
     progress.close()
     metrics.close()
+    supernet.release()
     return _finish(run, objective, step, converged, time.monotonic() - began)
+
+
+def capture(run: Run) -> None:
+    """CUDA graphs for both kinds of steps, whose batches all have one shape; on other devices nothing."""
+    config, supernet = run.config, run.supernet
+    if not config.search.capture or supernet.device.type != "cuda":
+        return
+    try:
+        supernet.capture(config.data.batch_size, config.data.seq_len)
+    except torch.OutOfMemoryError:
+        log.warning("CUDA graphs do not fit into the device's memory: steps run without them, and slower")
 
 
 def weight_step(run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int) -> Tensor:
@@ -349,7 +363,7 @@ def resumable(config: RunConfig) -> dict[str, Any]:
     plain = config.model_dump(mode="json")
     for key in ("out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"):
         plain.pop(key)
-    for key in ("log_every", "save_every", "keep_checkpoints"):
+    for key in ("log_every", "save_every", "keep_checkpoints", "capture"):
         plain["search"].pop(key)
     return copy.deepcopy(plain)
 

@@ -117,6 +117,7 @@ class SearchConfig(Section):
     gap_batches: int = Field(default=2, ge=1)
     save_every: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    capture: bool = Field(default=True, description="on a CUDA device: replay the supernet's blocks as CUDA graphs")
 
 
 class FinetuneConfig(Section):
