@@ -259,7 +259,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--randoms", type=int, default=8)
     parser.add_argument("--budget", type=float, default=0.6, help="joint: share of the original's parameters")
     parser.add_argument("--joint-etas", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--etas", type=float, nargs="+", default=[3.0, 4.5, 6.0, 9.0])
+    parser.add_argument("--etas", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0])
     parser.add_argument("--search-steps", type=int, default=400)
     parser.add_argument("--finetune-steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=8)

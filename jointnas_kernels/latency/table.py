@@ -290,7 +290,7 @@ class Bound:
         allowed = torch.einsum("bw,wa,ba->b", pi, mass, rho)
         linear = total / allowed.clamp_min(1e-12)
         latency = once + (keep * (block + linear)).sum()
-        return Expected(latency, (keep * (1 - allowed)).sum() / keep.sum())
+        return Expected(latency, (keep * (1 - allowed).clamp_min(0)).sum() / keep.sum())
 
     def _bits(self, p: Mapping[str, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
         """([blocks, W], [blocks, A]); certain where the space has no such bits."""
