@@ -132,12 +132,13 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p)
       uint32_t a[4][4];
       int sum[2][kChunk / 2];
       spread_tile<BITS>(w, a);
+      const ptx::Operand operand(tokens);
 #pragma unroll
       for (int chunk = 0; chunk < N / kChunk; ++chunk) {
         int (&now)[kChunk / 2] = sum[chunk % 2];
         ptx::wgmma_fence();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32_s8<kChunk>(now, a[i], tokens + chunk * kChunk * kGroup + i * 32, i > 0);
+        for (int i = 0; i < 4; ++i) ptx::wgmma_m64k32_s8<kChunk>(now, a[i], operand.after(chunk * kChunk * kGroup + i * 32), i > 0);
         ptx::wgmma_commit();
         if (chunk > 0) {
           ptx::wgmma_wait<1>();

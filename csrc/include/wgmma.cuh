@@ -9,11 +9,19 @@
 namespace jointnas::ptx {
 
 #ifndef JN_EMULATE
-// matrix descriptor: address / 16, stride between 8-column blocks 1024 bytes, 128-byte swizzle
-JN_DEVICE uint64_t wgmma_descriptor(const void* b) {
-  return (static_cast<uint64_t>(shared_address(b) >> 4) & 0x3fff) | (uint64_t{1} << 16) | (uint64_t{64} << 32) |
-         (uint64_t{1} << 62);
-}
+// B in shared memory. The matrix descriptor's low word is address / 16 (stride 1 between chunks, unused when swizzled);
+// its high word says 1024 bytes between 8-column blocks and the 128-byte swizzle. Shared memory ends below 2^18, so
+// moving on is one addition.
+struct Operand {
+  uint32_t low;
+  JN_DEVICE Operand(const void* b) : low(((shared_address(b) >> 4) & 0x3fff) | 0x10000) {}
+  JN_DEVICE Operand after(int bytes) const {
+    Operand moved = *this;
+    moved.low += bytes / 16;
+    return moved;
+  }
+  JN_DEVICE uint64_t descriptor() const { return uint64_t{0x40000040} << 32 | low; }
+};
 JN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 JN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> JN_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
@@ -38,53 +46,53 @@ JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::ct
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
-template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add);
+template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add);
 template <>
-JN_DEVICE void wgmma_m64k16<F16, 64>(float (&c)[32], const uint32_t (&a)[4], const void* b, bool add) {
+JN_DEVICE void wgmma_m64k16<F16, 64>(float (&c)[32], const uint32_t (&a)[4], Operand b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
       JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
       : JN_32("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
 }
 template <>
-JN_DEVICE void wgmma_m64k16<F16, 128>(float (&c)[64], const uint32_t (&a)[4], const void* b, bool add) {
+JN_DEVICE void wgmma_m64k16<F16, 128>(float (&c)[64], const uint32_t (&a)[4], Operand b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
       JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
       : JN_64("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
 }
 template <>
-JN_DEVICE void wgmma_m64k16<BF16, 64>(float (&c)[32], const uint32_t (&a)[4], const void* b, bool add) {
+JN_DEVICE void wgmma_m64k16<BF16, 64>(float (&c)[32], const uint32_t (&a)[4], Operand b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
       : JN_32("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
 }
 template <>
-JN_DEVICE void wgmma_m64k16<BF16, 128>(float (&c)[64], const uint32_t (&a)[4], const void* b, bool add) {
+JN_DEVICE void wgmma_m64k16<BF16, 128>(float (&c)[64], const uint32_t (&a)[4], Operand b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
       JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
       : JN_64("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
 }
-template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add);
-template <> JN_DEVICE void wgmma_m64k32_s8<64>(int (&c)[32], const uint32_t (&a)[4], const void* b, bool add) {
+template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add);
+template <> JN_DEVICE void wgmma_m64k32_s8<64>(int (&c)[32], const uint32_t (&a)[4], Operand b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
       JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p; }"
       : JN_32("r")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
 }
-template <> JN_DEVICE void wgmma_m64k32_s8<128>(int (&c)[64], const uint32_t (&a)[4], const void* b, bool add) {
+template <> JN_DEVICE void wgmma_m64k32_s8<128>(int (&c)[64], const uint32_t (&a)[4], Operand b, bool add) {
   asm volatile(
       "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
       JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p; }"
       : JN_64("r")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(wgmma_descriptor(b)), "r"(static_cast<int>(add)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
 }
 #undef JN_REGISTERS_32
 #undef JN_REGISTERS_64
@@ -93,6 +101,12 @@ template <> JN_DEVICE void wgmma_m64k32_s8<128>(int (&c)[64], const uint32_t (&a
 #undef JN_32
 #undef JN_64
 #else
+
+struct Operand {
+  const void* place;
+  Operand(const void* b) : place(b) {}
+  Operand after(int bytes) const { return static_cast<const char*>(place) + bytes; }
+};
 
 // A product happens when its group is waited for, on what its registers and shared memory hold then: a result used or an
 // operand changed too early shows.
@@ -121,9 +135,9 @@ inline uint32_t swizzled_word(const void* b, int column, int byte) {
   std::memcpy(&v, base + at, 4);
   return v;
 }
-template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add) {
+template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand operand, bool add) {
   if (!add) std::memset(c, 0x7F, sizeof(c));
-  fiber().open_products.push_back([&c, &a, b, add] {
+  fiber().open_products.push_back([&c, &a, b = operand.place, add] {
     const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
     for (int n = 0; n < N; n += 8) {
       float d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
@@ -132,9 +146,9 @@ template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&
     }
   });
 }
-template <int N> void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], const void* b, bool add) {
+template <int N> void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand operand, bool add) {
   if (!add) std::memset(c, 0x7F, sizeof(c));
-  fiber().open_products.push_back([&c, &a, b, add] {
+  fiber().open_products.push_back([&c, &a, b = operand.place, add] {
     const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
     for (int n = 0; n < N; n += 8) {
       int d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
