@@ -20,7 +20,7 @@
 namespace jointnas {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrecisions = 4;  // rank padded to 32
+constexpr int kWarps = 8, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrecisions = 4;  // rank padded to 32
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
 constexpr float kTiny = 0x1p-100f;
 
@@ -53,24 +53,27 @@ template <class T> JN_DEVICE float high_half(uint32_t v) { return ptx::to_float(
 
 // A_p of this block's columns as B operands of the products: word k/8 of lane 4 n + (k/2 % 4) holds
 // ranks k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
-template <class T>
-JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, int columns) {
-  uint32_t* words = reinterpret_cast<uint32_t*>(fragments);
-  const int items = columns * p.precisions * 16 * 16;
-  for (int item = threadIdx.x; item < items; item += kThreads) {
-    const int piece = item % 16, pair = item / 16 % 16, slab = item / 256;
-    const int precision = slab % p.precisions, column = (first_column + slab / p.precisions) * kTile + 8 * piece;
-    const T* a = static_cast<const T*>(p.lora_a) + (static_cast<size_t>(precision) * p.rank + 2 * pair) * p.inputs + column;
-    const Vec4 zero{{0, 0, 0, 0}};
-    const bool inside = 2 * pair < p.rank;  // the rank is even; zeros here make the padding of B' irrelevant
-    const Vec4 even = inside ? ptx::load_readonly(a) : zero, odd = inside ? ptx::load_readonly(a + p.inputs) : zero;
+template <class T> JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, int columns) {
+  static_assert(kThreads == 256, "one thread per piece of 8 columns and pair of ranks");
+  const int piece = threadIdx.x / 16, pair = threadIdx.x % 16;  // so that a warp's stores meet in no bank more than twice
+  const bool inside = 2 * pair < p.rank;  // the rank is even; zeros here make the padding of B' irrelevant
+  const int tile = 4 * (piece / 4), lane = 8 * (piece % 4) + pair % 4;
+  uint32_t* words = reinterpret_cast<uint32_t*>(fragments) + (tile * 32 + lane) * 4 + pair / 4;
+  const T* a = static_cast<const T*>(p.lora_a) + static_cast<size_t>(2 * pair) * p.inputs + first_column * kTile + 8 * piece;
+  for (int column = 0; column < columns; ++column, a += kTile) {
+    const T* from = a;
+#pragma unroll 1
+    for (int precision = 0; precision < p.precisions; ++precision, words += 16 * 32 * 4) {
+      Vec4 even{{0, 0, 0, 0}}, odd = even;
+      if (inside) {
+        even = ptx::load_readonly(from);
+        odd = ptx::load_readonly(from + p.inputs);
+      }
+      from += static_cast<size_t>(p.rank) * p.inputs;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const uint32_t word = (even.w[i] >> (16 * e) & 0xffff) | (odd.w[i] >> (16 * e)) << 16;
-        const int tile = 4 * (piece / 4) + i, lane = (2 * (piece % 4) + e) * 4 + pair % 4;
-        words[((slab * 16 + tile) * 32 + lane) * 4 + pair / 4] = word;
+      for (int i = 0; i < 4; ++i) {
+        words[i * 32 * 4] = (even.w[i] & 0xffff) | odd.w[i] << 16;
+        words[(i * 32 + 4) * 4] = even.w[i] >> 16 | (odd.w[i] & 0xffff0000u);
       }
     }
   }
@@ -137,7 +140,7 @@ JN_DEVICE void operands(const Params& p, const Vec4* stage, uint32_t (&w)[8][4],
 }
 
 template <class T, int GROUP, bool CLIP, bool REDUCE>
-__global__ void __launch_bounds__(kThreads, 2) mix_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant__ Params p) {
   JN_DYNAMIC_SHARED(shared);
   constexpr int kGroups = kTile / GROUP;  // groups per tile
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

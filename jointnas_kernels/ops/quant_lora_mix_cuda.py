@@ -4,6 +4,8 @@ precisions."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -14,9 +16,8 @@ from jointnas_kernels import _ext
 from jointnas_kernels.ops import lowbit_cuda
 from jointnas_kernels.ops.lowbit_cuda import DTYPES
 
-WARPS, BLOCKS = 4, 2  # per block; blocks per multiprocessor (255 registers)
+WARPS = 8  # per block; one block per multiprocessor (255 registers)
 CHUNK = 8 << 20  # elements of dW at a time
-COLUMNS = 2  # 128-channel tiles per block: 48 KB of A at rank 32 and 3 precisions
 
 
 def unsupported(weight: Tensor, rank: int, precisions: int, group_size: int) -> str | None:
@@ -30,15 +31,22 @@ def unsupported(weight: Tensor, rank: int, precisions: int, group_size: int) -> 
     return None
 
 
-def row_splits(rows: int, column_blocks: int, multiprocessors: int) -> int:
-    """Blocks along the rows with the least total time: waves of blocks times tiles per warp, plus the fill of A."""
-    tiles = math.ceil(rows / 16)
+@functools.cache
+def plan(rows: int, inputs: int, precisions: int, reduce: bool, multiprocessors: int) -> tuple[int, int]:
+    """(128-channel tiles per block, blocks along the rows) with the least total time.
 
-    def cost(splits: int) -> float:
-        waves = math.ceil(column_blocks * splits / (multiprocessors * BLOCKS))
-        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) + 0.5)
+    In units of a warp's work on a tile (about 2000 instructions): B' of a row tile costs 0.1, A of a column 0.15, and
+    blocks run in waves of one per multiprocessor.
+    """
+    tiles, columns_all = math.ceil(rows / 16), inputs // 128
 
-    return min(range(1, min(math.ceil(tiles / WARPS), 128) + 1), key=cost)
+    def cost(columns: int, splits: int) -> float:
+        waves = math.ceil(math.ceil(columns_all / columns) * splits / multiprocessors)
+        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) * (columns + 0.1) + 0.15 * columns)
+
+    widest = 4 if precisions < 4 and not reduce else 3  # shared memory: 128 KB at 4 columns, 227 KB allowed on sm_90
+    choices = itertools.product(range(1, widest + 1), range(1, min(math.ceil(tiles / WARPS), 128) + 1))
+    return min(choices, key=lambda choice: cost(*choice))
 
 
 class Mix:
@@ -69,14 +77,16 @@ class Mix:
         grad: Tensor | None = None,
         begin: int = 0,
         end: int | None = None,
-        columns: int = COLUMNS,
+        columns: int | None = None,
         splits: int | None = None,
     ) -> Tensor | None:
         """Write ``out``, or return the partial sums [P, n] of ⟨grad, Q_p⟩ for grad = dW[begin:end]."""
         weight, (rows, inputs) = self.weight, self.weight.shape
         end = rows if end is None else end
+        if columns is None or splits is None:
+            multiprocessors = lowbit_cuda.multiprocessors(weight)
+            columns, splits = plan(end - begin, inputs, len(self.bits), grad is not None, multiprocessors)
         blocks = math.ceil(inputs / (128 * columns))
-        splits = splits or row_splits(end - begin, blocks, lowbit_cuda.multiprocessors(weight))
         partial = None
         if grad is not None:
             partial = torch.empty(len(self.bits), blocks * splits * WARPS, dtype=torch.float32, device=weight.device)
@@ -101,7 +111,7 @@ def mix_forward_cuda(
     scaling: float,
     bits: Sequence[int],
     group_size: int,
-    columns: int = COLUMNS,
+    columns: int | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """W~ [O, I]; ``columns`` and ``splits`` override the launch plan."""

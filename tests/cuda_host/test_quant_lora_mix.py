@@ -9,7 +9,7 @@ import torch
 
 from jointnas_kernels.ops import quant_lora_mix_cuda
 from jointnas_kernels.ops.quant_lora_mix import MixGradients, quant_lora_mix_reference
-from jointnas_kernels.ops.quant_lora_mix_cuda import Mix, mix_forward_cuda, row_splits
+from jointnas_kernels.ops.quant_lora_mix_cuda import WARPS, Mix, mix_forward_cuda, plan
 from jointnas_kernels.testing import poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -96,10 +96,9 @@ def test_mixture_and_scaling():
 
 @pytest.mark.parametrize(("rows", "channels"), [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (1, 128)])
 def test_launch_plan_fills_the_device(rows, channels):
-    """At the 8B shapes at least 85 % of the warp slots have work in every wave."""
-    blocks, slots = math.ceil(channels / 256), 132 * 2
-    splits = row_splits(rows, blocks, 132)
-    tiles = math.ceil(rows / 16)
-    waves, per_warp = math.ceil(blocks * splits / slots), math.ceil(math.ceil(tiles / splits) / 4)
-    ideal = tiles * blocks / (slots * 4)
-    assert rows == 1 or waves * per_warp <= max(1.2 * ideal, ideal + 1)
+    """At the 8B shapes the busiest warp has at most a fifth more (or one) tiles than an even share."""
+    columns, splits = plan(rows, channels, 3, False, 132)
+    blocks, tiles = math.ceil(channels / 128 / columns), math.ceil(rows / 16)
+    most = math.ceil(blocks * splits / 132) * math.ceil(math.ceil(tiles / splits) / WARPS) * columns
+    even = tiles * channels / 128 / (132 * WARPS)
+    assert most <= max(1.2 * even, even + 1)
