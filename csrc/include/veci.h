@@ -149,6 +149,17 @@ inline vi dot(vi acc, vi u, vi s) {
 #endif
 }
 
+// acc + the product of the signed low halves of each lane; the high halves are 0
+inline vi dot16(vi acc, vi a, vi b) {
+#if defined(JN_AVX512EXT)
+  return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)};
+#elif defined(JN_AVX512) || defined(JN_AVX2)
+  return acc + madd(a, b);
+#else
+  return {acc.v + static_cast<uint32_t>(static_cast<int16_t>(a.v) * static_cast<int16_t>(b.v))};
+#endif
+}
+
 // out[c][r] = in[r][c] for W x W words; row r of `in` starts at row(r)
 template <class Row>
 inline void transpose(const Row& row, int64_t n, uint32_t* out, int64_t ld) {
