@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, compute_dtype, resolve, rows
 from jointnas_kernels.ops.lowbit_cuda import DTYPES, CudaWeight, matmul
 from jointnas_kernels.ops.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
@@ -72,9 +73,15 @@ def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits
     # the CUDA kernels take one layout only; asked for by name they say so, chosen automatically they are passed over
     fits = group_size == TILE_INPUTS and x.dtype in DTYPES and scale.dtype == x.dtype
     first = ("cuda",) if fits or backend == "cuda" else ()
-    chosen = resolve(NAME, backend, x, (*first, "triton", "reference"))
+    # the CPU kernels need groups of whole words
+    second = ("cpu",) if group_size % (32 // w_bits) == 0 or backend == "cpu" else ()
+    chosen = resolve(NAME, backend, x, (*first, "triton", *second, "reference"))
     if chosen == "reference" or x.numel() == 0:
         return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
+    if chosen == "cpu":
+        check(group_size % (32 // w_bits) == 0, NAME,
+              f"backend 'cpu' takes a group_size that is a multiple of {32 // w_bits} at {w_bits} bits, got {group_size}")
+        return _cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric)
     if chosen == "cuda":
         check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")
         return matmul(x, CudaWeight.build(packed, scale, w_bits), a_bits, symmetric)
