@@ -1,7 +1,8 @@
 """jointnas: joint search of architecture and precision of LLMs under a latency objective.
 
-Every verb of the command line is a function of the same name here. Names load on first use, so that `import jointnas`
-costs nothing and `jointnas.train_base` runs where only torch and transformers are installed.
+Every verb of the command line is a function of the same name here (`eval` is `evaluate`, `bench` is
+`jointnas.bench.main`). Names load on first use, so that `import jointnas` costs nothing and `jointnas.train_base` runs
+where only torch and transformers are installed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _WHERE = {
     "LatencyTable": "jointnas_kernels.latency",
     "RunConfig": "jointnas.config",
     **dict.fromkeys(("search", "finetune", "export", "evaluate", "compare", "report", "profile"), "jointnas.verbs"),
-    **dict.fromkeys(("demo", "doctor", "bench"), "jointnas.verbs"),
+    **dict.fromkeys(("demo", "doctor"), "jointnas.verbs"),
 }
 __all__ = sorted(_WHERE)
 

@@ -99,6 +99,7 @@ def distil(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=config.lr,
         betas=(0.9, 0.95),
+        fused=True if device.type == "cuda" else None,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step))
     saved = folder / f"checkpoints-{name}" if folder is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from jointnas.config import RunConfig
 from jointnas.data import Streams, seeded
 from jointnas.distillation import bake, distil, trainable
-from jointnas.evaluate import perplexity
+from jointnas.quality import perplexity
 from jointnas.quantize import initialise
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, Supernet, convert

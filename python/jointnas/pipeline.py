@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jointnas import artifact, checkpoint, models
-from jointnas import evaluate as evaluation
+from jointnas import artifact, checkpoint, models, quality
 from jointnas.bilevel import Found, Run, optimise, prepare
 from jointnas.config import EvalConfig, RunConfig, load
 from jointnas.data import Streams
@@ -130,7 +129,7 @@ def evaluate(run: str, rerun: bool = True) -> list[Row]:
 def describe_model(name: str, model: Any, choice: Choice | None, run: Run) -> Row:
     """Measures one model. `choice` None: the original."""
     config = run.config
-    quality = quality_of(model, run.streams, config.eval, config)
+    measures = quality_of(model, run.streams, config.eval, config)
     rank = run.supernet.block_rank
     if choice is None:
         shape = original_choice(run.model_config)
@@ -140,7 +139,7 @@ def describe_model(name: str, model: Any, choice: Choice | None, run: Run) -> Ro
         shape, predicted = choice, run.bound.predict(choice)
         size = model_bytes(run.model_config, run.space, choice, rank)
     measured = measured_latency(model, choice, run.space, run.table, rank)
-    return Row(name, count_params(run.model_config, shape), size, predicted, measured, **quality)
+    return Row(name, count_params(run.model_config, shape), size, predicted, measured, **measures)
 
 
 def measured_latency(
@@ -161,11 +160,11 @@ def measured_latency(
 def quality_of(model: Any, streams: Streams, options: EvalConfig, config: RunConfig) -> dict[str, Any]:
     """Perplexity on held-out text, and task accuracies where the embedded tasks fit the model."""
     context = min(256, len(streams.held_out) - 1)
-    perplexity = evaluation.perplexity(model, streams.held_out, context=context, max_tokens=options.tokens)
+    perplexity = quality.perplexity(model, streams.held_out, context=context, max_tokens=options.tokens)
     tasks: dict[str, float] = {}
     if options.tasks and config.model.source == "embedded":
         tokenizer = models.load_tokenizer(config.model)
-        report = evaluation.evaluate(model, tokenizer, limit=options.task_limit)
+        report = quality.evaluate(model, tokenizer, limit=options.task_limit)
         tasks = {name: values["acc"] for name, values in report.items()}
     return {"perplexity": perplexity if math.isfinite(perplexity) else float("inf"), "tasks": tasks}
 

@@ -41,7 +41,7 @@ def demo(
 def profile(
     out: str,
     space: SpaceConfig = SpaceConfig(),  # noqa: B008
-    model: ModelConfig | None = None,
+    model: ModelConfig = ModelConfig(),  # noqa: B008
     latency: LatencyConfig = LatencyConfig(),  # noqa: B008
     device: str = "cpu",
     resume: bool = False,
@@ -52,7 +52,7 @@ def profile(
     Args:
         out: table file.
         space: search space; `--space NAME` is short for `--space.base NAME`.
-        model: whose sizes; default: embedded for `tiny`, Llama-3.1-8B for `llama3` and `qllama3`.
+        model: whose sizes. The embedded model stands for Llama-3.1-8B where the space is `llama3` or `qllama3`.
         latency: workload and how to measure.
         device: cpu or cuda.
         resume: continue an unfinished or smaller table in `out`.
@@ -61,9 +61,8 @@ def profile(
     from jointnas import bilevel, models
 
     built = space.build()
-    if model is None:
-        model = ModelConfig(source="llama-3.1-8b" if space.base in ("llama3", "qllama3") else "embedded")
-    model = model.model_copy(update={"device": device})
+    eight_billion = space.base in ("llama3", "qllama3") and model.source == "embedded"
+    model = model.model_copy(update={"device": device} | ({"source": "llama-3.1-8b"} if eight_billion else {}))
     models.check_device(device)
     config = models.model_config(model)
     built.validate(config)
@@ -126,19 +125,20 @@ def report(run: str) -> Path:
     return reporting.report(run)
 
 
-def compare(run: str, count: int = 8, seed: int = 0) -> dict[str, Any]:
+def compare(run: str, count: int = 8, seed: int = 0, width: float = 0.1) -> dict[str, Any]:
     """Fine-tunes the found choice of a run folder and random ones of its cost, all from the original weights.
 
     Args:
         run: run folder of a search.
-        count: random architectures, each within 10 % of the found model's latency and parameters.
+        count: random architectures.
         seed: of the random architectures and of the fine-tuning.
+        width: how far their latency and parameters may be from the found model's, as a share.
     """
     from jointnas import models, peers, pipeline
 
     opened = pipeline.open_run(run, supernet=False)
     config, found = opened.config, pipeline.found_choice(Path(run))
-    others = peers.random_peers(found, opened.bound, opened.model_config, count, seed)
+    others = peers.random_peers(found, opened.bound, opened.model_config, count, seed, width)
     original = models.load_model(config.model)
     supernet = peers.fresh_supernet(original, opened.space, opened.importance)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointnas import assets
-from jointnas.evaluate import CHANCE, TASKS, evaluate, perplexity
+from jointnas.quality import CHANCE, TASKS, evaluate, perplexity
 from jointnas_kernels.errors import JointNASError
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointnas import assets
-from jointnas.evaluate import TASKS, evaluate, perplexity
+from jointnas.quality import TASKS, evaluate, perplexity
 from jointnas_kernels.errors import JointNASError
 
 
