@@ -1,5 +1,6 @@
 """Which implementation of an op runs: decided inside the op, from the tensor's device and dtype or by the caller."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,6 +121,15 @@ def resolve(
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """References compute in fp32 for half types and fp32, in fp64 for fp64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off inside an op. Where it is off already nothing is entered: the context costs as much as a launch."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
 
 
 def bad(op: str, message: str) -> JointNASError:

@@ -162,9 +162,12 @@ def _setup_context(ctx, inputs, output):
     read = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # dx alone is P · mask ⊙ grad: x need not stay alive
     ctx.save_for_backward(x if read else None, probs, mask, output[1] if read else None)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
     want = ctx.needs_input_grad[:3]
     x, *others = ctx.saved_tensors
     dx, dprobs, dmask = _act_quant_mix_backward(

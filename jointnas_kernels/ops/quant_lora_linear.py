@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot
+from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, without_autocast
 from jointnas_kernels.ops.quant_lora_mix import (
     check_mix,
     compute_dtype,
@@ -55,7 +55,7 @@ def _quant_lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """(y, W~ in the dtype of x)."""
     mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.linear(x, mixed, None if bias is None else bias.to(x.dtype)), mixed
 
 
@@ -91,7 +91,7 @@ def _quant_lora_linear_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dprobs, dclip)."""
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad):
         dx = no_grad_slot(grad)
         if want_x:
             if mixed is None:
@@ -148,9 +148,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x if any(wanted(ctx, 2)) else None, keep, weight, lora_a, lora_b, probs, clip)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a zeroed gradient of W~, as large as the weight, is made for nobody
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 14
     lora, probs, clip = want = wanted(ctx, 2)
     want_x = ctx.needs_input_grad[0]
     x, *others = ctx.saved_tensors

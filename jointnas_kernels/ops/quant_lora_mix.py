@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve
+from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve, without_autocast
 from jointnas_kernels.ops.fake_quant_weight import _ste, check_clip, check_quantizer, compute_dtype, quantize_levels
 from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, mix_probs_cuda, unsupported
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton, mix_forward_triton
@@ -187,7 +187,7 @@ def _quant_lora_mix_backward(
     want_clip: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         return mix_backward(
             grad, None, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste,
             (want_lora, want_probs, want_clip), backend,
@@ -214,7 +214,7 @@ def mix_forward(
 ) -> Tensor:
     """W~ by ``backend``; runs inside the custom ops, below autograd."""
     backend = choose("quant_lora_mix", backend, weight, lora_a.shape[1], len(bits), group_size)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         if backend == "triton":
             return mix_forward_triton(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
         if backend == "cuda":
