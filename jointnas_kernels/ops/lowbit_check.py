@@ -31,19 +31,28 @@ def differences(kernel: str, bits: int, dtype: torch.dtype, device: torch.device
     packed = pack_weight(q.to(torch.int8), bits)
     weight = CudaWeight.build(packed, scale, bits, planes=kernel == "bitplane")
     dense = dequantize(packed, scale, bits, 128, torch.float64)
-    for tokens, a_bits, tiles in ((5, 4, 0), (17, 2, 0)) if kernel == "bitplane" else ((133, 8, 16), (300, 4, 32)):
+    cases = {
+        "bitplane": ((5, 4, 0), (17, 2, 0)),
+        "int8": ((133, 8, 16), (300, 4, 32)),
+        "wgmma": ((133, 8, 8), (300, 4, 16), (133, 16, 8), (300, 16, 16)),
+    }
+    for tokens, a_bits, tiles in cases[kernel]:
         x = (torch.randn(tokens, INPUTS, device=device, generator=generator) + 0.5).to(dtype)
-        a, s, z = quantize_tokens(x, a_bits)
-        expected = ((a.double() - z.double()) * s.double()) @ dense.t()
-        layout = {"int8": 2, "wgmma": 1, "bitplane": 3}[kernel]
-        operand, act_scale, act_zero = lowbit_cuda.quantize_pack(x, a_bits, layout=layout)
-        activation = (act_scale, act_zero)
-        if kernel == "int8":
-            y = lowbit_cuda.int8(operand, weight, activation, Int8Plan(tiles, 2))
-        elif kernel == "wgmma":
-            y = lowbit_cuda.wgmma(operand, weight, activation, TilePlan(tiles // 2, 2))
+        operand, activation, exact = x, None, x.double()
+        if a_bits < 16:
+            a, s, z = quantize_tokens(x, a_bits)
+            exact = (a.double() - z.double()) * s.double()
+            operand, *parts = lowbit_cuda.quantize_pack(x, a_bits, layout=lowbit_cuda.LAYOUTS[kernel])
+            activation = (parts[0], parts[1])
+        expected = exact @ dense.t()
+        if kernel == "wgmma":
+            y = lowbit_cuda.wgmma(operand, weight, activation, TilePlan(tiles, 2))
         else:
-            y = lowbit_cuda.bitplane(operand, weight, activation, a_bits)
+            assert activation is not None
+            if kernel == "int8":
+                y = lowbit_cuda.int8(operand, weight, activation, Int8Plan(tiles, 2))
+            else:
+                y = lowbit_cuda.bitplane(operand, weight, activation, a_bits)
         # every element within one rounding of the output (bf16: 2^-9) and fp32 noise of the sums
         wrong = ~((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4 * expected.abs().max())
         if wrong.any():

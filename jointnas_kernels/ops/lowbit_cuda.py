@@ -8,6 +8,7 @@ meant for tests; a runtime keeps the ``CudaWeight``.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from jointnas_kernels.ops.pack import TILE_INPUTS, tile_planes, tile_scale, tile
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
 STREAM_TOKENS = 32  # up to here the streaming kernel, beyond it the tiled one
-DENSE_TOKENS = 256  # from here on 16-bit activations take the library's GEMM on dequantised weights
+# from here on 16-bit activations take the library's GEMM on dequantised weights: without wgmma, with it
+DENSE_TOKENS = (256, 2048)
 LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
 BLOCK_ROWS = 128  # of the tiled, wgmma and int8 kernels
 INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
@@ -233,13 +235,16 @@ def choose(tokens: int, weight: CudaWeight, a_bits: int, device: torch.device) -
         return "bitplane"
     if tokens <= STREAM_TOKENS:
         return "stream"
+    if a_bits == 16 and tokens >= DENSE_TOKENS[1]:
+        return "dense"
+    hopper = verified("wgmma", weight.bits, weight.scale.dtype, device)
     if a_bits == 16:
-        return "dense" if tokens >= DENSE_TOKENS else "tile"
+        return "wgmma" if hopper else "dense" if tokens >= DENSE_TOKENS[0] else "tile"
     sms = multiprocessors(weight.weight)
     fills = Int8Plan(16, 2).blocks(tokens, weight.rows) >= sms // 2  # it cannot split along the inputs
     if tokens >= INT8_TOKENS and fills and verified("int8", weight.bits, weight.scale.dtype, device):
         return "int8"
-    return "tile"
+    return "wgmma" if hopper else "tile"
 
 
 def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = False) -> Tensor:
@@ -250,10 +255,11 @@ def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = Fa
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.rows)
     chosen = choose(flat.shape[0], weight, a_bits, flat.device)
+    kernels: dict[str, Callable[..., Tensor]] = {"stream": stream, "tile": tile, "wgmma": wgmma}
     if chosen == "dense":
         y = flat @ dense(weight).t()
     elif a_bits == 16:
-        y = (stream if chosen == "stream" else tile)(flat, weight)
+        y = kernels[chosen](flat, weight)
     else:
         a, scale, zero = quantize_pack(flat, a_bits, symmetric, LAYOUTS[chosen])
         if chosen == "bitplane":
@@ -261,5 +267,5 @@ def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = Fa
         elif chosen == "int8":
             y = int8(a, weight, (scale, zero))
         else:
-            y = (stream if chosen == "stream" else tile)(a, weight, (scale, zero))
+            y = kernels[chosen](a, weight, (scale, zero))
     return y.view(*x.shape[:-1], weight.rows)

@@ -65,10 +65,12 @@ def test_choice(trusted, monkeypatch):
     monkeypatch.setattr(lowbit_check, "verified", lambda *key: trusted)
     _, _, weight = build(300, 128, 4)
     chosen = [lowbit_cuda.choose(tokens, weight, 8, CPU) for tokens in (1, 32, 33, 127, 128, 4096)]
-    assert chosen == ["stream", "stream", "tile", "tile", *["int8" if trusted else "tile"] * 2]
-    assert [lowbit_cuda.choose(tokens, weight, 16, CPU) for tokens in (1, 33, 256)] == ["stream", "tile", "dense"]
+    some, many = ("wgmma", "int8") if trusted else ("tile", "tile")
+    assert chosen == ["stream", "stream", some, some, many, many]
+    chosen = [lowbit_cuda.choose(tokens, weight, 16, CPU) for tokens in (1, 33, 256, 2048)]
+    assert chosen == ["stream", *(["wgmma", "wgmma"] if trusted else ["tile", "dense"]), "dense"]
     monkeypatch.setattr(lowbit_cuda, "multiprocessors", lambda tensor: 132)  # too few blocks, and no splits
-    assert lowbit_cuda.choose(128, weight, 8, CPU) == "tile"
+    assert lowbit_cuda.choose(128, weight, 8, CPU) == some
     _, _, planes = build(20, 128, 2, planes=True)
     assert lowbit_cuda.choose(1, planes, 4, CPU) == "bitplane"
     with pytest.raises(JointNASError, match="bit-plane weights take activations of"):
