@@ -288,6 +288,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
     parser.add_argument("--sweep", action="store_true", help="time every plan of the kernels instead")
     parser.add_argument("--contenders", default="all", choices=("all", "ours", "peers"), help="peers compile for long")
+    parser.add_argument("--no-peers", action="store_true", help="leave the peers out, whatever --contenders says")
     parser.add_argument("--peak", type=float, default=None, help="bytes per second that shares refer to")
     args = parser.parse_args(argv)
     rec = Recorder("gemm", args.device, args.out, args.commit)
@@ -307,7 +308,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.contenders != "peers":
         guarded("torch", partial(dense, rec, args, dtype))
         guarded("torch, 8 bits", partial(dense8, rec, args, dtype))
-    for peers in {"all": (False, True), "ours": (False,), "peers": (True,)}[args.contenders]:
+    sides = {"all": (False, True), "ours": (False,), "peers": (True,)}[args.contenders]
+    for peers in [side for side in sides if not (side and args.no_peers)]:
         for scheme in args.schemes:
             case = Case(args.rows, args.inputs, scheme_bits(scheme)[0], dtype)
             guarded(scheme, partial(measure, rec, args, case, scheme, peers))
