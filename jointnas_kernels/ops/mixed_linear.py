@@ -76,20 +76,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def _mixed_linear(
     x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, lora_a: Tensor | None,
     lora_b: Tensor | None, scaling: float, bias: Tensor | None, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, u (empty without LoRA), z (empty without out_mask)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y, u (None without LoRA), z (None without out_mask)."""
     how = resolve("mixed_linear", backend, x, ("triton", "reference"))
     flat = rows(x)
     xm = flat if in_mask is None else mask_forward(flat, in_mask, how)
     z = xm @ weight.t() if bias is None else torch.addmm(bias, xm, weight.t())
-    u = no_grad_slot(x)
+    u = None
     if lora_a is not None and lora_b is not None:
         a, (b,) = lora_operands([lora_a], [lora_b], x.dtype)
         u = scaled_mm(xm, a.t(), scaling)
         z.addmm_(u, b.t())
     shape = (*x.shape[:-1], weight.shape[0])
     if out_mask is None:
-        return z.view(shape), u, no_grad_slot(x)
+        return z.view(shape), u, None
     return mask_forward(z, out_mask, how).view(shape), u, z
 
 
@@ -114,11 +114,11 @@ def _mixed_linear_backward(
     grad: Tensor, x: Tensor | None, u: Tensor | None, z: Tensor | None, weight: Tensor, in_mask: Tensor | None,
     out_mask: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, bias: Tensor | None,
     need: list[bool], backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dW, dc, dr, dA, dB, dbias; ``need`` says which, in that order, the others are empty."""
+) -> tuple[Tensor | None, ...]:
+    """dx, dW, dc, dr, dA, dB, dbias; ``need`` says which, in that order, the others are None."""
     how = resolve("mixed_linear", backend, grad, ("triton", "reference"))
     need_x, need_w, need_in, need_out, need_a, need_b, need_bias = need
-    dx, dw, din, dout, da, db, dbias = (no_grad_slot(grad) for _ in range(7))
+    dx = dw = din = dout = da = db = dbias = None
     gm = rows(grad)
     flat = None if x is None else rows(x)
     if out_mask is not None:

@@ -33,8 +33,8 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 @custom_op(
     "mixed_linear_group", f"(Tensor x, float scaling, {_LAYERS}, {_BIASES}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-def _group(x: Tensor, scaling: float, *layers: Tensor | None) -> tuple[Tensor, ...]:
-    """y_1, y_2, y_3 (empty where absent), u."""
+def _group(x: Tensor, scaling: float, *layers: Tensor | None) -> tuple[Tensor | None, ...]:
+    """y_1, y_2, y_3 (None where absent), u."""
     weights, lora_as, lora_bs = (_present(layers[i:9:3]) for i in range(3))
     flat = rows(x)
     a, lora_bs = lora_operands(lora_as, lora_bs, x.dtype)
@@ -45,7 +45,7 @@ def _group(x: Tensor, scaling: float, *layers: Tensor | None) -> tuple[Tensor, .
         y.addmm_(u[:, start : start + b.shape[1]], b.t())
         start += b.shape[1]
         outputs.append(y.view(*x.shape[:-1], weight.shape[0]))
-    return (*outputs, *(no_grad_slot(x) for _ in range(MOST - len(outputs))), u)
+    return (*outputs, *[None] * (MOST - len(outputs)), u)
 
 
 @_group.register_fake
@@ -62,13 +62,14 @@ def _(x: Tensor, scaling: float, *layers: Tensor | None) -> tuple[Tensor, ...]:
 )
 def _group_backward(
     g0: Tensor, g1: Tensor | None, g2: Tensor | None, x: Tensor | None, u: Tensor | None, scaling: float, *rest
-) -> tuple[Tensor, ...]:
-    """dx, all dA stacked, three dB, three dbias; what is not needed or absent is empty."""
+) -> tuple[Tensor | None, ...]:
+    """dx, all dA stacked, three dB, three dbias; what is not needed or absent is None."""
     need_x, need_a, need_b, need_bias = rest[12:]
     grads = [rows(g) for g in _present((g0, g1, g2))]
     weights, lora_as, lora_bs = (_present(rest[i:9:3]) for i in range(3))
     dtype, ranks = g0.dtype, [b.shape[1] for b in lora_bs]
-    dx, da, *others = (no_grad_slot(g0) for _ in range(8))
+    dx = da = None
+    others: list[Tensor | None] = [None] * (2 * MOST)
     v = torch.empty(grads[0].shape[0], sum(ranks), dtype=dtype, device=g0.device)
     a, casts = lora_operands(lora_as, lora_bs, dtype)
     if need_x or need_a:

@@ -89,20 +89,20 @@ def _quant_lora_linear_backward(
     want_probs: bool,
     want_clip: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dx, dA, dB, dprobs, dclip)."""
+) -> tuple[Tensor | None, ...]:
+    """(dx, dA, dB, dprobs, dclip); None or empty where not wanted."""
     with without_autocast(grad):
-        dx = no_grad_slot(grad)
+        dx = None
         if want_x:
             if mixed is None:
                 mixed = mix_forward(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, backend)
             dx = grad @ mixed.to(grad.dtype)
         if x is None:  # no other gradient is wanted
-            return dx, no_grad_slot(grad), no_grad_slot(grad), no_grad_slot(grad), no_grad_slot(grad)
+            return dx, None, None, None, None
         g2, x2 = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         rank_only = want_lora and ste == "identity"
         want = (want_lora and not rank_only, want_probs, want_clip)
-        sums = (no_grad_slot(x), no_grad_slot(x), no_grad_slot(x), no_grad_slot(x))
+        sums: tuple[Tensor | None, ...] = (None,) * 4
         if any(want):
             sums = mix_backward(
                 g2, x2, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want, backend
