@@ -3,16 +3,17 @@
     predict(choice)         fixed + per_block · L + Σ operations of the choice
     expected(space, probs)  the same in expectation, differentiable in the probabilities
 
-The expectation is exact for independent dimensions: with widths v ~ p and per-block bits (w, a) ~ (π_b, ρ_b),
+The expectation is exact for independent dimensions. For a structure (widths v, number of blocks l) and per-block bits
+(w, a) ~ (π_b, ρ_b),
 
-    E = fixed + Σ_v p(v) once(v) + Σ_b P(block b kept) · (per_block + Σ_v p(v) block(v) + Σ_{w,a} π_b(w) ρ_b(a) S(w,a)),
-    S(w,a) = Σ_v p(v) linears(v, w, a)
+    E(v, l) = fixed + once(v) + Σ_{b kept by l} (per_block + block(v) + Σ_{w,a} π_b(w) ρ_b(a) linears(v, w, a)),
+    E = Σ_{v,l} p(v) p(l) E(v, l)
 
-and each part depends on at most three widths, so nothing of the size of the space is ever formed.
+`structures` returns E(v, l) for all of them (15,360 for Llama-3.1-8B), so that limits can be put on each.
 
-Where no backend can run a linear there is no value, and none is made up: `infeasible` values are reported by
-`coverage`, choices that need one cannot be predicted, and `expected` averages over the feasible (w, a) only, i.e. it is
-conditional on feasibility, and returns the probability that the condition excludes, for the objective to penalise.
+Where no backend can run a linear there is no value, and none is made up: `coverage` reports it, choices that need it
+cannot be predicted, and the mean over (w, a) is taken over the feasible ones only, i.e. it is conditional on
+feasibility; the probability that the condition excludes is returned, for the objective to penalise.
 """
 
 from __future__ import annotations
@@ -259,46 +260,32 @@ class Bound:
         return self
 
     def expected(self, probs: Mapping[str, Tensor]) -> Expected:
-        p = {k: v.double() for k, v in probs.items()}
-        device = p["hidden"].device
+        latency, infeasible = self.structures(probs)
+        p = joint(probs)
+        return Expected((p * latency).sum(), (p * infeasible).sum())
+
+    def structures(self, probs: Mapping[str, Tensor]) -> Expected:
+        """Both values for every structure, [*WIDTHS, blocks], in expectation over the bits alone."""
+        bits = {k: probs[k].double() for k in ("weight_bits", "act_bits") if k in probs}
+        device = probs["blocks"].device
         if self.keep.device != device:
             self.to(device)
-        keep = self.keep @ p["blocks"]  # [blocks of the model]
-        once = keep.new_tensor(self.fixed)
-        block = keep.new_tensor(self.per_block)
-        for part in self.parts:
-            if part.group:
-                continue
-            value = _contract(self._finite[part.name], [p[d] for d in part.dims])
-            if part.per_block:
-                block = block + value
-            else:
-                once = once + value
-        # Linears are averaged over the feasible (widths, bits) of their block. feasible [*WIDTHS, W, A] is a
-        # product of masks that hardly ever depend on widths; contracting it directly stays exact either way.
-        weight = self.feasible.double()
-        mass = _contract(weight, [p[d] for d in WIDTHS])  # [W, A]: P(feasible | bits)
-        cost = torch.zeros_like(mass)
-        dependent = not bool((self.feasible == self.feasible[:1, :1, :1, :1]).all())
-        for part in (q for q in self.parts if q.group):
-            if dependent:
-                cost = cost + _contract(_spread(self._finite[part.name], part.dims) * weight, [p[d] for d in WIDTHS])
-            else:
-                cost = cost + _contract(self._finite[part.name], [p[d] for d in part.dims]) * weight[0, 0, 0, 0]
-        pi, rho = self._bits(p, keep)
-        total = torch.einsum("bw,wa,ba->b", pi, cost, rho)
-        allowed = torch.einsum("bw,wa,ba->b", pi, mass, rho)
-        linear = total / allowed.clamp_min(1e-12)
-        latency = once + (keep * (block + linear)).sum()
-        return Expected(latency, (keep * (1 - allowed).clamp_min(0)).sum() / keep.sum())
+        certain = self.keep.new_ones(len(self.keep), 1)
+        pi, rho = bits.get("weight_bits", certain), bits.get("act_bits", certain)  # [blocks of the model, W or A]
+        once, block = (self._sum(per_block) for per_block in (False, True))  # [*WIDTHS], broadcastable
+        weight = self.feasible.double()  # [*WIDTHS, W, A]
+        cost = sum((_spread(self._finite[p.name], p.dims) for p in self.parts if p.group), torch.zeros_like(weight))
+        allowed = torch.einsum("...wa,bw,ba->...b", weight, pi, rho)  # P(feasible bits) of every block
+        linear = torch.einsum("...wa,bw,ba->...b", cost * weight, pi, rho) / allowed.clamp_min(1e-12)
+        per_block = block[..., None] + self.per_block + linear  # [*WIDTHS, blocks of the model]
+        latency = once[..., None] + self.fixed + per_block @ self.keep
+        infeasible = ((1 - allowed).clamp_min(0) @ self.keep) / self.keep.sum(0)
+        return Expected(latency, infeasible)
 
-    def _bits(self, p: Mapping[str, Tensor], keep: Tensor) -> tuple[Tensor, Tensor]:
-        """([blocks, W], [blocks, A]); certain where the space has no such bits."""
-        one = keep.new_ones(len(self.keep), 1)
-        return (
-            p["weight_bits"] if self.space.weight_bits else one,
-            p["act_bits"] if self.space.act_bits else one,
-        )
+    def _sum(self, per_block: bool) -> Tensor:
+        """Σ of the parts other than linears that run once per block, or once per model."""
+        chosen = [_spread(self._finite[p.name], p.dims) for p in self.parts if not p.group and p.per_block == per_block]
+        return sum(chosen, self.keep.new_zeros(1, 1, 1, 1))
 
     # ---- one choice -------------------------------------------------------------------------------------------------
 
@@ -352,8 +339,9 @@ def _spread(value: Tensor, dims: Sequence[str]) -> Tensor:
     return value[tuple(slice(None) if d in dims else None for d in WIDTHS)]
 
 
-def _contract(value: Tensor, probabilities: Sequence[Tensor]) -> Tensor:
-    """Σ over the leading axes, each weighted by its probabilities."""
-    for p in probabilities:
-        value = torch.tensordot(p, value, dims=1)
-    return value
+def joint(probs: Mapping[str, Tensor]) -> Tensor:
+    """P(structure) [*WIDTHS, blocks] of independent dimensions, fp64."""
+    total = probs[WIDTHS[0]].double()
+    for key in (*WIDTHS[1:], "blocks"):
+        total = total[..., None] * probs[key].double()
+    return total

@@ -104,6 +104,9 @@ class SearchConfig(Section):
     eta: float = Field(default=1.0, ge=0, description="weight of E[latency] / latency of the original")
     budget_min: float | None = Field(default=None, ge=0, description="parameters; below 2: as a share of the original")
     budget_max: float | None = Field(default=None, gt=0, description="parameters; below 2: as a share of the original")
+    penalty: Literal["choices", "expectation"] = Field(
+        default="choices", description="limits weigh on every choice, or on the expected model (the paper's Eq. 2)"
+    )
     lambda_budget: float = Field(
         default=20.0, ge=0, description="final weight of the budget and target-latency penalties"
     )

@@ -171,14 +171,27 @@ def uniform(space: SearchSpace) -> dict[str, torch.Tensor]:
 def test_penalty_is_the_relative_violation(tmp_path: Path) -> None:
     space = SearchSpace.from_dict({k: v for k, v in tiny.NO_BITS.items() if v != "none"})
     full = count_params(CONFIG, Choice(128, 4, 32, 192, 3))
-    config = tiny.config(tmp_path, tiny.NO_BITS, search={"budget_max": 0.2, "lambda_ramp": 0.5, "steps": 100})
-    objective = Objective(config, CONFIG, synthetic(space).bind(space))
-    probs = uniform(space)
-    total, parts = objective.regularizer(probs, step=25)
-    assert parts["lambda"] == pytest.approx(10.0)  # half of the ramp to 20
-    assert parts["penalty"] == pytest.approx(parts["params"] / (0.2 * full) - 1)
-    assert total.item() == pytest.approx(parts["latency_share"] + 10 * parts["penalty"])
-    assert objective.penalty_weight(1000) == 20.0
+    probs, bound = uniform(space), synthetic(space).bind(space)
+    target = bound.expected(probs).latency.item() * 0.8
+    excess = {
+        "choices": sum(
+            max(0.0, count_params(CONFIG, c) / (0.2 * full) - 1) + max(0.0, bound.predict(c) / target - 1)
+            for c in space
+        )
+        / space.size(),
+        "expectation": None,
+    }
+    for kind, want in excess.items():
+        search = {"budget_max": 0.2, "lambda_ramp": 0.5, "steps": 100, "penalty": kind}
+        config = tiny.config(tmp_path, tiny.NO_BITS, search=search, target_latency_ms=target)
+        objective = Objective(config, CONFIG, bound)
+        total, parts = objective.regularizer(probs, step=25)
+        assert parts["lambda"] == pytest.approx(10.0)  # half of the ramp to 20
+        assert parts["params"] == pytest.approx(sum(count_params(CONFIG, c) for c in space) / space.size())
+        outside = parts["params"] / (0.2 * full) - 1 + parts["latency_ms"] / target - 1
+        assert parts["penalty"] == pytest.approx(outside if want is None else want)
+        assert total.item() == pytest.approx(parts["latency_share"] + 10 * parts["penalty"])
+        assert objective.penalty_weight(1000) == 20.0
 
 
 def test_entropy_ignores_bits_of_removed_blocks() -> None:

@@ -101,11 +101,10 @@ def test_infeasible_pairs_are_conditioned_on_and_reported() -> None:
     table = synthetic(feasible=not_w2a16)
     probs = random_probs(SPACE)
     expected = table.expected(SPACE, probs, RANK)
-    keep = table.bind(SPACE, RANK).keep @ probs["blocks"]
-    mass = probs["weight_bits"][:, 0] * probs["act_bits"][:, 1]  # P(W2A16) of each block
-    assert expected.infeasible.item() == pytest.approx(((keep * mass).sum() / keep.sum()).item())
-    # conditional mean of each block's linears, by hand
     bound = table.bind(SPACE, RANK)
+    mass = probs["weight_bits"][:, 0] * probs["act_bits"][:, 1]  # P(W2A16) of each block
+    share = (mass @ bound.keep) / bound.keep.sum(0)  # of the kept blocks, for every depth
+    assert expected.infeasible.item() == pytest.approx((share @ probs["blocks"]).item())
     plain = synthetic().expected(SPACE, probs, RANK).latency.item()
     assert expected.latency.item() != pytest.approx(plain)
     certain = {k: torch.zeros_like(v) for k, v in probs.items()}
