@@ -2,12 +2,12 @@
 // And the same tiles for the arch step: sum(dW * Q_p) for every p, from W and some rows of dW.
 // Semantics and gradients: jointnas_kernels/ops/quant_lora_mix.py.
 //
-// A warp owns tiles of 16 rows by 128 inputs in the accumulator layout of mma.m16n8k16, so a quad of lanes holds a row of
-// a group: 32 values per lane, two shuffles per group maximum. The columns of the 16 n-tiles are permuted such that a
+// A warp owns tiles of 16 rows by 128 inputs in the accumulator layout of mma.m16n8k16, so a quad of lanes holds a row
+// of a group: 32 values per lane, two shuffles per group maximum. The columns of the 16 n-tiles are permuted so that a
 // lane's values are four 16-byte pieces of a row; W goes through shared memory only to be fetched one tile ahead, and
 // nothing is exchanged between lanes on the way in or out. A_p is stored once per block, in fragment order.
 //
-// W's packed pairs have the layout of an A operand, so one more product with the identity turns them into fp32
+// W's packed pairs have the layout of an A operand, so one more product, with the identity, turns them into fp32
 // accumulators: 16 instructions where conversions take 64, and W stays in 32 registers instead of 64.
 //
 // Per element and precision: |max|, 2 for the exact quotient, + 2^23, clamp, - 2^23, fma = 7 operations. The quotient:
@@ -39,14 +39,16 @@ struct Params {
 };
 
 // Byte offsets in shared memory.
-JN_HOST_DEVICE size_t fragment_bytes(int columns, int precisions) {
-  return static_cast<size_t>(columns) * precisions * 16 * 32 * sizeof(Vec4);
-}
-// Per warp: the next tile of W, B' of one row tile; to reduce, also the next tile of dW and a sum per lane and precision.
-JN_HOST_DEVICE size_t warp_bytes(int precisions, bool reduce) {
-  const size_t vectors = (8 + static_cast<size_t>(precisions) * 2 + (reduce ? 8 : 0)) * 32;
-  return vectors * sizeof(Vec4) + (reduce ? precisions * 32 * sizeof(float) : 0);
-}
+JN_HOST_DEVICE int fragment_bytes(int columns, int precisions) { return columns * precisions * 16 * 32 * 16; }
+// Shared memory of a warp, for kPrecisions whatever their number, so that all offsets (in bytes) are constants: the
+// next tile of W; to reduce, the next tile of dW; B of this row tile and the next; the clip ratios of this tile and the
+// next; to reduce, a sum per lane and precision.
+template <int GROUPS, bool CLIP, bool REDUCE> struct Layout {
+  static constexpr int kGrad = 8 * 32 * 16, kLoraB = kGrad * (REDUCE ? 2 : 1), kBuffer = kPrecisions * 64;
+  static constexpr int kRatios = kLoraB + 2 * kBuffer * 16, kRatioBuffer = kPrecisions * GROUPS * 16;
+  static constexpr int kSums = kRatios + (CLIP ? 2 * kRatioBuffer * 4 : 0);
+  static constexpr int kBytes = kSums + (REDUCE ? kPrecisions * 32 * 4 : 0);
+};
 
 template <class T> JN_DEVICE float low_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v)}); }
 template <class T> JN_DEVICE float high_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v >> 16)}); }
@@ -55,11 +57,12 @@ template <class T> JN_DEVICE float high_half(uint32_t v) { return ptx::to_float(
 // ranks k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
 template <class T> JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, int columns) {
   static_assert(kThreads == 256, "one thread per piece of 8 columns and pair of ranks");
-  const int piece = threadIdx.x / 16, pair = threadIdx.x % 16;  // so that a warp's stores meet in no bank more than twice
+  const int piece = threadIdx.x / 16, pair = threadIdx.x % 16;  // so that a warp's stores meet in no bank thrice
   const bool inside = 2 * pair < p.rank;  // the rank is even; zeros here make the padding of B' irrelevant
   const int tile = 4 * (piece / 4), lane = 8 * (piece % 4) + pair % 4;
   uint32_t* words = reinterpret_cast<uint32_t*>(fragments) + (tile * 32 + lane) * 4 + pair / 4;
-  const T* a = static_cast<const T*>(p.lora_a) + static_cast<size_t>(2 * pair) * p.inputs + first_column * kTile + 8 * piece;
+  const T* a = static_cast<const T*>(p.lora_a) + first_column * kTile + 8 * piece;
+  if (inside) a += static_cast<size_t>(2 * pair) * p.inputs;
   for (int column = 0; column < columns; ++column, a += kTile) {
     const T* from = a;
 #pragma unroll 1
@@ -79,62 +82,64 @@ template <class T> JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, 
   }
 }
 
-// Rows g and g + 8 of a tile, for lane 4 g + t; past the end the last row stands in, its dW is 0 and it is not stored.
-struct Rows { int r[2]; bool inside[2]; };
-JN_DEVICE Rows rows_of(const Params& p, int row, int lane) {
-  const int low = row + lane / 4, high = low + 8, end = p.end - 1;
-  return {{low < end ? low : end, high < end ? high : end}, {low <= end, high <= end}};
+// Past the end the last row stands in: its dW is taken as 0, and it is not stored.
+JN_DEVICE int existing(const Params& p, int row) { return row < p.end ? row : p.end - 1; }
+
+// Start fetching B_p of 16 rows: [precision][row][4 vectors], swapped within a row: ldmatrix then meets no bank twice.
+JN_HOST_DEVICE int lora_b_place(int row, int vector) { return 4 * row + (vector ^ (row / 2 % 4)); }
+template <class T> JN_DEVICE void fetch_lora_b(const Params& p, Vec4* stage, int first_row, int lane) {
+  const T* b = static_cast<const T*>(p.lora_b);
+  const int vector = lane % 4;
+  const bool inside = 8 * vector < p.rank;
+#pragma unroll 1
+  for (int precision = 0; precision < p.precisions; ++precision) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int row = lane / 4 + 8 * i;
+      const T* from = b + static_cast<size_t>(existing(p, first_row + row)) * p.rank + (inside ? 8 * vector : 0);
+      ptx::cp_async16(stage + lora_b_place(row, vector), from, inside);
+    }
+    stage += 64;
+    b += static_cast<size_t>(p.rows) * p.rank;
+  }
 }
 
-// B'_p of 16 rows as A operands; a lane reads back only what it wrote.
-template <class T> JN_DEVICE void load_lora_b(const Params& p, Vec4* fragments, const Rows& rows, int lane) {
-  const uint32_t scale2 = ptx::pack2<T>(p.scaling, p.scaling);
-  const T* b = static_cast<const T*>(p.lora_b);
+// The clip ratios of a tile: [precision][group][16 rows].
+template <int GROUP> JN_DEVICE void fetch_ratios(const Params& p, float* stage, int first_row, int input, int lane) {
+  constexpr int kGroups = kTile / GROUP;
+  const int groups = p.inputs / GROUP;
+  const float* from = p.clip + static_cast<size_t>(existing(p, first_row + lane % 16)) * groups + input / GROUP;
 #pragma unroll 1
-  for (int precision = 0; precision < p.precisions; ++precision, b += static_cast<size_t>(p.rows) * p.rank) {
-    const T* row[2] = {b + static_cast<size_t>(rows.r[0]) * p.rank, b + static_cast<size_t>(rows.r[1]) * p.rank};
+  for (int i = lane / 16; i < p.precisions * kGroups; i += 2)
+    ptx::cp_async4(stage + i * 16 + lane % 16, from + static_cast<size_t>(i / kGroups) * p.rows * groups + i % kGroups);
+}
+
+// This lane's eight pieces of 16 rows by 128 columns of W and of dW.
+template <class T, bool REDUCE>
+JN_DEVICE void fetch_tile(const Params& p, Vec4* stage, int first_row, int input, int lane) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      Vec4 v;
+  for (int h = 0; h < 2; ++h) {
+    const int row = first_row + lane / 4 + 8 * h, r = existing(p, row);
+    const T* w = static_cast<const T*>(p.weight) + static_cast<size_t>(r) * p.inputs + input + 8 * (lane % 4);
+    const T* g = static_cast<const T*>(p.grad) + static_cast<size_t>(r - p.begin) * p.inputs + input + 8 * (lane % 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {  // word i: rows g + 8 (i % 2), ranks 16 step + 8 (i / 2) + 2 t, + 1
-        const int k = 16 * step + 8 * (i / 2) + 2 * (lane % 4);
-        v.w[i] = ptx::fma2<T>(*reinterpret_cast<const uint32_t*>(row[i % 2] + (k < p.rank ? k : 0)), scale2, 0);
-      }
-      fragments[(precision * 2 + step) * 32 + lane] = v;
+    for (int c = 0; c < 4; ++c) {
+      Vec4* to = stage + (4 * h + c) * 32 + lane;
+      ptx::cp_async16(to, w + 32 * c, true);
+      if (REDUCE) ptx::cp_async16(to + 8 * 32, g + 32 * c, row < p.end);
     }
   }
 }
 
-// Start fetching this lane's eight pieces of 16 rows by 128 columns of a matrix; `start` is its first column here.
-template <class T, bool ZEROS>
-JN_DEVICE void fetch(const T* start, Vec4* stage, const Rows& rows, int inputs, int lane) {
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const T* row = start + static_cast<size_t>(rows.r[h]) * inputs + 8 * (lane % 4);
-#pragma unroll
-    for (int c = 0; c < 4; ++c) ptx::cp_async16(stage + (4 * h + c) * 32 + lane, row + 32 * c, !ZEROS || rows.inside[h]);
-  }
-}
-
-template <class T, bool REDUCE>
-JN_DEVICE void fetch_tile(const Params& p, Vec4* stage, const Rows& rows, int input, int lane) {
-  fetch<T, false>(static_cast<const T*>(p.weight) + input, stage, rows, p.inputs, lane);
-  if (REDUCE) {
-    const Rows local{{rows.r[0] - p.begin, rows.r[1] - p.begin}, {rows.inside[0], rows.inside[1]}};  // dW has no others
-    fetch<T, true>(static_cast<const T*>(p.grad) + input, stage + 8 * 32, local, p.inputs, lane);
-  }
-}
-
-// The pieces as A operands of n-tiles 2 m, 2 m + 1: rows g, g + 8 of the first, then of the second.
-JN_DEVICE void operands(const Params& p, const Vec4* stage, uint32_t (&w)[8][4], int lane) {
+// The pieces as A operands, rows g and g + 8 of n-tile j.
+JN_DEVICE void operands(const Params& p, const Vec4* stage, uint32_t (&w)[16][2], int lane) {
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const Vec4 low = stage[c * 32 + lane], high = stage[(4 + c) * 32 + lane];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      w[2 * c + k / 2][k % 2 * 2] = low.w[k] ^ p.nil;
-      w[2 * c + k / 2][k % 2 * 2 + 1] = high.w[k] ^ p.nil;
+      w[4 * c + k][0] = low.w[k] ^ p.nil;
+      w[4 * c + k][1] = high.w[k] ^ p.nil;
     }
   }
 }
@@ -144,11 +149,13 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
   JN_DYNAMIC_SHARED(shared);
   constexpr int kGroups = kTile / GROUP;  // groups per tile
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  using At = Layout<kGroups, CLIP, REDUCE>;
   Vec4* fragments = reinterpret_cast<Vec4*>(shared);
-  Vec4* mine = reinterpret_cast<Vec4*>(shared + fragment_bytes(p.columns, p.precisions) +
-                                       warp * warp_bytes(p.precisions, REDUCE));
-  Vec4* lora_b = mine + (REDUCE ? 16 : 8) * 32;
-  float* sums = reinterpret_cast<float*>(lora_b + p.precisions * 2 * 32) + lane;  // [precision][lane]
+  unsigned char* own = shared + fragment_bytes(p.columns, p.precisions) + warp * At::kBytes;
+  Vec4* mine = reinterpret_cast<Vec4*>(own);
+  Vec4* lora_b = reinterpret_cast<Vec4*>(own + At::kLoraB);         // [which][precision][64]
+  float* ratios = reinterpret_cast<float*>(own + At::kRatios);      // [tile % 2][precision][group][16 rows]
+  float* sums = reinterpret_cast<float*>(own + At::kSums) + lane;   // [precision][lane]
 
   const int first_column = blockIdx.x * p.columns, left = p.inputs / kTile - first_column;
   const int columns = left < p.columns ? left : p.columns;
@@ -158,8 +165,11 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
   const int steps = first < last ? (last - first + kWarps - 1) / kWarps * columns : 0;
 
   int column = 0, row = p.begin + first * kRows;
-  Rows rows = rows_of(p, row, lane);
-  if (steps) fetch_tile<T, REDUCE>(p, mine, rows, first_column * kTile, lane);
+  if (steps) {
+    fetch_tile<T, REDUCE>(p, mine, row, first_column * kTile, lane);
+    fetch_lora_b<T>(p, lora_b + row / (kWarps * kRows) % 2 * At::kBuffer, row, lane);
+    if (CLIP) fetch_ratios<GROUP>(p, ratios, row, first_column * kTile, lane);
+  }
   ptx::cp_async_commit();
   if (REDUCE)
     for (int precision = 0; precision < p.precisions; ++precision) sums[precision * 32] = 0;
@@ -167,13 +177,14 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
   ptx::sync_threads();
 
   // The identity as a B operand: lane 4 g + t holds (2 t == g, 2 t + 1 == g).
-  const uint32_t one = ptx::pack2<T>(lane / 4 == 2 * (lane % 4) ? 1.0f : 0.0f, lane / 4 == 2 * (lane % 4) + 1 ? 1.0f : 0.0f);
-  const uint32_t halves[2][2] = {{one, p.nil}, {p.nil, one}};
+  const int g = lane / 4, t = lane % 4;
+  const uint32_t one = ptx::pack2<T>(g == 2 * t ? 1.0f : 0.0f, g == 2 * t + 1 ? 1.0f : 0.0f);
+  const uint32_t scale2 = ptx::pack2<T>(p.scaling, p.scaling);
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    if (column == 0) load_lora_b<T>(p, lora_b, rows, lane);
     ptx::cp_async_wait<0>();
-    uint32_t w[8][4];
+    ptx::sync_warp();  // B and the ratios come from all lanes, W only from this one
+    uint32_t w[16][2];
     operands(p, mine, w, lane);
     float mixed[16][4];  // W~ (or dW): [j][2 h + e]: row g + 8 h, input 32 (j / 4) + 8 t + 2 (j % 4) + e
 #pragma unroll
@@ -181,65 +192,72 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 #pragma unroll
       for (int k = 0; k < 4; ++k) mixed[j][k] = 0;
     if (REDUCE) {
-      uint32_t grad[8][4];
+      uint32_t grad[16][2];
       operands(p, mine + 8 * 32, grad, lane);
 #pragma unroll
-      for (int j = 0; j < 16; ++j) ptx::mma_m16n8k16<T>(mixed[j], grad[j / 2], halves[j % 2][0], halves[j % 2][1]);
+      for (int j = 0; j < 16; ++j) ptx::mma_m16n8k8<T>(mixed[j], grad[j][0], grad[j][1], one);
     }
     const int input = (first_column + column) * kTile, at_row = row;
-    const Rows at = rows;
+    const Vec4* b = lora_b + row / (kWarps * kRows) % 2 * At::kBuffer;
+    const float* ratio = ratios + step % 2 * At::kRatioBuffer + g;
+    const Vec4* a = fragments + column * p.precisions * 16 * 32 + lane;
     if (++column == columns) {
       column = 0;
       row += kWarps * kRows;
-      rows = rows_of(p, row, lane);
     }
-
-    const Vec4* a = fragments + static_cast<size_t>(input / kTile - first_column) * p.precisions * 16 * 32 + lane;
 #pragma unroll 1
-    for (int precision = 0; precision < p.precisions; ++precision, a += 16 * 32) {
+    for (int precision = 0; precision < p.precisions; ++precision, a += 16 * 32, b += 64) {
       float x[16][4];
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         x[j][0] = x[j][1] = x[j][2] = x[j][3] = 0;
-        ptx::mma_m16n8k16<T>(x[j], w[j / 2], halves[j % 2][0], halves[j % 2][1]);
+        ptx::mma_m16n8k8<T>(x[j], w[j][0], w[j][1], one);
       }
-      const Vec4 b0 = lora_b[precision * 2 * 32 + lane], b1 = lora_b[(precision * 2 + 1) * 32 + lane];
+      uint32_t scaled[2][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        ptx::ldmatrix4(scaled[k], b + lora_b_place(lane % 16, 2 * k + lane / 16));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scaled[k][i] = ptx::fma2<T>(scaled[k][i], scale2, 0);
+      }
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const Vec4 v = a[j * 32];
-        ptx::mma_m16n8k16<T>(x[j], b0.w, v.w[0], v.w[1]);
-        ptx::mma_m16n8k16<T>(x[j], b1.w, v.w[2], v.w[3]);
+        ptx::mma_m16n8k16<T>(x[j], scaled[0], v.w[0], v.w[1]);
+        ptx::mma_m16n8k16<T>(x[j], scaled[1], v.w[2], v.w[3]);
       }
       float total = 0;
       if (precision == 0 && step + 1 < steps) {  // w has left shared memory by now: fetch the next tile into its place
-        fetch_tile<T, REDUCE>(p, mine, rows, (first_column + column) * kTile, lane);
+        const int next = (first_column + column) * kTile;
+        fetch_tile<T, REDUCE>(p, mine, row, next, lane);
+        if (column == 0) fetch_lora_b<T>(p, lora_b + row / (kWarps * kRows) % 2 * At::kBuffer, row, lane);
+        if (CLIP) fetch_ratios<GROUP>(p, ratios + (step + 1) % 2 * At::kRatioBuffer, row, next, lane);
         ptx::cp_async_commit();
       }
       const float high = kMagic + p.high[precision], low = kMagic - p.high[precision] - 1;
-      const float inverse = p.inverse[precision], rest = p.rest[precision], pi = p.probs[precision];
+      const float inverse = p.inverse[precision], more = p.rest[precision], pi = p.probs[precision];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
+        for (int of = 0; of < kGroups; ++of) {
           constexpr int kTilesPerGroup = 16 / kGroups;
           float unit = 0;
 #pragma unroll
-          for (int j = g * kTilesPerGroup; j < (g + 1) * kTilesPerGroup; ++j)
+          for (int j = of * kTilesPerGroup; j < (of + 1) * kTilesPerGroup; ++j)
             unit = fmaxf(fmaxf(unit, fabsf(x[j][2 * h])), fabsf(x[j][2 * h + 1]));
           unit = fmaxf(unit, ptx::shuffle_xor(unit, 1));
           unit = fmaxf(unit, ptx::shuffle_xor(unit, 2));
-          if (CLIP)
-            unit *= p.clip[(static_cast<size_t>(precision) * p.rows + at.r[h]) * (p.inputs / GROUP) + input / GROUP + g];
-          float s = ptx::to_float(ptx::from_float<T>(fmaf(unit, inverse, unit * rest)));
+          if (CLIP) unit *= ratio[(precision * kGroups + of) * 16 + 8 * h];
+          float s = ptx::to_float(ptx::from_float<T>(fmaf(unit, inverse, unit * more)));
           s = s < kTiny ? 1.0f : s;
-          const float r = ptx::reciprocal(s), t = fmaf(-s, r, 1.0f) * r, weight = pi * s;
+          const float r = ptx::reciprocal(s), rest = fmaf(-s, r, 1.0f) * r, weight = pi * s;
           float dot[2] = {0, 0};
 #pragma unroll
-          for (int j = g * kTilesPerGroup; j < (g + 1) * kTilesPerGroup; ++j) {
+          for (int j = of * kTilesPerGroup; j < (of + 1) * kTilesPerGroup; ++j) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float v = x[j][2 * h + e];
-              float level = fminf(fmaf(v, r, v * t) + kMagic, high);
+              float level = fminf(fmaf(v, r, v * rest) + kMagic, high);
               if (CLIP) level = fmaxf(level, low);  // without ratios |v / s| <= (2^b - 1)/2 (1 + 2^-8): never below
               if (REDUCE) dot[e] = fmaf(level - kMagic, mixed[j][2 * h + e], dot[e]);
               else mixed[j][2 * h + e] = fmaf(level - kMagic, weight, mixed[j][2 * h + e]);
@@ -254,8 +272,8 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (at_row + lane / 4 + 8 * h >= p.end) continue;
-      T* out = static_cast<T*>(p.out) + static_cast<size_t>(at.r[h]) * p.inputs + input + 8 * (lane % 4);
+      if (at_row + g + 8 * h >= p.end) continue;
+      T* out = static_cast<T*>(p.out) + static_cast<size_t>(at_row + g + 8 * h) * p.inputs + input + 8 * t;
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         Vec4 v;
@@ -277,9 +295,11 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 
 template <class T, int GROUP, bool CLIP> int run(const Params& p, int splits, cudaStream_t stream) {
   const dim3 grid((p.inputs / kTile + p.columns - 1) / p.columns, splits);
-  const size_t bytes = fragment_bytes(p.columns, p.precisions) + kWarps * warp_bytes(p.precisions, p.grad != nullptr);
-  return p.grad ? launch(mix_kernel<T, GROUP, CLIP, true>, grid, dim3(kThreads), bytes, stream, false, p)
-                : launch(mix_kernel<T, GROUP, CLIP, false>, grid, dim3(kThreads), bytes, stream, false, p);
+  const size_t bytes = fragment_bytes(p.columns, p.precisions);
+  constexpr int kReduce = kWarps * Layout<kTile / GROUP, CLIP, true>::kBytes;
+  constexpr int kMix = kWarps * Layout<kTile / GROUP, CLIP, false>::kBytes;
+  return p.grad ? launch(mix_kernel<T, GROUP, CLIP, true>, grid, dim3(kThreads), bytes + kReduce, stream, false, p)
+                : launch(mix_kernel<T, GROUP, CLIP, false>, grid, dim3(kThreads), bytes + kMix, stream, false, p);
 }
 template <class T, int GROUP> int by_clip(const Params& p, int splits, cudaStream_t stream) {
   return p.clip ? run<T, GROUP, true>(p, splits, stream) : run<T, GROUP, false>(p, splits, stream);
@@ -296,7 +316,7 @@ template <class T> int by_group(const Params& p, int group, int splits, cudaStre
 int jn_quant_lora_mix(const JnMixArgs* args, void* stream) {
   using namespace jointnas;
   const JnMixArgs& a = *args;
-  if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 2 || a.rank > 32 || a.rank % 2 || a.inputs % kTile ||
+  if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 8 || a.rank > 32 || a.rank % 8 || a.inputs % kTile ||
       (a.group_size != 32 && a.group_size != 64 && a.group_size != 128) || a.columns < 1 || a.splits < 1 ||
       a.begin < 0 || a.begin >= a.end || a.end > a.rows || a.inputs == 0)
     return 1;

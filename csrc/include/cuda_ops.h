@@ -59,7 +59,7 @@ int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tok
 // rows begin .. end - 1, one partial sum per warp (quant_lora_mix.cu).
 struct JnMixArgs {
   const void* weight;   // [O, I] dtype, I a multiple of 128
-  const void* lora_a;   // [P, r, I] dtype, r even, at most 32
+  const void* lora_a;   // [P, r, I] dtype, r 8, 16, 24 or 32
   const void* lora_b;   // [P, O, r] dtype
   const void* grad;     // [end - begin, I] dtype, or null
   const float* probs;   // [P], P at most 4

@@ -35,7 +35,7 @@ using cudaStream_t = void*;
 
 namespace jointnas::emu {
 
-struct Copy { void* dst; const void* src; bool valid; };
+struct Copy { void* dst; const void* src; bool valid; int bytes = 16; };
 struct BulkCopy { void* dst; const void* src; int bytes; };
 struct Barrier {  // in shared memory, hopper.cuh
   int arrivals, pending;
@@ -285,6 +285,9 @@ template <class T> void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint
     return half_of<T>(x, 0) * half_of<T>(y, 0) + half_of<T>(x, 1) * half_of<T>(y, 1);
   });
 }
+template <class T> void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  mma_m16n8k16<T>(c, {a0, a1, 0, 0}, b, 0);
+}
 inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   mma(c, a, b0, b1, [](uint32_t x, uint32_t y) {
     int s = 0;
@@ -311,6 +314,10 @@ inline void cp_async16(void* dst, const void* src, bool valid) {
   fiber().open.push_back({dst, src, valid});
 }
 inline void cp_async16(void* dst, const void* src) { cp_async16(dst, src, true); }
+inline void cp_async4(void* dst, const void* src) {
+  std::memset(dst, 0xFF, 4);
+  fiber().open.push_back({dst, src, true, 4});
+}
 inline void cp_async_commit() {
   fiber().groups.push_back(std::move(fiber().open));
   fiber().open.clear();
@@ -319,8 +326,8 @@ template <int PENDING> void cp_async_wait() {
   auto& groups = fiber().groups;
   while (groups.size() > PENDING) {
     for (const emu::Copy& copy : groups.front()) {
-      if (copy.valid) std::memcpy(copy.dst, copy.src, 16);
-      else std::memset(copy.dst, 0, 16);
+      if (copy.valid) std::memcpy(copy.dst, copy.src, copy.bytes);
+      else std::memset(copy.dst, 0, copy.bytes);
     }
     groups.erase(groups.begin());
   }
@@ -328,6 +335,20 @@ template <int PENDING> void cp_async_wait() {
 inline Vec4 load_readonly(const void* p) { Vec4 v; std::memcpy(&v, p, 16); return v; }
 inline Vec4 load16(const void* p) { return load_readonly(p); }
 inline uint32_t load4(const void* p) { uint32_t v; std::memcpy(&v, p, 4); return v; }
+struct RowIn { const unsigned char* row; };
+struct RowOut { uint32_t a[4]; };
+inline void ldmatrix4(uint32_t (&a)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) {
+    std::fprintf(stderr, "ldmatrix with an address that is no multiple of 16\n");
+    std::abort();
+  }
+  const RowIn in{static_cast<const unsigned char*>(row)};
+  const RowOut out = emu::warp_wide<RowIn, RowOut>(in, [](const RowIn* all, RowOut* result) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) std::memcpy(&result[lane].a[i], all[8 * i + lane / 4].row + 4 * (lane % 4), 4);
+  });
+  std::memcpy(a, out.a, 16);
+}
 inline float load_l2(const float* p) { return *p; }
 
 inline void sync_threads() {

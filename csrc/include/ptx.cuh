@@ -38,6 +38,16 @@ template <> JN_DEVICE void mma_m16n8k16<BF16>(float (&c)[4], const uint32_t (&a)
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// The same over 8 instead of 16 inputs: rows g and g + 8 of A in a0 and a1.
+template <class T> JN_DEVICE void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b);
+template <> JN_DEVICE void mma_m16n8k8<F16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+template <> JN_DEVICE void mma_m16n8k8<BF16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
 JN_DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
@@ -131,6 +141,9 @@ JN_DEVICE void cp_async16(void* dst, const void* src, bool valid) {
 JN_DEVICE void cp_async16(void* dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(dst)), "l"(src) : "memory");
 }
+JN_DEVICE void cp_async4(void* dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(shared_address(dst)), "l"(src) : "memory");
+}
 JN_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> JN_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 JN_DEVICE Vec4 load_readonly(const void* p) {
@@ -148,6 +161,11 @@ JN_DEVICE uint32_t load4(const void* p) {
   uint32_t v;
   asm volatile("ld.global.u32 %0,[%1];" : "=r"(v) : "l"(p));
   return v;
+}
+// Four 8 x 8 tiles of halves; lane 8 i + j gives the 16-byte row j of tile i and receives a pair of row lane / 4 of each.
+JN_DEVICE void ldmatrix4(uint32_t (&a)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
+               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(shared_address(row)) : "memory");
 }
 JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by other blocks: L1 may be stale
 

@@ -1,5 +1,5 @@
 """Launchers of the CUDA C++ kernel of ``quant_lora_mix`` (csrc/cuda/quant_lora_mix.cu): the forward, and the dprobs of
-arch steps. Half types, groups of 32, 64 or 128, input channels a multiple of 128, an even rank up to 32, at most 4
+arch steps. Half types, groups of 32, 64 or 128, input channels a multiple of 128, rank 8, 16, 24 or 32, at most 4
 precisions."""
 
 from __future__ import annotations
@@ -26,25 +26,32 @@ def unsupported(weight: Tensor, rank: int, precisions: int, group_size: int) -> 
         return f"it takes float16 and bfloat16 weights, not {weight.dtype}"
     if group_size not in (32, 64, 128) or weight.shape[1] % 128:
         return f"it needs groups of 32, 64 or 128 and 128n input channels, not {group_size} and {weight.shape[1]}"
-    if rank % 2 or rank > 32 or precisions > 4:
-        return f"it needs an even rank up to 32 and at most 4 precisions, not {rank} and {precisions}"
+    if rank not in (8, 16, 24, 32) or precisions > 4:
+        return f"it needs rank 8, 16, 24 or 32 and at most 4 precisions, not {rank} and {precisions}"
     return None
 
 
+def shared_limit(tensor: Tensor) -> int:
+    """Bytes of shared memory a block may use."""
+    return (227 if torch.cuda.get_device_capability(tensor.device)[0] >= 9 else 163) * 1024
+
+
 @functools.cache
-def plan(rows: int, inputs: int, precisions: int, reduce: bool, multiprocessors: int) -> tuple[int, int]:
+def plan(rows: int, inputs: int, precisions: int, reduce: bool, multiprocessors: int, limit: int) -> tuple[int, int]:
     """(128-channel tiles per block, blocks along the rows) with the least total time.
 
-    In units of a warp's work on a tile (about 2000 instructions): B' of a row tile costs 0.1, A of a column 0.15, and
-    blocks run in waves of one per multiprocessor.
+    In units of a warp's work on a tile (about 2000 instructions): fetching B of a row tile costs 0.05, A of a column
+    0.05, and blocks run in waves of one per multiprocessor.
     """
     tiles, columns_all = math.ceil(rows / 16), inputs // 128
 
     def cost(columns: int, splits: int) -> float:
         waves = math.ceil(math.ceil(columns_all / columns) * splits / multiprocessors)
-        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) * (columns + 0.1) + 0.15 * columns)
+        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) * (columns + 0.05) + 0.05 * columns)
 
-    widest = 4 if precisions < 4 and not reduce else 3  # shared memory: 128 KB at 4 columns, 227 KB allowed on sm_90
+    # csrc/cuda/quant_lora_mix.cu: Layout (at most: groups of 32, with clip ratios) and fragment_bytes
+    warp = (8192 + 512 if reduce else 4096) + 8192 + 2048
+    widest = max(1, min(4, (limit - WARPS * warp) // (precisions * 8192)))
     choices = itertools.product(range(1, widest + 1), range(1, min(math.ceil(tiles / WARPS), 128) + 1))
     return min(choices, key=lambda choice: cost(*choice))
 
@@ -85,7 +92,8 @@ class Mix:
         end = rows if end is None else end
         if columns is None or splits is None:
             multiprocessors = lowbit_cuda.multiprocessors(weight)
-            columns, splits = plan(end - begin, inputs, len(self.bits), grad is not None, multiprocessors)
+            reduce, limit = grad is not None, shared_limit(weight)
+            columns, splits = plan(end - begin, inputs, len(self.bits), reduce, multiprocessors, limit)
         blocks = math.ceil(inputs / (128 * columns))
         partial = None
         if grad is not None:

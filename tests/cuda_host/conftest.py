@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jointnas_kernels.ops import lowbit_cuda
+from jointnas_kernels.ops import lowbit_cuda, quant_lora_mix_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
@@ -81,3 +81,4 @@ def on_cpu(emulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowbit_cuda._ext, "load", lambda cuda=False: emulated)
     monkeypatch.setattr(lowbit_cuda, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(lowbit_cuda, "multiprocessors", lambda tensor: 4)
+    monkeypatch.setattr(quant_lora_mix_cuda, "shared_limit", lambda tensor: 227 * 1024)
