@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -60,12 +62,13 @@ def campaign(arguments: argparse.Namespace, recorder: Recorder) -> int:
         for c in todo
         if start < share[c]
     ]
-    started = time.monotonic()
+    started, stop = time.monotonic(), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what has run by then is reported
     pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(arguments.workers)]
     running: dict[Future[Tally], tuple[Combination, int]] = {}
     idle, reported = list(range(arguments.workers)), started
     while chunks or running:
-        if time.monotonic() - started > arguments.seconds:
+        if stop.is_set() or time.monotonic() - started > arguments.seconds:
             chunks.clear()
         if time.monotonic() - reported > 30:
             reported = time.monotonic()
