@@ -25,7 +25,13 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import custom_op, no_grad_slot, resolve, without_autocast
 from jointnas_kernels.ops.fake_quant_weight import _ste, check_clip, check_quantizer, compute_dtype, quantize_levels
-from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, mix_probs_cuda, unsupported
+from jointnas_kernels.ops.quant_lora_mix_cuda import (
+    mix_forward_cuda,
+    mix_probs_cuda,
+    most_columns,
+    shared_limit,
+    unsupported,
+)
 from jointnas_kernels.ops.quant_lora_mix_triton import mix_backward_triton, mix_forward_triton
 
 MODES = ("weight", "arch", "full")
@@ -241,7 +247,8 @@ def mix_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(da, db, dprobs, dclip) of dW = gradᵀ x with grad [T, O] and x [T, I], or of dW = grad where x is None."""
     chosen = choose("quant_lora_mix", backend, weight, lora_a.shape[1], len(bits), group_size)
-    if chosen == "cuda" and want == (False, True, False):
+    only_probs = chosen == "cuda" and want == (False, True, False)
+    if only_probs and most_columns(group_size, len(bits), clip is not None, True, shared_limit(weight)):
         dprobs = mix_probs_cuda(grad, x, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size)
         return no_grad_slot(weight), no_grad_slot(weight), dprobs, no_grad_slot(weight)
     if chosen in ("cuda", "triton"):

@@ -36,9 +36,15 @@ def shared_limit(tensor: Tensor) -> int:
     return (227 if torch.cuda.get_device_capability(tensor.device)[0] >= 9 else 163) * 1024
 
 
+def most_columns(group_size: int, precisions: int, clip: bool, reduce: bool, limit: int) -> int:
+    """128-channel tiles of A that fit beside the warps' own shared memory (Layout in csrc/cuda/quant_lora_mix.cu)."""
+    warp = 4096 + 8192 + (2 * 4 * 16 * 4 * 128 // group_size if clip else 0) + (4096 + 512 if reduce else 0)
+    return min(4, (limit - WARPS * warp) // (precisions * 8192))
+
+
 @functools.cache
-def plan(rows: int, inputs: int, precisions: int, reduce: bool, multiprocessors: int, limit: int) -> tuple[int, int]:
-    """(128-channel tiles per block, blocks along the rows) with the least total time.
+def plan(rows: int, inputs: int, most: int, multiprocessors: int) -> tuple[int, int]:
+    """(128-channel tiles per block, at most ``most``; blocks along the rows) with the least total time.
 
     In units of a warp's work on a tile (about 2000 instructions): fetching B of a row tile costs 0.05, A of a column
     0.05, and blocks run in waves of one per multiprocessor.
@@ -49,10 +55,7 @@ def plan(rows: int, inputs: int, precisions: int, reduce: bool, multiprocessors:
         waves = math.ceil(math.ceil(columns_all / columns) * splits / multiprocessors)
         return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) * (columns + 0.05) + 0.05 * columns)
 
-    # csrc/cuda/quant_lora_mix.cu: Layout (at most: groups of 32, with clip ratios) and fragment_bytes
-    warp = (8192 + 512 if reduce else 4096) + 8192 + 2048
-    widest = max(1, min(4, (limit - WARPS * warp) // (precisions * 8192)))
-    choices = itertools.product(range(1, widest + 1), range(1, min(math.ceil(tiles / WARPS), 128) + 1))
+    choices = itertools.product(range(1, most + 1), range(1, min(math.ceil(tiles / WARPS), 128) + 1))
     return min(choices, key=lambda choice: cost(*choice))
 
 
@@ -92,8 +95,10 @@ class Mix:
         end = rows if end is None else end
         if columns is None or splits is None:
             multiprocessors = lowbit_cuda.multiprocessors(weight)
-            reduce, limit = grad is not None, shared_limit(weight)
-            columns, splits = plan(end - begin, inputs, len(self.bits), reduce, multiprocessors, limit)
+            most = most_columns(
+                self.group_size, len(self.bits), self.clip is not None, grad is not None, shared_limit(weight)
+            )
+            columns, splits = plan(end - begin, inputs, most, multiprocessors)
         blocks = math.ceil(inputs / (128 * columns))
         partial = None
         if grad is not None:

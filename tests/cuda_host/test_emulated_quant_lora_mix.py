@@ -9,7 +9,7 @@ import torch
 
 from jointnas_kernels.ops import quant_lora_mix_cuda
 from jointnas_kernels.ops.quant_lora_mix import MixGradients, quant_lora_mix_reference
-from jointnas_kernels.ops.quant_lora_mix_cuda import WARPS, Mix, mix_forward_cuda, plan
+from jointnas_kernels.ops.quant_lora_mix_cuda import WARPS, Mix, mix_forward_cuda, most_columns, plan
 from jointnas_kernels.testing import poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -97,7 +97,7 @@ def test_mixture_and_scaling():
 @pytest.mark.parametrize(("rows", "channels"), [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (1, 128)])
 def test_launch_plan_fills_the_device(rows, channels):
     """At the 8B shapes the busiest warp has at most a fifth more (or one) tiles than an even share."""
-    columns, splits = plan(rows, channels, 3, False, 132, 227 * 1024)
+    columns, splits = plan(rows, channels, most_columns(128, 3, True, False, 227 * 1024), 132)
     blocks, tiles = math.ceil(channels / 128 / columns), math.ceil(rows / 16)
     most = math.ceil(blocks * splits / 132) * math.ceil(math.ceil(tiles / splits) / WARPS) * columns
     even = tiles * channels / 128 / (132 * WARPS)
