@@ -268,28 +268,30 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
       }
       if (REDUCE) sums[precision * 32] += total;
     }
-    if (REDUCE) continue;
 
+    if constexpr (!REDUCE) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (at_row + g + 8 * h >= p.end) continue;
-      T* out = static_cast<T*>(p.out) + static_cast<size_t>(at_row + g + 8 * h) * p.inputs + input + 8 * t;
+      for (int h = 0; h < 2; ++h) {
+        if (at_row + g + 8 * h >= p.end) continue;
+        T* out = static_cast<T*>(p.out) + static_cast<size_t>(at_row + g + 8 * h) * p.inputs + input + 8 * t;
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        Vec4 v;
+        for (int c = 0; c < 4; ++c) {
+          Vec4 v;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) v.w[k] = ptx::pack2<T>(mixed[4 * c + k][2 * h], mixed[4 * c + k][2 * h + 1]);
-        *reinterpret_cast<Vec4*>(out + 32 * c) = v;
+          for (int k = 0; k < 4; ++k) v.w[k] = ptx::pack2<T>(mixed[4 * c + k][2 * h], mixed[4 * c + k][2 * h + 1]);
+          *reinterpret_cast<Vec4*>(out + 32 * c) = v;
+        }
       }
     }
   }
-  if (!REDUCE) return;
-  const int warps = gridDim.x * gridDim.y * kWarps, self = (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp;
-  for (int precision = 0; precision < p.precisions; ++precision) {
-    float v = sums[precision * 32];
+  if constexpr (REDUCE) {
+    const int warps = gridDim.x * gridDim.y * kWarps, self = (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp;
+    for (int precision = 0; precision < p.precisions; ++precision) {
+      float v = sums[precision * 32];
 #pragma unroll
-    for (int m = 16; m; m /= 2) v += ptx::shuffle_xor(v, m);
-    if (lane == 0) p.partial[precision * warps + self] = v;
+      for (int m = 16; m; m /= 2) v += ptx::shuffle_xor(v, m);
+      if (lane == 0) p.partial[precision * warps + self] = v;
+    }
   }
 }
 
