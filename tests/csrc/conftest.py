@@ -1,0 +1,3 @@
+from tests.csrc.kernels import kernels
+
+__all__ = ["kernels"]

@@ -1,0 +1,32 @@
+"""Runs the compiled CPU kernels with a chosen instruction set and thread count, through the same ops."""
+
+from __future__ import annotations
+
+import pytest
+
+from jointnas_kernels._ext import load
+from jointnas_kernels.ops import _cpu
+
+LEVELS = {"scalar": 1, "avx2": 2, "avx512": 3, "avx512ext": 4}
+
+
+def supported(isa: int) -> bool:
+    features = load().cpu_features()
+    needs = ((), (), ("avx2",), ("avx512f",), ("avx512f", "avx512_bf16", "avx512_vnni"))[isa]
+    return all(features[name] for name in needs)
+
+
+def force(monkeypatch: pytest.MonkeyPatch, isa: int, threads: int) -> None:
+    """All kernels called from now on use this instruction set and thread count."""
+    if not supported(isa):
+        pytest.skip(f"this processor lacks {_cpu.ISAS[isa]}")
+    real = _cpu.call
+    monkeypatch.setattr(_cpu, "call", lambda name, *args: real(name, *args, threads=threads, isa=isa))
+
+
+@pytest.fixture(params=LEVELS.items(), ids=lambda item: item[0])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each instruction set in turn, with 1, 2, 3, 1 threads."""
+    isa = request.param[1]
+    force(monkeypatch, isa, (isa - 1) % 3 + 1)
+    return isa

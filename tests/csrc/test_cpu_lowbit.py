@@ -1,0 +1,89 @@
+"""The compiled low-bit linear: levels and integer sums exact, floats within fp32 rounding, per instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from jointnas_kernels.ops import _cpu, lowbit_linear
+from jointnas_kernels.ops.lowbit_linear import quantize_tokens
+from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.testing import assert_close, poisoned
+
+pytestmark = pytest.mark.usefixtures("kernels")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+A_BITS = pytest.mark.parametrize("a_bits", [2, 4, 8, 16], ids=lambda a: f"A{a}")
+W_BITS = pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda w: f"W{w}")
+# tokens, outputs, inputs, group: one row, odd rows, groups of a fraction of a vector, of several, of no whole number
+SHAPES = [(1, 1, 32, 32), (1, 37, 384, 128), (3, 5, 256, 64), (4, 33, 512, 256), (2, 7, 96, 32), (1, 19, 240, 48),
+          (5, 19, 256, 128), (17, 70, 128, 128), (13, 9, 480, 96)]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def weights(o: int, i: int, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (o, i), dtype=torch.int8)
+    return q, pack_weight(q, bits), torch.rand(o, i // group) + 0.1
+
+
+def exact(x: Tensor, q: Tensor, scale: Tensor, group: int, a_bits: int, symmetric: bool) -> Tensor:
+    """In fp64, from the quantized tokens of the reference."""
+    a, s, z = quantize_tokens(x, a_bits, symmetric) if a_bits < 16 else (x, torch.ones(1), torch.zeros(1))
+    w = (q.double().unflatten(-1, (-1, group)) * scale.double().unsqueeze(-1)).flatten(-2)
+    return ((a.double() - z.double()) * s.double()) @ w.T
+
+
+@DTYPES
+@A_BITS
+@W_BITS
+def test_values(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
+    for m, o, i, group in SHAPES:
+        q, packed, scale = weights(o, i, group, w_bits)
+        x = torch.randn(m, i).to(dtype)
+        if m > 2:
+            x[0], x[1] = 0, x[1].abs()
+        for symmetric, scale_dtype in ((False, torch.float32), (True, torch.bfloat16)):
+            scales = scale.to(scale_dtype)
+            with poisoned():
+                out = _cpu.lowbit_linear(x, packed, scales, w_bits, a_bits, group, symmetric)
+            assert_close(out, exact(x, q, scales, group, a_bits, symmetric), what=f"{(m, o, i, group)}")
+
+
+@W_BITS
+def test_integer_part_is_exact(w_bits: int) -> None:
+    """With unit scales and integer activations everything is an integer below 2^24: no rounding may happen at all."""
+    for m, o, i, group in ((1, 21, 512, 128), (9, 21, 512, 128), (4, 3, 1024, 512), (6, 3, 1024, 512)):
+        q, packed, _ = weights(o, i, group, w_bits)
+        x = torch.randint(-128, 128, (m, i)).float()
+        x[:, 0], x[:, 1] = -128, 127  # the range is exactly that of 8 bits: scale 1, zero point 0
+        x[m // 2] += 128  # here zero point -128, levels from -128 to 127
+        out = _cpu.lowbit_linear(x, packed, torch.ones(o, i // group), w_bits, 8, group, False)
+        assert torch.equal(out, x @ q.float().T)
+
+
+def test_extreme_levels_do_not_saturate() -> None:
+    """Every product at its largest magnitude of one sign."""
+    for w_bits in (2, 4, 8):
+        low, high = -(1 << (w_bits - 1)), (1 << (w_bits - 1)) - 1
+        q = torch.tensor([low, high], dtype=torch.int8).repeat_interleave(2)[:, None].expand(4, 512).contiguous()
+        packed = pack_weight(q, w_bits)
+        for m in (1, 8):
+            x = torch.full((m, 512), 127.0)
+            x[:, ::128] = -128.0
+            out = _cpu.lowbit_linear(x, packed, torch.ones(4, 4), w_bits, 8, 128, False)
+            assert torch.equal(out, x @ q.float().T)
+
+
+@DTYPES
+def test_the_op_chooses_it(dtype: torch.dtype) -> None:
+    q, packed, scale = weights(12, 256, 128, 4)
+    x = torch.randn(2, 3, 256).to(dtype)
+    scale = scale.to(dtype)
+    out = lowbit_linear(x, packed, scale, 4, 8, 128)
+    assert out.shape == (2, 3, 12)
+    assert torch.equal(out, lowbit_linear(x, packed, scale, 4, 8, 128, backend="cpu"))
+    assert_close(out.flatten(0, 1), exact(x.flatten(0, 1), q, scale, 128, 8, False))
