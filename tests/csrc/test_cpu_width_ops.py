@@ -86,13 +86,14 @@ def test_mixed_rmsnorm(shape: tuple[int, ...], masked: bool, dtype: torch.dtype)
     n = shape[-1]
     half = max(1, n // 2)
     sizes = [half, max(1, n // 3), n - (n > 2), half]  # unsorted, with a repetition
+    # a large eps, because dx of a single channel is otherwise a difference of nearly equal numbers
     tensors = [rand(*shape, dtype=dtype), rand(n, dtype=dtype), masks(len(sizes)), masks(n) if masked else None]
 
     def op(x: Tensor, weight: Tensor, alpha: Tensor, mask: Tensor | None, backend: str = "cpu") -> Tensor:
-        return ops.mixed_rmsnorm(x, weight, alpha, sizes, 1e-2, mask, backend)
+        return ops.mixed_rmsnorm(x, weight, alpha, sizes, 0.5, mask, backend)
 
     def plain(x: Tensor, weight: Tensor, alpha: Tensor, mask: Tensor | None) -> Tensor:
-        return naive.mixed_rmsnorm(x, weight, alpha, sizes, 1e-2, mask)
+        return naive.mixed_rmsnorm(x, weight, alpha, sizes, 0.5, mask)
 
     for wanted in ([0], [0, 1, 2], [0, 1, 2, 3] if masked else [0, 2]):
         compare(op, tensors, wanted, "cpu", reference=plain)
