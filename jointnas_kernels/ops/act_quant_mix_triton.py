@@ -7,7 +7,7 @@ kernels get the same bits with fewer instructions:
     significands is never a 9-bit rounding boundary and never within 2^-17 (relatively) of one.
   * fp16: x · r + RN(x · t) with r + t = 1/s (two operations); fp32: Markstein's three.
   * half types: two quotients are rounded by one packed conversion (a single one runs at an eighth of the rate), and
-    z, min and max act on the pair (``pair_code``).
+    z, min and max act on the pair (``level_code``).
   * rint, - z: with M = 1.5 · 2^23, + M rounds and one subtraction of M + z undoes both.
 """
 
@@ -25,13 +25,26 @@ from torch import Tensor
 from jointnas_kernels.ops._dispatch import interpreting, no_grad_slot, rows
 
 MAGIC = tl.constexpr(12582912.0)
-WIDEN = {  # both halves of p as fp32
-    "bf16": "shl.b32 q, p, 16; mov.b32 $0, q; and.b32 q, p, 0xffff0000; mov.b32 $1, q;",
-    "f16": "mov.b32 {h, k}, p; cvt.f32.f16 $0, h; cvt.f32.f16 $1, k;",
-}
-REGISTERS = ".reg .f32 a, b, u; .reg .b32 p, q; .reg .b16 h, k;"
-ROUND_BF16 = tl.constexpr(f"{{ {REGISTERS} cvt.rn.bf16x2.f32 p, $3, $2; {WIDEN['bf16']} }}")
-ROUND_F16 = tl.constexpr(f"{{ {REGISTERS} cvt.rn.f16x2.f32 p, $3, $2; {WIDEN['f16']} }}")
+
+
+def pair_code(half: str, *steps: str) -> tl.constexpr:
+    """PTX on two fp32 values $2, $3: rounded to a pair p of halves, ``steps`` (on p), widened to $0, $1."""
+    widen = {
+        "bf16": "shl.b32 q, p, 16; mov.b32 $0, q; and.b32 q, p, 0xffff0000; mov.b32 $1, q;",
+        "f16": "mov.b32 {h, k}, p; cvt.f32.f16 $0, h; cvt.f32.f16 $1, k;",
+    }
+    code = (".reg .b32 p, q; .reg .b16 h, k;", f"cvt.rn.{half}x2.f32 p, $3, $2;", *steps, widen[half])
+    return tl.constexpr("{ " + " ".join(code) + " }")
+
+
+def level_code(half: str, one: int) -> tl.constexpr:
+    """The same, then clamp(RN(. + z)): $4 z, $6 the lower, $8 the upper bound, in both halves."""
+    add = f"mov.b32 q, {one}; fma.rn.{half}x2 p, p, q, $4;"  # 1 · p + z: sm_80 has no packed bf16 addition
+    return pair_code(half, add, f"max.{half}x2 p, p, $6;", f"min.{half}x2 p, p, $8;")
+
+
+ROUND_BF16, ROUND_F16 = pair_code("bf16"), pair_code("f16")
+LEVEL_BF16, LEVEL_F16 = level_code("bf16", 0x3F803F80), level_code("f16", 0x3C003C00)
 
 
 @triton.jit
@@ -78,15 +91,18 @@ def scale_and_zero(
 
 
 @triton.jit
-def token_levels(
-    x, s, z, q: tl.constexpr, LOW: tl.constexpr, CODE: tl.constexpr, dtype: tl.constexpr,
-    SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Levels minus zero point of rows x [R, N] in precision q; s, z [R]."""
-    low: tl.constexpr = LOW[q]
+def both_halves(value, dtype: tl.constexpr):
+    """fp32 values that ``dtype`` holds exactly, as pairs in a 32-bit word."""
+    word = value.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return word | (word << 16)
+
+
+@triton.jit
+def token_levels(x, s, z, low: tl.constexpr, dtype: tl.constexpr, SYMMETRIC: tl.constexpr, EXACT: tl.constexpr):
+    """Levels minus zero point of rows x [R, N]; s, z [R]."""
     high: tl.constexpr = -low - 1.0
-    s2 = tl.broadcast_to(s[:, None], x.shape)
     if EXACT or dtype == tl.float32:
+        s2 = tl.broadcast_to(s[:, None], x.shape)
         if EXACT:
             v = round_to(tl.div_rn(x, s2), dtype)
         else:
@@ -98,12 +114,17 @@ def token_levels(
         v = tl.minimum(tl.maximum(v, low), high)
     else:
         r = 1.0 / s
-        rest = tl.fma(-s, r, 1.0) * r
-        bits = z.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        v = x * r[:, None]
+        if dtype == tl.float16:
+            rest = tl.fma(-s, r, 1.0) * r
+            v = tl.fma(x, tl.broadcast_to(r[:, None], x.shape), x * rest[:, None])
+        code: tl.constexpr = LEVEL_BF16 if dtype == tl.bfloat16 else LEVEL_F16
+        lower = both_halves(tl.full(s.shape, low, tl.float32), dtype)
+        upper = both_halves(tl.full(s.shape, high, tl.float32), dtype)
         v = tl.inline_asm_elementwise(
-            CODE[q], "=f,=f,f,f,f,f,f,f,r,r",
-            [x, tl.broadcast_to(r[:, None], x.shape), tl.broadcast_to(rest[:, None], x.shape),
-             tl.broadcast_to((bits | (bits << 16))[:, None], x.shape)],
+            code, "=f,=f,f,f,r,r,r,r,r,r",
+            [v, tl.broadcast_to(both_halves(z, dtype)[:, None], x.shape),
+             tl.broadcast_to(lower[:, None], x.shape), tl.broadcast_to(upper[:, None], x.shape)],
             dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
     return (v + MAGIC) - tl.expand_dims(z + MAGIC, 1)
@@ -112,9 +133,8 @@ def token_levels(
 @triton.jit
 def act_forward_kernel(
     x_ptr, mask_ptr, probs_ptr, out_ptr, levels_ptr, count, N, stride,
-    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, CODE: tl.constexpr,
-    eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens per program. LOW[q] = -2^(b-1), 0 for the identity (16 bits); levels [count, Q, 2] gets (s, z)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -135,14 +155,14 @@ def act_forward_kernel(
             s, z = scale_and_zero(least, most, LOW[q], INVERSE[q], REST[q], eps, dtype, SYMMETRIC, EXACT)
             tl.store(levels_ptr + (row * Q + q) * 2, s, mask=row < count)
             tl.store(levels_ptr + (row * Q + q) * 2 + 1, z, mask=row < count)
-            level = token_levels(x, s, z, q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+            level = token_levels(x, s, z, LOW[q], dtype, SYMMETRIC, EXACT)
             mixed = tl.fma(level, tl.broadcast_to((pi * s)[:, None], level.shape), mixed)
     tl.store(out_ptr + row[:, None] * N + col[None, :], mixed.to(dtype), mask=ok)
 
 
 @triton.jit
 def product(
-    g, x, levels_ptr, row, count, q: tl.constexpr, Q: tl.constexpr, LOW: tl.constexpr, CODE: tl.constexpr,
+    g, x, levels_ptr, row, count, q: tl.constexpr, Q: tl.constexpr, LOW: tl.constexpr,
     dtype: tl.constexpr, SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """g ⊙ Q_q(x)."""
@@ -152,15 +172,14 @@ def product(
         at = levels_ptr + (row * Q + q) * 2
         s = tl.load(at, mask=row < count, other=1.0)
         z = tl.load(at + 1, mask=row < count, other=0.0)
-        return g * (token_levels(x, s, z, q, LOW, CODE, dtype, SYMMETRIC, EXACT) * s[:, None])
+        return g * (token_levels(x, s, z, LOW[q], dtype, SYMMETRIC, EXACT) * s[:, None])
 
 
 @triton.jit
 def act_backward_kernel(
     grad_ptr, x_ptr, mask_ptr, probs_ptr, levels_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
-    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, CODE: tl.constexpr,
-    eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
     WANT_X: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_MASK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns, ROWS tokens at a time: program (c, i) takes row tiles i, i + programs, ...
@@ -197,13 +216,13 @@ def act_backward_kernel(
             if WANT_PROBS:
                 if HAS_MASK:
                     x = round_tile(x * weight[None, :], dtype, EXACT)
-                sum0 += product(g, x, levels_ptr, row, count, 0, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                sum0 += product(g, x, levels_ptr, row, count, 0, Q, LOW, dtype, SYMMETRIC, EXACT)
                 if Q > 1:
-                    sum1 += product(g, x, levels_ptr, row, count, 1, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                    sum1 += product(g, x, levels_ptr, row, count, 1, Q, LOW, dtype, SYMMETRIC, EXACT)
                 if Q > 2:
-                    sum2 += product(g, x, levels_ptr, row, count, 2, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                    sum2 += product(g, x, levels_ptr, row, count, 2, Q, LOW, dtype, SYMMETRIC, EXACT)
                 if Q > 3:
-                    sum3 += product(g, x, levels_ptr, row, count, 3, Q, LOW, CODE, dtype, SYMMETRIC, EXACT)
+                    sum3 += product(g, x, levels_ptr, row, count, 3, Q, LOW, dtype, SYMMETRIC, EXACT)
     if WANT_PROBS:
         at = dprobs_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * Q
         tl.store(at, tl.sum(sum0))
@@ -226,28 +245,6 @@ def row_config(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": max(1, 1024 // block), "num_warps": min(16, max(4, block // 1024))}
 
 
-def pair_code(low: float, half: torch.dtype, symmetric: bool) -> str:
-    """PTX for two elements: clamp(RN(RN(x / s) + z)) of a half type, widened to fp32.
-
-    $2, $3: x; $4, $5: r; $6, $7: t (r + t = 1/s); $8, $9: z in both halves. bf16 needs no t.
-    """
-    name = "bf16" if half == torch.bfloat16 else "f16"
-    both = {value: f"mov.b32 q, 0x{2 * f'{half_bits(value, half):04x}'};" for value in (1.0, low, -low - 1)}
-    quotient = "mul.rn.f32 {0}, {1}, {2};" if name == "bf16" else "mul.rn.f32 u, {1}, {3}; fma.rn.f32 {0}, {1}, {2}, u;"
-    add = "" if symmetric else f"{both[1.0]} fma.rn.{name}x2 p, p, q, $8;"  # 1 · p + z: sm_80 has no packed bf16 add
-    lower, upper = f"{both[low]} max.{name}x2 p, p, q;", f"{both[-low - 1]} min.{name}x2 p, p, q;"
-    return (
-        f"{{ {REGISTERS} "
-        + quotient.format("a", "$2", "$4", "$6") + " " + quotient.format("b", "$3", "$5", "$7")
-        + f" cvt.rn.{name}x2.f32 p, b, a; {add} {lower} {upper} {WIDEN[name]} }}"
-    )  # fmt: skip
-
-
-def half_bits(value: float, half: torch.dtype) -> int:
-    """The bit pattern of ``value``."""
-    return int(torch.tensor(value, dtype=half).view(torch.int16).item()) & 0xFFFF
-
-
 @functools.cache
 def constants(
     dtype: torch.dtype, bits: tuple[int, ...], symmetric: bool, has_mask: bool, exact: bool
@@ -255,14 +252,11 @@ def constants(
     """Compile-time arguments both kernels share."""
     spans = [(2**b - 1) / (2 if symmetric else 1) for b in bits]
     inverse = [float(np.float32(1 / span)) for span in spans]
-    half = dtype in (torch.float16, torch.bfloat16)
-    low = tuple(0.0 if b == 16 else float(-(2 ** (b - 1))) for b in bits)
     return {
         "Q": len(bits),
-        "LOW": low,
+        "LOW": tuple(0.0 if b == 16 else float(-(2 ** (b - 1))) for b in bits),
         "INVERSE": tuple(inverse),
         "REST": tuple(float(np.float32(1 / span - i)) for span, i in zip(spans, inverse, strict=True)),
-        "CODE": tuple(pair_code(value, dtype, symmetric) if half else "" for value in low),
         "eps": torch.finfo(dtype).eps,
         "SYMMETRIC": symmetric,
         "HAS_MASK": has_mask,
