@@ -1,8 +1,9 @@
-"""README tables and plots from the raw rows. Nothing in them is typed by hand.
+"""Tables and plots from the raw rows. Nothing in them is typed by hand.
 
     python benchmarks/render.py [--add FILE.jsonl ...] [--check]
 
-Tables go between <!-- results:begin --> and <!-- results:end --> in README.md, plots into benchmarks/plots. Of several
+All tables go into benchmarks/RESULTS.md, the main ones also between <!-- results:begin --> and <!-- results:end --> in
+README.md, plots into benchmarks/plots. Of several
 rows with the same name and parameters the newest counts. ``--add`` first files the rows of a GPU run under
 benchmarks/results/<device>; ``--check`` only says whether README.md is up to date.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,7 +53,7 @@ def newest(path: Path) -> list[Row]:
     found: dict[str, Row] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
-        key = json.dumps([row["name"], row["params"]], sort_keys=True)
+        key = json.dumps([row["name"], row["params"]], sort_keys=True) if "name" in row else line
         if key not in found or row["date"] >= found[key]["date"]:
             found[key] = row
     return list(found.values())
@@ -130,7 +132,61 @@ def steps(rows: list[Row], device: str) -> str:
         ratio = f"{extra['ratio']:.2f}×" if "ratio" in extra else ""
         body.append([p["panel"], shape, row["name"], seconds(row["median"]), ratio, gigabytes(extra["peak"])])
     head = ["panel", "blocks × tokens", "step", "median", "of PEFT LoRA", "peak in the step"]
-    return f"**Training steps** ({where(rows[-1])})\n\n{table(head, body)}" if body else ""
+    note = (
+        "panel main: eager; panel graph: the fastest PEFT is captured in CUDA graphs, and rows ending in *graph* "
+        "replay theirs, whose peak comes on top of what the graphs hold"
+    )
+    return f"**Training steps** ({where(rows[-1])}; {note})\n\n{table(head, body)}" if body else ""
+
+
+def gemm(rows: list[Row], device: str) -> str:
+    """Time over the number of tokens: ours as chosen automatically, and every other library."""
+    rows = [r for r in rows if r["name"] != "plan" and not r["name"].startswith("ours, ")]
+    if not rows:
+        return ""
+    tokens = sorted({r["params"]["m"] for r in rows})
+    kinds = sorted({(r["params"]["scheme"], r["name"]) for r in rows}, key=lambda k: (k[0][-2:] != "16", k))
+    body = []
+    for scheme, name in kinds:
+        found = [pick(rows, name, scheme=scheme, m=m) for m in tokens]
+        label = "16 bit" if scheme == "16" else scheme.upper()
+        body.append([label, name, *(seconds(f[-1]["median"]) if f else "" for f in found)])
+    sizes = rows[0]["params"]
+    return (
+        f"**Linear {sizes['n']}×{sizes['k']}, {sizes['dtype']}, weights rotated past the caches** ({where(rows[-1])}; "
+        f"activation quantization included in ours)\n\n{table(['bits', 'by', *(f'M = {m}' for m in tokens)], body)}"
+    )
+
+
+def search(rows: list[Row], device: str) -> str:
+    """Found models against random ones of the same cost, and against all choices of a small space."""
+    body = []
+    scores = [r for r in rows if r.get("kind") == "score" and r.get("experiment") == "joint"]
+    for seed in sorted({r["seed"] for r in scores}):
+        here = [r for r in scores if r["seed"] == seed]
+        found = [r["ce"] for r in here if r["role"] == "found"]
+        others = [r["ce"] for r in here if r["role"] == "random"]
+        if found and others:
+            values = (found[0], statistics.median(others), min(others))
+            body.append([str(seed), *(f"{v:.3f}" for v in values), str(len(others))])
+    parts = []
+    if body:
+        head = ["seed", "found", "median of random", "best of random", "random models"]
+        parts.append(
+            f"**Joint search, `tiny` space with bits: cross-entropy (nats per token) after the same fine-tuning** "
+            f"({where(scores[-1])})\n\n{table(head, body)}"
+        )
+    truth = [r for r in rows if r.get("kind") == "summary" and (r.get("exhaustive") or {}).get("searches")]
+    if truth:
+        last = truth[-1]["exhaustive"]
+        runs = last["searches"]
+        distance, hits = max(f["behind_front"] for f in runs), sum(f["on_front"] for f in runs)
+        parts.append(
+            f"**Against all {last['of']} choices of a sub-space without bits, each fine-tuned** ({where(truth[-1])}): "
+            f"{hits} of {len(runs)} searches ({len({f['seed'] for f in runs})} seeds) ended on the true front; the "
+            f"farthest was {distance:.3f} nats behind it; hypervolume {last['hypervolume']['all']:.3f} of the front's."
+        )
+    return "\n\n".join(parts)
 
 
 def kernels(rows: list[Row], device: str) -> str:
@@ -193,8 +249,9 @@ def ceilings(rows: list[Row], device: str) -> str:
 
 
 SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
-    **{"masks": masks, "step": steps, "kernels": kernels, "ceilings": ceilings}
+    **{"step": steps, "masks": masks, "gemm": gemm, "search": search, "kernels": kernels, "ceilings": ceilings}
 }
+MAIN = ("step", "masks", "gemm", "search")  # what README shows
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
@@ -243,12 +300,12 @@ def plot_masks(rows: list[Row], device: str) -> None:
 # --- README -----------------------------------------------------------------------------------------------------------
 
 
-def sections() -> str:
-    """All tables, GPUs first."""
+def sections(topics: Iterable[str]) -> str:
+    """The tables of some topics, GPUs first."""
     parts = []
     folders = sorted((f for f in RESULTS.iterdir() if f.is_dir()), key=lambda f: ("core" in f.name, f.name))
-    for folder in folders if RESULTS.exists() else []:
-        found = [(render, newest(folder / f"{topic}.jsonl")) for topic, render in SECTIONS.items()]
+    for folder in folders:
+        found = [(SECTIONS[topic], newest(folder / f"{topic}.jsonl")) for topic in topics]
         texts = [render(rows, rows[0]["device"]) for render, rows in found if rows]
         name = next((rows[0]["device"] for _, rows in found if rows), folder.name)
         if any(texts):
@@ -269,10 +326,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"README.md has no {BEGIN} … {END}", file=sys.stderr)
         return 1
     before, rest = text.split(BEGIN, 1)
-    new = f"{before}{BEGIN}\n{sections()}\n{END}{rest.split(END, 1)[1]}"
+    new = f"{before}{BEGIN}\n{sections(MAIN)}\n{END}{rest.split(END, 1)[1]}"
+    report = ROOT / "benchmarks" / "RESULTS.md"
+    tables = sections(SECTIONS).replace("benchmarks/plots", "plots")
+    full = f"# Results\n\nWritten by `render.py` from `results/`.\n\n{tables}"
     if args.check:
-        return 0 if new == text else 1
+        return 0 if new == text and report.exists() and report.read_text() == full + "\n" else 1
     readme.write_text(new)
+    report.write_text(full + "\n")
     return 0
 
 
