@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q "torch>=2.11"; \
-	else $(BIN)/pip install -q --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"; fi
+	else $(BIN)/pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"; fi
 	$(BIN)/pip install -q -e ".[dev]"
 	@touch $(STAMP)
 
