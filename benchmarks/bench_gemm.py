@@ -150,7 +150,7 @@ def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
     hopper = torch.cuda.get_device_capability() == (9, 0)
     if a_bits < 16:
         a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
-        kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS else lowbit_cuda.tile
+        kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS[a_bits] else lowbit_cuda.tile
         found["ours, quantized x"] = lambda w: kernel(a, w, (s, z))
         if hopper and x.shape[0] >= 64:
             b, sb, zb = lowbit_cuda.quantize_pack(x, a_bits, layout=1)

@@ -19,9 +19,9 @@ from jointnas_kernels.ops.pack import TILE_INPUTS, tile_planes, tile_scale, tile
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
-STREAM_TOKENS = 32  # up to here the streaming kernel, beyond it the tiled one
-# from here on 16-bit activations take the library's GEMM on dequantised weights: without wgmma, with it
-DENSE_TOKENS = (256, 2048)
+# Most tokens the streaming kernel takes. W4A16 at 8192 x 8192 on an H200, us at 64 tokens: stream 36, wgmma 47, tile 62,
+# the library's GEMM on dequantised weights 84; at 512 wgmma 149, dense 130. Two passes more cost the stream another 36.
+STREAM_TOKENS = {16: 128, 8: 32, 4: 32, 2: 32}
 LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
 BLOCK_ROWS = 128  # of the tiled, wgmma and int8 kernels
 INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
@@ -233,18 +233,15 @@ def choose(tokens: int, weight: CudaWeight, a_bits: int, device: torch.device) -
         if a_bits not in PLANE_BITS:
             raise JointNASError(f"bit-plane weights take activations of {PLANE_BITS} bits, got {a_bits}")
         return "bitplane"
-    if tokens <= STREAM_TOKENS:
+    if tokens <= STREAM_TOKENS[a_bits]:
         return "stream"
-    if a_bits == 16 and tokens >= DENSE_TOKENS[1]:
-        return "dense"
-    hopper = verified("wgmma", weight.bits, weight.scale.dtype, device)
     if a_bits == 16:
-        return "wgmma" if hopper else "dense" if tokens >= DENSE_TOKENS[0] else "tile"
+        return "dense"
     sms = multiprocessors(weight.weight)
     fills = Int8Plan(16, 2).blocks(tokens, weight.rows) >= sms // 2  # it cannot split along the inputs
     if tokens >= INT8_TOKENS and fills and verified("int8", weight.bits, weight.scale.dtype, device):
         return "int8"
-    return "wgmma" if hopper else "tile"
+    return "wgmma" if verified("wgmma", weight.bits, weight.scale.dtype, device) else "tile"
 
 
 def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = False) -> Tensor:
