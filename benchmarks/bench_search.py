@@ -11,7 +11,8 @@ exhaustive  no bits, hidden x intermediate x blocks = 30 choices. All of them ar
 
 --table is a latency table of the target device, e.g. from `jointnas profile --out FILE` on a CPU; it need not be the
 device that trains. Cross-entropies are nats per token on held-out text. A row per search and per fine-tuned choice is
-appended to FOLDER/search.jsonl as soon as it is known, the summary at the end.
+appended to FOLDER/search.jsonl as soon as it is known, the summary at the end; what a row of the same settings already
+answers is not computed again.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ class Settings:
     batch: int
     seq: int
     threads: int
+
+    def public(self, job: Job) -> dict[str, Any]:
+        """What a row says of its settings: of the table only its name."""
+        return {**self.__dict__, "table": Path(self.table).name, **job.search}
 
     def config(self, experiment: str, seed: int, **search: Any) -> RunConfig:
         joint = experiment == "joint"
@@ -113,7 +118,7 @@ def work(settings: Settings, job: Job) -> dict[str, Any]:
     began = time.monotonic()
     row: dict[str, Any] = {
         "topic": "search", "experiment": job.experiment, "kind": job.kind, "role": job.role, "seed": job.seed,
-        "settings": {**settings.__dict__, **job.search},
+        "settings": settings.public(job),
     }  # fmt: skip
     if job.kind == "search":
         row |= run_search(here, config)
@@ -153,10 +158,27 @@ class Bench:
         self.began, self.deadline = time.monotonic(), time.monotonic() + seconds
         self.pool = multiprocessing.get_context("spawn").Pool(workers)
 
+    def known(self) -> dict[str, dict[str, Any]]:
+        """Rows that are already there, by what they answer."""
+        lines = self.out.read_text().splitlines() if self.out.exists() else []
+        rows = [row for row in map(json.loads, lines) if row["kind"] != "summary"]
+        return {self.question(row, row["settings"], row["choice"]): row for row in rows}
+
+    @staticmethod
+    def question(job: dict[str, Any], settings: dict[str, Any], choice: dict[str, Any] | None) -> str:
+        who = [job[k] for k in ("experiment", "kind", "role", "seed")]
+        return json.dumps([who, settings, choice if job["kind"] == "score" else None], sort_keys=True)
+
     def run(self, jobs: Iterable[Job]) -> list[dict[str, Any]]:
         """Rows of the jobs that finished before the deadline."""
-        waiting = [(job, self.pool.apply_async(work, (self.settings, job))) for job in jobs]
-        rows = []
+        known, rows, waiting = self.known(), [], []
+        for job in jobs:
+            choice = job.choice.to_dict() if job.choice else None
+            row = known.get(self.question(job.__dict__, self.settings.public(job), choice))
+            if row is not None:
+                rows.append(row)
+            else:
+                waiting.append((job, self.pool.apply_async(work, (self.settings, job))))
         while waiting and time.monotonic() < self.deadline:
             for entry in list(waiting):
                 job, result = entry
@@ -218,6 +240,8 @@ def exhaustive(bench: Bench, seeds: int, etas: list[float]) -> dict[str, Any]:
     truth = {Choice.from_dict(r["choice"]): (r["predicted_ms"], r["ce"]) for r in rows if r["kind"] == "score"}
     choices = list(truth)
     points = [truth[c] for c in choices]
+    if not points:
+        return {"choices": 0, "of": space.size()}
     front = [points[i] for i in pareto(points)]
     reference = (max(p[0] for p in points) * 1.01, max(p[1] for p in points) * 1.01)
     summary: dict[str, Any] = {
