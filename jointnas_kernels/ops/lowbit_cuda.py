@@ -19,8 +19,8 @@ from jointnas_kernels.ops.pack import TILE_INPUTS, tile_planes, tile_scale, tile
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
-# Most tokens the streaming kernel takes. W4A16 at 8192 x 8192 on an H200, us at 64 tokens: stream 36, wgmma 47, tile 62,
-# the library's GEMM on dequantised weights 84; at 512 wgmma 149, dense 130. Two passes more cost the stream another 36.
+# Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, wgmma 47,
+# tile 62, the library's GEMM on dequantised weights 84; at 512: wgmma 149, dense 130. 32 tokens more cost stream 18.
 STREAM_TOKENS = {16: 128, 8: 32, 4: 32, 2: 32}
 LOCKS = 4096  # strips of rows x blocks of tokens that may be split along the inputs
 BLOCK_ROWS = 128  # of the tiled, wgmma and int8 kernels
