@@ -80,7 +80,7 @@ def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits
         return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
     if chosen == "cpu":
         check(group_size % (32 // w_bits) == 0, NAME,
-              f"backend 'cpu' takes a group_size that is a multiple of {32 // w_bits} at {w_bits} bits, got {group_size}")
+              f"backend 'cpu' needs a group_size multiple of {32 // w_bits} at {w_bits} bits; it is {group_size}")
         return _cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric)
     if chosen == "cuda":
         check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.aot.harness import ARCHES, compile_kernel
 
 from jointnas_kernels.ops import lowbit_triton
+from tests.aot.harness import ARCHES, compile_kernel
 
 
 @pytest.mark.parametrize("arch", ARCHES)

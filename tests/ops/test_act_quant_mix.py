@@ -92,7 +92,8 @@ def test_zeros_stay_zero_and_identity_is_exact(dtype: torch.dtype) -> None:
     x = tokens(dtype)
     for bits in range(2, 9):
         quantized = fake_quant_tokens(x, bits)
-        assert (quantized[x == 0] == 0).all() and quantized.isfinite().all()
+        assert (quantized[x == 0] == 0).all()
+        assert quantized.isfinite().all()
     assert torch.equal(ops.act_quant_mix(x, (16,), torch.ones(1)), x)
 
 
@@ -123,7 +124,7 @@ def test_registration(backend: str | None) -> None:
 
 def test_bad_arguments() -> None:
     x, probs = torch.randn(2, 8), torch.rand(2)
-    with pytest.raises(JointNASError, match="activation bit width '9'.*Allowed: 2"):
+    with pytest.raises(JointNASError, match=r"activation bit width '9'.*Allowed: 2"):
         ops.act_quant_mix(x, (4, 9), probs)
     with pytest.raises(JointNASError, match="one entry per bit width"):
         ops.act_quant_mix(x, BITS, probs)
