@@ -101,7 +101,11 @@ def test_bad_input():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.integers(1, 64), st.integers(1, 30000), st.integers(1, 256), st.sampled_from((1, 78, 108, 132)), st.sampled_from(W)
+    st.integers(1, 64),
+    st.integers(1, 30000),
+    st.integers(1, 256),
+    st.sampled_from((1, 78, 108, 132)),
+    st.sampled_from(W),
 )
 def test_plans_are_one_wave_where_possible(tokens, rows, groups, sms, bits):
     plan = stream_plan(tokens, rows, groups * 128, bits, sms)
