@@ -15,13 +15,19 @@ from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, unsupport
 from jointnas_kernels.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BITS = (2, 4, 8)
 # (rows, inputs, rank, group): tile-sized, odd rows, groups that are no power of two, groups wider than a tile
 SHAPES = [
     *((256, 512, 32, 128), (65, 384, 32, 128), (1, 128, 1, 128)),
     *((33, 160, 5, 32), (17, 96, 4, 48), (40, 768, 8, 256)),
 ]
+# Every Triton kernel is compiled anew for each type, shape and set of gradients (about 2 s): no full product of them.
+CASES = [*((BF16, shape) for shape in SHAPES), (FP16, SHAPES[1]), (FP32, SHAPES[1]), (FP16, SHAPES[4])]
+LINEAR = [
+    *(("full", "clip", *case) for case in CASES),
+    *((mode, ste, BF16, SHAPES[1]) for mode in ("weight", "arch", "full") for ste in ("identity", "clip")),
+][:-1]  # the last combination is among the cases
 
 
 def make(shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -57,9 +63,8 @@ def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().float().requires_grad_(v.requires_grad) for k, v in inputs.items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), CASES, ids=str)
 @pytest.mark.parametrize("with_clip", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mix_levels_are_exact(shape, with_clip, dtype, device):
     """One precision on: every level equals the reference's true division and rounding."""
     t = make(shape, dtype, device)
@@ -77,9 +82,8 @@ def test_mix_levels_are_exact(shape, with_clip, dtype, device):
         assert torch.equal(fake, quant_lora_mix(*args, backend="reference"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), [case for case in CASES if case[0] != FP32], ids=str)
 @pytest.mark.parametrize("with_clip", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
     """Any LoRA, against fp64. A few scales round the other way and move single levels: hence the wide tolerance."""
     t = make(shape, dtype, device)
@@ -98,7 +102,7 @@ def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
 
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("rank", [8, 16, 24, 32])
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_cuda_mix_plans(group, rank, dtype, device):
@@ -126,11 +130,8 @@ def test_cuda_probs_over_several_chunks(shape, device):
     assert_close(got, expected, 1e-2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("ste", ["identity", "clip"])
-@pytest.mark.parametrize("mode", ["weight", "arch", "full"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 130])
+@pytest.mark.parametrize(("mode", "ste", "dtype", "shape"), LINEAR, ids=str)
+@pytest.mark.parametrize("tokens", [3, 130])
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_linear_gradients(backend, tokens, shape, mode, ste, dtype, device):
     o, i, _, g = shape
@@ -159,9 +160,8 @@ def test_linear_gradients(backend, tokens, shape, mode, ste, dtype, device):
         assert_close(a, b, tol, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "shape"), [CASES[0], CASES[3], *CASES[-3:]], ids=str)
 @pytest.mark.parametrize("ste", ["identity", "clip"])
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_mix_gradients_of_a_given_weight_gradient(shape, ste, dtype, device):
     t = make(shape, dtype, device)
     names = ["lora_a", "lora_b", "probs"] + (["clip"] if ste == "clip" else [])
@@ -177,7 +177,7 @@ def test_mix_gradients_of_a_given_weight_gradient(shape, ste, dtype, device):
         assert_close(a, b, {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype], name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_fake_quant_gradients(symmetric, dtype, device):
     weight = torch.randn(37, 384, device=device).to(dtype).requires_grad_()
@@ -192,9 +192,15 @@ def test_fake_quant_gradients(symmetric, dtype, device):
             assert_close(a, b, 1e-5 if a.dtype == torch.float32 else None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("shape", [(3, 1), (5, 17), (2, 3, 64), (300, 129), (9, 4096), (3, 14336)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        *((BF16, shape) for shape in ((3, 1), (2, 3, 64), (300, 129), (9, 4096), (3, 14336))),
+        *((dtype, (40, 1000)) for dtype in (FP16, FP32)),
+    ],
+    ids=str,
+)
 def test_act_levels_and_gradients(shape, symmetric, dtype, device):
     x = (torch.randn(shape) * torch.rand((*shape[:-1], 1)) * 3).to(dtype)
     x[0], x[-1] = 0, x[-1].abs()
