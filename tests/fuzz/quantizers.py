@@ -155,8 +155,8 @@ def quant_lora_mix(source: Source) -> Case:
             ),
         ),
         lambda t, _: (m.value(t),),
-        # the incoming gradient, masked or not, may be stored for the tensor cores before B'^T G and G A^T
-        limits={"dlora_a": limit(source.dtype, 2), "dlora_b": limit(source.dtype, 2)},
+        # the incoming gradient, masked and times probs, may be stored for the matrix units before B'^T G and G A^T
+        limits={name: limit(source.dtype, SUMMED + 1) for name in ("dlora_a", "dlora_b")},
         wanted=wanted,
         layouts=mixture_layouts(source),
         bounds=bounds,
