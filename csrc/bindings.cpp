@@ -73,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   JN_DEF(cpu_mixed_weight);
   JN_DEF(cpu_mixed_weight_backward);
   JN_DEF(cpu_quant_lora_mix);
+  JN_DEF(cpu_quant_lora_mix_backward);
   JN_DEF(cpu_lowbit_linear);
   JN_DEF(cpu_act_quant_mix);
   JN_DEF(cpu_act_quant_mix_backward);

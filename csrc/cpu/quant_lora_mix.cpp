@@ -1,4 +1,4 @@
-// quant_lora_mix forward:  out = sum_p probs[p] * Q_p(W + B'_p A_p)   in one pass over W
+// quant_lora_mix:  out = sum_p probs[p] * Q_p(W + B'_p A_p)   in one pass over W, and what its backward needs of Q_p
 //     W, out [O, I] dtype; A [P, r, I], B [P, O, r] lora_dtype; B' = scaling * B; A and B' rounded to dtype
 //     Q_p: signed symmetric, bits[p], groups of g along I: s = clip * max|w| / ((2^b - 1)/2) rounded to dtype,
 //          s < 2^-100 becomes 1, q = clamp(rint(w / s), -2^(b-1), 2^(b-1) - 1), Q = q * s
@@ -9,6 +9,10 @@
 // in vector operations, because one by one their chain of reduction, two divisions and rounding is ~60 cycles; (4)
 // levels and mixture.
 // Cost at P = 3, r = 32: per 16 elements and precision 16 vdpbf16ps (or 32 fma) and 9 others.
+//
+// Backward takes rows of the gradient G = dL/dout, computes the levels again in the same way and reduces them:
+//     dprobs[p] = <G, Q_p>,  dclip = probs[p] ds/dclip sum_group G (q - inside w/s),  and writes inside * G (ste="clip")
+// for the products with A and B, which are the library's.
 //
 // Division: with r = RN(1/s), y = RN(w r), e = fma(-y, s, w), fma(e, r, y) is RN(w / s) (Markstein); without fma
 // instructions (scalar) a real division. Levels equal those of an fp32 reference except where the LoRA sum, whose
@@ -166,49 +170,114 @@ void write_row(const float* mix, T* out, int64_t n, bool nontemporal) {
   if (j < n) store(out + j, load(mix + j, n - j), n - j);
 }
 
+struct Scratch {
+  float *base, *t, *mix;  // [kRows][ld]
+  float *absmax, *clip, *s, *r;  // [rows][groups of the tile]
+  float* b;  // [P][rows][K]
+  Scratch(const MixPlan& plan, float* memory) {
+    const int64_t matrix = kRows * plan.ld, vector = kRows * (plan.tile / plan.g);
+    base = memory, t = base + matrix, mix = t + matrix;
+    absmax = mix + matrix, clip = absmax + vector, s = clip + vector, r = s + vector, b = r + vector;
+  }
+};
+
+// T, s and 1/s of precision p for the tile in m.base.
+template <class T>
+void scaled_tile(const MixPlan& plan, const Scratch& m, int64_t p, int64_t tile, int64_t row0, int64_t rows,
+                 int64_t cols) {
+  const int64_t ld = plan.ld, g = plan.g, groups = cols / g, col0 = tile * plan.tile;
+  lora_tile(plan.dot, m.base, plan.a + (tile * plan.P + p) * plan.K * ld, m.b + p * rows * plan.K, m.t, rows, plan.K,
+            cols, ld);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t k = 0; k < groups; ++k) {
+      m.absmax[i * groups + k] = group_max(m.t + i * ld + k * g, g);
+      if (plan.clip) m.clip[i * groups + k] = plan.clip[(p * plan.O + row0 + i) * (plan.I / g) + col0 / g + k];
+    }
+  const float divisor = (static_cast<float>(1 << plan.bits[p]) - 1.0f) / 2.0f;
+  group_scales<T>(m.absmax, plan.clip ? m.clip : nullptr, m.s, m.r, rows * groups, divisor);
+}
+
+// W of one tile, widened.
+template <class T>
+void load_tile(const MixPlan& plan, const Scratch& m, int64_t tile, int64_t row0, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* w = static_cast<const T*>(plan.w) + (row0 + i) * plan.I + tile * plan.tile;
+    widen_row(w, m.base + i * plan.ld, cols);
+    // The next tile of this row: 4 to 8 lines that the hardware does not expect, as the rows are pages apart.
+    if (tile + 1 < plan.tiles)
+      for (int64_t j = 0; j < plan.tile; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(w + cols + j);
+  }
+}
+
 // One chunk: rows [row0, row0 + rows) of everything.
 template <class T>
 void mix_rows(const MixPlan& plan, int64_t row0, int64_t rows, float* scratch) {
-  const int64_t ld = plan.ld, g = plan.g, per_tile = plan.tile / g;
-  float* base = scratch;
-  float* t = base + kRows * ld;
-  float* mix = t + kRows * ld;
-  float* absmax = mix + kRows * ld;
-  float* clip = absmax + kRows * per_tile;
-  float* s = clip + kRows * per_tile;
-  float* r = s + kRows * per_tile;
-  float* b = r + kRows * per_tile;  // [P][rows][K]
-  plan.pack_b(plan, b, row0, rows);
+  const int64_t ld = plan.ld, g = plan.g;
+  const Scratch m(plan, scratch);
+  plan.pack_b(plan, m.b, row0, rows);
   for (int64_t tile = 0; tile < plan.tiles; ++tile) {
     const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0), groups = cols / g;
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* w = static_cast<const T*>(plan.w) + (row0 + i) * plan.I + col0;
-      widen_row(w, base + i * ld, cols);
-      // The next tile of this row: 4 to 8 lines that the hardware does not expect, as the rows are pages apart.
-      if (tile + 1 < plan.tiles)
-        for (int64_t j = 0; j < plan.tile; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(w + cols + j);
-    }
+    load_tile<T>(plan, m, tile, row0, rows, cols);
     for (int64_t p = 0; p < plan.P; ++p) {
-      const float* a = plan.a + (tile * plan.P + p) * plan.K * ld;
-      lora_tile(plan.dot, base, a, b + p * rows * plan.K, t, rows, plan.K, cols, ld);
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < groups; ++k) {
-          absmax[i * groups + k] = group_max(t + i * ld + k * g, g);
-          if (plan.clip) clip[i * groups + k] = plan.clip[(p * plan.O + row0 + i) * (plan.I / g) + col0 / g + k];
-        }
-      const float levels = static_cast<float>(1 << plan.bits[p]);
-      group_scales<T>(absmax, plan.clip ? clip : nullptr, s, r, rows * groups, (levels - 1.0f) / 2.0f);
+      scaled_tile<T>(plan, m, p, tile, row0, rows, cols);
+      const float half = static_cast<float>(1 << plan.bits[p]) / 2.0f;
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t k = 0; k < groups; ++k) {
           const int64_t n = i * groups + k, at = i * ld + k * g;
           const auto f = p == 0 ? mix_group<true> : mix_group<false>;
-          f(t + at, mix + at, g, s[n], r[n], plan.probs[p] * s[n], -levels / 2.0f, levels / 2.0f - 1.0f);
+          f(m.t + at, m.mix + at, g, m.s[n], m.r[n], plan.probs[p] * m.s[n], -half, half - 1.0f);
         }
     }
     for (int64_t i = 0; i < rows; ++i)
-      write_row(mix + i * ld, static_cast<T*>(plan.out) + (row0 + i) * plan.I + col0, cols, plan.nontemporal);
+      write_row(m.mix + i * ld, static_cast<T*>(plan.out) + (row0 + i) * plan.I + col0, cols, plan.nontemporal);
   }
   if (plan.nontemporal) stream_end();
+}
+
+// Of one group: returns {sum G q, sum G (q - inside v)} and writes inside * G, if asked to.
+template <class G>
+std::pair<float, float> group_gradients(const float* t, const G* grad, G* masked, int64_t g, float s1, float r1,
+                                        float low1, float high1) {
+  const vf s = set(s1), r = set(r1), low = set(low1), high = set(high1);
+  vf along = set(0.0f), slope = set(0.0f);
+  each(0, g, [&](auto at) {
+    const vf d = at(grad), v = divide(at(t), s, r), n = round(v), q = min(high, max(low, n));
+    const vf inside = less(abs(n - q), set(0.5f), set(1.0f), set(0.0f));
+    along = fma(d, q, along);
+    slope = fma(d, fnma(inside, v, q), slope);
+    if (masked) at.put(masked, d * inside);
+  });
+  return {sum(along), sum(slope)};
+}
+
+// Rows [row0, row0 + rows) of the backward; grad.rows counts from grad.begin.
+template <class T, class G>
+void mix_backward_rows(const MixPlan& plan, const MixGrad& grad, int64_t row0, int64_t rows, float* dprobs,
+                       float* scratch) {
+  const int64_t ld = plan.ld, g = plan.g;
+  const Scratch m(plan, scratch);
+  plan.pack_b(plan, m.b, row0, rows);
+  for (int64_t p = 0; p < plan.P; ++p) dprobs[p] = 0.0f;
+  for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+    const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0), groups = cols / g;
+    load_tile<T>(plan, m, tile, row0, rows, cols);
+    for (int64_t p = 0; p < plan.P; ++p) {
+      scaled_tile<T>(plan, m, p, tile, row0, rows, cols);
+      const float half = static_cast<float>(1 << plan.bits[p]) / 2.0f;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t k = 0; k < groups; ++k) {
+          const int64_t n = i * groups + k, local = row0 + i - grad.begin, col = col0 + k * g;
+          const G* from = static_cast<const G*>(grad.grad) + local * plan.I + col;
+          G* masked = grad.masked ? static_cast<G*>(grad.masked) + (p * grad.count + local) * plan.I + col : nullptr;
+          const auto [along, slope] =
+              group_gradients(m.t + i * ld + k * g, from, masked, g, m.s[n], m.r[n], -half, half - 1.0f);
+          dprobs[p] += m.s[n] * along;
+          if (grad.dclip)
+            grad.dclip[(p * plan.O + row0 + i) * (plan.I / g) + col / g] =
+                plan.probs[p] * slope * (m.absmax[n] / (half - 0.5f));
+        }
+    }
+  }
 }
 
 }  // namespace JN_ISA
@@ -219,6 +288,7 @@ void mix_rows(const MixPlan& plan, int64_t row0, int64_t rows, float* scratch) {
 #include <atomic>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "bf16.h"
 #include "cpu_ops.h"
@@ -246,6 +316,13 @@ struct MixPlan {
   float scaling;
   bool dot, nontemporal;
   void (*pack_b)(const MixPlan&, float* b, int64_t row0, int64_t rows);
+};
+
+struct MixGrad {
+  const void* grad;  // [count, I]: rows begin.. of the gradient
+  void* masked;  // [P, count, I] or null
+  float* dclip;  // [P, O, I/g] or null
+  int64_t begin, count;
 };
 
 }  // namespace jnk
@@ -298,8 +375,9 @@ void pack_b_rows(const MixPlan& plan, float* b, int64_t row0, int64_t rows) {
             plan, k, [&](int64_t j) { return plan.scaling * to_float(lora_b[(p * plan.O + row0 + i) * plan.rank + j]); });
 }
 
-template <class T, class L>
-int run(MixPlan plan, const void* lora_a, int level, int threads) {
+// f(row0, rows, chunk, scratch) for the rows [begin, end), with A packed.
+template <class T, class L, class F>
+int run(MixPlan plan, const void* lora_a, int64_t begin, int64_t end, int threads, const F& f) {
   const Buffer packed = allocate(plan.tiles * plan.P * plan.K * plan.ld);
   if (!packed) return kNoMemory;
   parallel_for(plan.tiles, threads, [&](int64_t tile) {
@@ -309,41 +387,87 @@ int run(MixPlan plan, const void* lora_a, int level, int threads) {
   plan.pack_b = pack_b_rows<T, L>;
   const int64_t scratch = 3 * kRows * plan.ld + 4 * kRows * (plan.tile / plan.g) + plan.P * kRows * plan.K;
   std::atomic<int> error{kOk};
-  parallel_for((plan.O + kRows - 1) / kRows, threads, [&](int64_t chunk) {
-    const int64_t row0 = chunk * kRows;
+  parallel_for((end - begin + kRows - 1) / kRows, threads, [&](int64_t chunk) {
+    const int64_t row0 = begin + chunk * kRows;
     const Buffer buffer = allocate(scratch);
     if (!buffer) {
       error = kNoMemory;
       return;
     }
-    JN_DISPATCH(level, mix_rows<T>(plan, row0, std::min(kRows, plan.O - row0), buffer.get()));
+    f(plan, row0, std::min(kRows, end - row0), chunk, buffer.get());
   });
   return error;
 }
 
-}  // namespace
-}  // namespace jnk
-
-int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b, const float* probs, const float* clip,
-                          const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,
-                          float scaling, int dtype, int lora_dtype, int threads, int isa) {
-  using namespace jnk;
-  const int level = choose_isa(isa, dtype == kBf16 ? kHasBf16 : kNone);
-  if (!level) return kIsaMissing;
+// The plan of arguments that forward and backward share; level 0 if the instruction set is missing.
+MixPlan make_plan(const void* w, const void* lora_b, const float* probs, const float* clip, const int* bits, int64_t O,
+                  int64_t I, int64_t P, int64_t rank, int64_t g, float scaling, int dtype, int isa, int& level) {
   MixPlan plan{};
-  plan.w = w, plan.lora_b = lora_b, plan.probs = probs, plan.clip = clip, plan.bits = bits, plan.out = out;
+  level = choose_isa(isa, dtype == kBf16 ? kHasBf16 : kNone);
+  plan.w = w, plan.lora_b = lora_b, plan.probs = probs, plan.clip = clip, plan.bits = bits;
   plan.O = O, plan.I = I, plan.P = P, plan.rank = rank, plan.g = g, plan.scaling = scaling;
   plan.dot = dtype == kBf16 && level == kAvx512Ext;
   plan.K = plan.dot ? (rank + 1) / 2 : rank;
   plan.tile = std::max(g, kColumns / g * g);
   plan.ld = (plan.tile + 15) / 16 * 16;
   plan.tiles = (I + plan.tile - 1) / plan.tile;
-  plan.nontemporal = O * I * (dtype == kBf16 ? 2 : 4) > (8 << 20);
-  if (dtype == kF32 && lora_dtype == kF32) return run<float, float>(plan, lora_a, level, threads);
-  if (dtype == kF32 && lora_dtype == kBf16) return run<float, bf16>(plan, lora_a, level, threads);
-  if (dtype == kBf16 && lora_dtype == kF32) return run<bf16, float>(plan, lora_a, level, threads);
-  if (dtype == kBf16 && lora_dtype == kBf16) return run<bf16, bf16>(plan, lora_a, level, threads);
+  return plan;
+}
+
+// f(weight type, lora type) for the dtypes.
+template <class F>
+int by_dtypes(int dtype, int lora_dtype, const F& f) {
+  if (dtype == kF32 && lora_dtype == kF32) return f(float{}, float{});
+  if (dtype == kF32 && lora_dtype == kBf16) return f(float{}, bf16{});
+  if (dtype == kBf16 && lora_dtype == kF32) return f(bf16{}, float{});
+  if (dtype == kBf16 && lora_dtype == kBf16) return f(bf16{}, bf16{});
   return kBadArgument;
+}
+
+}  // namespace
+}  // namespace jnk
+
+using namespace jnk;
+
+int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b, const float* probs, const float* clip,
+                          const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,
+                          float scaling, int dtype, int lora_dtype, int threads, int isa) {
+  int level;
+  MixPlan plan = make_plan(w, lora_b, probs, clip, bits, O, I, P, rank, g, scaling, dtype, isa, level);
+  if (!level) return kIsaMissing;
+  plan.out = out;
+  plan.nontemporal = O * I * (dtype == kBf16 ? 2 : 4) > (8 << 20);
+  return by_dtypes(dtype, lora_dtype, [&](auto t, auto l) {
+    using T = decltype(t);
+    return run<T, decltype(l)>(plan, lora_a, 0, O, threads,
+                               [&](const MixPlan& ready, int64_t row0, int64_t rows, int64_t, float* scratch) {
+                                 JN_DISPATCH(level, mix_rows<T>(ready, row0, rows, scratch));
+                               });
+  });
+}
+
+int jn_cpu_quant_lora_mix_backward(const void* w, const void* lora_a, const void* lora_b, const float* probs,
+                                   const float* clip, const int* bits, const void* grad, void* masked, float* dprobs,
+                                   float* dclip, int64_t begin, int64_t count, int64_t O, int64_t I, int64_t P,
+                                   int64_t rank, int64_t g, float scaling, int dtype, int lora_dtype, int grad_dtype,
+                                   int threads, int isa) {
+  int level;
+  const MixPlan plan = make_plan(w, lora_b, probs, clip, bits, O, I, P, rank, g, scaling, dtype, isa, level);
+  if (!level) return kIsaMissing;
+  if (grad_dtype != kF32 && grad_dtype != kBf16) return kBadArgument;
+  const MixGrad rows_of{grad, masked, dclip, begin, count};
+  return by_dtypes(dtype, lora_dtype, [&](auto t, auto l) {
+    using T = decltype(t);
+    return run<T, decltype(l)>(
+        plan, lora_a, begin, begin + count, threads,
+        [&](const MixPlan& ready, int64_t row0, int64_t rows, int64_t chunk, float* scratch) {
+          float* sums = dprobs + chunk * P;
+          if (grad_dtype == kF32)
+            JN_DISPATCH(level, mix_backward_rows<T, float>(ready, rows_of, row0, rows, sums, scratch));
+          else
+            JN_DISPATCH(level, mix_backward_rows<T, bf16>(ready, rows_of, row0, rows, sums, scratch));
+        });
+  });
 }
 
 #endif

@@ -23,6 +23,15 @@ int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b,
                           const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,
                           float scaling, int dtype, int lora_dtype, int threads, int isa);
 
+// The backward's reductions for rows [begin, begin + count) of the gradient, grad [count, I] grad_dtype:
+// dprobs [ceil(count / 12), P] partial sums of <G, Q_p>; masked [P, count, I] grad_dtype or null: G where the level was
+// not clamped; dclip [P, O, I/g] or null, these rows only. Others as above.
+int jn_cpu_quant_lora_mix_backward(const void* w, const void* lora_a, const void* lora_b, const float* probs,
+                                   const float* clip, const int* bits, const void* grad, void* masked, float* dprobs,
+                                   float* dclip, int64_t begin, int64_t count, int64_t O, int64_t I, int64_t P,
+                                   int64_t rank, int64_t g, float scaling, int dtype, int lora_dtype, int grad_dtype,
+                                   int threads, int isa);
+
 // Elementwise operations: tensors [rows, N] dtype, vectors fp32. Work is cut into chunks of chunk_rows rows; a
 // `partial` [chunks, N] receives each chunk's column sums. Formulas: the docstrings of ops/*.py.
 

@@ -253,6 +253,11 @@ def mix_backward(
         return no_grad_slot(weight), no_grad_slot(weight), dprobs, no_grad_slot(weight)
     if chosen in ("cuda", "triton"):
         return mix_backward_triton(grad, x, weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
+    if chosen == "cpu":
+        return _cpu.quant_lora_mix_backward(
+            lambda rows: grad[rows] if x is None else grad[:, rows].T @ x,
+            weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want,
+        )
     sums = MixGradients(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste, want)
     for rows in tiles(weight.shape[0]):
         sums.add(rows, grad[rows] if x is None else grad[:, rows].T @ x)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops import _cpu
+from jointnas_kernels.ops import _cpu, quant_lora_mix
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix_backward_reference, act_quant_mix_reference
 from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix_reference, rounded_lora
 from jointnas_kernels.testing import assert_close, poisoned
@@ -129,3 +129,26 @@ def test_quant_lora_mix_beyond_the_cache() -> None:
     probs = torch.tensor([0.2, 0.3, 0.5])
     out = _cpu.quant_lora_mix(w, a, b, probs, None, 0.5, BITS, 128)
     assert_close(out, quant_lora_mix_reference(w, a, b, 0.5, BITS, probs, 128))
+
+
+@DTYPES
+@pytest.mark.parametrize("ste", ["identity", "clip"])
+@pytest.mark.parametrize("shape", MIXES[1:], ids=lambda s: "x".join(map(str, s[:4])))
+def test_quant_lora_mix_gradients(
+    shape: tuple[int, int, int, int, bool], ste: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu, "ROW_TILE", 16)  # several tiles, the last one smaller
+    w, a, b, _, g = mix_arguments(shape, dtype)
+    clip = torch.rand(3, w.shape[0], w.shape[1] // g) * 0.5 + 0.45  # clips some, and keeps ties at the absmax away
+    tensors = {"lora_a": a, "lora_b": b, "probs": torch.rand(3).softmax(0), "clip": clip}
+    upstream = torch.randn(w.shape).to(dtype)
+    gradients = {}
+    for backend in ("cpu", "reference"):
+        leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+        with poisoned():
+            out = quant_lora_mix(w, scaling=0.5, bits=BITS, group_size=g, ste=ste, backend=backend, **leaves)
+            used = [t for name, t in leaves.items() if name != "clip" or ste == "clip"]
+            gradients[backend] = torch.autograd.grad(out, used, upstream)
+    # bf16 products of the gradient with A and B on one side, fp32 on the other
+    for name, grad, ref in zip(tensors, *gradients.values(), strict=False):
+        assert_close(grad, ref, 1e-4 if dtype == torch.float32 else 8e-3, f"gradient of {name}")
