@@ -92,7 +92,8 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build_dir = ROOT / self.build_temp
+        # one folder for every way of calling, so that `pip install -e` and `build_ext --inplace` share their objects
+        build_dir = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}"
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(target, build_dir))
