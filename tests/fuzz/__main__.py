@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ def campaign(arguments: argparse.Namespace, recorder: Recorder) -> int:
     started, stop = time.monotonic(), threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())  # what has run by then is reported
     pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in range(arguments.workers)]
-    running: dict[Future[Tally], tuple[Combination, int]] = {}
+    running: dict[Future[Tally], tuple[Combination, list[int], int]] = {}
+    died: set[tuple[Combination, int]] = set()
     idle, reported = list(range(arguments.workers)), started
     while chunks or running:
         if stop.is_set() or time.monotonic() - started > arguments.seconds:
@@ -80,16 +82,25 @@ def campaign(arguments: argparse.Namespace, recorder: Recorder) -> int:
             if not hopeless:
                 worker = idle.pop()
                 work = (c, seeds, arguments.variants, arguments.limits, arguments.device)
-                running[pools[worker].submit(run_chunk, *work)] = c, worker
+                running[pools[worker].submit(run_chunk, *work)] = c, seeds, worker
         done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
         for future in done:
-            c, worker = running.pop(future)
-            tally = future.result()
+            c, seeds, worker = running.pop(future)
+            try:
+                tally = future.result()
+            except BrokenProcessPool:  # killed from outside if it does not happen again, else the op's fault
+                tally = Tally(fatal=(c, seeds[0]) in died)
+                if tally.fatal:
+                    tally.fail(seeds[0], f"the process died, twice, in seeds {seeds[0]} to {seeds[-1]}")
+                else:
+                    chunks.insert(0, (c, seeds))
+                died.add((c, seeds[0]))
+                pools[worker] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
             tallies[c].add(tally)
             idle.append(worker)
             if tally.fatal:
                 pools[worker].shutdown()
-                print(f"lost a CUDA context: {c}, --case {tally.first}: {tally.message[:500]}", file=sys.stderr)
+                print(f"lost a worker: {c}, --case {tally.first}: {tally.message[:500]}", file=sys.stderr)
                 pools[worker] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     for pool in pools:
         pool.shutdown()
