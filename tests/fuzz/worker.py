@@ -15,7 +15,7 @@ from tests.fuzz.check import Case, check
 from tests.fuzz.source import LIMITS, Seeded
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SECONDS_PER_CASE = 60  # a case that takes longer hangs
+SECONDS_PER_CASE = 60  # of processor time: a case that takes longer hangs
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def run_chunk(c: Combination, seeds: list[int], variants: int, limits: str, devi
     # the library's GEMMs may otherwise add partial sums in half precision, which no rounding count allows for
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    signal.signal(signal.SIGALRM, _expired)
+    signal.signal(signal.SIGPROF, _expired)
     tally = Tally()
     for seed in seeds:
         case = None
-        signal.alarm(SECONDS_PER_CASE)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_PER_CASE)
         try:
             case = build(c, seed, variants, limits)
             outcome = check(case, device, seed)
@@ -113,6 +113,6 @@ def run_chunk(c: Combination, seeds: list[int], variants: int, limits: str, devi
             tally.undecided += outcome.undecided
             tally.flipped += outcome.flipped
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
         tally.cases += 1
     return tally
