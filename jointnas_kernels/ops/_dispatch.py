@@ -137,7 +137,9 @@ _NOTHING = contextlib.nullcontext()
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off inside an op. Where it is off already nothing is entered: the context costs as much as a launch."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta has no autocast, and asking is an error
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
 
 
 def bad(op: str, message: str) -> JointNASError:
