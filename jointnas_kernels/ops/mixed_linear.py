@@ -78,7 +78,7 @@ def _mixed_linear(
     lora_b: Tensor | None, scaling: float, bias: Tensor | None, backend: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y, u (None without LoRA), z (None without out_mask)."""
-    how = resolve("mixed_linear", backend, x, ("triton", "reference"))
+    how = resolve("mixed_linear", backend, x)
     flat = rows(x)
     xm = flat if in_mask is None else mask_forward(flat, in_mask, how)
     z = xm @ weight.t() if bias is None else torch.addmm(bias, xm, weight.t())
@@ -116,7 +116,7 @@ def _mixed_linear_backward(
     need: list[bool], backend: str | None,
 ) -> tuple[Tensor | None, ...]:
     """dx, dW, dc, dr, dA, dB, dbias; ``need`` says which, in that order, the others are None."""
-    how = resolve("mixed_linear", backend, grad, ("triton", "reference"))
+    how = resolve("mixed_linear", backend, grad)
     need_x, need_w, need_in, need_out, need_a, need_b, need_bias = need
     dx = dw = din = dout = da = db = dbias = None
     gm = rows(grad)
