@@ -149,6 +149,6 @@ def test_quant_lora_mix_gradients(
             out = quant_lora_mix(w, scaling=0.5, bits=BITS, group_size=g, ste=ste, backend=backend, **leaves)
             used = [t for name, t in leaves.items() if name != "clip" or ste == "clip"]
             gradients[backend] = torch.autograd.grad(out, used, upstream)
-    # fp32: one level that the order of the LoRA sum moved shows; bf16: products with A and B in bf16, the reference fp32
+    # fp32: one level moved by the order of the LoRA sum shows; bf16: products with A and B in bf16, the reference fp32
     for name, grad, ref in zip(tensors, *gradients.values(), strict=False):
         assert_close(grad, ref, 1e-3 if dtype == torch.float32 else 8e-3, f"gradient of {name}")
