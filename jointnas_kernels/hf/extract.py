@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..nn.block import ActQuant, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
 from ..nn.choices import ArchParameters
-from ..nn.linear import ActQuantLinear, SupernetLinear
+from ..nn.linear import FakeQuantLinear, SupernetLinear
+from ..ops import grid
 from ..ops.masks import strided_pair_index
 from ..space import LINEARS, Choice, SearchSpace, kept_blocks, original_sizes
 from .reorder import Order
@@ -65,8 +66,8 @@ def kept_channels(config: Any, choice: Choice, device: torch.device | str = "cpu
 def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
     """A plain LlamaForCausalLM that computes what the supernet computes when fixed to the choice.
 
-    LoRA is merged; weights of searched precision are the fake-quantized ones; where a block's act_bits are below 16
-    its linears quantize their input per token (`ActQuantLinear`). Its weights are copies. To train the choice further
+    LoRA is merged; linears of searched precision hold the fake-quantized weight and, where the block's act_bits are
+    below 16, quantize their input per token (`FakeQuantLinear`). Its weights are copies. To train the choice further
     with its LoRA and quantizers alive, use `shrink`.
     """
     space = supernet.space
@@ -92,10 +93,11 @@ def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
             rows, columns = channels[name]
             weight = linear.merged(index)[rows][:, columns].contiguous()
             bias = None if linear.bias is None else linear.bias[rows].clone()
-            if act_bits == 16:
+            if index is None and act_bits == 16:
                 _set(getattr(new, name), weight, bias)
             else:
-                setattr(new, name, ActQuantLinear(weight, bias, act_bits, part.act.symmetric))
+                of = None if choice.weight_bits is None else grid.find(weight, choice.weight_bits[b], linear.group_size)
+                setattr(new, name, FakeQuantLinear(weight, bias, of, act_bits, part.act.symmetric))
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(supernet.device)
     model.tie_weights()
     if supernet.generation_config is not None:

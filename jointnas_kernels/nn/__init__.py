@@ -2,14 +2,14 @@
 
 from .block import SupernetBlock
 from .choices import ArchParameters, ArchSample, BlockSample, Masks
-from .linear import ActQuantLinear, SupernetLinear
+from .linear import FakeQuantLinear, SupernetLinear
 from .loss import linear_cross_entropy
 
 __all__ = [
-    "ActQuantLinear",
     "ArchParameters",
     "ArchSample",
     "BlockSample",
+    "FakeQuantLinear",
     "Masks",
     "SupernetBlock",
     "SupernetLinear",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import JointNASError, unknown
 from ..ops.act_quant_mix import act_quant_mix
+from ..ops.grid import Grid
 from ..ops.mixed_linear import mixed_linear
 from ..ops.quant_lora_linear import quant_lora_linear
 from ..ops.quant_lora_mix import quant_lora_mix
@@ -169,19 +170,48 @@ class SupernetLinear(nn.Module):
         return small
 
 
-class ActQuantLinear(nn.Linear):
-    """A plain linear whose input is fake-quantized per token: what a layer with act_bits < 16 extracts to."""
+class FakeQuantLinear(nn.Linear):
+    """A plain linear on a fake-quantized weight that fake-quantizes its input per token: what a quantized linear
+    extracts to. It knows its weight's grid, so that an export can store the integers instead.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, act_bits: int, symmetric: bool = False) -> None:
+    Args:
+        weight, bias: plain tensors or parameters; the weight's values lie on `grid`.
+        grid: None for a weight that is not quantized.
+        act_bits: 16 for an input that is not quantized.
+    """
+
+    scale: Tensor | None
+    zero: Tensor | None
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, grid: Grid | None = None, act_bits: int = 16,
+        act_symmetric: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = nn.Parameter(weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
-        self.act_bits, self.symmetric = act_bits, symmetric
+        self.act_bits, self.act_symmetric = act_bits, act_symmetric
+        self.weight_bits = None if grid is None else grid.bits
+        # not persistent: `save_pretrained` of the model stays a plain checkpoint of the values
+        self.register_buffer("scale", None if grid is None else grid.scale, persistent=False)
+        self.register_buffer("zero", None if grid is None else grid.zero, persistent=False)
+
+    @property
+    def grid(self) -> Grid | None:
+        return None if self.weight_bits is None or self.scale is None else Grid(self.weight_bits, self.scale, self.zero)
+
+    @property
+    def group_size(self) -> int:
+        """Inputs per scale."""
+        return self.in_features // (1 if self.scale is None else self.scale.shape[1])
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act_bits={self.act_bits}, symmetric={self.symmetric}"
+        weight = "" if self.scale is None else f", weight_bits={self.weight_bits}, group={self.group_size}"
+        return f"{super().extra_repr()}{weight}, act_bits={self.act_bits}, act_symmetric={self.act_symmetric}"
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
-        one = torch.ones(1, dtype=torch.float32, device=input.device)
-        return super().forward(act_quant_mix(input, (self.act_bits,), one, symmetric=self.symmetric))
+        if self.act_bits < 16:
+            one = torch.ones(1, dtype=torch.float32, device=input.device)
+            input = act_quant_mix(input, (self.act_bits,), one, symmetric=self.act_symmetric)
+        return super().forward(input)

@@ -56,6 +56,7 @@ class Levels(NamedTuple):
     v: Tensor  # [..., G, g] w / s
     inside: Tensor  # [..., G, g] bool: the rounded level needed no clamping
     unit: Tensor  # [..., G, 1] ds/dclip
+    z: Tensor | None  # [..., G, 1] zero point, of an asymmetric quantizer
 
 
 def quantize_levels(
@@ -86,7 +87,7 @@ def quantize_levels(
         rounded = _ste((v + z).round(), v)
     q = rounded.clamp(low, high)
     inside = rounded.detach() == q.detach()
-    return Levels(q if z is None else q - z, s, v, inside, unit / divisor)
+    return Levels(q if z is None else q - z, s, v, inside, unit / divisor, z)
 
 
 def unit_divisor(like: Tensor, bits: int) -> Tensor:

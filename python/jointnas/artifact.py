@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.nn.linear import ActQuantLinear
+from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.space import LINEARS, Choice, kept_blocks
 
 CHOICE_FILE = "choice.json"
@@ -79,14 +79,15 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
                     parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
                     old: nn.Linear = getattr(parent, name)
                     weight, bias = old.weight.detach(), None if old.bias is None else old.bias.detach()
-                    setattr(parent, name, ActQuantLinear(weight, bias, bits["act_bits"], record["act_symmetric"]))
+                    new = FakeQuantLinear(weight, bias, None, bits["act_bits"], record["act_symmetric"])
+                    setattr(parent, name, new)
     model.eval()
     nn.Module.to(model, device)
     return model
 
 
 def _symmetric(model: nn.Module) -> bool:
-    return any(m.symmetric for m in model.modules() if isinstance(m, ActQuantLinear))
+    return any(m.act_symmetric for m in model.modules() if isinstance(m, FakeQuantLinear))
 
 
 def card(choice: Choice, layers: list[dict[str, Any]], facts: dict[str, Any], base: str, licence: str | None) -> str:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jointnas_kernels.hf import Supernet
-from jointnas_kernels.nn.linear import ActQuantLinear
+from jointnas_kernels.nn.linear import FakeQuantLinear
+from jointnas_kernels.ops import grid
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix
 from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
 
@@ -68,14 +69,11 @@ class TrainableQuantLinear(nn.Linear):
         return F.linear(input, self.quantized(), self.bias)
 
     @torch.no_grad()
-    def baked(self) -> nn.Linear:
+    def baked(self) -> FakeQuantLinear:
         """A plain linear on the quantized weight, which quantizes its input if that is searched."""
-        weight = self.quantized().detach().clone()
         bias = None if self.bias is None else self.bias.detach().clone()
-        if self.act_bits < 16:
-            return ActQuantLinear(weight, bias, self.act_bits, self.act_symmetric)
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        plain.weight = nn.Parameter(weight)
-        if bias is not None:
-            plain.bias = nn.Parameter(bias)
-        return plain
+        weight, of = self.weight.detach().clone(), None
+        if self.weight_bits is not None:
+            clip = self.get_buffer("clip") if self.clip is not None else None
+            weight, of = grid.quantize(weight, self.weight_bits, self.group_size, clip=clip)
+        return FakeQuantLinear(weight, bias, of, self.act_bits, self.act_symmetric)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from jointnas_kernels.hf import convert, extract, importance_scores, shrink
-from jointnas_kernels.nn import ActQuantLinear
+from jointnas_kernels.nn import FakeQuantLinear
 from jointnas_kernels.space import Choice, SearchSpace, count_params
 from tests.hf.hf_models import (
     LLAMA3_ROPE,
@@ -81,7 +81,7 @@ def test_quantized_choices_are_exact(exact_norm, ste: str) -> None:
         choice = QUANT_SPACE.sample(g)
         own = supernet.fix(choice)(x).logits
         subnet = extract(supernet, choice)
-        quantized += sum(isinstance(m, ActQuantLinear) for m in subnet.modules())
+        quantized += sum(isinstance(m, FakeQuantLinear) for m in subnet.modules())
         assert difference(own, subnet(x).logits) <= 1e-12
         assert difference(own, shrink(supernet, choice)(x).logits) <= 1e-12
     assert quantized > 100
