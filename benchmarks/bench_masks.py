@@ -108,12 +108,14 @@ class Masks:
 
     def contender(self, name: str, space: dict[str, tuple[int, ...]]) -> tuple[dict[str, Step], int]:
         """{mode: step} and the bytes it keeps beyond the model and LoRA."""
-        if name == "ours":
+        if name.startswith("ours"):
             depths = tuple(range(1, self.config.num_hidden_layers + 1))
             model = models.build_llama(self.config, self.device, self.dtype, like=self.base)
             net = hf.convert(model, SearchSpace.from_dict({"blocks": depths, **space}), lora_dtype=self.dtype)
             with torch.no_grad():
                 net.arch.logits["blocks"][-1] = 60.0  # every draw keeps all blocks
+            if name == "ours, graph":
+                net.capture(*self.ids.shape)
 
             def loss(mode: str) -> Tensor:
                 net.mode(mode)
@@ -136,10 +138,10 @@ class Masks:
     def space(self, space: dict[str, tuple[int, ...]]) -> None:
         """All contenders at one space. The slow ones get fewer rounds; each is timed beside LoRA and ours."""
         count = candidates(space, 32 if not self.args.tiny else 2)
-        self.run("ours", space, count, rounds=10)
-        for name in self.args.variants.split(","):
+        own = ["ours", "ours, graph"] if self.device == "cuda" else ["ours"]
+        for name in [*own, *self.args.variants.split(",")]:
             try:
-                self.run(name, space, count, rounds=3)
+                self.run(name, space, count, rounds=10 if name in own else 3)
             except (torch.OutOfMemoryError, RuntimeError):
                 print(f"FAILED {name} at {count} candidates", flush=True)
                 traceback.print_exc(limit=3)
@@ -152,7 +154,7 @@ class Masks:
             step()
             peaks[mode] = peak_memory(step, self.device)
         contenders = {"PEFT LoRA": self.lora, **steps}
-        times = time_interleaved(contenders, 2 if self.args.tiny else rounds, 1, self.device, self.args.budget)
+        times = time_interleaved(contenders, 2 if self.args.tiny else rounds, 0, self.device, self.args.budget)
         lora = times["PEFT LoRA"]
         whole = Timing(
             *(getattr(times["weight"], k) + getattr(times["arch"], k) for k in ("median", "p10", "p90", "n"))

@@ -2,9 +2,9 @@
 
     python benchmarks/render.py [--add FILE.jsonl ...] [--check]
 
-All tables go into benchmarks/RESULTS.md, the main ones also between <!-- results:begin --> and <!-- results:end --> in
-README.md, plots into benchmarks/plots. Of several
-rows with the same name and parameters the newest counts. ``--add`` first files the rows of a GPU run under
+All tables go into benchmarks/RESULTS.md, one short table per device between <!-- results:begin --> and
+<!-- results:end --> in README.md, plots into benchmarks/plots. Of several rows with the same name and parameters the
+newest counts. ``--add`` first files the rows of a GPU run under
 benchmarks/results/<device>; ``--check`` only says whether README.md is up to date.
 """
 
@@ -18,6 +18,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.headline import headline
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "plots"
@@ -251,7 +254,6 @@ def ceilings(rows: list[Row], device: str) -> str:
 SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     **{"step": steps, "masks": masks, "gemm": gemm, "search": search, "kernels": kernels, "ceilings": ceilings}
 }
-MAIN = ("step", "masks", "gemm", "search")  # what README shows
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
@@ -300,16 +302,36 @@ def plot_masks(rows: list[Row], device: str) -> None:
 # --- README -----------------------------------------------------------------------------------------------------------
 
 
-def sections(topics: Iterable[str]) -> str:
-    """The tables of some topics, GPUs first."""
+def devices() -> dict[str, dict[str, list[Row]]]:
+    """Newest rows of every device folder by topic, GPUs first; by the device's name."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for folder in sorted((f for f in RESULTS.iterdir() if f.is_dir()), key=lambda f: ("core" in f.name, f.name)):
+        topics = {file.stem: newest(file) for file in sorted(folder.glob("*.jsonl"))}
+        topics = {t: rows for t, rows in topics.items() if t in SECTIONS and rows}
+        if topics:
+            found[next(iter(topics.values()))[0]["device"]] = topics
+    return found
+
+
+def summary() -> str:
+    """What README shows."""
     parts = []
-    folders = sorted((f for f in RESULTS.iterdir() if f.is_dir()), key=lambda f: ("core" in f.name, f.name))
-    for folder in folders:
-        found = [(SECTIONS[topic], newest(folder / f"{topic}.jsonl")) for topic in topics]
-        texts = [render(rows, rows[0]["device"]) for render, rows in found if rows]
-        name = next((rows[0]["device"] for _, rows in found if rows), folder.name)
-        if any(texts):
-            parts.append(f"### {name}\n\n" + "\n\n".join(t for t in texts if t))
+    for device, topics in devices().items():
+        rows = [r for topic in topics.values() for r in topic]
+        dates, torches = sorted({r["date"][:10] for r in rows}), sorted({r["torch"] for r in rows})
+        lines = headline(topics)
+        if lines:
+            body = table(["what", "ours", "peer, same run", "ours / peer"], lines)
+            parts.append(f"### {device}\n\ntorch {', '.join(torches)}; {' to '.join(dates)}\n\n{body}")
+    return "\n\n".join(parts)
+
+
+def sections() -> str:
+    """All tables of all devices."""
+    parts = []
+    for device, topics in devices().items():
+        texts = [render(topics[t], device) for t, render in SECTIONS.items() if t in topics]
+        parts.append(f"### {device}\n\n" + "\n\n".join(t for t in texts if t))
     return "\n\n".join(parts)
 
 
@@ -326,9 +348,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"README.md has no {BEGIN} … {END}", file=sys.stderr)
         return 1
     before, rest = text.split(BEGIN, 1)
-    new = f"{before}{BEGIN}\n{sections(MAIN)}\n{END}{rest.split(END, 1)[1]}"
+    new = f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END, 1)[1]}"
     report = ROOT / "benchmarks" / "RESULTS.md"
-    tables = sections(SECTIONS).replace("benchmarks/plots", "plots")
+    tables = sections().replace("benchmarks/plots", "plots")
     full = f"# Results\n\nWritten by `render.py` from `results/`.\n\n{tables}"
     if args.check:
         return 0 if new == text and report.exists() and report.read_text() == full + "\n" else 1

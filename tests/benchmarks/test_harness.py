@@ -93,11 +93,12 @@ def test_every_benchmark_runs_and_renders(
     assert {"llama3 arch step", "qllama3 arch step"} <= {row["name"] for row in rows_of(folder, "step")}
     monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(render, "PLOTS", tmp_path / "plots")
-    text = render.sections(render.SECTIONS)
+    text = render.sections()
     assert "mixed_rmsnorm" in text
     assert "stored masks (Eq. 9)" in text
     assert "qllama3 arch step" in text
     assert len(list((tmp_path / "plots").glob("masks-*.png"))) == 1
+    assert "loops over sub-matrices" in render.summary()
 
 
 def test_newest_row_wins(tmp_path: Path) -> None:
