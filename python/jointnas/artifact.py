@@ -1,120 +1,184 @@
 """The result as a folder that stock transformers loads: config, safetensors, tokenizer, model card, choice.
 
-Quantized weights are stored as the values they stand for, in the model's dtype. Stock transformers computes exactly
-with them; what it cannot do is quantize activations, so where a choice has activation bits below 16, `reload` puts
-these quantizers back, from `choice.json`.
+An unquantized choice is a plain Hugging Face folder. A quantized one is stored in the format of compressed-tensors
+(jointnas_kernels/hf/compressed.py): packed integers and scales, from which `AutoModelForCausalLM.from_pretrained`, with
+compressed-tensors installed, computes exactly what the fine-tuned model computed, its activation quantizers included.
+`jointnas_kernels.hf.load` runs the same folder on low-bit kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from jointnas.checkpoint import fsync
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf.compressed import PACKED, Scheme, quantization_config, stored
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.space import LINEARS, Choice, kept_blocks
+from jointnas_kernels.space import Choice, kept_blocks
 
 CHOICE_FILE = "choice.json"
+SIZES = ("hidden", "heads", "head_dim", "intermediate", "blocks")
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def export(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     folder: str | Path,
     choice: Choice,
     block_rank: Sequence[int],
     *,
     tokenizer: Any = None,
-    facts: dict[str, Any] | None = None,
+    facts: Mapping[str, Any] | None = None,
     base: str = "",
     licence: str | None = None,
+    notices: Sequence[Path] = (),
+    max_shard_size: str | int = "50GB",
 ) -> Path:
-    """Writes the model (quantizers baked in) atomically: the folder is there whole, or not at all.
+    """Writes an extracted or baked model atomically: the folder is there whole, or not at all.
 
-    facts: numbers for the model card, by name.
+    Args:
+        facts: numbers for the model card, by name.
+        base: name of the original model.
+        licence: of the original model's weights, as the Hub spells it.
+        notices: files that its terms want beside the weights; they are copied.
+        max_shard_size: of one safetensors file.
+
+    Raises:
+        JointNASError: a weight is not on the grid of its quantizer any more.
     """
-    folder = Path(folder)
+    schemes, tensors = quantized_state(model)
+    with replacing(Path(folder)) as temporary:
+        model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
+        if schemes:
+            _add(temporary / "config.json", {"quantization_config": quantization_config(schemes)})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        for notice in notices:
+            shutil.copy(notice, temporary / notice.name)
+        blocks = [
+            {
+                "original_block": b,
+                "weight_bits": choice.weight_bits[b] if choice.weight_bits else 16,
+                "act_bits": choice.act_bits[b] if choice.act_bits else 16,
+            }
+            for b in kept_blocks(block_rank, choice.blocks)
+        ]
+        record = {"choice": choice.to_dict(), "layers": blocks, "base": base, "facts": dict(facts or {})}
+        (temporary / CHOICE_FILE).write_text(json.dumps(record, indent=1))
+        size = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
+        (temporary / "README.md").write_text(card(choice, blocks, schemes, size, facts or {}, base, licence))
+    return Path(folder)
+
+
+def quantized_state(model: nn.Module) -> tuple[dict[str, Scheme], dict[str, Tensor]]:
+    """(scheme of each quantized linear, tensors to be stored of the whole model)."""
+    tensors: dict[str, Tensor] = dict(model.state_dict())
+    schemes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantLinear):
+            schemes[name] = Scheme.of(module)
+            del tensors[f"{name}.weight"]
+            try:
+                tensors |= {f"{name}.{key}": value for key, value in stored(module).items()}
+            except JointNASError as error:
+                raise JointNASError(f"{name}: {error}") from None
+    return schemes, tensors
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary, safe_serialization=True)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    layers = [
-        {
-            "original_block": b,
-            "weight_bits": choice.weight_bits[b] if choice.weight_bits else 16,
-            "act_bits": choice.act_bits[b] if choice.act_bits else 16,
-        }
-        for b in kept_blocks(block_rank, choice.blocks)
-    ]
-    record = {"choice": choice.to_dict(), "layers": layers, "act_symmetric": _symmetric(model), "base": base}
-    (temporary / CHOICE_FILE).write_text(json.dumps(record, indent=1))
-    (temporary / "README.md").write_text(card(choice, layers, facts or {}, base, licence))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            fsync(file)
+        fsync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
-    return folder
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The exported model through stock `AutoModelForCausalLM`, with its activation quantizers, if it has any."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise JointNASError(f"{str(folder)!r} is no exported model: it has no config.json")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    path = folder / CHOICE_FILE
-    if path.is_file():
-        record = json.loads(path.read_text())
-        for layer, bits in zip(model.model.layers, record["layers"], strict=True):
-            if bits["act_bits"] < 16:
-                for name in LINEARS:
-                    parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-                    old: nn.Linear = getattr(parent, name)
-                    weight, bias = old.weight.detach(), None if old.bias is None else old.bias.detach()
-                    new = FakeQuantLinear(weight, bias, None, bits["act_bits"], record["act_symmetric"])
-                    setattr(parent, name, new)
-    model.eval()
-    nn.Module.to(model, device)
-    return model
+def _add(path: Path, entries: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}, indent=2, sort_keys=True) + "\n")
 
 
-def _symmetric(model: nn.Module) -> bool:
-    return any(m.act_symmetric for m in model.modules() if isinstance(m, FakeQuantLinear))
-
-
-def card(choice: Choice, layers: list[dict[str, Any]], facts: dict[str, Any], base: str, licence: str | None) -> str:
+def card(
+    choice: Choice, blocks: Sequence[Mapping[str, Any]], schemes: Mapping[str, Scheme], size: int,
+    facts: Mapping[str, Any], base: str, licence: str | None,
+) -> str:  # fmt: skip
     """A model card in Markdown."""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [compressed, jointnas]"]
     if licence:
         head.append(f"license: {licence}")
-    lines = [*head, "---", "", f"# Compressed {base or 'Llama'}", ""]
-    lines += [
-        "Found by a joint search over architecture and precision, then distilled from the original. Load it with",
-        "`transformers.AutoModelForCausalLM.from_pretrained(folder)`.",
-        "",
-        "| size | value |",
-        "|---|---|",
-        *(f"| {k} | {getattr(choice, k)} |" for k in ("hidden", "heads", "head_dim", "intermediate", "blocks")),
-        *(f"| {k} | {v} |" for k, v in facts.items()),
-        "",
-    ]
+    lines = [*head, "---", "", f"# Compressed {base or 'model'}", ""]
+    lines += ["Found by a joint search over architecture and precision, then distilled from the original.", ""]
+    lines += ["```python", "from transformers import AutoModelForCausalLM"]
+    if schemes:
+        lines += ["model = AutoModelForCausalLM.from_pretrained(folder)  # pip install compressed-tensors", ""]
+        if all(s.weight_bits is None or s.weight_symmetric for s in schemes.values()):
+            lines += ["from jointnas_kernels import hf", "model = hf.load(folder)  # the same, on low-bit kernels"]
+    else:
+        lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+    lines += ["```", "", "| | |", "|---|---|"]
+    lines += [f"| {k} | {getattr(choice, k)} |" for k in SIZES]
+    lines += [f"| {k} | {v} |" for k, v in facts.items()]
+    lines += [f"| weights on disk | {size / 1e6:,.1f} MB |"]
+    lines += [f"| base model | {base} |"] if base else []
+    lines += [f"| licence | {licence} |"] if licence else []
     if choice.weight_bits or choice.act_bits:
-        lines += ["| block | of the original | weight bits | activation bits |", "|---|---|---|---|"]
+        lines += ["", "| block | of the original | weight bits | activation bits |", "|---|---|---|---|"]
         lines += [
-            f"| {i} | {b['original_block']} | {b['weight_bits']} | {b['act_bits']} |" for i, b in enumerate(layers)
+            f"| {i} | {b['original_block']} | {b['weight_bits']} | {b['act_bits']} |" for i, b in enumerate(blocks)
         ]
-        lines += ["", "Weights are stored as the values their integers stand for."]
-        if choice.act_bits and min(b["act_bits"] for b in layers) < 16:
-            lines += [
-                "Activation quantizers are not part of the stock format: `jointnas.artifact.reload(folder)` adds them,",
-                "stock transformers computes with unquantized activations.",
-            ]
+        acts = sorted({("symmetric" if s.act_symmetric else "asymmetric") for s in schemes.values() if s.act_bits < 16})
+        lines += [
+            "",
+            f"Linear weights are stored as integers ({PACKED}) with one scale per group of inputs; embeddings, norms"
+            " and `lm_head` are not quantized."
+            + (f" Activations are quantized per token, dynamically, {' or '.join(acts)}." if acts else ""),
+            "Load it as above: `dequantize=True` would apply the first group's scheme to every layer.",
+        ]
     return "\n".join(lines) + "\n"
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The exported model through stock `AutoModelForCausalLM`."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise JointNASError(f"{str(folder)!r} is no exported model: it has no config.json")
+    quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
+    if quantized and importlib.util.find_spec("compressed_tensors") is None:
+        raise JointNASError(
+            f"{str(folder)!r} is quantized: transformers loads it with compressed-tensors, which is not installed "
+            "(pip install compressed-tensors); jointnas_kernels.hf.load needs nothing else"
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model.eval()
+    nn.Module.to(model, device)
+    return model

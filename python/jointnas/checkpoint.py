@@ -49,12 +49,12 @@ def save(folder: str | Path, step: int, tensors: Tensors, state: Mapping[str, An
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
     (temporary / "COMPLETE").write_text(_sha256(temporary / "manifest.json"))
     for file in temporary.iterdir():
-        _fsync(file)
-    _fsync(temporary)
+        fsync(file)
+    fsync(temporary)
     if final.exists():
         shutil.rmtree(final)
     os.rename(temporary, final)
-    _fsync(folder)
+    fsync(folder)
     if keep is not None:
         for old in steps(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{old}")
@@ -137,7 +137,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise JointNASError(f"the tokenizer of {config.source!r} cannot be loaded: {_line(error)}") from None
+
+
+def licence(config: ModelConfig) -> tuple[str | None, list[Path]]:
+    """(licence as the model card names it, files that must go along with the weights) of a local or embedded model."""
+    if config.source == "embedded":
+        return "apache-2.0", [assets.root() / "NOTICE.md"]
+    folder = Path(config.source)
+    files = sorted(f for pattern in ("LICEN[CS]E*", "NOTICE*") for f in folder.glob(pattern) if f.is_file())
+    found = None
+    if (folder / "README.md").is_file():
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+        head = re.match(r"---\n(.*?)\n---\n", card, re.S)
+        line = re.search(r"^license:\s*(\S+)\s*$", head[1], re.M) if head else None
+        found = line[1] if line else None
+    return found, files
 
 
 def check_source(config: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from jointnas_kernels.latency import LatencyTable, deploy, measure_model
 from jointnas_kernels.latency.schema import Device
 from jointnas_kernels.latency.timing import describe
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,10 +90,15 @@ def write_final(run: Run, model: Any, choice: Choice, folder: Path) -> Path:
         "parameters": f"{params:,} ({params / original_params(run.model_config):.1%} of the original)",
         "predicted latency": f"{run.bound.predict(choice):.3f} ms ({run.table.header.device})",
     }
-    tokenizer = models.load_tokenizer(config.model) if _has_tokenizer(config) else None
-    return artifact.export(
-        model, folder, choice, run.supernet.block_rank, tokenizer=tokenizer, facts=facts, base=config.model.source
+    facts["held-out perplexity"] = (
+        f"{quality_of(model, run.streams, config.eval, config, tasks=False)['perplexity']:.3f}"
     )
+    tokenizer = models.load_tokenizer(config.model) if _has_tokenizer(config) else None
+    licence, notices = models.licence(config.model)
+    return artifact.export(
+        model, folder, choice, run.supernet.block_rank, tokenizer=tokenizer, facts=facts, base=config.model.source,
+        licence=licence, notices=notices,
+    )  # fmt: skip
 
 
 def export(run: str, out: str) -> Path:
@@ -154,19 +162,26 @@ def measured_latency(
     nn.Module.to(model, device.type, getattr(torch, table.workload.dtype))
     if choice is not None:
         deploy(model, choice, space, table, rank)
-    return measure_model(model, table.workload, threads=device.threads)[1]
+    found = measure_model(model, table.workload, threads=device.threads, watch=table.watch())
+    if found.contended:
+        log.warning(
+            "measured on a busy machine, or one slower than when its latency table was made: %.3f ms", found.median
+        )
+    return found.median
 
 
-def quality_of(model: Any, streams: Streams, options: EvalConfig, config: RunConfig) -> dict[str, Any]:
+def quality_of(
+    model: Any, streams: Streams, options: EvalConfig, config: RunConfig, tasks: bool = True
+) -> dict[str, Any]:
     """Perplexity on held-out text, and task accuracies where the embedded tasks fit the model."""
     context = min(256, len(streams.held_out) - 1)
     perplexity = quality.perplexity(model, streams.held_out, context=context, max_tokens=options.tokens)
-    tasks: dict[str, float] = {}
-    if options.tasks and config.model.source == "embedded":
+    accuracy: dict[str, float] = {}
+    if tasks and options.tasks and config.model.source == "embedded":
         tokenizer = models.load_tokenizer(config.model)
         report = quality.evaluate(model, tokenizer, limit=options.task_limit)
-        tasks = {name: values["acc"] for name, values in report.items()}
-    return {"perplexity": perplexity if math.isfinite(perplexity) else float("inf"), "tasks": tasks}
+        accuracy = {name: values["acc"] for name, values in report.items()}
+    return {"perplexity": perplexity if math.isfinite(perplexity) else float("inf"), "tasks": accuracy}
 
 
 # ---- run folders ----------------------------------------------------------------------------------------------------
