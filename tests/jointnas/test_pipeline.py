@@ -61,7 +61,8 @@ def test_final_folder_loads_in_stock_transformers(run: Path) -> None:
     assert config.num_hidden_layers == choice.blocks
     ids = torch.randint(97, (1, 12))
     assert torch.equal(model(ids).logits, artifact.reload(run / "final")(ids).logits)
-    assert (choice.weight_bits is None) != ("quantization_config" in json.loads((run / "final/config.json").read_text()))
+    stored = json.loads((run / "final" / "config.json").read_text())
+    assert (choice.weight_bits is not None) == ("quantization_config" in stored)
 
 
 def test_resuming_a_finished_run_keeps_it(run: Path, tmp_path: Path) -> None:
