@@ -15,6 +15,7 @@ Panels
                torch.cuda.make_graphed_callables), the rest of the step eager; beside eager rows of the same models
     long       main at four times the tokens
     checkpoint with gradient checkpointing on both sides
+    embedded   the demo's search steps (small model, bits): fused kernels against the torch references
     compiled   the relaxed math in plain torch under torch.compile, and compiled PEFT LoRA
 """
 
@@ -47,24 +48,42 @@ from jointnas_kernels import hf
 from jointnas_kernels.hf.graphs import stand_ins
 from jointnas_kernels.space import SearchSpace
 
-PANELS = ("main", "graph", "long", "checkpoint", "compiled")
+PANELS = ("main", "graph", "long", "checkpoint", "embedded", "compiled")
 Step = Callable[[], Any]
 
 
+@dataclasses.dataclass
 class Bench:
     """The base model whose weights every contender shares, and how to make contenders from it."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.device, self.tiny = args.device, args.tiny
-        self.dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
+    device: str
+    tiny: bool
+    dtype: torch.dtype
+    config: Any
+    base: Any
+    generator: torch.Generator = dataclasses.field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    @classmethod
+    def random(cls, args: argparse.Namespace) -> Bench:
+        """Random weights of Llama-3.1-8B's shapes, as many blocks and as large a vocabulary as the device takes."""
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
         layers = args.layers or (32 if args.device == "cuda" else 1)
         vocab = 128256 if args.device == "cuda" else 256
-        self.config = models.llama_tiny(layers=2) if args.tiny else models.llama_8b(layers, vocab)
-        self.base = models.build_llama(self.config, self.device, self.dtype)
-        self.generator = torch.Generator().manual_seed(0)
+        config = models.llama_tiny(layers=2) if args.tiny else models.llama_8b(layers, vocab)
+        return cls(args.device, args.tiny, dtype, config, models.build_llama(config, args.device, dtype))
+
+    @classmethod
+    def embedded(cls, args: argparse.Namespace) -> Bench:
+        """The package's own small model in fp32: what the demo searches."""
+        from jointnas import assets
+
+        base = assets.load_model(torch.float32).to(args.device).requires_grad_(False).train()
+        return cls(args.device, True, torch.float32, base.config, base)
 
     def space(self, name: str) -> SearchSpace:
         depths = tuple(range(1, self.config.num_hidden_layers + 1))
+        if name == "tiny":
+            return SearchSpace.named(name)
         if self.tiny:
             tiny = {"hidden": (128, 256), "heads": (2, 4), "head_dim": (32, 64), "intermediate": (256, 512)}
             bits = {"weight_bits": (2, 4, 8), "act_bits": (2, 4, 8, 16)} if name == "qllama3" else {}
@@ -107,11 +126,10 @@ class Bench:
 
 def agrees(bench: Bench, name: str) -> float:
     """Gate: on one draw, loss and LoRA or architecture gradients of the default backend equal the reference's."""
-    small = Bench.__new__(Bench)
-    small.__dict__.update(bench.__dict__)
-    small.config = copy.deepcopy(bench.config)
-    small.config.num_hidden_layers, small.config.vocab_size = 1, 256
-    small.base = models.build_llama(small.config, bench.device, bench.dtype)
+    config = copy.deepcopy(bench.config)
+    config.num_hidden_layers, config.vocab_size = 1, 256
+    base = models.build_llama(config, bench.device, bench.dtype)
+    small = dataclasses.replace(bench, config=config, base=base)
     fast, slow = small.supernet(name, torch.float32), small.supernet(name, torch.float32, "reference")
     slow.load_search_state({k: v.clone() for k, v in fast.search_state().items()})
     ids = models.random_tokens(small.config, 2, 64, bench.device)
@@ -266,6 +284,18 @@ def checkpoint_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budg
     measure(rec, bench, "checkpoint", contenders, ids, rounds, budget)
 
 
+def embedded_panel(rec: Recorder, args: argparse.Namespace, rounds: int, budget: float) -> None:
+    """Steps of the demo's search, with the fused kernels and with the torch references of the same ops."""
+    bench = Bench.embedded(args)
+    ids = bench.ids(args.batch, args.tokens)
+    contenders = {"PEFT LoRA, fp32 adapters": bench.peft(0.0, True, ids)[1]}
+    for label, backend in (("fused kernels", None), ("reference ops", "reference")):
+        net = bench.supernet("tiny", torch.float32, backend)
+        for mode in ("weight", "arch"):
+            contenders[f"demo {mode} step, {label}"] = bench.supernet_step(net, mode, ids)
+    measure(rec, bench, "embedded", contenders, ids, rounds, budget)
+
+
 def compiled_panel(rec: Recorder, bench: Bench, ids: Tensor, rounds: int, budget: float) -> None:
     """Compile time is part of the warm-up and not of the rows; it is printed by torch.compile's caller as wall time."""
     torch._dynamo.config.recompile_limit = 64  # one compiled block per kind of step, in one process
@@ -298,10 +328,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     if args.tiny:
         args.batch, args.tokens = 2, 16
     cuda = args.device == "cuda"
-    panels = (args.panels or ("main,graph,long,checkpoint" if cuda else "main")).split(",")
+    panels = (args.panels or ("main,graph,long,checkpoint" if cuda else "main,embedded,compiled")).split(",")
     rounds = args.rounds or (2 if args.tiny else 15 if cuda else 5)
     rec = Recorder("step", args.device, args.out, args.commit)
-    bench = Bench(args)
+    bench = Bench.random(args)
     for space in ("llama3", "qllama3"):
         try:
             print(f"gate {space}: {agrees(bench, space):.3g}", flush=True)
@@ -314,6 +344,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         "graph": lambda: graph_panel(rec, bench, ids, rounds, budget),
         "long": lambda: main_panel(rec, bench, "long", bench.ids(args.batch, 4 * args.tokens), rounds, budget),
         "checkpoint": lambda: checkpoint_panel(rec, bench, ids, rounds, budget),
+        "embedded": lambda: embedded_panel(rec, args, rounds, budget),
         "compiled": lambda: compiled_panel(rec, bench, ids, rounds, budget),
     }
     for panel in panels:
