@@ -3,6 +3,7 @@
 from .convert import convert
 from .extract import extract, shrink, subnet_config
 from .importance import Importance, importance_scores
+from .load import load
 from .reorder import Order, reorder
 from .supernet import Supernet
 
@@ -13,6 +14,7 @@ __all__ = [
     "convert",
     "extract",
     "importance_scores",
+    "load",
     "reorder",
     "shrink",
     "subnet_config",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops._dispatch import custom_op
 from jointnas_kernels.ops.pack import TILE_INPUTS, tile_planes, tile_scale, tile_weight, unpack_weight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -266,3 +267,29 @@ def matmul(x: Tensor, weight: CudaWeight, a_bits: int = 16, symmetric: bool = Fa
         else:
             y = kernels[chosen](a, weight, (scale, zero))
     return y.view(*x.shape[:-1], weight.rows)
+
+
+# ---- registration: a tiled weight as plain tensors, for modules that torch.compile traces ----
+
+
+@custom_op(
+    "lowbit_cuda",
+    "(Tensor x, Tensor weight, Tensor scale, Tensor locks, Tensor row_sum, int bits, int a_bits, bool symmetric)"
+    " -> Tensor",
+)
+def _packed_matmul(x: Tensor, weight: Tensor, scale: Tensor, locks: Tensor, row_sum: Tensor, bits: int, a_bits: int,
+                   symmetric: bool) -> Tensor:
+    rows, inputs = row_sum.shape[0], scale.shape[0] * TILE_INPUTS
+    return matmul(x, CudaWeight(weight, scale, locks, row_sum, bits, rows, inputs), a_bits, symmetric)
+
+
+@_packed_matmul.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor, locks: Tensor, row_sum: Tensor, bits: int, a_bits: int,
+      symmetric: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], row_sum.shape[0]))
+
+
+def packed_matmul(x: Tensor, weight: Tensor, scale: Tensor, locks: Tensor, row_sum: Tensor, bits: int, a_bits: int = 16,
+                  symmetric: bool = False) -> Tensor:
+    """:func:`matmul` with the fields of a :class:`CudaWeight`."""
+    return _packed_matmul(x, weight, scale, locks, row_sum, bits, a_bits, symmetric)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, resolve, rows
+from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, resolve, rows
 from jointnas_kernels.ops.lowbit_cuda import DTYPES, CudaWeight, matmul
 from jointnas_kernels.ops.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
 
@@ -67,7 +67,7 @@ SCHEMA = (
 )
 
 
-@torch.library.custom_op("jointnas::lowbit_linear", mutates_args=(), schema=SCHEMA)
+@custom_op("lowbit_linear", SCHEMA)
 def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
                    symmetric: bool, backend: str | None) -> Tensor:
     # the CUDA kernels take one layout only; asked for by name they say so, chosen automatically they are passed over
@@ -112,4 +112,4 @@ def lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits:
           f"scale must be {(packed.shape[0], inputs // group_size)}, got {tuple(scale.shape)}")
     check(x.device == packed.device == scale.device, NAME,
           f"x, packed and scale must be on one device, got {x.device}, {packed.device}, {scale.device}")
-    return torch.ops.jointnas.lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric, backend)
+    return _lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric, backend)

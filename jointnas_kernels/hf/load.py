@@ -1,0 +1,152 @@
+"""Run an exported model on low-bit kernels.
+
+The model is built without weights (meta device), and each tensor goes from the file straight into its module: packed
+integers stay packed, so memory is what the files hold. Everything but the quantized linears is stock transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from ..errors import JointNASError, unknown
+from ..nn.linear import FakeQuantLinear
+from ..nn.packed import BACKENDS, PackedLinear
+from .compressed import Scheme, read_schemes
+from .convert import FAMILIES
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@torch.no_grad()
+def load(
+    folder: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> PreTrainedModel:
+    """The model of an exported folder, its quantized linears on `lowbit_linear`; for inference, `generate` included.
+
+    Also loads other compressed-tensors folders, if each linear is `pack-quantized` W{2,4,8} in symmetric groups with
+    A{2,4,8} (dynamic per token) or A16, or not quantized; and folders without any quantization.
+
+    Args:
+        folder: of `jointnas.export` or `save_pretrained`.
+        device: where to run.
+        dtype: of activations, scales and unquantized weights; None: the folder's.
+        backend: of the low-bit kernels.
+
+    Raises:
+        JointNASError: the folder, or something in it, is not supported; the message names it.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise JointNASError(f"{str(folder)!r} is no model folder: it has no config.json")
+    if backend not in BACKENDS:
+        raise unknown("backend", backend, BACKENDS, where="load")
+    raw = json.loads((folder / "config.json").read_text())
+    quantization = raw.pop("quantization_config", None)
+    if raw.get("model_type") not in FAMILIES:
+        raise JointNASError(
+            f"{str(folder)!r} is a {raw.get('model_type')!r} model; supported model types: {', '.join(FAMILIES)}"
+        )
+    config = AutoConfig.for_model(**raw)
+    dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    schemes = read_schemes(quantization, model) if quantization else {}
+    with Tensors(folder, torch.device(device), dtype) as tensors:
+        for name, scheme in schemes.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _linear(tensors, name, scheme, backend))
+        for name, module in model.named_modules():
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                full = f"{name}.{key}" if name else key
+                if parameter.is_meta and not (full == "lm_head.weight" and config.tie_word_embeddings):
+                    value = tensors.take(full, tuple(parameter.shape))
+                    module.register_parameter(key, nn.Parameter(value, requires_grad=False))
+        tensors.finish(ignore="lm_head.weight" if config.tie_word_embeddings else "")
+    model.tie_weights()
+    for parent_module in list(model.modules()):
+        for key, child_module in list(parent_module.named_children()):
+            if "RotaryEmbedding" in type(child_module).__name__:  # computed from the config, not stored
+                setattr(parent_module, key, type(child_module)(config).to(device))  # type: ignore[call-arg]
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
+
+
+def _linear(tensors: Tensors, name: str, scheme: Scheme, backend: str) -> nn.Module:
+    """One quantized linear from its stored tensors."""
+    bias = tensors.take(f"{name}.bias") if f"{name}.bias" in tensors else None
+    if scheme.weight_bits is None:
+        linear = FakeQuantLinear(tensors.take(f"{name}.weight"), bias, None, scheme.act_bits, scheme.act_symmetric)
+        return linear.requires_grad_(False)
+    bits, group = scheme.weight_bits, scheme.group_size
+    outputs, inputs = tensors.take(f"{name}.weight_shape", (2,)).tolist()
+    if inputs % group or inputs * bits % 32:
+        raise JointNASError(f"{name}: {inputs} inputs are no multiple of the group size {group} and of whole words")
+    packed = tensors.take(f"{name}.weight_packed", (outputs, inputs * bits // 32))
+    if packed.dtype != torch.int32:
+        raise JointNASError(f"{name}.weight_packed is {packed.dtype}; supported: int32")
+    scale = tensors.take(f"{name}.weight_scale", (outputs, inputs // group))
+    try:
+        return PackedLinear(packed, scale, bias, bits, scheme.act_bits, scheme.act_symmetric, backend)
+    except JointNASError as error:
+        raise JointNASError(f"{name} (W{bits}A{scheme.act_bits}, group {group}): {error}") from None
+
+
+class Tensors:
+    """The safetensors files of a folder; every tensor is read once, by name, onto one device."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self._stack = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> Tensors:
+        if (self.folder / INDEX).is_file():
+            names = set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
+        else:
+            names = {SINGLE}
+        for name in sorted(names):
+            if not (self.folder / name).is_file():
+                raise JointNASError(f"{str(self.folder)!r} has no {name}")
+            try:
+                file = self._stack.enter_context(safe_open(self.folder / name, framework="pt", device=str(self.device)))
+            except SafetensorError as error:
+                raise JointNASError(f"{self.folder / name} is damaged: {error}") from None
+            self._files |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A tensor, floating-point ones in the model's dtype; in memory of its own (files are mapped)."""
+        if name not in self._files:
+            raise JointNASError(f"{str(self.folder)!r} has no tensor {name!r}")
+        tensor = self._files.pop(name).get_tensor(name)
+        if shape is not None and tuple(tensor.shape) != shape:
+            raise JointNASError(f"{name} has shape {tuple(tensor.shape)}; the config wants {shape}")
+        return tensor.to(self.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+
+    def finish(self, ignore: str) -> None:
+        """Raise if a tensor was not used."""
+        left = [n for n in self._files if n != ignore and not n.endswith("rotary_emb.inv_freq")]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise JointNASError(
+                f"{str(self.folder)!r} has tensors of no use to its config: {', '.join(left[:3])}{more}"
+            )
