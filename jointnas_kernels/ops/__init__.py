@@ -8,6 +8,7 @@ from jointnas_kernels.ops.channel_mask import channel_mask
 from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
 from jointnas_kernels.ops.gated_residual import gated_residual
 from jointnas_kernels.ops.lowbit_linear import lowbit_linear
+from jointnas_kernels.ops.lowbit_prepared import PreparedWeight, lowbit_matmul, lowbit_pack
 from jointnas_kernels.ops.masked_rope import masked_rope
 from jointnas_kernels.ops.masked_swiglu import masked_swiglu
 from jointnas_kernels.ops.masks import membership, prefix_mask, strided_pair_index, strided_pair_mask
@@ -21,12 +22,15 @@ from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix
 from jointnas_kernels.ops.reinmax import reinmax
 
 __all__ = [
+    "PreparedWeight",
     "act_quant_mix",
     "channel_mask",
     "choice_masks",
     "fake_quant_weight",
     "gated_residual",
     "lowbit_linear",
+    "lowbit_matmul",
+    "lowbit_pack",
     "masked_rope",
     "masked_swiglu",
     "membership",
