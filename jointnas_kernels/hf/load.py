@@ -78,7 +78,7 @@ def load(
     for parent_module in list(model.modules()):
         for key, child_module in list(parent_module.named_children()):
             if "RotaryEmbedding" in type(child_module).__name__:  # computed from the config, not stored
-                setattr(parent_module, key, type(child_module)(config).to(device))  # type: ignore[call-arg]
+                setattr(parent_module, key, type(child_module)(config).to(device))
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
@@ -146,7 +146,5 @@ class Tensors:
         """Raise if a tensor was not used."""
         left = [n for n in self._files if n != ignore and not n.endswith("rotary_emb.inv_freq")]
         if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise JointNASError(
-                f"{str(self.folder)!r} has tensors of no use to its config: {', '.join(left[:3])}{more}"
-            )
+            names, more = ", ".join(left[:3]), f" and {len(left) - 3} more" if len(left) > 3 else ""
+            raise JointNASError(f"{str(self.folder)!r} has tensors that its config has no use for: {names}{more}")

@@ -6,11 +6,13 @@ wants another layout, it is made once, here, and replaces the stored one.
 Against the fake-quantized layer it was exported from, which multiplies RN(q s) by RN(s_x (a - z)) (RN: rounding to the
 dtype), one output differs by at most
 
-    (2 u + 2 (I + G) e) sum_k |x_k| |w_k| + u |y|
+    (2 u + 2 (I + G) e) sum_k |x_k| |w_k| + 3 u (|y| + |bias|)
 
 where u is the unit roundoff of the dtype, e that of fp32, G the number of groups: the kernels do not round q s and
 s_x (a - z) (2 u, first order), both sides add I products in fp32 in their own order (I e each, G e for the scales), and
-both round the result (u |y|). The integers a and z are equal bit for bit.
+both round the result, the packed layer once more after the bias. The integers a and z are equal bit for bit. Through a
+whole model nothing larger happens while activations have 16 bits; below, a value within that distance of the border
+between two levels may take the other one.
 """
 
 from __future__ import annotations
@@ -41,6 +43,12 @@ class PackedLinear(nn.Module):
         backend: of `lowbit_linear`; "auto" chooses once, by the device of `packed`.
     """
 
+    weight_packed: Tensor
+    weight_scale: Tensor
+    locks: Tensor
+    row_sum: Tensor
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         packed: Tensor,
@@ -67,27 +75,24 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{self.weight_bits}A{self.act_bits},"
-            f" group={self.group_size}, backend={self.backend}"
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{self.weight_bits}"
+            f"A{self.act_bits}, group={self.group_size}, backend={self.backend}"
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if x.requires_grad and torch.is_grad_enabled():
             raise JointNASError("a packed linear has no gradients; use torch.no_grad(), or train before the export")
-        buffers = self._buffers
+        packed, scale = self.weight_packed, self.weight_scale
         if self.backend == "cuda":
             y = packed_matmul(
-                x, buffers["weight_packed"], buffers["weight_scale"], buffers["locks"], buffers["row_sum"],
-                self.weight_bits, self.act_bits, self.act_symmetric,
-            )  # fmt: skip
+                x, packed, scale, self.locks, self.row_sum, self.weight_bits, self.act_bits, self.act_symmetric
+            )
         else:
             y = lowbit_linear(
-                x, buffers["weight_packed"], buffers["weight_scale"], self.weight_bits, self.act_bits, self.group_size,
-                self.backend, self.act_symmetric,
-            )  # fmt: skip
-        bias = self._parameters["bias"]
-        return y if bias is None else y + bias
+                x, packed, scale, self.weight_bits, self.act_bits, self.group_size, self.backend, self.act_symmetric
+            )
+        return y if self.bias is None else y + self.bias
 
 
 def choose(backend: str | None, scale: Tensor, weight_bits: int, group_size: int) -> str:
