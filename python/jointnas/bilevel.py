@@ -27,9 +27,9 @@ from jointnas import checkpoint, models
 from jointnas import data as data_module
 from jointnas.config import RunConfig, dump
 from jointnas.data import Batches, Streams, seeded
+from jointnas.initialise import DATA_FREE, calibration_windows, initialise
 from jointnas.logs import Metrics, Progress
 from jointnas.objective import Feasibility, Limits, Objective, entropies, original_params
-from jointnas.quantize import initialise
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, Supernet, convert, importance_scores
 from jointnas_kernels.latency import LatencyTable, calibrate, profile
@@ -115,8 +115,21 @@ def prepare(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, alpha_init=options.alpha_init,
     )  # fmt: skip
-    initialise(supernet)
+    initialise_quantizers(config, supernet, streams)
     return Run(config, folder, supernet, streams, table, restricted, removed, importance)
+
+
+def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Streams) -> None:
+    """As configured; methods that need data keep their blocks in the run's folder, so that they run once."""
+    method, options = config.quantizer.init, config.quantizer.options
+    if method in DATA_FREE:
+        initialise(supernet, method, options=options, progress=False)
+        return
+    windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed)
+    initialise(
+        supernet, method, windows, options=options, folder=Path(config.out) / "quantizers", progress=config.progress,
+        seed=config.seed,
+    )  # fmt: skip
 
 
 def check_limits(config: RunConfig, model_config: Any, table: LatencyTable, space: SearchSpace) -> None:

@@ -123,6 +123,40 @@ class SearchConfig(Section):
     capture: bool = Field(default=True, description="on a CUDA device: replay the supernet's blocks as CUDA graphs")
 
 
+Method = Literal["rtn", "clip", "gptq", "omniquant"]
+
+
+class InitOptions(Section):
+    """Initialisation of weight quantizers from calibration windows (gptq, omniquant)."""
+
+    samples: int = Field(default=128, ge=1, description="calibration windows of data.seq_len tokens")
+    batch: int = Field(default=4, ge=1, description="windows run at once; omniquant learns on as many per step")
+    damping: float = Field(default=0.01, gt=0, description="gptq: of the Hessian, as a share of its mean diagonal")
+    act_order: bool = Field(default=False, description="gptq: inputs with the largest activations first")
+    epochs: int = Field(default=20, ge=1, description="omniquant: passes over the windows per block")
+    lr_clip: float = Field(default=1e-2, gt=0, description="omniquant: of the clip logits")
+    lr_transform: float = Field(default=5e-3, gt=0, description="omniquant: of the equivalent transformation")
+    transform: bool | None = Field(
+        default=None, description="omniquant, plain models: learn it too; none: where activations are quantized"
+    )
+
+
+class QuantizerConfig(Section):
+    """How the supernet's weight quantizers start. gptq is for plain models only (`jointnas quantize`)."""
+
+    init: Method = "clip"
+    options: InitOptions = InitOptions()
+
+
+class BitsConfig(Section):
+    """One precision for all blocks."""
+
+    weight: int = Field(default=4, ge=2, le=8)
+    act: int = Field(default=16, ge=2, le=16, description="16: activations stay as they are")
+    group_size: int = Field(default=128, ge=1, description="inputs per scale; o_proj: at most the head dim")
+    act_symmetric: bool = Field(default=False, description="activation quantizers without zero point")
+
+
 class FinetuneConfig(Section):
     """Distillation of the found model from the original, all weights trained through the quantizers:
     kd · KL(original || model) + (1 - kd) · cross-entropy."""
@@ -163,6 +197,7 @@ class RunConfig(Section):
     space: SpaceConfig = SpaceConfig()
     latency: LatencyConfig = LatencyConfig()
     search: SearchConfig = SearchConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     eval: EvalConfig = EvalConfig()
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from jointnas.config import RunConfig
 from jointnas.data import Streams, seeded
 from jointnas.distillation import bake, distil, trainable
+from jointnas.initialise import initialise
 from jointnas.quality import perplexity
-from jointnas.quantize import initialise
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, Supernet, convert
 from jointnas_kernels.latency.table import Bound
@@ -47,7 +47,7 @@ def fresh_supernet(
 ) -> Supernet:
     """A supernet on a copy of the original weights, LoRA at zero: the common starting point of a comparison."""
     supernet = convert(copy.deepcopy(model), space, lora_rank=rank, importance=importance)
-    initialise(supernet)
+    initialise(supernet, "clip", progress=False)
     return supernet
 
 

@@ -1,4 +1,4 @@
-"""Quantizers of the search: clip ratios with least rounding error per group, and linears that train through them."""
+"""Linears that train through their quantizers."""
 
 from __future__ import annotations
 
@@ -6,37 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.ops import grid
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix
 from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
-
-# At 2 bits the best ratio of Gaussian weights is near 0.6 (relative MSE .15 instead of .30), at 8 bits near 1.
-RATIOS = tuple(1 - 0.05 * i for i in range(13))
-
-
-@torch.no_grad()
-def mse_clip(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """Clip ratio [O, I / group] in RATIOS with the least squared error of the quantized weight."""
-    rows, groups = weight.shape[0], weight.shape[1] // group_size
-    best = torch.full((rows, groups), torch.inf, device=weight.device)
-    ratio = torch.ones(rows, groups, device=weight.device)
-    for candidate in RATIOS:
-        clip = torch.full_like(ratio, candidate)
-        error = (fake_quant_weight(weight, bits, group_size, clip=clip) - weight).float()
-        error = error.view(rows, groups, group_size).square().sum(-1)
-        better = error < best
-        best, ratio = torch.where(better, error, best), torch.where(better, clip, ratio)
-    return ratio
-
-
-def initialise(supernet: Supernet) -> None:
-    """Sets the clip ratios of every linear and precision of a supernet."""
-    for _, linear in supernet.linears():
-        if linear.bits is not None:
-            clips = [mse_clip(linear.weight, bits, linear.group_size) for bits in linear.bits]
-            linear.set_clip(torch.stack(clips))
 
 
 class TrainableQuantLinear(nn.Linear):

@@ -11,9 +11,9 @@ import torch
 
 from jointnas import checkpoint, data
 from jointnas.config import DataConfig
+from jointnas.initialise.clip import RATIOS, mse_clip
 from jointnas.objective import Feasibility, Limits, Objective, entropies
 from jointnas.peers import canonical, hypervolume, pareto, random_peers
-from jointnas.quantize import RATIOS, mse_clip
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
 from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, count_params

@@ -1,0 +1,10 @@
+"""Initialisers of weight quantizers: clip ratios of a supernet's, and post-training quantization of plain models.
+
+`run.py` holds the one interface and walks over a model's blocks; `clip.py`, `gptq.py` and `omniquant.py` are the
+methods, `problem.py` is what they solve, `blocks.py` runs single blocks, `store.py` keeps finished ones.
+"""
+
+from jointnas.initialise.clip import mse_clip
+from jointnas.initialise.run import DATA_FREE, METHODS, Bits, calibration_windows, initialise
+
+__all__ = ["DATA_FREE", "METHODS", "Bits", "calibration_windows", "initialise", "mse_clip"]

@@ -1,0 +1,139 @@
+"""The blocks of a model, one at a time: hidden states in, hidden states out, with any of their parameters replaced.
+
+A block is run with what the model itself passes to it (rotary angles, masks), recorded once on a probe. It works alike
+for a plain transformers model and for a supernet, whose blocks are run at full size as in the original model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import Supernet
+from jointnas_kernels.ops.act_quant_mix import act_quant_mix
+from jointnas_kernels.space import LINEARS
+
+# linears that read the same input, in the order they run
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class Blocks:
+    """Blocks of a transformers model or a supernet. `batch` windows are run at once."""
+
+    def __init__(self, model: nn.Module, batch: int = 4) -> None:
+        self.batch = batch
+        self._forward: Callable[[Tensor], Any]
+        if isinstance(model, Supernet):
+            self.layers, self._forward, self.device = list(model.blocks), model.original, model.device
+        else:
+            source: Any = model
+            self.layers, self.device = list(source.model.layers), next(model.parameters()).device
+            self._forward = lambda ids: source(input_ids=ids, use_cache=False, logits_to_keep=1)
+        self.names = [_linears(layer, i) for i, layer in enumerate(self.layers)]
+        self._others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @torch.no_grad()
+    def start(self, ids: Tensor) -> Tensor:
+        """Inputs [n, T, N] of block 0 for token ids [n, T]; also records what else each block is called with."""
+        self._others = [((), {})] * len(self.layers)
+        found: list[Tensor] = []
+
+        def note(b: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._others[b] = (args[1:], kwargs)
+
+            return hook
+
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0])
+            raise _Stop
+
+        hooks = [m.register_forward_pre_hook(note(b), with_kwargs=True) for b, m in enumerate(self.layers)]
+        with _removed(hooks):
+            self._forward(ids[:1].to(self.device))
+        with _removed([self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)]):
+            for part in ids.split(self.batch):
+                with contextlib.suppress(_Stop):
+                    self._forward(part.to(self.device))
+        return torch.cat(found)
+
+    def run(self, b: int, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Block b on x [n, T, N], with some of its parameters replaced, by name; differentiable in both."""
+        args, kwargs = self._others[b]
+        if parameters:
+            return functional_call(self.layers[b], dict(parameters), (x, *args), kwargs)
+        return self.layers[b](x, *args, **kwargs)
+
+    @torch.no_grad()
+    def advance(self, b: int, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Block b on all windows, in x's own memory."""
+        for part in x.split(self.batch):
+            part.copy_(self.run(b, part, parameters))
+        return x
+
+    @torch.no_grad()
+    def mse(self, b: int, x: Tensor, y: Tensor, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """Mean squared difference of block b's output from y."""
+        total = 0.0
+        for source, target in zip(x.split(self.batch), y.split(self.batch), strict=True):
+            out = self.run(b, source, parameters)
+            total += float((out - target).double().square().sum())
+        return total / y.numel()
+
+    @torch.no_grad()
+    def visit(
+        self, b: int, linear: str, x: Tensor, see: Callable[[Tensor], None], parameters: Mapping[str, Tensor]
+    ) -> None:
+        """Shows `see` the inputs of one of block b's linears, batch by batch; what comes behind it is not run."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            see(args[0])
+            raise _Stop
+
+        module = self.layers[b].get_submodule(self.names[b][linear])
+        with _removed([module.register_forward_pre_hook(hook)]):
+            for part in x.split(self.batch):
+                with contextlib.suppress(_Stop):
+                    self.run(b, part, parameters)
+
+    @contextlib.contextmanager
+    def quantized_inputs(self, b: int, bits: int, symmetric: bool) -> Iterator[None]:
+        """Inside, block b's linears quantize their inputs per token (straight-through gradient); 16 bits: nothing."""
+        one = torch.ones(1, dtype=torch.float32, device=self.device)
+
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (act_quant_mix(args[0], (bits,), one, symmetric=symmetric), *args[1:])
+
+        modules = [self.layers[b].get_submodule(name) for name in self.names[b].values()] if bits < 16 else []
+        with _removed([m.register_forward_pre_hook(hook) for m in modules]):
+            yield
+
+
+def _linears(layer: nn.Module, index: int) -> dict[str, str]:
+    """{"q_proj": "self_attn.q_proj", …} of one block."""
+    found = {name.rpartition(".")[2]: name for name, _ in layer.named_modules() if name.endswith(LINEARS)}
+    missing = [name for name in LINEARS if name not in found]
+    if missing:
+        raise JointNASError(
+            f"block {index} ({type(layer).__name__}) has no {', '.join(missing)}; it cannot be quantized"
+        )
+    return {name: found[name] for name in LINEARS}
+
+
+@contextlib.contextmanager
+def _removed(hooks: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,186 @@
+"""OmniQuant (Shao et al., arXiv 2308.13137): what quantizes a block best is learned, by gradient descent on the mean
+squared error of the block's output, straight-through gradients, weights untouched.
+
+    learnable weight clipping          s = sigmoid(gamma) max|w| / ((2^b - 1)/2),   one gamma per (row, group)
+    learnable equivalent transformation (for quantized activations), t > 0 and d learned per channel
+
+        norm -> q, k, v                norm / t,                    W_q, W_k, W_v columns * t
+        v -> o                         (W_v x + b_v - d) / t,       W_o columns * t, b_o + W_o d
+        norm -> gate, up               norm / t,                    W_gate, W_up columns * t
+        up -> down                     up rows / t,                 W_down columns * t
+
+Attention averages values per channel with weights that sum to 1, and the gate multiplies `up` per channel, so each line
+leaves the block's function as it is and its result is the same kind of block. Query heads of one key-value head share
+t and d. The shift d exists only where both v and o have a bias; the norms (RMSNorm) have none to put a shift into.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jointnas.config import InitOptions
+from jointnas.data import seeded
+from jointnas.initialise.problem import Clips, Parameters, Problem
+from jointnas_kernels.ops.fake_quant_weight import compute_dtype
+
+log = logging.getLogger(__name__)
+LARGEST = 4.0  # start of gamma at most: sigmoid(4) = 0.98; at a ratio of 1 its gradient would vanish
+SITES = {"attention": "q_proj", "value": "o_proj", "mlp": "gate_proj", "up": "down_proj"}  # the linears t scales for
+NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
+READERS = {"attention": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+
+
+# ---- equivalent transformation --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Transform:
+    """log t of each site (of q's, gate's and down's inputs, and of v's outputs), and the shift d of v's outputs."""
+
+    head_dim: int
+    log_scale: Parameters
+    shift: Tensor | None = None
+
+    def leaves(self) -> list[Tensor]:
+        return [*self.log_scale.values(), *([] if self.shift is None else [self.shift])]
+
+    def of_heads(self, values: Tensor, channels: int) -> Tensor:
+        """Per key-value channel [Hkv D] -> per channel of o's input [H D]."""
+        heads = values.view(-1, self.head_dim)
+        return heads.repeat_interleave(channels // values.numel(), 0).flatten()
+
+
+def equivalent(parameters: Mapping[str, Tensor], names: Mapping[str, str], transform: Transform) -> Parameters:
+    """The block's parameters after the transformation: the same function up to rounding.
+
+    names: of the linears, as `Blocks.names` has them; the norms are called as in transformers' Llama.
+    """
+    p = {k: v.to(compute_dtype(v.dtype)) for k, v in parameters.items()}
+    t = {k: v.exp() for k, v in transform.log_scale.items()}
+    weight, bias = ({n: f"{path}.{what}" for n, path in names.items()} for what in ("weight", "bias"))
+    for site, norm in NORMS.items():
+        p[norm] = p[norm] / t[site]
+        for linear in READERS[site]:
+            p[weight[linear]] = p[weight[linear]] * t[site]
+    channels = p[weight["o_proj"]].shape[1]
+    if transform.shift is not None:
+        moved = p[weight["o_proj"]] @ transform.of_heads(transform.shift, channels)
+        p[bias["v_proj"]], p[bias["o_proj"]] = p[bias["v_proj"]] - transform.shift, p[bias["o_proj"]] + moved
+    values = transform.of_heads(t["value"], channels)
+    for writer, reader, rows, columns in (
+        ("v_proj", "o_proj", t["value"], values), ("up_proj", "down_proj", t["up"], t["up"]),
+    ):  # fmt: skip
+        p[weight[writer]] = p[weight[writer]] / rows.unsqueeze(1)
+        if bias[writer] in p:
+            p[bias[writer]] = p[bias[writer]] / rows
+        p[weight[reader]] = p[weight[reader]] * columns
+    return {k: v.to(parameters[k].dtype) for k, v in p.items()}
+
+
+def identity(parameters: Mapping[str, Tensor], names: Mapping[str, str], head_dim: int) -> Transform:
+    """t = 1, d = 0, for a block with these parameters."""
+
+    def zeros(linear: str, dim: int) -> Tensor:
+        weight = parameters[f"{names[linear]}.weight"]
+        return torch.zeros(weight.shape[dim], dtype=compute_dtype(weight.dtype), device=weight.device)
+
+    scales = {"attention": zeros("q_proj", 1), "value": zeros("v_proj", 0), "mlp": zeros("gate_proj", 1)}
+    scales["up"] = zeros("down_proj", 1)
+    biased = all(f"{names[n]}.bias" in parameters for n in ("v_proj", "o_proj"))
+    return Transform(head_dim, scales, zeros("v_proj", 0) if biased else None)
+
+
+@torch.no_grad()
+def smoothed(problem: Problem, start: Transform) -> Transform:
+    """SmoothQuant's scales (arXiv 2211.10438), t = sqrt(max|x| / max|w|) per channel with geometric mean 1."""
+    assert problem.x is not None
+    names, scales = problem.names, {}
+    for site, linear in SITES.items():
+        largest: list[Tensor] = []
+
+        def see(v: Tensor, largest: list[Tensor] = largest) -> None:
+            largest.append(v.abs().flatten(0, -2).amax(0))
+
+        problem.blocks.visit(problem.b, linear, problem.x, see, {})
+        acts = torch.stack(largest).amax(0)
+        readers = READERS.get(site, (linear,))
+        weights = torch.stack([problem.parameters[f"{names[n]}.weight"].abs().amax(0) for n in readers]).amax(0)
+        if site == "value":  # one scale per key-value channel, for all query heads that read it
+            shape = (len(start.log_scale[site]) // start.head_dim, -1, start.head_dim)
+            acts, weights = (v.view(shape).amax(1).flatten() for v in (acts, weights))
+        t = (acts.to(start.log_scale[site]).clamp_min(1e-5) / weights.clamp_min(1e-5)).log() / 2
+        scales[site] = t - t.mean()
+    return Transform(start.head_dim, scales, start.shift)
+
+
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A block's parameters before quantization (those that changed, and all weights), clip ratios, and block errors."""
+
+    parameters: Parameters
+    clips: Clips
+    start: float
+    end: float
+
+
+def learn(problem: Problem, options: InitOptions, *, transform: bool, seed: int = 0) -> Learned:
+    """Clip ratios, and with `transform` a transformation, that bring the block's output on x near y.
+
+    Starts from the best of: plain absmax, or clip ratios with the least error weighed by the inputs' energy; each
+    without a transformation or with SmoothQuant's. That start is returned should learning end above it."""
+    blocks, b, x, y = problem.blocks, problem.b, problem.x, problem.y
+    assert x is not None
+    assert y is not None
+    candidates: list[Transform | None] = [None]
+    if transform:
+        layer: Any = blocks.layers[b]
+        same = identity(problem.parameters, problem.names, layer.self_attn.head_dim)
+        candidates = [same, smoothed(problem, same)]
+
+    def parameters_of(transform: Transform | None) -> Parameters:
+        return problem.weights if transform is None else equivalent(problem.parameters, problem.names, transform)
+
+    starts = []
+    for candidate in candidates:
+        parameters = parameters_of(candidate)
+        for clips in (problem.unclipped(), problem.searched(parameters, problem.energies(parameters))):
+            error = problem.error(problem.quantized(parameters, clips))
+            starts.append((error, candidate, Learned(parameters, clips, error, error)))
+    start, moved, best = min(starts, key=lambda s: s[0])
+    logits = {n: ratio.logit().clamp_max(LARGEST).requires_grad_() for n, ratio in best.clips.items()}
+    groups: list[dict[str, Any]] = [{"params": list(logits.values()), "lr": options.lr_clip}]
+    if moved is not None:
+        groups.append({"params": [leaf.requires_grad_() for leaf in moved.leaves()], "lr": options.lr_transform})
+    optimizer = torch.optim.Adam(groups)
+    total = options.epochs * math.ceil(len(x) / blocks.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / total)))
+    for epoch in range(options.epochs):
+        order = torch.randperm(len(x), generator=seeded(seed, b, problem.bits, epoch)).to(x.device)
+        for chosen in order.split(blocks.batch):
+            with torch.enable_grad():
+                out = blocks.run(
+                    b, x[chosen], problem.quantized(parameters_of(moved), {n: v.sigmoid() for n, v in logits.items()})
+                )
+                # in units of the start: errors go down to 1e-7 at 8 bits, where Adam's epsilon would count
+                loss = (out - y[chosen]).to(compute_dtype(out.dtype)).square().mean() / max(start, 1e-30)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    with torch.no_grad():
+        parameters, clips = parameters_of(moved), {n: v.sigmoid() for n, v in logits.items()}
+        end = problem.error(problem.quantized(parameters, clips))
+    if not end < start:
+        log.warning("omniquant: block %d did not improve on its start (%.3g to %.3g), which is kept", b, start, end)
+        return best
+    return Learned(parameters, clips, start, end)

@@ -1,0 +1,79 @@
+"""One block and the weight quantizers sought for it: what all methods work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from jointnas.initialise.blocks import STAGES, Blocks
+from jointnas.initialise.clip import mse_clip
+from jointnas_kernels.ops.fake_quant_weight import compute_dtype, fake_quant_weight
+
+Parameters = dict[str, Tensor]  # of one block, by name
+Clips = dict[str, Tensor]  # clip ratio [O, I / group] of each linear
+
+
+@dataclass
+class Problem:
+    """Block b shall map x to y [windows, tokens, N] with weights of some bits; without x there are no errors."""
+
+    blocks: Blocks
+    b: int
+    x: Tensor | None
+    y: Tensor | None
+    bits: int
+    groups: Mapping[str, int]  # of each linear
+    names: dict[str, str] = field(init=False)  # of each linear's module
+    parameters: Parameters = field(init=False)  # of the whole block, before anything
+
+    def __post_init__(self) -> None:
+        self.names = self.blocks.names[self.b]
+        self.parameters = {k: v.detach() for k, v in self.blocks.layers[self.b].named_parameters()}
+
+    @property
+    def weights(self) -> Parameters:
+        """The seven weights, by parameter name."""
+        return {f"{path}.weight": self.parameters[f"{path}.weight"] for path in self.names.values()}
+
+    def unclipped(self) -> Clips:
+        """Ratios of 1."""
+        shapes = {n: self.parameters[f"{path}.weight"] for n, path in self.names.items()}
+        return {n: torch.ones(w.shape[0], w.shape[1] // self.groups[n], device=w.device) for n, w in shapes.items()}
+
+    def searched(self, parameters: Parameters, importance: Mapping[str, Tensor] | None = None) -> Clips:
+        """Ratios with the least squared error of each group, its inputs weighed by `importance` [I] of each linear."""
+        weights = {n: parameters[f"{path}.weight"] for n, path in self.names.items()}
+        weighed = {} if importance is None else importance
+        return {n: mse_clip(w, self.bits, self.groups[n], weighed.get(n)) for n, w in weights.items()}
+
+    def energies(self, parameters: Parameters) -> dict[str, Tensor]:
+        """Sum over tokens of x^2 for every input [I] of each linear, in the block with these parameters."""
+        assert self.x is not None
+        found: dict[str, Tensor] = {}
+        for stage in STAGES:
+            sums: list[Tensor] = []
+
+            def see(v: Tensor, sums: list[Tensor] = sums) -> None:
+                sums.append(v.to(compute_dtype(v.dtype)).flatten(0, -2).square().sum(0))
+
+            self.blocks.visit(self.b, stage[0], self.x, see, parameters)
+            found |= dict.fromkeys(stage, torch.stack(sums).sum(0))
+        return found
+
+    def quantized(self, parameters: Parameters, clips: Clips) -> Parameters:
+        """The parameters with quantized weights, differentiable in parameters and ratios."""
+        found = dict(parameters)
+        for n, path in self.names.items():
+            weight = parameters[f"{path}.weight"]
+            found[f"{path}.weight"] = fake_quant_weight(weight, self.bits, self.groups[n], clip=clips[n], ste="clip")
+        return found
+
+    @torch.no_grad()
+    def error(self, parameters: Parameters) -> float:
+        """Mean squared error of the block's output with these parameters."""
+        assert self.x is not None
+        assert self.y is not None
+        return self.blocks.mse(self.b, self.x, self.y, parameters)

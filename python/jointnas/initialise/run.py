@@ -1,0 +1,347 @@
+"""`initialise`: block by block, resumable.
+
+    x_0 = embeddings of the calibration windows
+    block b:   y = block(x) of the original;   quantizers of b from (x', y);   x <- y,   x' <- quantized block(x')
+
+x' are the inputs the block sees when everything before it is quantized. For a supernet, where a block's precision is
+one choice of several and so is that of every block before it, x' = x, and activations are not quantized: each precision
+of each block is initialised against the original's input and output.
+
+Memory beyond the model: x, x' and y, and what the method needs for one block. With a folder, every finished block is
+written at once (`block-000.safetensors`, renamed into place), and its errors to `blocks.jsonl`. A resumed run puts
+finished blocks in, carries x and x' through them, and ends where an uninterrupted one would have, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from jointnas.config import InitOptions, Method
+from jointnas.data import Batches
+from jointnas.initialise.blocks import STAGES, Blocks
+from jointnas.initialise.gptq import accumulate, gptq
+from jointnas.initialise.omniquant import learn
+from jointnas.initialise.problem import Clips, Parameters, Problem
+from jointnas.initialise.store import Store
+from jointnas.logs import Progress
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.hf import Supernet
+from jointnas_kernels.nn.linear import FakeQuantLinear
+from jointnas_kernels.ops import grid
+from jointnas_kernels.ops.grid import Grid
+from jointnas_kernels.space import Choice, SearchSpace, kept_blocks, original_sizes
+
+METHODS: tuple[Method, ...] = get_args(Method)
+DATA_FREE = ("rtn", "clip")
+Row = dict[str, Any]
+State = dict[str, Tensor]  # what a block is changed to: parameters by name, and NAME.scale or NAME.clip of its linears
+
+
+@dataclass(frozen=True)
+class Bits:
+    """The precision of every block of a plain model, in the order they run."""
+
+    weight: tuple[int, ...]
+    act: tuple[int, ...]
+    group_size: int
+    o_proj_group: int
+    act_symmetric: bool = False
+
+    @classmethod
+    def uniform(
+        cls, config: Any, weight: int, act: int = 16, group_size: int = 128, act_symmetric: bool = False
+    ) -> Bits:
+        """One precision for all blocks of a model with this config."""
+        space = single_space(config, weight, act, group_size)
+        return cls.of(space.full(), space, act_symmetric=act_symmetric)
+
+    @classmethod
+    def of(
+        cls, choice: Choice, space: SearchSpace, block_rank: Sequence[int] | None = None, act_symmetric: bool = False
+    ) -> Bits:
+        """Those of a choice, for the plain model it was extracted to; block_rank as the supernet had it."""
+        space.check(choice)
+        if choice.weight_bits is None:
+            raise JointNASError("initialise: the choice has no weight bits: there is no weight quantizer to initialise")
+        kept = kept_blocks(block_rank or range(space.depth), choice.blocks)
+        act = choice.act_bits or (16,) * space.depth
+        return cls(
+            tuple(choice.weight_bits[b] for b in kept), tuple(act[b] for b in kept), space.group_size,
+            space.o_proj_group, act_symmetric,
+        )  # fmt: skip
+
+    def groups(self) -> dict[str, int]:
+        """Quantization group of each linear."""
+        return {n: self.o_proj_group if n == "o_proj" else self.group_size for stage in STAGES for n in stage}
+
+
+def single_space(config: Any, weight: int, act: int = 16, group_size: int = 128) -> SearchSpace:
+    """The space whose only choice is the model itself at one precision; raises if that precision does not fit it."""
+    own = original_sizes(config)
+    sizes = {k: (v,) for k, v in own.items()}
+    space = SearchSpace(**sizes, weight_bits=(weight,), act_bits=(act,), group_size=group_size)
+    space.validate(config)
+    return space
+
+
+def calibration_windows(tokens: Tensor, options: InitOptions, seq_len: int, seed: int = 0) -> Tensor:
+    """[samples, seq_len] token ids, drawn from a stream."""
+    return Batches(tokens, options.samples, seq_len, seed).at(0)
+
+
+def initialise(
+    model: nn.Module,
+    method: Method = "clip",
+    calibration: Tensor | None = None,
+    bits: Bits | None = None,
+    *,
+    options: InitOptions | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> list[Row]:
+    """Initialises the weight quantizers of a supernet, or quantizes a plain model; in place.
+
+    A supernet gets clip ratios for every precision of its space. In a plain transformers model every linear of a block
+    becomes a `FakeQuantLinear`, whose weight lies on the grid it carries; `omniquant` also moves scales between norms
+    and linears where activations are quantized.
+
+    Args:
+        method: "rtn" (round to nearest), "clip" (and each group's clip ratio with the least squared error), "gptq", or
+            "omniquant". The first two need no data; errors of blocks are reported only with it.
+        calibration: token ids [windows, tokens].
+        bits: of a plain model; of a supernet they are those of its space.
+        options: of the methods.
+        folder: where finished blocks go, and are taken from if they are of the same model, data and options; None:
+            nowhere, and a killed run starts again.
+        seed: of the order of windows in learning.
+
+    Returns:
+        One dict per block, or with a supernet per (block, weight bits): the mean squared error of the block's output
+        with rounding to nearest (`mse_rtn`), where learning started (`mse_start`) and at the end (`mse`), and the mean
+        square of that output (`power`).
+    """
+    if method not in METHODS:
+        raise unknown("quantizer initialiser", method, METHODS)
+    options = options or InitOptions()
+    if calibration is None and method not in DATA_FREE:
+        raise JointNASError(
+            f"initialise: {method} needs calibration tokens [windows, tokens]; without data: {', '.join(DATA_FREE)}"
+        )
+    if calibration is not None and (calibration.dim() != 2 or calibration.numel() == 0):
+        shape = tuple(calibration.shape)
+        raise JointNASError(f"initialise: calibration must be token ids [windows, tokens], got shape {shape}")
+    job: Supernets | Plain
+    if isinstance(model, Supernet):
+        if bits is not None:
+            raise JointNASError("initialise: a supernet's bits are those of its space; leave out `bits`")
+        if model.space.weight_bits is None:
+            return []
+        if method == "gptq":
+            raise JointNASError(
+                "initialise: gptq decides how fixed weights are rounded, but a supernet rounds W + s B A anew in every "
+                "step. Allowed for supernets: rtn, clip, omniquant; gptq is for the plain model that `extract` returns"
+            )
+        job = Supernets(model, method, options, seed)
+    else:
+        if bits is None:
+            raise JointNASError("initialise: a plain model needs `bits`, e.g. Bits.uniform(model.config, weight=4)")
+        job = Plain(model, method, options, bits, seed)
+    store = None if folder is None else Store(Path(folder), job.settings(calibration))
+    return _walk(job, calibration, store, progress)
+
+
+@torch.no_grad()
+def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | None, progress: bool) -> list[Row]:
+    blocks, count = job.blocks, len(job.blocks.layers)
+    rows: list[Row] = []
+    todo = store is None or store.finished() < count
+    x = blocks.start(calibration) if calibration is not None and todo else None
+    quantized = x.clone() if x is not None and isinstance(job, Plain) else None
+    bar = Progress(f"initialise: {job.method}", count, 0, progress)
+    for b in range(count):
+        began = time.monotonic()
+        y = None if x is None else blocks.advance(b, x.clone())
+        found = store.load(b) if store is not None else None
+        if found is None:
+            state, new = job.solve(b, x if quantized is None else quantized, y)
+            for row in new:
+                row["seconds"] = time.monotonic() - began
+            if store is not None:
+                store.save(b, state, new)
+        else:
+            state, new = found
+        job.install(b, {k: v.to(blocks.device) for k, v in state.items()})
+        x = y
+        if quantized is not None:
+            blocks.advance(b, quantized)
+        rows += new
+        bar.step(**{k: v for k, v in new[-1].items() if k in ("mse_rtn", "mse")})
+    bar.close()
+    if store is not None:
+        store.report(rows)
+    return rows
+
+
+# ---- what is done to a block ----------------------------------------------------------------------------------------
+
+
+class Supernets:
+    """Clip ratios of every precision of a supernet's blocks."""
+
+    def __init__(self, model: Supernet, method: Method, options: InitOptions, seed: int) -> None:
+        self.model, self.method, self.options, self.seed = model, method, options, seed
+        self.blocks, self.bits = Blocks(model, options.batch), model.space.weight_bits or ()
+
+    def settings(self, calibration: Tensor | None) -> dict[str, Any]:
+        about = {"space": self.model.space.to_dict(), "block_rank": list(self.model.block_rank)}
+        return _settings(self, calibration) | {"supernet": about}
+
+    def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
+        names = self.blocks.names[b]
+        groups = {n: self._linear(b, path).group_size for n, path in names.items()}
+        clips: list[dict[str, Tensor]] = []
+        rows: list[Row] = []
+        for bits in self.bits:
+            problem = Problem(self.blocks, b, x, y, bits, groups)
+            found, row = _searched(problem, self.method, self.options, False, self.seed)
+            clips.append(found[1])
+            rows.append({"block": b, "method": self.method, "weight_bits": bits, "act_bits": 16, **row})
+            if x is not None:
+                rows[-1]["mse"] = problem.error(problem.quantized(*found))
+        return {f"{path}.clip": torch.stack([c[n] for c in clips]) for n, path in names.items()}, rows
+
+    def install(self, b: int, state: State) -> None:
+        for path in self.blocks.names[b].values():
+            self._linear(b, path).set_clip(state[f"{path}.clip"])
+
+    def _linear(self, b: int, path: str) -> Any:
+        return self.blocks.layers[b].get_submodule(path)
+
+
+class Plain:
+    """Quantized linears of a plain transformers model."""
+
+    def __init__(self, model: nn.Module, method: Method, options: InitOptions, bits: Bits, seed: int) -> None:
+        self.model, self.method, self.options, self.bits, self.seed = model, method, options, bits, seed
+        self.blocks = Blocks(model, options.batch)
+        self._check()
+
+    def _check(self) -> None:
+        count = len(self.blocks.layers)
+        if not len(self.bits.weight) == len(self.bits.act) == count:
+            raise JointNASError(
+                f"initialise: bits for the weights of {len(self.bits.weight)} blocks and for the activations of "
+                f"{len(self.bits.act)}; the model has {count} blocks"
+            )
+        for b, names in enumerate(self.blocks.names):
+            for path in names.values():
+                module = self.blocks.layers[b].get_submodule(path)
+                if isinstance(module, FakeQuantLinear):
+                    raise JointNASError(f"initialise: block {b}, {path} is quantized already; load the original model")
+
+    def settings(self, calibration: Tensor | None) -> dict[str, Any]:
+        return _settings(self, calibration) | {"bits": json.loads(json.dumps(self.bits.__dict__))}
+
+    def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
+        bits, act, groups = self.bits.weight[b], self.bits.act[b], self.bits.groups()
+        problem = Problem(self.blocks, b, x, y, bits, groups)
+        row: Row = {"block": b, "method": self.method, "weight_bits": bits, "act_bits": act}
+        with self._inputs(b):
+            if self.method == "gptq":
+                state = self._gptq(problem)
+                row["mse_rtn"] = problem.error(problem.quantized(problem.weights, problem.unclipped()))
+            else:
+                transform = act < 16 if self.options.transform is None else self.options.transform
+                (parameters, clips), more = _searched(problem, self.method, self.options, transform, self.seed)
+                row |= more
+                state = dict(parameters)
+                for n, path in problem.names.items():
+                    weight = parameters[f"{path}.weight"]
+                    values, of = grid.quantize(weight, bits, groups[n], clip=clips[n])
+                    state |= {f"{path}.weight": values, f"{path}.scale": of.scale}
+            if y is not None:
+                row["mse"] = problem.error({k: v for k, v in state.items() if not k.endswith(".scale")})
+                row["power"] = float(y.double().square().mean())
+        return state, [row]
+
+    def _gptq(self, problem: Problem) -> State:
+        """Stage by stage: each linear's inputs are those behind the quantized linears of earlier stages."""
+        assert problem.x is not None
+        values: State = {}
+        scales: State = {}
+        for stage in STAGES:
+            hessian: Tensor | None = None
+
+            def see(v: Tensor) -> None:
+                nonlocal hessian
+                hessian = accumulate(hessian, v)
+
+            problem.blocks.visit(problem.b, stage[0], problem.x, see, values)
+            assert hessian is not None
+            for n in stage:
+                path = problem.names[n]
+                weight = problem.parameters[f"{path}.weight"]
+                values[f"{path}.weight"], of = gptq(
+                    weight, hessian, problem.bits, problem.groups[n], damping=self.options.damping,
+                    act_order=self.options.act_order,
+                )  # fmt: skip
+                scales[f"{path}.scale"] = of.scale
+        return values | scales
+
+    def install(self, b: int, state: State) -> None:
+        layer, linears = self.blocks.layers[b], self.blocks.names[b].values()
+        for name, value in state.items():
+            path, _, what = name.rpartition(".")
+            if path not in linears:  # a norm that took up a transformation
+                setattr(layer.get_submodule(path), what, nn.Parameter(value, requires_grad=False))
+        for path in linears:
+            old: Any = layer.get_submodule(path)
+            of = Grid(self.bits.weight[b], state[f"{path}.scale"])
+            bias = state.get(f"{path}.bias", old.bias)
+            new = FakeQuantLinear(state[f"{path}.weight"], bias, of, self.bits.act[b], self.bits.act_symmetric)
+            parent, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent), name, new.requires_grad_(old.weight.requires_grad).train(old.training))
+
+    def _inputs(self, b: int) -> Any:
+        return self.blocks.quantized_inputs(b, self.bits.act[b], self.bits.act_symmetric)
+
+
+def _searched(
+    problem: Problem, method: Method, options: InitOptions, transform: bool, seed: int
+) -> tuple[tuple[Parameters, Clips], Row]:
+    """((parameters before quantization, clip ratios), errors) of the methods that round to nearest."""
+    weights, row = problem.weights, {}
+    clips = problem.unclipped()
+    if problem.x is not None:
+        row["mse_rtn"] = problem.error(problem.quantized(weights, clips))
+    if method == "omniquant":
+        learned = learn(problem, options, transform=transform, seed=seed)
+        row["mse_start"] = learned.start
+        return (learned.parameters, learned.clips), row
+    return (weights, clips if method == "rtn" else problem.searched(weights)), row
+
+
+def _settings(job: Supernets | Plain, calibration: Tensor | None) -> dict[str, Any]:
+    """What blocks of one folder share. Of each weight 64 values stand for all."""
+    digest = hashlib.sha256()
+    for layer in job.blocks.layers:
+        for name, parameter in sorted(layer.named_parameters()):
+            if not name.rpartition(".")[2].startswith(("lora", "clip")):
+                flat = parameter.detach().flatten()
+                some = flat[:: max(1, flat.numel() // 64)].double().cpu()
+                digest.update(name.encode() + some.numpy().tobytes())
+    tokens = "" if calibration is None else hashlib.sha256(calibration.cpu().numpy().tobytes()).hexdigest()
+    return {
+        "method": job.method, "options": job.options.model_dump(), "seed": job.seed, "model": digest.hexdigest(),
+        "calibration": tokens,
+    }  # fmt: skip

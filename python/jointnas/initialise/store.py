@@ -1,0 +1,82 @@
+"""Finished blocks on disk, so that a killed initialisation goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from jointnas.checkpoint import fsync
+from jointnas_kernels.errors import JointNASError
+
+Tensors = dict[str, Tensor]
+Rows = list[dict[str, Any]]
+
+
+class Store:
+    """A folder of finished blocks: settings.json, block-NNN.safetensors (with the block's rows), blocks.jsonl."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        path = folder / "settings.json"
+        if path.is_file():
+            saved = json.loads(path.read_text())
+            changed = sorted(k for k in {*saved, *settings} if saved.get(k) != settings.get(k))
+            if changed:
+                raise JointNASError(
+                    f"{folder} holds blocks that were initialised with another {', '.join(changed)}; remove it or "
+                    "choose another folder"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(path, json.dumps(settings, indent=1))
+
+    def _path(self, b: int) -> Path:
+        return self.folder / f"block-{b:03}.safetensors"
+
+    def finished(self) -> int:
+        """How many blocks are there without a gap."""
+        count = 0
+        while self._path(count).is_file():
+            count += 1
+        return count
+
+    def load(self, b: int) -> tuple[Tensors, Rows] | None:
+        path = self._path(b)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["rows"])  # noqa: SIM118
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise JointNASError(f"{path} is damaged ({error}); remove it to compute the block again") from None
+
+    def save(self, b: int, state: Tensors, rows: Rows) -> None:
+        temporary = self.folder / f".block-{b:03}.tmp"
+        # clones: parts of one tensor cannot be saved
+        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
+        save_file(tensors, temporary, metadata={"rows": json.dumps(rows)})
+        _rename(temporary, self._path(b))
+        with open(self.folder / "blocks.jsonl", "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def report(self, rows: Rows) -> None:
+        """All rows again: a kill may have come between a block and its rows."""
+        _write(self.folder / "blocks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    _rename(temporary, path)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
