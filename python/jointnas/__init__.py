@@ -18,7 +18,7 @@ _WHERE = {
     "LatencyTable": "jointnas_kernels.latency",
     "RunConfig": "jointnas.config",
     **dict.fromkeys(("search", "finetune", "export", "evaluate", "compare", "report", "profile"), "jointnas.verbs"),
-    **dict.fromkeys(("demo", "doctor"), "jointnas.verbs"),
+    **dict.fromkeys(("demo", "doctor", "quantize"), "jointnas.verbs"),
 }
 __all__ = sorted(_WHERE)
 

@@ -28,6 +28,7 @@ from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.space import Choice, kept_blocks
 
 CHOICE_FILE = "choice.json"
+SEARCHED = "Found by a joint search over architecture and precision, then distilled from the original."
 SIZES = ("hidden", "heads", "head_dim", "intermediate", "blocks")
 
 
@@ -44,6 +45,7 @@ def export(
     facts: Mapping[str, Any] | None = None,
     base: str = "",
     licence: str | None = None,
+    story: str = SEARCHED,
     notices: Sequence[Path] = (),
     max_shard_size: str | int = "50GB",
 ) -> Path:
@@ -53,6 +55,7 @@ def export(
         facts: numbers for the model card, by name.
         base: name of the original model.
         licence: of the original model's weights, as the Hub spells it.
+        story: how the model came about, one sentence for the model card.
         notices: files that its terms want beside the weights; they are copied.
         max_shard_size: of one safetensors file.
 
@@ -79,7 +82,7 @@ def export(
         record = {"choice": choice.to_dict(), "layers": blocks, "base": base, "facts": dict(facts or {})}
         (temporary / CHOICE_FILE).write_text(json.dumps(record, indent=1))
         size = sum(f.stat().st_size for f in temporary.glob("*.safetensors"))
-        (temporary / "README.md").write_text(card(choice, blocks, schemes, size, facts or {}, base, licence))
+        (temporary / "README.md").write_text(card(choice, blocks, schemes, size, facts or {}, base, licence, story))
     return Path(folder)
 
 
@@ -127,14 +130,14 @@ def _add(path: Path, entries: Mapping[str, Any]) -> None:
 
 def card(
     choice: Choice, blocks: Sequence[Mapping[str, Any]], schemes: Mapping[str, Scheme], size: int,
-    facts: Mapping[str, Any], base: str, licence: str | None,
+    facts: Mapping[str, Any], base: str, licence: str | None, story: str = SEARCHED,
 ) -> str:  # fmt: skip
     """A model card in Markdown."""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [compressed, jointnas]"]
     if licence:
         head.append(f"license: {licence}")
     lines = [*head, "---", "", f"# Compressed {base or 'model'}", ""]
-    lines += ["Found by a joint search over architecture and precision, then distilled from the original.", ""]
+    lines += [story, ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM"]
     if schemes:
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)  # pip install compressed-tensors", ""]

@@ -75,6 +75,12 @@ def load_tokenizer(config: ModelConfig) -> Any:
         raise JointNASError(f"the tokenizer of {config.source!r} cannot be loaded: {_line(error)}") from None
 
 
+def has_tokenizer(config: ModelConfig) -> bool:
+    """Whether `load_tokenizer` can be expected to find one: not in a folder that holds a model alone."""
+    folder = Path(config.source)
+    return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
+
+
 def licence(config: ModelConfig) -> tuple[str | None, list[Path]]:
     """(licence as the model card names it, files that must go along with the weights) of a local or embedded model."""
     if config.source == "embedded":

@@ -93,7 +93,7 @@ def write_final(run: Run, model: Any, choice: Choice, folder: Path) -> Path:
     facts["held-out perplexity"] = (
         f"{quality_of(model, run.streams, config.eval, config, tasks=False)['perplexity']:.3f}"
     )
-    tokenizer = models.load_tokenizer(config.model) if _has_tokenizer(config) else None
+    tokenizer = models.load_tokenizer(config.model) if models.has_tokenizer(config.model) else None
     licence, notices = models.licence(config.model)
     return artifact.export(
         model, folder, choice, run.supernet.block_rank, tokenizer=tokenizer, facts=facts, base=config.model.source,
@@ -219,11 +219,6 @@ def found_choice(folder: Path) -> Choice:
     if found is None:
         raise JointNASError(f"{folder} has no choice.json: its search has not finished; resume it with --resume auto")
     return Choice.from_dict(found["choice"], where=str(folder / "choice.json"))
-
-
-def _has_tokenizer(config: RunConfig) -> bool:
-    folder = Path(config.model.source)
-    return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
 
 
 __all__ = ["Found", "Row", "describe_model", "evaluate", "export", "finetune", "open_run", "search"]

@@ -7,7 +7,16 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from jointnas.config import LatencyConfig, ModelConfig, RunConfig, SpaceConfig
+from jointnas.config import (
+    BitsConfig,
+    DataConfig,
+    InitOptions,
+    LatencyConfig,
+    Method,
+    ModelConfig,
+    RunConfig,
+    SpaceConfig,
+)
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable
 
@@ -78,6 +87,35 @@ def search(config: RunConfig) -> Path:
     from jointnas import pipeline
 
     return pipeline.search(config)
+
+
+def quantize(
+    out: str,
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    bits: BitsConfig = BitsConfig(),  # noqa: B008
+    method: Method = "gptq",
+    data: DataConfig = DataConfig(),  # noqa: B008
+    options: InitOptions = InitOptions(),  # noqa: B008
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Quantizes a model as it is, every block at one precision, and exports it; returns the new folder.
+
+    Args:
+        out: new folder. Until it is done, finished blocks are in OUT.partial.
+        model: which model.
+        bits: of weights and activations.
+        method: rtn and clip need no data, gptq and omniquant learn from calibration windows of `data`.
+        data: text of the calibration.
+        options: of the methods.
+        seed: of the calibration windows and their order.
+        resume: continue an interrupted quantization.
+        progress: show a progress bar.
+    """
+    from jointnas import ptq
+
+    return ptq.quantize(Path(out), model, bits, method, data, options, seed, resume, progress)
 
 
 def finetune(run: str) -> Path:
