@@ -4,9 +4,10 @@
 
 One iteration is one weight step plus one arch step (forward, loss, backward; no optimizer), batch 8 x 128 tokens, on
 Llama-3.1-8B's shapes with random weights: the full model on a GPU, one block on a CPU. Contenders (see models.py): loop
-(TangleNAS style), masks (the paper's Eq. 9 as worded), gemv and shared (the best stored-mask implementations found),
-ours (the supernet of this package), and plain PEFT LoRA, whose iteration is two LoRA steps. ``memory`` is what a
-contender keeps beyond the model and its LoRA (stored masks) plus its peak in a step beyond the LoRA step's peak.
+(as the paper words the original), loop-best (improved), masks (the paper's Eq. 9 as worded), gemv and shared (the best
+stored-mask implementations found), ours (the supernet of this package), and plain PEFT LoRA, whose iteration is two
+LoRA steps. ``memory`` is what a contender keeps beyond the model and its LoRA (stored masks) plus its peak in a step
+beyond the LoRA step's peak.
 
 Before timing, loop, masks and gemv must agree with the factored form, in loss and gradients, on a small model in fp32.
 """
@@ -48,7 +49,7 @@ TINY: list[dict[str, tuple[int, ...]]] = [
     {"hidden": (128, 256), "heads": (4,), "head_dim": (64,), "intermediate": (256, 512)},
     {"hidden": (64, 128, 256), "heads": (2, 4), "head_dim": (32, 64), "intermediate": (128, 256, 512)},
 ]
-PEERS = ("loop", "masks", "gemv", "shared")
+PEERS = ("loop", "loop-best", "masks", "gemv", "shared")
 Step = Callable[[], Any]
 
 

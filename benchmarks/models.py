@@ -3,15 +3,17 @@
 ``PlainSupernet`` is the peer: the relaxed forward of the paper as one writes it in PyTorch, without any op of this
 package. How its mixed weights come about is the contender:
 
-    loop      Eq. 5, TangleNAS style: slice, scale, pad and add for every (input, output) pair of choices
+    loop      Eq. 5 as the paper words the original: slice, scale, pad and add for every (input, output) pair of
+              choices, the 15 combinations of heads and head_dim one by one, of W0 and again of the LoRA product B A
+    loop-best the same with what can be saved: equal products heads x head_dim once (7 of 15), LoRA in its cheap form
     masks     Eq. 9 as worded: binary G of every pair stored at start-up, 3-D tensor times alpha, summed, times W0
     gemv      the same stored G (in the compute dtype) contracted as a matrix-vector product, no 3-D temporary
     shared    gemv, and the probabilistic mask of a shape made once per step for all blocks instead of once per linear
     factored  the rank-1 form, r ⊙ (W0 (c ⊙ x)), as separate torch ops: what torch.compile is given to fuse
 
-LoRA is applied in its cheap form r ⊙ B(A(c ⊙ x)) in every variant, which favours the peers: the paper mixes B A too.
-Sizes are flat prefixes as the paper's Eq. 5 words them: equal products heads x head_dim are one choice (7, not 15, for
-Llama-3.1-8B), which favours the peers again.
+In all but loop, LoRA is applied in its cheap form r ⊙ B(A(c ⊙ x)), which favours the peers: the paper mixes B A too.
+Sizes are flat prefixes as the paper's Eq. 5 words them, and equal products heads x head_dim are one choice, which
+favours the peers again.
 """
 
 from __future__ import annotations
@@ -126,6 +128,7 @@ class Axis:
     full: int
     sizes: tuple[int, ...]
     weights: Tensor | None = None  # [K, heads * head_dim] 0/1: which pairs have this product; None: one key, as is
+    pairs: tuple[int, ...] = ()  # the product of every (heads, head_dim) pair, equal ones repeated
 
 
 def axes(config: Any, space: Mapping[str, tuple[int, ...]], device: str) -> dict[str, Axis]:
@@ -136,7 +139,7 @@ def axes(config: Any, space: Mapping[str, tuple[int, ...]], device: str) -> dict
     kv = config.num_key_value_heads
     return {
         "hidden": Axis(config.hidden_size, tuple(space["hidden"])),
-        "attn": Axis(config.num_attention_heads * config.head_dim, sizes, member),
+        "attn": Axis(config.num_attention_heads * config.head_dim, sizes, member, tuple(products)),
         "kv": Axis(kv * config.head_dim, tuple(kv * d for d in space["head_dim"])),
         "inter": Axis(config.intermediate_size, tuple(space["intermediate"])),
     }
@@ -226,20 +229,20 @@ class PlainSupernet(nn.Module):
         member = self.axes["attn"].weights
         assert member is not None
         return {"hidden": p["hidden"], "attn": member @ pairs, "kv": p["head_dim"], "inter": p["intermediate"]} | {
-            "head_dim": p["head_dim"]
-        }
+            "head_dim": p["head_dim"], "attn pairs": pairs
+        }  # fmt: skip
 
     def _mixed(self, weight: Tensor, out: str, inner: str, alpha: Mapping[str, Tensor]) -> Tensor:
         """W_mixed [M, N] of Eq. 5 or Eq. 9."""
-        a_out, a_in = alpha[out].to(weight.dtype), alpha[inner].to(weight.dtype)
-        if self.variant == "loop":
+        if self.variant.startswith("loop"):
             m, n = weight.shape
             total = torch.zeros_like(weight)
-            for j, rows in enumerate(self.axes[out].sizes):
-                for i, columns in enumerate(self.axes[inner].sizes):
-                    part = weight[:rows, :columns] * (a_out[j] * a_in[i])
+            for rows, a_out in self._terms(out, alpha, weight.dtype):
+                for columns, a_in in self._terms(inner, alpha, weight.dtype):
+                    part = weight[:rows, :columns] * (a_out * a_in)
                     total = total + F.pad(part, (0, n - columns, 0, m - rows))
             return total
+        a_out, a_in = alpha[out].to(weight.dtype), alpha[inner].to(weight.dtype)
         pair = torch.outer(a_out, a_in).flatten()
         g = self.stored[out, inner]
         if self.variant == "masks":
@@ -250,6 +253,12 @@ class PlainSupernet(nn.Module):
         if key not in self.once:
             self.once[key] = (pair @ g.flatten(1)).view_as(weight)
         return weight * self.once[key]
+
+    def _terms(self, key: str, alpha: Mapping[str, Tensor], dtype: torch.dtype) -> list[tuple[int, Tensor]]:
+        """What the loops run over: (size, probability), the combinations of heads and head_dim apart or merged."""
+        apart = self.variant == "loop" and self.axes[key].pairs
+        sizes, probs = (apart, alpha["attn pairs"]) if apart else (self.axes[key].sizes, alpha[key])
+        return list(zip(sizes, probs.to(dtype).unbind(), strict=True))
 
     # layers -----------------------------------------------------------------------------------------------------------
 
@@ -275,6 +284,9 @@ class PlainSupernet(nn.Module):
                 for p, n in enumerate(self.weight_bits)
             ]
             return r * F.linear(c * x, sum(merged[1:], merged[0]).to(x.dtype))
+        if self.variant == "loop":
+            update = self._mixed(b[0] @ a[0], out, inner, alpha)
+            return F.linear(x, self._mixed(weight, out, inner, alpha) + self.scaling * update)
         masked = c * x
         low = F.linear(masked, a[0])
         if self.variant == "factored":

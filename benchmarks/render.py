@@ -95,7 +95,10 @@ def where(row: Row) -> str:
 
 def masks(rows: list[Row], device: str) -> str:
     """Fig. 3: one line per size of the search space."""
-    names = {"loop": "loops", "masks": "stored masks (Eq. 9)", "gemv": "stored, best", "shared": "stored, shared"}
+    names = {
+        "loop": "loops", "loop-best": "loops, improved", "masks": "stored masks (Eq. 9)", "gemv": "stored, best",
+        "shared": "stored, shared",
+    }  # fmt: skip
     counts = sorted({r["params"]["candidates"] for r in rows})
     body = []
     for count in counts:
@@ -268,6 +271,7 @@ def plot_masks(rows: list[Row], device: str) -> None:
 
     styles = {
         "loop": ("loops (TangleNAS)", "tab:red", "s"),
+        "loop-best": ("loops, improved", "tab:pink", "P"),
         "masks": ("stored masks (Eq. 9)", "tab:orange", "^"),
         "gemv": ("stored masks, best", "tab:olive", "v"),
         "shared": ("stored masks, shared", "tab:brown", "D"),
