@@ -7,7 +7,8 @@ A space lists the allowed sizes of each dimension; one choice picks one of each:
     weight_bits, act_bits                   one per original block (None: not quantized, 16 = identity)
 
 Every key-value head is kept; `heads` query heads keep the first heads / n_kv of each key-value group. Sizes are
-counted from a config alone (any object with the attributes of transformers' LlamaConfig), so no weights are needed.
+counted from a config alone (any object with the attributes of transformers' LlamaConfig, or of the config of another
+supported family), so no weights are needed.
 The number of parameters is multilinear in the independent dimensions, so its expectation is the same formula applied
 to expected sizes: exact, and differentiable in the probabilities.
 """
@@ -19,7 +20,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -319,6 +320,38 @@ def original_sizes(config: Any) -> dict[str, int]:
     }
 
 
+class Extras(NamedTuple):
+    """What the blocks of a model hold beside seven weights and two norms."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over the dims of each head, on queries and on keys
+
+
+def extras(config: Any) -> Extras:
+    """Of the model that a config describes; a config without a model type counts as a Llama's."""
+    kind = getattr(config, "model_type", "llama")
+    if kind == "mistral":
+        return Extras()
+    if kind == "qwen2":
+        return Extras(qkv_bias=True)
+    attention = bool(getattr(config, "attention_bias", False))
+    if kind == "qwen3":
+        return Extras(attention, attention, qk_norm=True)
+    return Extras(attention, attention, bool(getattr(config, "mlp_bias", False)))
+
+
+def sliding_windows(config: Any) -> tuple[int | None, ...]:
+    """Of every block: how many positions a token looks back at, itself included; None: all of them."""
+    window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
+    kind = getattr(config, "model_type", "llama")
+    if not window or kind not in ("mistral", "qwen2", "qwen3"):
+        return (None,) * count
+    types = ["sliding_attention"] * count if kind == "mistral" else config.layer_types
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
 def linear_shapes(config: Any, choice: Choice) -> dict[str, tuple[int, int]]:
     """(out, in) of the seven linears of a kept block."""
     h, i, n_kv = choice.hidden, choice.intermediate, config.num_key_value_heads
@@ -336,11 +369,15 @@ def _block_params(config: Any, h: Any, heads: Any, d: Any, i: Any) -> tuple[dict
     n_kv = config.num_key_value_heads
     q, kv, mlp = heads * d * h, n_kv * d * h, i * h
     linears = dict(zip(LINEARS, (q, kv, kv, q, mlp, mlp, mlp), strict=True))
-    rest = 2 * h
-    if getattr(config, "attention_bias", False):
-        rest = rest + heads * d + 2 * n_kv * d + h
-    if getattr(config, "mlp_bias", False):
+    rest, extra = 2 * h, extras(config)
+    if extra.qkv_bias:
+        rest = rest + heads * d + 2 * n_kv * d
+    if extra.o_bias:
+        rest = rest + h
+    if extra.mlp_bias:
         rest = rest + 2 * i + h
+    if extra.qk_norm:
+        rest = rest + 2 * d
     return linears, rest
 
 

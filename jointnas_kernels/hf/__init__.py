@@ -1,5 +1,6 @@
-"""Hugging Face Llama models as supernets, and back."""
+"""Hugging Face models as supernets, and back: Llama, Mistral, Qwen2 and Qwen3."""
 
+from .adapters import load_adapters, save_adapters
 from .convert import convert
 from .extract import extract, shrink, subnet_config
 from .importance import Importance, importance_scores
@@ -15,7 +16,9 @@ __all__ = [
     "extract",
     "importance_scores",
     "load",
+    "load_adapters",
     "reorder",
+    "save_adapters",
     "shrink",
     "subnet_config",
 ]

@@ -1,26 +1,29 @@
-"""Turn a transformers Llama into a supernet over a search space, sharing its weights."""
+"""Turn a transformers model of a supported family into a supernet over a search space, sharing its weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from ..errors import JointNASError
-from ..nn.block import ActQuant, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from ..nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
 from ..nn.choices import ArchParameters
 from ..nn.linear import SupernetLinear
 from ..ops.masks import strided_pair_index
-from ..space import SearchSpace, original_sizes
+from ..space import SearchSpace, extras, original_sizes, sliding_windows
+from .adapters import lora_options
+from .families import FAMILIES, PATHS, rotary
 from .importance import Importance, importance_scores
 from .reorder import identity_order, reorder
 from .supernet import Supernet
 
-FAMILIES = ("llama",)
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+RUNTIME_ROPES = ("dynamic", "longrope")  # frequencies that change with the length of the input
 
 
 def convert(
@@ -29,6 +32,7 @@ def convert(
     *,
     lora_rank: int = 32,
     lora_alpha: float = 16,
+    lora: LoraConfig | None = None,
     importance: Importance | None = None,
     calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None,
     relaxation: str = "dirichlet",
@@ -40,12 +44,13 @@ def convert(
     lora_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Supernet:
-    """A supernet on the weights of a LlamaForCausalLM: not copied, and reordered in place, so let go of the model.
+    """A supernet on the weights of a causal language model: not copied, and reordered in place, so let go of the model.
 
     Args:
-        model: on any device, also meta (then without importance).
+        model: of a supported family (`families.FAMILIES`), on any device, also meta (then without importance).
         space: must fit the model's config.
         lora_rank, lora_alpha: LoRA on all seven linears of a block, scaled by alpha / rank.
+        lora: the same as a `peft.LoraConfig`, in place of rank and alpha; see `adapters.lora_options`.
         importance: scores to reorder by. None: scored on `calibration` batches; neither: the original order.
         relaxation, bit_relaxation, tau, alpha_init: see `ArchParameters`.
         ste: straight-through estimator of the weight quantizers, "identity" or "clip".
@@ -60,15 +65,16 @@ def convert(
     config: Any = model.config
     space.validate(config)
     check_rotary(config, space)
+    pairs: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha} if lora is None else lora_options(lora)
+    if lora is not None and (lora_rank, lora_alpha) != (32, 16):
+        raise JointNASError("convert: give lora_rank and lora_alpha, or lora=LoraConfig(...), not both.")
+    options = {**pairs, "bits": space.weight_bits, "ste": ste, "lora_dtype": lora_dtype, "backend": backend}
     if importance is None and calibration is not None:
         importance = importance_scores(model, calibration)
     order = identity_order(config) if importance is None else reorder(model, importance)
 
-    options = {"rank": lora_rank, "alpha": lora_alpha, "bits": space.weight_bits, "ste": ste,
-               "lora_dtype": lora_dtype, "backend": backend}
-
     def linear(module: nn.Linear, group: int = space.group_size) -> SupernetLinear:
-        return SupernetLinear(module.weight, module.bias, group_size=group, **options)  # type: ignore[arg-type]
+        return SupernetLinear(module.weight, module.bias, group_size=group, **options)
 
     def norm(module: Any) -> SupernetNorm:
         return SupernetNorm(module.weight, module.variance_epsilon, backend)
@@ -77,11 +83,14 @@ def convert(
     act = ActQuant(space.act_bits, act_symmetric, backend)
     blocks = []
     body: Any = model.get_submodule("model")
-    for layer in body.layers:
+    qk_norm = extras(config).qk_norm
+    for layer, window in zip(body.layers, sliding_windows(config), strict=True):
         a, m = layer.self_attn, layer.mlp
         attention = SupernetAttention(
-            linear(a.q_proj), linear(a.k_proj), linear(a.v_proj), linear(a.o_proj, space.o_proj_group), head_dim, act
-        )
+            linear(a.q_proj), linear(a.k_proj), linear(a.v_proj), linear(a.o_proj, space.o_proj_group), head_dim, act,
+            tuple(HeadNorm(n.weight, n.variance_epsilon, backend) for n in (a.q_norm, a.k_norm)) if qk_norm else (),
+            window is not None,
+        )  # fmt: skip
         mlp = SupernetMLP(linear(m.gate_proj), linear(m.up_proj), linear(m.down_proj), act)
         blocks.append(SupernetBlock(norm(layer.input_layernorm), attention, norm(layer.post_attention_layernorm), mlp))
     arch = ArchParameters(
@@ -96,32 +105,40 @@ def convert(
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise unless this is a plain Llama whose every linear and norm can be replaced."""
+    """Raise unless this is a plain model of a supported family whose every linear and norm can be replaced."""
     config: Any = getattr(model, "config", None)
-    family = getattr(config, "model_type", type(model).__name__)
-    if not isinstance(model, LlamaForCausalLM):
+    classes = FAMILIES.get(getattr(config, "model_type", ""))
+    if classes is None or not isinstance(model, classes.model):
+        kind = "" if config is None else f" ({config.model_type!r})"
+        names = ", ".join(f"{k} (as {f.model.__name__})" for k, f in FAMILIES.items())
         raise JointNASError(
-            f"convert: {type(model).__name__} ({family!r}) is not supported. Supported model types:"
-            f" {', '.join(FAMILIES)} (as LlamaForCausalLM; merge or remove adapters first)."
+            f"convert: {type(model).__name__}{kind} is not supported. Supported model types: {names}; merge or remove"
+            " adapters first."
         )
     if config.hidden_act != "silu":
         raise JointNASError(f"convert: hidden_act {config.hidden_act!r} is not supported. Allowed: silu.")
     if config.attention_dropout:
         raise JointNASError(f"convert: attention_dropout {config.attention_dropout} is not supported; set it to 0.")
     replaced = 0
-    for i, layer in enumerate(model.model.layers):
-        parts = {f"self_attn.{n}": getattr(layer.self_attn, n) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
-        parts |= {f"mlp.{n}": getattr(layer.mlp, n) for n in ("gate_proj", "up_proj", "down_proj")}
-        for name, part in parts.items():
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if extras(config).qk_norm:
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    layers: Any = model.get_submodule("model.layers")
+    for i, layer in enumerate(layers):
+        for name in PATHS.values():
+            part = layer.get_submodule(name)
             if type(part) is not nn.Linear:
                 raise JointNASError(
                     f"convert: model.layers.{i}.{name} is a {type(part).__name__}, not a plain torch.nn.Linear; load"
                     " the model unquantized and without adapters."
                 )
             replaced += 1
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            if not isinstance(getattr(layer, name), LlamaRMSNorm):
-                raise JointNASError(f"convert: model.layers.{i}.{name} is a {type(getattr(layer, name)).__name__}.")
+        for name in norms:
+            part = layer.get_submodule(name)
+            if not isinstance(part, classes.norm):
+                raise JointNASError(
+                    f"convert: model.layers.{i}.{name} is a {type(part).__name__}, not a {classes.norm.__name__}."
+                )
             replaced += 1
     if replaced == 0:
         raise JointNASError("convert: nothing to replace: the model has no transformer blocks.")
@@ -130,12 +147,17 @@ def check_model(model: nn.Module) -> None:
 def check_rotary(config: Any, space: SearchSpace) -> None:
     """Raise unless a plain model with a smaller head_dim has the frequencies that strided pairs keep."""
     full = original_sizes(config)["head_dim"]
+    kind = config.rope_parameters["rope_type"]
     own = _frequencies(config, full)
     for d in space.head_dim:
-        small = _frequencies(config, d)
-        kept = own[0][strided_pair_index(full, d)[: d // 2]]
-        if small[1] != own[1] or not torch.allclose(small[0], kept, rtol=1e-5, atol=0):
-            kind = config.rope_parameters["rope_type"]
+        if d == full:
+            continue
+        exact = kind not in RUNTIME_ROPES
+        if exact:
+            small = _frequencies(config, d)
+            kept = own[0][strided_pair_index(full, d)[: d // 2]]
+            exact = small[1] == own[1] and torch.allclose(small[0], kept, rtol=1e-5, atol=0)
+        if not exact:
             raise JointNASError(
                 f"convert: rope type {kind!r} changes its frequencies with head_dim, so head_dim {d} of {full} cannot"
                 f" be extracted exactly. Allowed for this model: head_dim [{full}]."
@@ -145,5 +167,5 @@ def check_rotary(config: Any, space: SearchSpace) -> None:
 def _frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
     small = type(config)(**{**config.to_dict(), "head_dim": head_dim})
     with torch.device("cpu"):
-        rotary = LlamaRotaryEmbedding(small)
-    return rotary.inv_freq, rotary.attention_scaling
+        made: Any = rotary(small)
+    return made.inv_freq, made.attention_scaling

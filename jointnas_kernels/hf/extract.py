@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..nn.block import ActQuant, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from ..nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
 from ..nn.choices import ArchParameters
 from ..nn.linear import FakeQuantLinear, SupernetLinear
 from ..ops import grid
 from ..ops.masks import strided_pair_index
 from ..space import LINEARS, Choice, SearchSpace, kept_blocks, original_sizes
+from .families import ATTENTION, build, rotary
 from .reorder import Order
 from .supernet import Supernet
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
-
-def subnet_config(config: Any, choice: Choice) -> LlamaConfig:
-    """The config of the extracted model."""
+def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> PreTrainedConfig:
+    """The config of the extracted model; `kept`: the original indices of its blocks, None: the first ones."""
     data = {
         **config.to_dict(),
         "hidden_size": choice.hidden,
@@ -32,9 +31,11 @@ def subnet_config(config: Any, choice: Choice) -> LlamaConfig:
         "intermediate_size": choice.intermediate,
         "num_hidden_layers": choice.blocks,
     }
-    for stale in ("layer_types", "_name_or_path"):
-        data.pop(stale, None)
-    return LlamaConfig(**data)
+    data.pop("_name_or_path", None)
+    types = data.pop("layer_types", None)
+    if types is not None:  # which blocks look through a sliding window
+        data["layer_types"] = [types[b] for b in (range(choice.blocks) if kept is None else kept)]
+    return type(config)(**data)
 
 
 def kept_channels(config: Any, choice: Choice, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
@@ -63,8 +64,8 @@ def kept_channels(config: Any, choice: Choice, device: torch.device | str = "cpu
 
 
 @torch.no_grad()
-def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
-    """A plain LlamaForCausalLM that computes what the supernet computes when fixed to the choice.
+def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
+    """A plain model of the family that computes what the supernet computes when fixed to the choice.
 
     LoRA is merged; linears of searched precision hold the fake-quantized weight and, where the block's act_bits are
     below 16, quantize their input per token (`FakeQuantLinear`). Its weights are copies. To train the choice further
@@ -72,19 +73,23 @@ def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
     """
     space = supernet.space
     space.check(choice)
-    config = subnet_config(supernet.config, choice)
+    kept = kept_blocks(supernet.block_rank, choice.blocks)
+    config = subnet_config(supernet.config, choice, kept)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model: Any = build(config)
     hidden = slice(0, choice.hidden)
     channels = kept_channels(supernet.config, choice, supernet.device)
+    pairs = _pairs(supernet, choice)
     _set(model.model.embed_tokens, supernet.embedding[:, hidden])
     _set(model.model.norm, supernet.norm.weight[hidden])
     if supernet.lm_head is not None:
         _set(model.lm_head, supernet.lm_head[:, hidden])
-    for target, b in zip(model.model.layers, kept_blocks(supernet.block_rank, choice.blocks), strict=True):
+    for target, b in zip(model.model.layers, kept, strict=True):
         source: Any = supernet.blocks[b]
         _set(target.input_layernorm, source.input_norm.weight[hidden])
         _set(target.post_attention_layernorm, source.post_norm.weight[hidden])
+        for norm, name in zip(source.attention.norms, ("q_norm", "k_norm"), strict=False):
+            _set(getattr(target.self_attn, name), norm.weight[pairs])
         index = None if choice.weight_bits is None else space.sizes("weight_bits").index(choice.weight_bits[b])
         act_bits = 16 if choice.act_bits is None else choice.act_bits[b]
         for name in LINEARS:
@@ -98,7 +103,7 @@ def extract(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
             else:
                 of = None if choice.weight_bits is None else grid.find(weight, choice.weight_bits[b], linear.group_size)
                 setattr(new, name, FakeQuantLinear(weight, bias, of, act_bits, part.act.symmetric))
-    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(supernet.device)
+    model.model.rotary_emb = rotary(config).to(supernet.device)
     model.tie_weights()
     if supernet.generation_config is not None:
         model.generation_config = copy.deepcopy(supernet.generation_config)
@@ -117,7 +122,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     space = supernet.space
     space.check(choice)
     kept = kept_blocks(supernet.block_rank, choice.blocks)
-    config = subnet_config(supernet.config, choice)
+    config = subnet_config(supernet.config, choice, kept)
     small_space = SearchSpace(
         (choice.hidden,), (choice.heads,), (choice.head_dim,), (choice.intermediate,), (choice.blocks,),
         space.weight_bits, space.act_bits, space.group_size,
@@ -126,6 +131,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     block_rank = tuple(rank[b] for b in supernet.block_rank if b in rank)
     order = Order(supernet.order.hidden[: choice.hidden], block_rank)
     channels = kept_channels(supernet.config, choice, supernet.device)
+    pairs = _pairs(supernet, choice)
     hidden = slice(0, choice.hidden)
 
     def norm(module: SupernetNorm) -> SupernetNorm:
@@ -138,7 +144,9 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
         source: Any = supernet.blocks[b]
         linears = [getattr(source.attention if n in ATTENTION else source.mlp, n) for n in LINEARS]
         q, k, v, o, gate, up, down = (m.sliced(*channels[n]) for n, m in zip(LINEARS, linears, strict=True))
-        attention, mlp = SupernetAttention(q, k, v, o, choice.head_dim, act), SupernetMLP(gate, up, down, act)
+        norms = tuple(HeadNorm(n.weight[pairs].clone(), n.eps, n.backend) for n in source.attention.norms)
+        attention = SupernetAttention(q, k, v, o, choice.head_dim, act, norms, source.attention.sliding)
+        mlp = SupernetMLP(gate, up, down, act)
         blocks.append(SupernetBlock(norm(source.input_norm), attention, norm(source.post_norm), mlp))
     arch = ArchParameters(
         small_space, config, order.block_rank, relaxation=supernet.arch.relaxation,
@@ -147,12 +155,17 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     small = Supernet(
         config, small_space, order, arch, supernet.embedding[:, hidden].clone(), blocks, norm(supernet.norm),
         None if supernet.lm_head is None else supernet.lm_head[:, hidden].clone(),
-        LlamaRotaryEmbedding(config).to(supernet.device), supernet.backend, supernet.generation_config,
+        rotary(config).to(supernet.device), supernet.backend, supernet.generation_config,
     )
     small.gradient_checkpointing = supernet.gradient_checkpointing
     bits = {k: None if v is None else tuple(v[b] for b in kept)
             for k, v in (("weight_bits", choice.weight_bits), ("act_bits", choice.act_bits))}
     return small.fix(Choice(choice.hidden, choice.heads, choice.head_dim, choice.intermediate, choice.blocks, **bits))
+
+
+def _pairs(supernet: Supernet, choice: Choice) -> Tensor:
+    """The query and key dims of each head that a choice keeps."""
+    return strided_pair_index(original_sizes(supernet.config)["head_dim"], choice.head_dim, supernet.device)
 
 
 def _set(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:

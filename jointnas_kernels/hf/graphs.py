@@ -75,7 +75,8 @@ class BlockGraphs:
         sample = self._typical(net, False)
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=net.device)
         with torch.no_grad():
-            _, self.step = net._embed(ids, None, sample.masks, net.space.hidden)  # cos, sin depend on the length only
+            # cos, sin and sliding windows depend on the length only
+            _, self.step = net._embed(ids, None, sample.masks, net.space.hidden, net.space.head_dim)
         pool = torch.cuda.graph_pool_handle() if cuda else None
         self._replays: dict[str, list[dict[bool, Replay]]] = {}
         for mode in self.modes:
@@ -108,8 +109,9 @@ class BlockGraphs:
         weights, vectors = mode != "arch", mode != "weight"
         sample = self._typical(net, vectors)
         with torch.no_grad():
-            x, _ = net._embed(ids, None, sample.masks, net.space.hidden)
-        masks = type(sample.masks)(*(_leaf(m, vectors) for m in sample.masks))
+            x, _ = net._embed(ids, None, sample.masks, net.space.hidden, net.space.head_dim)
+        own_masks: list[Any] = [None if m is None else _leaf(m, vectors) for m in sample.masks]
+        masks = type(sample.masks)(*own_masks)
         step = self.step._replace(masks=masks, mode=mode)
         always = min(net.space.blocks)
         functions: list[Callable[..., Tensor]] = []
@@ -253,7 +255,7 @@ def _leaf(tensor: Tensor, grad: bool) -> Tensor:
 
 def _vectors(step: Step, one: BlockSample) -> list[Tensor]:
     """What a block takes gradients for in "arch" and "full" mode."""
-    return [*step.masks, *(t for t in (one.gate, one.weight_probs, one.act_probs) if t is not None)]
+    return [t for t in (*step.masks, one.gate, one.weight_probs, one.act_probs) if t is not None]
 
 
 def _kind(one: BlockSample) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ from ..errors import JointNASError, unknown
 from ..nn.linear import FakeQuantLinear
 from ..nn.packed import BACKENDS, PackedLinear
 from .compressed import Scheme, read_schemes
-from .convert import FAMILIES
+from .families import FAMILIES
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -1,4 +1,4 @@
-"""The supernet: a Llama whose blocks compute the expectation over a search space, with LoRA on frozen weights."""
+"""The supernet: a decoder whose blocks compute the expectation over a search space, with LoRA on frozen weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..errors import JointNASError, unknown
-from ..nn.block import Step, SupernetBlock, SupernetNorm
+from ..nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
 from ..nn.choices import ArchParameters, ArchSample, BlockSample, Masks
 from ..nn.linear import MODES, SupernetLinear
 from ..nn.loss import linear_cross_entropy
 from ..ops.channel_mask import channel_mask
-from ..space import Choice, SearchSpace, original_sizes
+from ..space import Choice, SearchSpace, extras, original_sizes, sliding_windows
 from .graphs import BlockGraphs
 from .reorder import Order
 
@@ -64,7 +64,9 @@ class Supernet(nn.Module):
         self.choice: Choice | None = None
         self.graphs: BlockGraphs | None = None
         self._mode = "weight"
-        self.replaced = sum(isinstance(m, (SupernetLinear, SupernetNorm)) for m in self.modules())
+        self._window = next((w for w in sliding_windows(config) if w is not None), None)
+        self._qk_norm = extras(config).qk_norm
+        self.replaced = sum(isinstance(m, (SupernetLinear, SupernetNorm, HeadNorm)) for m in self.modules())
 
     @property
     def block_rank(self) -> tuple[int, ...]:
@@ -189,8 +191,10 @@ class Supernet(nn.Module):
         sample = self.sample
         graphs = self._replayable(sample, input_ids, attention_mask)
         ticket = 0 if graphs is None else graphs.begin()
-        angles = None if graphs is None else (graphs.step.cos, graphs.step.sin)
-        x, step = self._embed(input_ids, attention_mask, sample.masks, self.space.hidden, angles=angles)
+        known = None if graphs is None else graphs.step
+        x, step = self._embed(
+            input_ids, attention_mask, sample.masks, self.space.hidden, self.space.head_dim, known=known
+        )
         block: Any
         for index, (block, one, gate) in enumerate(zip(self.blocks, sample.blocks, sample.gates, strict=True)):
             skipped = gate == 0
@@ -231,33 +235,47 @@ class Supernet(nn.Module):
             return torch.ones(*shape, dtype=self._mask_dtype, device=self.device)
 
         heads, dim = s["heads"], s["head_dim"]
+        queries, norms = ones(heads, dim), (ones(1) / dim**0.5, ones(1)) if self._qk_norm else ()
         masks = Masks(
-            ones(1), ones(s["hidden"]), ones(heads, dim) / dim**0.5, ones(n_kv, dim), ones(heads * dim),
-            ones(s["intermediate"]),
-        )
-        x, step = self._embed(input_ids, attention_mask, masks, (s["hidden"],), original=True)
+            ones(1), ones(s["hidden"]), queries if norms else queries / dim**0.5, ones(n_kv, dim), ones(heads * dim),
+            ones(s["intermediate"]), *norms,
+        )  # fmt: skip
+        x, step = self._embed(input_ids, attention_mask, masks, (s["hidden"],), (dim,), original=True)
         for block in self.blocks:
             x = block(x, step, BlockSample())
         return self._output(self.norm(x, step), labels, True)
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, masks: Masks, sizes: tuple[int, ...],
-        original: bool = False, angles: tuple[Tensor, Tensor] | None = None,
+        head_dims: tuple[int, ...], original: bool = False, known: Step | None = None,
     ) -> tuple[Tensor, Step]:
-        """Masked embeddings [B, T, N], and what the blocks share; `angles`: cos and sin, where they are at hand."""
+        """Masked embeddings [B, T, N], and what the blocks share; `known`: that of an earlier pass of this shape."""
         kind = self.device.type
         x = nn.functional.embedding(input_ids, self.embedding)
         if torch.is_autocast_enabled(kind):  # the whole residual stream runs in the autocast dtype
             x = x.to(torch.get_autocast_dtype(kind))
         x = channel_mask(x, masks.hidden, backend=self.backend)
+        if known is not None:
+            return x, known._replace(masks=masks, mode=self._mode)
         length = input_ids.shape[1]
-        cos, sin = angles or self.rotary(x, torch.arange(length, device=x.device)[None])
-        look = None
+        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])
+        look = near = None
         if attention_mask is not None:
-            causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-            look = causal & attention_mask[:, None, None, :].bool()
-            look = look | torch.eye(length, dtype=torch.bool, device=x.device)  # left padding would see nothing: NaN
-        return x, Step(masks, sizes, cos, sin, look, self._mode, original)
+            look = self._visible(length, attention_mask)
+        if self._window is not None:  # up to its length a window hides nothing
+            near = look if length <= self._window else self._visible(length, attention_mask, self._window)
+        ones = (torch.ones_like(masks.q), torch.ones_like(masks.k)) if self._qk_norm else None
+        return x, Step(masks, sizes, cos, sin, look, near, head_dims, ones, self._mode, original)
+
+    def _visible(self, length: int, attention_mask: Tensor | None, window: int | None = None) -> Tensor:
+        """[B or 1, 1, T, T]: True where a query may look."""
+        visible = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
+        if window is not None:
+            visible = visible.triu(1 - window)
+        if attention_mask is None:
+            return visible[None, None]
+        visible = visible & attention_mask[:, None, None, :].bool()
+        return visible | torch.eye(length, dtype=torch.bool, device=self.device)  # left padding would see nothing: NaN
 
     def _output(self, x: Tensor, labels: Tensor | None, return_logits: bool | None) -> CausalLMOutput:
         weight = (self.embedding if self.lm_head is None else self.lm_head).to(x.dtype)

@@ -27,13 +27,19 @@ from jointnas_kernels.space import LINEARS, Choice, SearchSpace, kept_blocks
 class BackendLinear(nn.Module):
     """A linear that runs on one backend; its weight lives only in the backend's packed form."""
 
-    def __init__(self, spec: OpSpec, target: Target, backend: str, weight: LinearWeight) -> None:
+    bias: Tensor | None
+
+    def __init__(
+        self, spec: OpSpec, target: Target, backend: str, weight: LinearWeight, bias: Tensor | None = None
+    ) -> None:
         super().__init__()
+        self.register_buffer("bias", bias)
         self.spec, self.backend = spec, backend
         self._run = registry.get(backend).prepare(spec, target, weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._run(x.reshape(-1, self.spec.k)).view(*x.shape[:-1], self.spec.n)
+        y = self._run(x.reshape(-1, self.spec.k)).view(*x.shape[:-1], self.spec.n)
+        return y if self.bias is None else y + self.bias
 
 
 def deploy(
@@ -69,7 +75,8 @@ def deploy(
                 raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
             dense = linear.weight.detach()
             weight = LinearWeight(dense=dense) if wbits == DENSE else quantize_weight(dense, wbits, g)
-            setattr(parent, name, BackendLinear(spec, target, row.backend, weight))
+            bias = None if linear.bias is None else linear.bias.detach()
+            setattr(parent, name, BackendLinear(spec, target, row.backend, weight, bias))
     return model
 
 
@@ -114,9 +121,8 @@ def calibrate(
 
     Weights are random: latency does not depend on them.
     """
-    from transformers import LlamaForCausalLM  # late: reading tables needs no transformers
-
-    from jointnas_kernels.hf import subnet_config
+    from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
+    from jointnas_kernels.hf.families import build
 
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
@@ -127,7 +133,7 @@ def calibrate(
     for choice in choices:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(subnet_config(config, choice))
+            model = build(subnet_config(config, choice))
         nn.Module.to(model, device, getattr(torch, table.workload.dtype))
         deploy(model, choice, space, plain)
         _, median, _ = measure_model(

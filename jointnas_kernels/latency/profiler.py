@@ -65,7 +65,7 @@ def profile(
             seq=workload.seq,
             dtype=workload.dtype,  # type: ignore[arg-type]
         ),
-        model=ModelRecord(layers=dims.layers, kv_heads=dims.kv_heads, vocab=dims.vocab),
+        model=ModelRecord(**vars(dims)),
         torch=torch.__version__,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

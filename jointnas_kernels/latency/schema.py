@@ -59,6 +59,7 @@ class ModelRecord(_Record):
     layers: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
     vocab: int = Field(ge=1)
+    qk_norm: bool = False
 
 
 class Header(_Record):

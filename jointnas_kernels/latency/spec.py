@@ -1,12 +1,14 @@
 """What has to be timed: one `OpSpec` per distinct operation of a search space on one workload.
 
-A Llama model of a space point is the sum of these parts (T = rows of the workload, h hidden, H query heads,
-n key/value heads, d head dim, I intermediate, V vocabulary):
+A model of a space point is the sum of these parts (T = rows of the workload, h hidden, H query heads, n key/value
+heads, d head dim, I intermediate, V vocabulary):
 
     once       embedding [T,h] · final norm [T,h] · lm_head [B,h]x[V,h]  (only the last position needs logits)
     per block  2 norms, 2 residual adds [T,h] · q [H·d,h] · k, v [n·d,h] · rope, attention (H,d) · o [h,H·d]
                gate, up [I,h] · swiglu [T,I] · down [h,I]
+               where queries and keys are normalised (Qwen3): norms [T·H,d] and [T·n,d]
 
+Biases are not timed apart: a linear adds its own on the way out.
 Only the seven linears of a block depend on its bits. A part depends on at most three dimensions of the space,
 so a table stays small although the space does not.
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.space import extras, sliding_windows
 
 WIDTHS = ("hidden", "heads", "head_dim", "intermediate")
 OPS = ("linear", "lm_head", "embedding", "norm", "add", "rope", "attention", "swiglu")
@@ -83,10 +86,12 @@ class ModelDims:
     layers: int
     kv_heads: int
     vocab: int
+    qk_norm: bool = False
 
     @staticmethod
     def of(config: Any) -> ModelDims:
-        return ModelDims(int(config.num_hidden_layers), int(config.num_key_value_heads), int(config.vocab_size))
+        layers, kv_heads, vocab = config.num_hidden_layers, config.num_key_value_heads, config.vocab_size
+        return ModelDims(int(layers), int(kv_heads), int(vocab), extras(config).qk_norm)
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,16 @@ def parts(workload: Workload, dims: ModelDims, group: int, o_group: int) -> tupl
     def linear(out: int, inp: int) -> OpSpec:
         return OpSpec("linear", t, out, inp)
 
+    head_norms = (
+        Part("q_norm", ("heads", "head_dim"), lambda H, d: OpSpec("norm", t * H, d, 0)),
+        Part("k_norm", ("head_dim",), lambda d: OpSpec("norm", t * n, d, 0)),
+    )
     return (
         Part("embedding", ("hidden",), lambda h: OpSpec("embedding", t, h, dims.vocab), per_block=False),
         Part("norm", ("hidden",), lambda h: OpSpec("norm", t, h, 0), count=2),
         Part("q", ("hidden", "heads", "head_dim"), lambda h, H, d: linear(H * d, h), group=group),
         Part("kv", ("hidden", "head_dim"), lambda h, d: linear(n * d, h), count=2, group=group),
+        *(head_norms if dims.qk_norm else ()),
         Part("rope", ("heads", "head_dim"), lambda H, d: OpSpec("rope", t, H, d)),
         Part("attention", ("heads", "head_dim"), lambda H, d: OpSpec("attention", t, H, d)),
         Part("o", ("hidden", "heads", "head_dim"), lambda h, H, d: linear(h, H * d), group=o_group),
@@ -147,7 +157,17 @@ def combinations(space: Any, dims: Sequence[str]) -> Iterator[tuple[int, ...]]:
 
 
 def enumerate_ops(space: Any, config: Any, workload: Workload) -> list[OpSpec]:
-    """Every distinct operation of the space, 16-bit twins of the quantized linears included, sorted by key."""
+    """Every distinct operation of the space, 16-bit twins of the quantized linears included, sorted by key.
+
+    Raises:
+        JointNASError: the workload is longer than a sliding window, whose attention is not among the operations.
+    """
+    window = min((w for w in sliding_windows(config) if w is not None), default=workload.context)
+    if window < workload.context:
+        raise JointNASError(
+            f"latency of attention through a sliding window is not measured: the model looks back {window} positions,"
+            f" the workload {workload.context}. Choose a shorter sequence."
+        )
     wbits, abits = bit_choices(space)
     pairs = {(DENSE, DENSE), *itertools.product(wbits, abits)}
     found: set[OpSpec] = set()

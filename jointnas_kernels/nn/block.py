@@ -5,7 +5,8 @@
     out = x + g (out - x)                                                       g the block's depth gate
 
 m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. Each input shared
-by several linears (q, k, v and gate, up) is quantized once.
+by several linears (q, k, v and gate, up) is quantized once. Where queries and keys are normalised, rope sees
+q_norm(q_mask * q) and k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of each head.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..ops.act_quant_mix import act_quant_mix
 from ..ops.channel_mask import channel_mask
 from ..ops.gated_residual import gated_residual
+from ..ops.head_rmsnorm import head_rmsnorm
 from ..ops.masked_rope import masked_rope
 from ..ops.masked_swiglu import masked_swiglu
 from ..ops.mixed_linear_group import mixed_linear_group
@@ -34,6 +36,9 @@ class Step(NamedTuple):
     cos: Tensor  # [1, T, D]
     sin: Tensor
     attention_mask: Tensor | None = None  # [B, 1, T, T] bool, True where a query may look; None: causal
+    sliding_mask: Tensor | None = None  # the same for blocks with a sliding window
+    head_dims: tuple[int, ...] = ()  # head dims that masks.q_norm and k_norm weigh
+    rope_masks: tuple[Tensor, Tensor] | None = None  # ones: what rope multiplies queries and keys by behind their norms
     mode: str = "full"  # which gradients: "weight" LoRA, "arch" masks and probabilities, "full" both
     original: bool = False  # the model before conversion: no LoRA, no quantizers
 
@@ -51,6 +56,20 @@ class SupernetNorm(nn.Module):
         return mixed_rmsnorm(
             x, self.weight, step.masks.alpha, step.sizes, self.eps, step.masks.hidden, backend=self.backend
         )
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head with a frozen weight, behind the OUT mask of the linear that makes the heads."""
+
+    def __init__(self, weight: Tensor, eps: float, backend: str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps, self.backend = eps, backend
+
+    def forward(self, x: Tensor, mask: Tensor, alpha: Tensor | None, dims: tuple[int, ...]) -> Tensor:
+        """x [..., H, D] -> [..., H, D]."""
+        assert alpha is not None  # architecture samples of models with such norms have it
+        return head_rmsnorm(x, self.weight, mask, alpha, dims, self.eps, backend=self.backend)
 
 
 class ActQuant(nn.Module):
@@ -73,27 +92,40 @@ class ActQuant(nn.Module):
 
 
 class SupernetAttention(nn.Module):
-    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked."""
+    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked.
+
+    Args:
+        norms: of queries and of keys; empty where the family has none.
+        sliding: whether the block looks through the model's sliding window.
+    """
 
     def __init__(
-        self, q: SupernetLinear, k: SupernetLinear, v: SupernetLinear, o: SupernetLinear, head_dim: int, act: ActQuant
-    ) -> None:
+        self, q: SupernetLinear, k: SupernetLinear, v: SupernetLinear, o: SupernetLinear, head_dim: int, act: ActQuant,
+        norms: tuple[HeadNorm, ...] = (), sliding: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.act = q, k, v, o, act
-        self.head_dim = head_dim
+        self.norms = nn.ModuleList(norms)
+        self.head_dim, self.sliding = head_dim, sliding
         self.gqa = q.out_features != k.out_features
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N], masked and normalised -> [B, T, N], to be masked."""
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = apply_shared(self.act(x, step, sample), (self.q_proj, self.k_proj, self.v_proj), step, sample)
-        q, k = masked_rope(
-            q.view(heads), k.view(heads), step.cos, step.sin, step.masks.q, step.masks.k, backend=self.act.backend
-        )
+        q, k, masks = q.view(heads), k.view(heads), step.masks
+        rope_masks = (masks.q, masks.k)
+        if len(self.norms) > 0:
+            q = self.norms[0](q, masks.q, masks.q_norm, step.head_dims)
+            k = self.norms[1](k, masks.k, masks.k_norm, step.head_dims)
+            assert step.rope_masks is not None
+            rope_masks = step.rope_masks
+        q, k = masked_rope(q, k, step.cos, step.sin, *rope_masks, backend=self.act.backend)
+        look = step.sliding_mask if self.sliding else step.attention_mask
         y = nn.functional.scaled_dot_product_attention(
-            q, k, v.view(heads).transpose(1, 2), attn_mask=step.attention_mask,
-            is_causal=step.attention_mask is None, scale=1.0, enable_gqa=self.gqa,
-        )  # [B, H, T, D]; the scale is in the query mask
+            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0,
+            enable_gqa=self.gqa,
+        )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
         y = self.act(y.transpose(1, 2).flatten(2), step, sample, step.masks.value)
         return apply_shared(y, (self.o_proj,), step, sample)[0]
 

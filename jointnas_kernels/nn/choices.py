@@ -12,6 +12,9 @@ Masks, with the head, rotary-pair and value-dim memberships of the choices (chan
     value[h, d]     = heads[h] prefix[d]^2            V's OUT mask, then o_proj's IN mask
     intermediate[n]                                   OUT of gate, up; IN of down
 
+A model with norms on queries and keys takes q = heads pairs in front of its q_norm, whose normalisation would undo a
+scale, and behind it the scale, folded into the weights of the mixture of norms:  q_norm = a scale,  k_norm = a.
+
 The parameters, a few hundred numbers, stay on the host in fp32 whatever the model does: the depth draw decides on the
 host which blocks run, so nothing waits for the device; one seed gives the same architectures on every device and rank;
 and the masks of a step travel in a single copy.
@@ -30,7 +33,7 @@ from torch import Tensor, nn
 from ..errors import JointNASError, unknown
 from ..ops.masks import membership, strided_pair_mask
 from ..ops.reinmax import reinmax
-from ..space import WIDTHS, Choice, SearchSpace, keep_matrix, original_sizes
+from ..space import WIDTHS, Choice, SearchSpace, extras, keep_matrix, original_sizes
 
 RELAXATIONS = ("dirichlet", "reinmax", "gumbel")
 BIT_RELAXATIONS = ("softmax", *RELAXATIONS)
@@ -46,6 +49,8 @@ class Masks(NamedTuple):
     k: Tensor  # [Hkv, D]
     value: Tensor  # [H * D]
     intermediate: Tensor  # [I]
+    q_norm: Tensor | None = None  # [K] of the head dim, for norms on queries and keys
+    k_norm: Tensor | None = None
 
 
 class BlockSample(NamedTuple):
@@ -131,7 +136,7 @@ class ArchParameters(nn.Module):
 
     Args:
         space: what is searched.
-        config: the model's sizes (LlamaConfig attributes).
+        config: the model's.
         block_rank: original block indices, most important first.
         relaxation: of the widths: "dirichlet", "reinmax" or "gumbel".
         bit_relaxation: of the bits: "softmax" (no draw), or one of the three.
@@ -182,7 +187,7 @@ class ArchParameters(nn.Module):
                 "intermediate": membership(space.intermediate, full["intermediate"]),
                 "blocks": keep_matrix(space, self.block_rank).float(),
             }
-        self._kv = n_kv
+        self._kv, self._qk_norm = n_kv, extras(config).qk_norm
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ArchParameters:
         return self  # stays on the host in fp32: see the top of this file
@@ -264,10 +269,11 @@ class ArchParameters(nn.Module):
         return [
             a["hidden"],
             m["hidden"] @ a["hidden"],
-            heads[:, None] * (pairs * scale),
+            heads[:, None] * (pairs if self._qk_norm else pairs * scale),
             pairs.expand(self._kv, -1),
             (heads[:, None] * prefix.square()).flatten(),
             m["intermediate"] @ a["intermediate"],
+            *((a["head_dim"] * scale, a["head_dim"]) if self._qk_norm else ()),
             m["blocks"] @ a["blocks"],
             *(a[k] for k in ("weight_bits", "act_bits") if k in a),
         ]
@@ -290,15 +296,17 @@ class ArchParameters(nn.Module):
         With `out`, from `buffer`, they are views of it, always at the same addresses, and it is overwritten.
         """
         host = self._vectors(alphas, dtype)
-        device, gates = torch.device(device), host[6]
+        device, at = torch.device(device), 8 if self._qk_norm else 6  # masks, then gates, then bits
+        gates = host[at]
         moved = host if device.type == "cpu" and out is None else list(_ToDevice.apply(device, out, *host))
-        masks = Masks(*moved[:6])
+        masks = Masks(*moved[:at])
         blocks = len(self.block_rank)
+        bits = dict(zip((k for k in ("weight_bits", "act_bits") if k in alphas), moved[at + 1 :], strict=True))
         values = tuple(gates.detach().tolist())
-        on_device = {"gate": moved[6].unbind()}
+        on_device = {"gate": moved[at].unbind()}
         for key, name in (("weight_bits", "weight"), ("act_bits", "act")):
             present = key in alphas
-            on_device[f"{name}_probs"] = moved[7 if name == "weight" else -1].unbind() if present else (None,) * blocks
+            on_device[f"{name}_probs"] = bits[key].unbind() if present else (None,) * blocks
             on_device[f"{name}_index"] = self._certain(alphas[key]) if present else (None,) * blocks
         # a certain gate of 1 is no gate at all
         if not gates.requires_grad:

@@ -23,6 +23,7 @@ from ..ops.quant_lora_linear import quant_lora_linear
 from ..ops.quant_lora_mix import quant_lora_mix
 
 MODES = ("weight", "arch", "full")
+INITS = ("kaiming", "gaussian")
 
 
 class SupernetLinear(nn.Module):
@@ -30,7 +31,8 @@ class SupernetLinear(nn.Module):
 
     Args:
         weight, bias: of the original layer; shared with it, not copied.
-        rank, alpha: of LoRA; s = alpha / rank.
+        rank, alpha: of LoRA; s = alpha / rank, or alpha / sqrt(rank) with `rslora`.
+        init: of A, "kaiming" or "gaussian", PEFT's two; B starts at 0, which leaves the base model.
         bits: the weight precisions, or None.
         group_size: quantization group along the input.
         ste: straight-through estimator, "identity" or "clip".
@@ -51,25 +53,33 @@ class SupernetLinear(nn.Module):
         group_size: int = 128,
         ste: str = "identity",
         lora_dtype: torch.dtype | None = None,
+        rslora: bool = False,
+        init: str = "kaiming",
         backend: str | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
             raise JointNASError(f"LoRA rank is {rank}; it must be positive.")
+        if init not in INITS:
+            raise unknown("LoRA initialisation", init, INITS)
         if ste not in ("identity", "clip"):
             raise unknown("straight-through estimator", ste, ("identity", "clip"))
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.rank, self.scaling, self.ste, self.backend = rank, alpha / rank, ste, backend
+        self.rank, self.alpha, self.rslora, self.ste, self.backend = rank, alpha, rslora, ste, backend
+        self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.bits = None if bits is None else tuple(bits)
         self.group_size = group_size
         pairs = () if self.bits is None else (len(self.bits),)
         dtype = lora_dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.lora_a = nn.Parameter(torch.empty(*pairs, rank, self.in_features, device=weight.device, dtype=dtype))
         self.lora_b = nn.Parameter(torch.zeros(*pairs, self.out_features, rank, device=weight.device, dtype=dtype))
-        bound = 1 / math.sqrt(self.in_features)  # PEFT's kaiming_uniform(a=sqrt(5)); B = 0 leaves the base model
-        nn.init.uniform_(self.lora_a, -bound, bound)
+        if init == "gaussian":
+            nn.init.normal_(self.lora_a, std=1 / rank)
+        else:
+            bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform(a=sqrt(5))
+            nn.init.uniform_(self.lora_a, -bound, bound)
         self.register_buffer("clip", None)
         self.register_parameter("clip_logits", None)
 
@@ -135,15 +145,33 @@ class SupernetLinear(nn.Module):
     # ---- extraction -------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merged(self, index: int | None = None) -> Tensor:
-        """W + s B A in the weight's dtype; with bits, Q_p(W + s B_p A_p) of precision number `index`."""
+    def adapted(self, index: int | None = None) -> Tensor:
+        """W + s B A of one pair in the weight's dtype, before any quantizer; with bits, of precision number `index`.
+
+        PEFT's arithmetic, bit for bit: the product in fp32, scaled, added in fp32, and rounded once.
+        """
+        a, b = self.pair(index)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        delta = (b.to(wide) @ a.to(wide)) * self.scaling
+        return (self.weight.to(wide) + delta).to(self.weight.dtype)
+
+    def pair(self, index: int | None = None) -> tuple[Tensor, Tensor]:
+        """A [r, I] and B [O, r]; with bits, those of precision number `index`."""
         if self.bits is None:
-            wide = torch.promote_types(self.weight.dtype, torch.float32)
-            return (self.weight.to(wide) + self.scaling * (self.lora_b.to(wide) @ self.lora_a.to(wide))).to(
-                self.weight.dtype
-            )
+            return self.lora_a, self.lora_b
         if index is None:
             raise JointNASError("a linear with searched bits needs the index of one precision to be merged.")
+        return self.lora_a[index], self.lora_b[index]
+
+    @torch.no_grad()
+    def merged(self, index: int | None = None) -> Tensor:
+        """What the layer multiplies by: `adapted`; with bits, Q_p(W + s B_p A_p) of precision number `index`.
+
+        The quantizer sees W + s B A as the supernet's kernels compute it: unrounded, with A and s B rounded to the
+        weight's dtype. In bf16 that is not what `adapted` rounds to; what it quantizes to differs at ties.
+        """
+        if self.bits is None or index is None:
+            return self.adapted(index)
         one = slice(index, index + 1)
         clip = self.clip_ratio()
         return quant_lora_mix(
@@ -157,8 +185,8 @@ class SupernetLinear(nn.Module):
         """The layer on a subset of its channels, LoRA and quantizer state included; `columns` keep whole groups."""
         small = SupernetLinear(
             self.weight[rows][:, columns], None if self.bias is None else self.bias[rows], rank=self.rank,
-            alpha=self.scaling * self.rank, bits=self.bits, group_size=self.group_size, ste=self.ste,
-            lora_dtype=self.lora_a.dtype, backend=self.backend,
+            alpha=self.alpha, bits=self.bits, group_size=self.group_size, ste=self.ste,
+            lora_dtype=self.lora_a.dtype, rslora=self.rslora, backend=self.backend,
         )
         small.lora_a.copy_(self.lora_a[..., columns])
         small.lora_b.copy_(self.lora_b[..., rows, :])

@@ -7,6 +7,7 @@ from jointnas_kernels.ops.act_quant_mix import act_quant_mix
 from jointnas_kernels.ops.channel_mask import channel_mask
 from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
 from jointnas_kernels.ops.gated_residual import gated_residual
+from jointnas_kernels.ops.head_rmsnorm import head_rmsnorm
 from jointnas_kernels.ops.lowbit_linear import lowbit_linear
 from jointnas_kernels.ops.lowbit_prepared import PreparedWeight, lowbit_matmul, lowbit_pack
 from jointnas_kernels.ops.masked_rope import masked_rope
@@ -28,6 +29,7 @@ __all__ = [
     "choice_masks",
     "fake_quant_weight",
     "gated_residual",
+    "head_rmsnorm",
     "lowbit_linear",
     "lowbit_matmul",
     "lowbit_pack",

@@ -21,7 +21,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is compressed, and where it runs."""
 
-    source: str = Field(default="embedded", description="'embedded', a transformers folder, or a hub name (Llama only)")
+    source: str = Field(
+        default="embedded", description="'embedded', or folder or hub name of a Llama, Mistral, Qwen2 or Qwen3"
+    )
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N")

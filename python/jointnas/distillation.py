@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
@@ -30,9 +30,9 @@ Teacher = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def trainable(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
-    """The choice as a plain Llama of its own size with LoRA merged, its quantizers alive in every linear."""
-    model = extract(supernet, choice)
+def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
+    """The choice as a plain model of its own size with LoRA merged, its quantizers alive in every linear."""
+    model: Any = extract(supernet, choice)
     if choice.weight_bits is None and choice.act_bits is None:
         return model
     small = shrink(supernet, choice)
@@ -45,15 +45,9 @@ def trainable(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
             parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
             part = source.attention if hasattr(source.attention, name) else source.mlp
             linear = getattr(part, name)
-            clip = None
-            if weight_bits is None:
-                weight = linear.merged()
-            else:
-                p = linear.bits.index(weight_bits)
-                update = linear.scaling * (linear.lora_b[p] @ linear.lora_a[p])
-                weight = (linear.weight.to(update.dtype) + update).to(linear.weight.dtype)
-                ratio = linear.clip_ratio()
-                clip = None if ratio is None else ratio[p].detach().clone()
+            p = None if weight_bits is None else linear.bits.index(weight_bits)
+            weight, ratio = linear.adapted(p), linear.clip_ratio()
+            clip = None if p is None or ratio is None else ratio[p].detach().clone()
             bias = None if linear.bias is None else linear.bias.detach().clone()
             layer_new = TrainableQuantLinear(
                 weight.clone(), bias, weight_bits, act_bits, linear.group_size, clip, part.act.symmetric
@@ -62,7 +56,7 @@ def trainable(supernet: Supernet, choice: Choice) -> LlamaForCausalLM:
     return model
 
 
-def bake(model: LlamaForCausalLM) -> LlamaForCausalLM:
+def bake(model: PreTrainedModel) -> PreTrainedModel:
     """Replaces training linears by what they compute, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -72,7 +66,7 @@ def bake(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def distil(
-    student: LlamaForCausalLM,
+    student: PreTrainedModel,
     teacher: Teacher,
     tokens: Tensor,
     config: FinetuneConfig,
@@ -85,7 +79,7 @@ def distil(
     progress: bool = True,
     tensorboard: bool = True,
     name: str = "finetune",
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
 
     folder: where metrics and checkpoints go (`folder/checkpoints-NAME`); None: nowhere.

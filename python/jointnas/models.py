@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from jointnas import assets
 from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf.families import family
 
 # Sizes of models whose tables can be measured without having their weights.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -34,18 +35,16 @@ def check_device(device: str) -> torch.device:
     return found
 
 
-def load_model(config: ModelConfig) -> LlamaForCausalLM:
+def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in evaluation mode on its device."""
     device, dtype = check_device(config.device), getattr(torch, config.dtype)
     if config.source == "embedded":
-        model = assets.load_model(dtype)
+        model: PreTrainedModel = assets.load_model(dtype)
     else:
         check_source(config)
-        family = model_config(config).model_type
-        if family != "llama":
-            raise JointNASError(f"model {config.source!r} is a {family!r}; supported model types: llama")
+        kind = family(model_config(config), f"model {config.source!r}").model
         try:
-            model = LlamaForCausalLM.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
+            model = kind.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
         except (OSError, ValueError) as error:
             raise JointNASError(f"model {config.source!r} cannot be loaded: {_line(error)}") from None
     model.eval().requires_grad_(False)

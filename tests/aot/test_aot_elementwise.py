@@ -6,6 +6,7 @@ import pytest
 from jointnas_kernels.ops._columns import STAGES, column_sums_kernel
 from jointnas_kernels.ops.channel_mask import channel_mask_kernel
 from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel
+from jointnas_kernels.ops.head_rmsnorm import head_rmsnorm_backward_kernel, head_rmsnorm_kernel
 from jointnas_kernels.ops.masked_rope import rope_kernel
 from jointnas_kernels.ops.masked_swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 from jointnas_kernels.ops.mixed_rmsnorm import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
@@ -117,6 +118,25 @@ def test_column_sums(arch: int) -> None:
     values: dict[str, object] = {"HAS_SCALE": True, "HAS_B": True, "BLOCK_M": 128, "BLOCK_N": 32}
     values |= {name: "*fp32:16" for name in ("a_ptr", "b_ptr", "scale_ptr", "a_out_ptr", "b_out_ptr")}
     check(compile_kernel(column_sums_kernel, types(column_sums_kernel, values), arch, num_warps=8), wide=False)
+
+
+@ARCH
+@pytest.mark.parametrize("heads", [32, 8])
+@pytest.mark.parametrize("mode", ["forward", "dx", "all"])
+def test_head_rmsnorm(arch: int, mode: str, heads: int) -> None:
+    """Queries and keys of Qwen3-8B."""
+    need, dims = mode == "all", (32, 64, 128)
+    warps = 4 if heads * 64 < 2048 else 16 if need else 8
+    values: dict[str, object] = {"DIMS": dims, "K": 3, "HP": heads, "HALF": 64, "per_program": "i32"}
+    kernel = head_rmsnorm_kernel
+    if mode == "forward":
+        values |= {"eps": "fp32", "LOOP_STAGES": STAGES}
+    else:
+        kernel = head_rmsnorm_backward_kernel
+        values |= {"NEED_MASK": need, "NEED_ALPHA": need, "LOOP_STAGES": 2}
+        if not need:
+            values |= {"dmask_ptr": None, "dalpha_ptr": None}
+    check(compile_kernel(kernel, types(kernel, values), arch, num_warps=warps))
 
 
 @ARCH

@@ -156,6 +156,50 @@ def mixed_rmsnorm(source: Source) -> Case:
     )
 
 
+def head_rmsnorm(source: Source) -> Case:
+    heads, half = source.pick((1, 2, 3, 5)), source.size(min(48, source.limits.width // 2))
+    divisors = [2 * d for d in range(1, half + 1) if half % d == 0]
+    dims, eps = [source.pick(divisors) for _ in range(source.pick((1, 2, 3)))], source.free((1e-3, 1e-2, 1.0))
+    shape = (*source.leading(source.limits.rows), heads, 2 * half)
+    tensors = {
+        "x": source.randn(*shape),
+        "weight": source.randn(2 * half, dtype=source.pick((source.dtype, source.vector_dtype))),
+        "mask": source.mask(heads, 2 * half),
+        "alpha": source.probs(len(dims)),
+    }
+
+    def member(d: int) -> Tensor:
+        return (torch.arange(2 * half) % half % (half // (d // 2)) == 0).double()
+
+    def norms(t: Named) -> list[Tensor]:
+        p = t["x"] * t["mask"]
+        return [((p * member(d)).pow(2).sum(-1, keepdim=True) / d + eps).rsqrt() * member(d) for d in dims]
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        scale = sum(a * n for a, n in zip(t["alpha"], norms(t), strict=True))
+        return (t["x"] * t["mask"] * scale * t["weight"],)
+
+    def bounds(t: Named, incoming: list[Tensor]) -> Bounds:
+        """Every gradient is a difference, as in mixed_rmsnorm."""
+        h, p = (incoming[0] * t["weight"]).abs(), (t["x"] * t["mask"]).abs()
+        terms = torch.zeros_like(p)
+        for a, n, d in zip(t["alpha"], norms(t), dims, strict=True):
+            terms += a * n * (h + p * (h * p * member(d)).sum(-1, keepdim=True) * n**2 / d)
+        return Bounds(terms={"dx": terms * t["mask"].abs(), "dmask": (terms * t["x"].abs()).flatten(0, -3).sum(0)})
+
+    return Case(
+        describe(shape=shape, dims=dims, eps=eps),
+        tensors,
+        lambda t: (
+            ops.head_rmsnorm(t["x"], t["weight"], t["mask"], t["alpha"], dims, eps, backend=source.backend),
+        ),
+        truth,
+        wanted=source.subset(("x", "mask", "alpha")),
+        layouts=layouts(source, ("weight", "mask", "alpha"), x=len(shape)),
+        bounds=bounds,
+    )
+
+
 def masked_rope(source: Source) -> Case:
     tokens = source.size(source.limits.rows)
     batch = source.free([d for d in (1, 2, 3) if tokens % d == 0])
@@ -353,6 +397,7 @@ OPS: dict[str, Builder] = {
     "mixed_linear": mixed_linear,
     "mixed_linear_group": mixed_linear_group,
     "mixed_rmsnorm": mixed_rmsnorm,
+    "head_rmsnorm": head_rmsnorm,
     "masked_rope": masked_rope,
     "masked_swiglu": masked_swiglu,
     "gated_residual": gated_residual,

@@ -91,6 +91,9 @@ CASES: dict[str, Callable[[], None]] = {
     "mixed_rmsnorm": lambda: backward(
         ops.mixed_rmsnorm(leaf(7, 129), leaf(129), unit(3), (32, 100, 129), 1e-5, unit(129))
     ),
+    "head_rmsnorm": lambda: backward(
+        ops.head_rmsnorm(leaf(7, 3, 12), torch.rand(12, device="cuda"), unit(3, 12), unit(2), (4, 12), 1e-5)
+    ),
     "masked_rope": masked_rope,
     "mixed_weight": mixed_weight,
     "mixed_linear": lambda: backward(

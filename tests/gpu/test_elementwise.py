@@ -113,6 +113,21 @@ def test_mixed_rmsnorm(rows: int, n: int, sizes: list[int], masked: bool, dtype:
 
 @DTYPES
 @pytest.mark.parametrize(
+    "tokens, h, d, dims",
+    [(1, 1, 2, [2]), (5, 3, 96, [32, 48, 96]), (1024, 32, 128, [32, 64, 128]), (4096, 8, 128, [64, 128]),
+     (333, 14, 64, [32, 64])],
+    ids=str,
+)
+def test_head_rmsnorm(tokens: int, h: int, d: int, dims: list[int], dtype: torch.dtype) -> None:
+    def call(x, w, mask, alpha, backend):
+        return ops.head_rmsnorm(x, w, mask, alpha, dims, 1e-5, backend=backend)
+
+    tensors = [rand(tokens, h, d, dtype=dtype), rand(d, dtype=dtype), weights(h, d), weights(len(dims))]
+    both(call, tensors, [0], [0, 2, 3])
+
+
+@DTYPES
+@pytest.mark.parametrize(
     "b, t, h, hkv, d",
     [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (8, 128, 32, 8, 128), (2, 1000, 32, 8, 64), (3, 61, 12, 4, 80)], ids=str,
 )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import transformers
-from transformers.models.llama import modeling_llama
+
+from jointnas_kernels.hf.families import FAMILIES
 
 
 @pytest.fixture(autouse=True)
@@ -13,9 +14,10 @@ def quiet() -> None:
 
 @pytest.fixture
 def exact_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers' RMSNorm always computes in fp32; let it be exact for fp64 models."""
+    """transformers' RMSNorms always compute in fp32; let them be exact for fp64 models."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+    for family in FAMILIES.values():
+        monkeypatch.setattr(family.norm, "forward", forward)

@@ -1,4 +1,4 @@
-"""Small Llamas with nothing trivial in them, and the literal definition of the supernet to compare with."""
+"""Small models with nothing trivial in them, and the literal definition of the supernet to compare with."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 from transformers.models.llama import modeling_llama
 
 from jointnas_kernels.hf import Importance, Supernet
+from jointnas_kernels.hf.families import build
 from jointnas_kernels.ops import strided_pair_index
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix_reference
 from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix_reference
-from jointnas_kernels.space import SearchSpace, keep_matrix
+from jointnas_kernels.space import SearchSpace, keep_matrix, sliding_windows
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -25,19 +26,20 @@ MHA_SPACE = SearchSpace((16, 32), (4,), (8, 16), (16, 48), (1, 2, 3))
 QUANT_SPACE = SearchSpace((16, 32), (2, 4), (8, 16), (16, 48), (1, 2, 3), (2, 4, 8), (4, 8, 16), group_size=16)
 
 
-def tiny_config(**change: Any) -> LlamaConfig:
-    values = {
+def tiny_config(family: str = "llama", **change: Any) -> Any:
+    values: dict[str, Any] = {} if family != "mistral" else {"sliding_window": None}
+    values |= {
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64, "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "pad_token_id": None,
     }  # fmt: skip
-    return LlamaConfig(**{**values, **change})
+    return AutoConfig.for_model(family, **{**values, **change})
 
 
-def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **change: Any) -> LlamaForCausalLM:
+def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **change: Any) -> Any:
     """Weights of order one in effect, norm weights away from one, biases away from zero."""
     g = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(**change)).to(dtype).eval()
+    model: Any = build(tiny_config(**change)).to(dtype).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             values = torch.rand(p.shape, generator=g) if "norm" in name else torch.randn(p.shape, generator=g)
@@ -45,7 +47,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0, **change: Any)
     return model
 
 
-def random_importance(config: LlamaConfig, seed: int = 1) -> Importance:
+def random_importance(config: Any, seed: int = 1) -> Importance:
     g = torch.Generator().manual_seed(seed)
     blocks, n_kv, heads = config.num_hidden_layers, config.num_key_value_heads, config.num_attention_heads
     hidden, neurons = config.hidden_size, config.intermediate_size
@@ -141,11 +143,22 @@ def literal_logits(supernet: Supernet, alphas: Mapping[str, Tensor], input_ids: 
             total = total + a * nn.functional.pad(part, (0, n - size))
         return total
 
+    def head_norm(x: Tensor, layer: Any) -> Tensor:
+        """x [..., D]: every head dim's choice as RMSNorm over its own pairs, zero-padded."""
+        total = torch.zeros_like(x)
+        for a, d in zip(alphas["head_dim"], space.head_dim, strict=True):
+            index = strided_pair_index(dim, d)
+            part = x[..., index]
+            part = part * torch.rsqrt(part.pow(2).mean(-1, keepdim=True) + layer.eps) * layer.weight[index]
+            total = total + a * torch.zeros_like(x).index_copy(-1, index, part)
+        return total
+
     hidden_mask = sum(a * m for a, m in zip(alphas["hidden"], keep["hidden"], strict=True))
     x = supernet.embedding[input_ids] * hidden_mask
     length = input_ids.shape[1]
     cos, sin = supernet.rotary(x, torch.arange(length)[None])
-    causal = torch.full((length, length), float("-inf"), dtype=torch.float64).triu(1)
+    back = torch.arange(length)[:, None] - torch.arange(length)
+    windows = sliding_windows(config)
     scale = sum(a / d**0.5 for a, d in zip(alphas["head_dim"], space.head_dim, strict=True))
     gates = keep_matrix(space, supernet.block_rank) @ alphas["blocks"]
     for b, (block, gate) in enumerate(zip(supernet.blocks, gates, strict=True)):
@@ -155,7 +168,11 @@ def literal_logits(supernet: Supernet, alphas: Mapping[str, Tensor], input_ids: 
             linear(y, layer, b, out, "hidden").unflatten(-1, (-1, dim)).transpose(1, 2)
             for layer, out in ((att.q_proj, "q_pairs"), (att.k_proj, "kv_pairs"), (att.v_proj, "kv_dims"))
         )
+        for norm_layer, name in zip(att.norms, "qk", strict=False):
+            q, k = (head_norm(q, norm_layer), k) if name == "q" else (q, head_norm(k, norm_layer))
         q, k = modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        hidden_from = (back < 0) | (back >= (windows[b] or length))
+        causal = torch.zeros(length, length, dtype=torch.float64).masked_fill(hidden_from, float("-inf"))
         k, v = (modeling_llama.repeat_kv(t, heads // n_kv) for t in (k, v))
         y = ((q @ k.transpose(2, 3) * scale + causal).softmax(-1) @ v).transpose(1, 2).flatten(2)
         h = x + linear(y, att.o_proj, b, "hidden", "o_dims")

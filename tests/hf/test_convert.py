@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel, MistralConfig, MistralForCausalLM
+from transformers import GemmaConfig, GemmaForCausalLM, LlamaForCausalLM, LlamaModel
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, convert, extract, importance_scores
@@ -60,13 +60,15 @@ def test_spaces_that_do_not_fit_are_refused(change: dict, message: str) -> None:
         convert(tiny_model(), SearchSpace.from_dict({**SPACE.to_dict(), **change}))
 
 
-def test_models_that_are_no_plain_llama_are_refused() -> None:
-    mistral = MistralForCausalLM(
-        MistralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-                      num_key_value_heads=1)
+def test_models_of_no_supported_family_are_refused() -> None:
+    gemma = GemmaForCausalLM(
+        GemmaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=1, head_dim=4)
     )  # fmt: skip
-    with pytest.raises(JointNASError, match=r"MistralForCausalLM .'mistral'. is not supported.*llama"):
-        convert(mistral, SPACE)
+    with pytest.raises(
+        JointNASError, match=r"GemmaForCausalLM .'gemma'. is not supported.*llama \(as LlamaFor.*mistral.*qwen2.*qwen3"
+    ):
+        convert(gemma, SPACE)
     with pytest.raises(JointNASError, match="LlamaModel"):
         convert(LlamaModel(tiny_config()), SPACE)
     with pytest.raises(JointNASError, match="convert: Linear"):
@@ -102,6 +104,9 @@ def test_rope_that_depends_on_head_dim_is_refused() -> None:
     choice = Choice(16, 2, 16, 16, 2)
     difference = supernet.fix(choice)(ids()).logits - extract(supernet, choice)(ids()).logits
     assert difference.abs().max() <= 1e-4
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}  # NTK: equal up to 64 positions only
+    with pytest.raises(JointNASError, match=r"rope type 'dynamic'.*head_dim 8 of 16"):
+        convert(tiny_model(rope_parameters=dynamic), SPACE)
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     for rope in (linear, LLAMA3_ROPE):
         convert(tiny_model(rope_parameters=rope), SPACE)

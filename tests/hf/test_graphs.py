@@ -86,8 +86,8 @@ class StandIn:
         return Graphed.apply
 
 
-def build(space: SearchSpace, **options: Any) -> Supernet:
-    model = tiny_model()
+def build(space: SearchSpace, change: dict[str, Any] | None = None, **options: Any) -> Supernet:
+    model = tiny_model(**(change or {}))
     net = randomize_lora(
         convert(model, space, lora_rank=4, importance=random_importance(model.config), **options)
     )
@@ -123,9 +123,16 @@ def assert_same(own: tuple[Tensor, list[Tensor | None]], other: tuple[Tensor, li
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("space", SPACES)
-def test_steps_equal_eager_over_draws_and_modes(space: str) -> None:
-    eager, net = build(SPACES[space]), build(SPACES[space])
+QWEN3 = {"family": "qwen3", "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize(
+    "space, change",
+    [*((space, {}) for space in SPACES), ("all-bits", QWEN3), ("widths", {"family": "qwen2"})],
+    ids=[*SPACES, "qwen3-sliding", "qwen2"],
+)
+def test_steps_equal_eager_over_draws_and_modes(space: str, change: dict[str, Any]) -> None:
+    eager, net = build(SPACES[space], change), build(SPACES[space], change)
     make = capture(net)
     depths = set()
     for seed in range(4):

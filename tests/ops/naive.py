@@ -17,6 +17,18 @@ def mixed_rmsnorm(x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int]
     return out if in_mask is None else out * in_mask
 
 
+def head_rmsnorm(x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    """Each choice's dims gathered, normalised as a head of their own, and scattered back."""
+    full = x.shape[-1]
+    out = torch.zeros_like(x)
+    for a, d in zip(alpha, dims, strict=True):
+        index = torch.tensor([half + i for half in (0, full // 2) for i in range(0, full // 2, full // d)])
+        part = (x * mask)[..., index]
+        part = part / torch.sqrt((part**2).mean(-1, keepdim=True) + eps) * weight[index]
+        out = out + a * torch.zeros_like(x).index_copy(-1, index, part)
+    return out
+
+
 def masked_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> tuple[Tensor, ...]:
     """Each pair (i, i + D/2) as a complex number times cos + i sin of its two halves, element by element."""
 

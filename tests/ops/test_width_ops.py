@@ -1,5 +1,5 @@
-"""mixed_rmsnorm, masked_rope, masked_swiglu, gated_residual, channel_mask: values and all gradients against autograd of
-an independent formulation in fp64, in every CPU dtype; opcheck; fullgraph compilation."""
+"""mixed_rmsnorm, head_rmsnorm, masked_rope, masked_swiglu, gated_residual, channel_mask: values and all gradients
+against autograd of an independent formulation in fp64, in every CPU dtype; opcheck; fullgraph compilation."""
 
 import math
 
@@ -108,6 +108,34 @@ def test_one_hot_rmsnorm_is_the_pruned_norm() -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize(
+    "tokens, h, d, dims", [(1, 1, 2, [2]), (3, 3, 24, [8, 24, 12]), (5, 2, 16, [4, 16]), (7, 4, 96, [32, 48])], ids=str
+)
+def test_head_rmsnorm(tokens: int, h: int, d: int, dims: list[int], dtype: torch.dtype) -> None:
+    """dims need not be nested: 32 and 48 of 96 share every third pair of the one, every second of the other."""
+
+    def op(x, w, mask, alpha, backend):
+        return ops.head_rmsnorm(x, w, mask, alpha, dims, 1e-2, backend=backend)
+
+    def plain(x, w, mask, alpha):
+        return naive.head_rmsnorm(x, w, mask, alpha, dims, 1e-2)
+
+    tensors = [rand(tokens, 2, h, d, dtype=dtype), rand(d, dtype=dtype), masks(h, d, dtype=dtype),
+               masks(len(dims), dtype=dtype)]
+    check(op, plain, tensors, [0], [0, 2], [3], [0, 2, 3], fp32=1e-4)
+
+
+def test_one_hot_head_rmsnorm_is_the_pruned_norm() -> None:
+    x, w = rand(6, 3, 32), rand(32)
+    for i, d in enumerate(dims := [8, 16, 32]):
+        index = ops.strided_pair_index(32, d)
+        mask = ops.strided_pair_mask(torch.eye(3)[i], dims, 32).expand(3, -1)
+        out = ops.head_rmsnorm(x, w, mask, torch.eye(3)[i], dims, 1e-6)
+        torch.testing.assert_close(out[..., index], torch.nn.functional.rms_norm(x[..., index], (d,), w[index], 1e-6))
+        assert out.count_nonzero() == 6 * 3 * d
+
+
+@DTYPES
 @pytest.mark.parametrize("b, t, h, hkv, d", [(1, 1, 1, 1, 2), (2, 3, 4, 2, 6), (1, 7, 3, 1, 16)], ids=str)
 @pytest.mark.parametrize("tables", ["shared", "own"])
 def test_masked_rope(b: int, t: int, h: int, hkv: int, d: int, tables: str, dtype: torch.dtype) -> None:
@@ -178,6 +206,7 @@ CASES = {
     "gated_residual": lambda: (leaf(3, 17), leaf(3, 17), leaf(17), torch.tensor(0.3, requires_grad=True),
                                leaf(3, 17), None),
     "mixed_rmsnorm": lambda: (leaf(3, 17), leaf(17), leaf(2), [9, 17], 1e-5, leaf(17), None),
+    "head_rmsnorm": lambda: (leaf(2, 3, 4, 6), rand(6), leaf(4, 6), leaf(2), [2, 6], 1e-5, None),
     "masked_rope": lambda: (leaf(2, 3, 4, 6), leaf(2, 3, 2, 6), rand(1, 3, 6), rand(1, 3, 6), leaf(4, 6), leaf(2, 6),
                             None),
 }
@@ -268,6 +297,10 @@ def test_gradient_checkpointing() -> None:
         (lambda: ops.gated_residual(rand(2, 3), rand(2, 3), rand(2)), "it must be [3]"),
         (lambda: ops.mixed_rmsnorm(rand(2, 3), rand(3), rand(1), [4], 1e-5), "must lie in 1..3"),
         (lambda: ops.mixed_rmsnorm(rand(2, 3), rand(3), rand(2), [3], 1e-5), "does not match 1 sizes"),
+        (lambda: ops.head_rmsnorm(rand(2, 3), rand(3), rand(2, 3), rand(1), [2], 1e-5), "even head_dim"),
+        (lambda: ops.head_rmsnorm(rand(2, 8), rand(8), rand(8), rand(1), [4], 1e-5), "do not match x (2, 8)"),
+        (lambda: ops.head_rmsnorm(rand(2, 8), rand(8), rand(2, 8), rand(1), [6], 1e-5), "must be even and divide"),
+        (lambda: ops.head_rmsnorm(rand(2, 8), rand(8), rand(2, 8), rand(1), [4, 8], 1e-5), "does not match 2 dims"),
         (lambda: ops.masked_rope(rand(1, 2, 1, 3), rand(1, 2, 1, 3), rand(1, 2, 3), rand(1, 2, 3), rand(1, 3),
                                  rand(1, 3)), "must be even"),
         (lambda: ops.strided_pair_index(128, 48), "must be even and divide"),

@@ -83,6 +83,26 @@ def test_mixed_rmsnorm(rows: int, n: int, sizes: list[int], masked: bool, dtype:
 
 @DTYPES
 @pytest.mark.parametrize(
+    "tokens, h, d, dims", [(1, 1, 2, [2]), (3, 3, 24, [8, 24, 12]), (9, 2, 16, [4, 16]), (7, 5, 96, [32, 48])], ids=str
+)
+@pytest.mark.parametrize("wanted", [[0], [0, 2], [0, 3], [0, 2, 3]], ids=str)
+def test_head_rmsnorm(tokens: int, h: int, d: int, dims: list[int], wanted: list[int], dtype: torch.dtype) -> None:
+    def call(x, w, mask, alpha, backend):
+        return ops.head_rmsnorm(x, w, mask, alpha, dims, 1e-2, backend=backend)
+
+    tensors = [rand(2, tokens, h, d, dtype=dtype), rand(d, dtype=dtype), torch.rand(h, d), torch.rand(len(dims))]
+    check(call, tensors, wanted, 1e-2 if d < 16 else None)
+
+
+def test_head_rmsnorm_of_strided_views() -> None:
+    def call(x, w, mask, alpha, backend):
+        return ops.head_rmsnorm(x, w, mask, alpha, [4, 8], 1e-2, backend=backend)
+
+    check(call, [rand(2, 3, 6, 8)[:, :, 1:5], rand(8), torch.rand(4, 8), torch.rand(2)], [0, 2, 3])
+
+
+@DTYPES
+@pytest.mark.parametrize(
     "b, t, h, hkv, d", [(1, 1, 1, 1, 2), (2, 3, 4, 2, 6), (1, 7, 3, 1, 16), (2, 5, 8, 8, 32)], ids=str
 )
 @pytest.mark.parametrize("wanted", [[0, 1], [0, 1, 4, 5], [0, 1, 5]], ids=str)

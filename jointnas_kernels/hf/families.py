@@ -1,0 +1,67 @@
+"""The model families that can be converted, one row each.
+
+All of them are decoders of the same form under the same names: model.embed_tokens, model.layers[i].{input_layernorm,
+self_attn.{q,k,v,o}_proj, post_attention_layernorm, mlp.{gate,up,down}_proj}, model.norm, lm_head; RMSNorm, SwiGLU,
+rotate-half RoPE. Where they differ is read from their configs: biases and q/k norms (`space.extras`), and sliding
+windows (`space.sliding_windows`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from ..errors import JointNASError
+from ..space import LINEARS
+
+
+class Family(NamedTuple):
+    """The classes of transformers that a family is made of."""
+
+    model: type[PreTrainedModel]
+    norm: type[nn.Module]
+    rotary: type[nn.Module]
+
+
+FAMILIES = {
+    "llama": Family(LlamaForCausalLM, LlamaRMSNorm, LlamaRotaryEmbedding),
+    "mistral": Family(MistralForCausalLM, MistralRMSNorm, MistralRotaryEmbedding),
+    "qwen2": Family(Qwen2ForCausalLM, Qwen2RMSNorm, Qwen2RotaryEmbedding),
+    "qwen3": Family(Qwen3ForCausalLM, Qwen3RMSNorm, Qwen3RotaryEmbedding),
+}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PATHS = {name: f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in LINEARS}  # inside a layer
+
+
+def family(config: Any, what: str = "model") -> Family:
+    """The family of a config, by its model type.
+
+    Raises:
+        JointNASError: none of the supported ones.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise JointNASError(f"{what} of type {kind!r} is not supported. Supported model types: {', '.join(FAMILIES)}.")
+    return FAMILIES[kind]
+
+
+def build(config: Any) -> PreTrainedModel:
+    """A model of this config with random weights."""
+    return family(config).model(config)
+
+
+def rotary(config: Any) -> nn.Module:
+    """The rotary embedding of a model of this config."""
+    return family(config).rotary(config)

@@ -1,0 +1,286 @@
+"""Every family through the same code: one-hot == extracted == reloaded; relaxed == its literal definition; counts."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import Supernet, convert, extract, importance_scores, shrink, subnet_config
+from jointnas_kernels.hf.families import FAMILIES, build
+from jointnas_kernels.latency import LatencyTable, Workload, deploy, enumerate_ops, measure_model
+from jointnas_kernels.nn import FakeQuantLinear
+from jointnas_kernels.space import Choice, SearchSpace, count_params, expected_params, kept_blocks, sliding_windows
+from tests.hf.hf_models import (
+    MHA_SPACE,
+    QUANT_SPACE,
+    SPACE,
+    ids,
+    literal_logits,
+    random_alphas,
+    random_importance,
+    randomize_lora,
+    tiny_config,
+    tiny_model,
+)
+from tests.latency.tables import synthetic
+
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}  # blocks 1 and 2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mistral": {"family": "mistral"},
+    "mistral-window": {"family": "mistral", "sliding_window": 4, "tie_word_embeddings": True},
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": True},
+    "qwen2-window": {"family": "qwen2", **QWEN_WINDOW},
+    "qwen2-mha": {"family": "qwen2", "num_key_value_heads": 4},
+    "qwen3": {"family": "qwen3", "tie_word_embeddings": True},
+    "qwen3-window": {"family": "qwen3", **QWEN_WINDOW},
+    "qwen3-bias-mha": {"family": "qwen3", "attention_bias": True, "num_key_value_heads": 4},
+    "qwen3-linear": {
+        "family": "qwen3", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
+}  # fmt: skip
+ALL = pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+WIDTHS_AND_BITS = SearchSpace.from_dict({**QUANT_SPACE.to_dict(), "act_bits": None})
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def space_of(change: dict[str, Any]) -> SearchSpace:
+    return MHA_SPACE if change.get("num_key_value_heads") == 4 else SPACE
+
+
+def made(change: dict[str, Any], space: SearchSpace, dtype: torch.dtype = torch.float32, **options: Any) -> Supernet:
+    """Reordered, with LoRA; the most important block is block 1, so that extraction renumbers blocks."""
+    model = tiny_model(dtype, **change)
+    importance = random_importance(model.config)
+    return randomize_lora(convert(model, space, lora_rank=4, importance=importance, **options))
+
+
+@ALL
+@torch.no_grad()
+def test_choices_are_exact(tmp_path, change: dict[str, Any]) -> None:
+    """fp32: supernet, extracted and shrunk model, and the checkpoint that stock transformers reloads."""
+    space, x, config = space_of(change), ids(), tiny_config(**change)
+    supernet = made(change, space)
+    assert supernet.replaced == 3 * (11 if config.model_type == "qwen3" else 9) + 1
+    for i, choice in enumerate(space):
+        own = supernet.fix(choice)(x).logits
+        subnet = extract(supernet, choice)
+        assert type(subnet) is FAMILIES[config.model_type].model
+        assert difference(own, subnet(x).logits) <= 1e-4
+        assert difference(own, shrink(supernet, choice)(x).logits) <= 1e-4
+        assert count_params(config, choice) == sum(p.numel() for p in subnet.parameters())
+        if i % 4 == 1:
+            subnet.save_pretrained(tmp_path)
+            loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+            assert not info["missing_keys"]
+            assert not info["unexpected_keys"]
+            assert type(loaded) is type(subnet)
+            assert difference(own, loaded(x).logits) <= 1e-4
+
+
+@ALL
+@torch.no_grad()
+def test_choices_are_exact_in_fp64(exact_norm, change: dict[str, Any]) -> None:
+    """What is left of the difference in fp32 is rounding; also with mixed bits and quantized activations."""
+    x, g = ids(), torch.Generator().manual_seed(5)
+    plain, quantized = made(change, space_of(change), torch.float64), None
+    for choice in list(space_of(change))[::3]:
+        own = plain.fix(choice)(x).logits
+        assert difference(own, extract(plain, choice)(x).logits) <= 1e-12
+        assert difference(own, shrink(plain, choice)(x).logits) <= 1e-12
+    if change.get("num_key_value_heads") == 4:
+        return
+    supernet = made(change, QUANT_SPACE, torch.float64)
+    for _ in range(8):
+        choice = QUANT_SPACE.sample(g)
+        own, subnet = supernet.fix(choice)(x).logits, extract(supernet, choice)
+        quantized = quantized or any(isinstance(m, FakeQuantLinear) for m in subnet.modules())
+        assert difference(own, subnet(x).logits) <= 1e-12
+        assert difference(own, shrink(supernet, choice)(x).logits) <= 1e-12
+    assert quantized
+
+
+@ALL
+@torch.no_grad()
+def test_reordering_keeps_the_logits(change: dict[str, Any]) -> None:
+    model, x = tiny_model(**change), ids(3, 11)
+    reference = model(x).logits
+    before = model.model.embed_tokens.weight.clone()
+    supernet = convert(model, space_of(change), importance=importance_scores(model, [x, ids(1, 5)]))
+    assert difference(supernet.embedding, before) > 0.1
+    limit = 1e-5 * reference.abs().max().item()
+    assert difference(model(x).logits, reference) <= limit
+    assert difference(supernet.fix(supernet.space.full())(x).logits, reference) <= limit
+    assert difference(supernet.original(x).logits, reference) <= limit
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2", "qwen3", "qwen3-window", "qwen3-bias-mha"])
+@pytest.mark.parametrize("bits", [False, True], ids=["widths", "weight-bits"])
+def test_relaxed_forward_and_gradients_are_the_definition(name: str, bits: bool) -> None:
+    """Eq. 5 as printed, biases masked with their rows, q and k norms as sums of the norms of the choices; fp64."""
+    change = VARIANTS[name]
+    if bits and "mha" in name:
+        pytest.skip("the space with bits has two heads")
+    supernet, x = made(change, WIDTHS_AND_BITS if bits else space_of(change), torch.float64), ids()
+    supernet.mode("full")
+    weight = torch.randn(2, 7, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    results = []
+    for literally in (False, True):
+        alphas = random_alphas(supernet)
+        supernet.zero_grad()
+        logits = literal_logits(supernet, alphas, x) if literally else (supernet.use(alphas), supernet(x).logits)[1]
+        (logits * weight).sum().backward()
+        leaves = [*alphas.values(), *supernet.lora_parameters()]
+        results.append((logits.detach(), [p.grad.clone() for p in leaves if p.grad is not None]))
+        assert len(results[-1][1]) == len(leaves)
+    (own, own_grads), (ref, ref_grads) = results
+    torch.testing.assert_close(own, ref, rtol=0, atol=1e-10)
+    for a, b in zip(own_grads, ref_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@torch.no_grad()
+def test_half_precision_qwen3_is_exact_within_its_rounding() -> None:
+    change = VARIANTS["qwen3"]
+    half, model, x = tiny_model(torch.bfloat16, **change), tiny_model(**change), ids()
+    model.load_state_dict(half.state_dict())
+    importance = random_importance(model.config)
+    supernet, wide = (randomize_lora(convert(m, SPACE, lora_rank=4, importance=importance)) for m in (half, model))
+    for choice in list(SPACE)[::5]:
+        exact = wide.fix(choice)(x).logits
+        own = (supernet.fix(choice)(x).logits - exact).norm() / exact.norm()
+        plain = (extract(supernet, choice)(x).logits - exact).norm() / exact.norm()
+        assert own <= 0.03  # bf16 rounds at 2^-8 = 0.004
+        assert own <= 2 * plain
+
+
+# ---- sliding windows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window", "qwen3-window"])
+@pytest.mark.parametrize("side", [None, "left", "right"], ids=["whole", "left", "right"])
+@torch.no_grad()
+def test_windows_are_respected(tmp_path, name: str, side: str | None) -> None:
+    """Longer than the window, with and without padding; the kept blocks take their own kind of attention along."""
+    change, x = VARIANTS[name], ids(2, 9)
+    supernet = made(change, SPACE)
+    mask = torch.ones_like(x)
+    if side is not None:
+        mask[0, slice(0, 3) if side == "left" else slice(6, 9)] = 0
+    given = None if side is None else mask
+    for blocks in (1, 2):
+        choice = Choice(16, 2, 8, 48, blocks)
+        subnet = extract(supernet, choice)
+        kept = kept_blocks(supernet.block_rank, blocks)
+        assert kept == ((1,), (0, 1))[blocks - 1]
+        assert sliding_windows(subnet.config) == tuple(sliding_windows(supernet.config)[b] for b in kept)
+        subnet.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        own = supernet.fix(choice)(x, attention_mask=given).logits[mask.bool()]
+        for other in (subnet, loaded, shrink(supernet, choice)):
+            assert difference(own, other(x, attention_mask=given).logits[mask.bool()]) <= 1e-4
+        wide = tiny_model(**{**change, "sliding_window": 9})
+        unlimited = randomize_lora(convert(wide, SPACE, lora_rank=4, importance=random_importance(wide.config)))
+        assert difference(unlimited.fix(choice)(x, attention_mask=given).logits[mask.bool()], own) > 1e-2
+
+
+# ---- counts and latency ---------------------------------------------------------------------------------------------
+
+
+@ALL
+def test_expected_params_is_the_expectation(change: dict[str, Any]) -> None:
+    space, config, g = space_of(change), tiny_config(**change), torch.Generator().manual_seed(3)
+    keys = ("hidden", "heads", "head_dim", "intermediate", "blocks")
+    probs = {k: torch.rand(len(space.sizes(k)), generator=g, dtype=torch.float64) for k in keys}
+    probs = {k: v / v.sum() for k, v in probs.items()}
+
+    def probability(choice: Choice) -> float:
+        return math.prod(probs[k][space.sizes(k).index(getattr(choice, k))].item() for k in keys)
+
+    total = sum(probability(choice) * count_params(config, choice) for choice in space)
+    assert expected_params(config, space, probs).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_known_sizes() -> None:
+    """Parameters of published checkpoints, from their configs alone."""
+    sizes = {
+        "qwen2": ({"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+                   "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}, 494_032_768),
+        "qwen3": ({"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+                   "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True},
+                  596_049_920),
+        "mistral": ({"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}, 7_241_732_096),
+    }  # fmt: skip
+    for kind, (values, count) in sizes.items():
+        config = AutoConfig.for_model(kind, **values)
+        dim = values.get("head_dim", values["hidden_size"] // values["num_attention_heads"])
+        full = Choice(values["hidden_size"], values["num_attention_heads"], dim, values["intermediate_size"],
+                      values["num_hidden_layers"])  # fmt: skip
+        assert count_params(config, full) == count
+        with torch.device("meta"):
+            assert sum(p.numel() for p in build(subnet_config(config, full)).parameters()) == count
+
+
+def test_latency_parts_of_qwen3() -> None:
+    """Its head norms are operations of their own, and a prediction is the sum over them."""
+    workload = Workload(seq=8)
+    config = tiny_config("qwen3")
+    norms = {s for s in enumerate_ops(SPACE, config, workload) if s.op == "norm"}
+    assert {(s.m, s.n) for s in norms} == {(8, 16), (8, 32)} | {(8 * h, d) for h in (2, 4) for d in (8, 16)}
+    llama = {s for s in enumerate_ops(SPACE, tiny_config(), workload) if s.op == "norm"}
+    assert {(s.m, s.n) for s in llama} == {(8, 16), (8, 32)}
+
+
+def test_latency_behind_a_window_is_refused() -> None:
+    config = tiny_config("mistral", sliding_window=4)
+    assert enumerate_ops(SPACE, config, Workload(seq=4))
+    with pytest.raises(JointNASError, match="looks back 4 positions, the workload 8"):
+        enumerate_ops(SPACE, config, Workload(seq=8))
+
+
+@torch.no_grad()
+def test_deployed_models_keep_their_biases() -> None:
+    space = SearchSpace((64, 128), (2, 4), (16, 32), (64, 192), (1, 3), (4, 8), (8, 16), group_size=64)
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 192, "vocab_size": 97}
+    config, choice = tiny_config("qwen2", **sizes), Choice(64, 2, 16, 64, 1, (8, 8, 8), (16, 16, 16))
+    model: Any = build(subnet_config(config, choice)).eval()
+    for p in model.parameters():
+        p.normal_(std=0.1)
+    x = torch.randint(97, (1, 16))
+    before = model(x).logits
+    made_up = synthetic(space)
+    table = LatencyTable(made_up.header, [r.model_copy(update={"backend": "ours-cpu"}) for r in made_up.rows])
+    deployed = deploy(model, choice, space, table)
+    assert difference(deployed(x).logits, before) <= 0.03 * before.abs().max()
+    assert measure_model(deployed, Workload(seq=4), seconds=1e-3, samples=2) is not None
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_ropes_that_depend_on_head_dim_are_refused() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    for kind in ("qwen2", "qwen3"):
+        with pytest.raises(JointNASError, match=r"rope type 'yarn'.*head_dim 8 of 16"):
+            convert(tiny_model(family=kind, rope_parameters=yarn, max_position_embeddings=256), SPACE)
+
+
+def test_norms_of_another_kind_are_named() -> None:
+    model = tiny_model(family="qwen3")
+    model.model.layers[1].self_attn.k_norm = torch.nn.LayerNorm(16)
+    with pytest.raises(JointNASError, match=r"layers.1.self_attn.k_norm is a LayerNorm, not a Qwen3RMSNorm"):
+        convert(model, SPACE)
+
+
+def test_configs_of_other_families_are_named() -> None:
+    with pytest.raises(JointNASError, match=r"model of type 'gpt2' is not supported.*llama, mistral, qwen2, qwen3"):
+        build(SimpleNamespace(model_type="gpt2"))
