@@ -164,6 +164,27 @@ def gemm(rows: list[Row], device: str) -> str:
     )
 
 
+def decode(rows: list[Row], device: str) -> str:
+    """Tokens per second of exported models on the low-bit kernels, and the latency table's word on it."""
+    titles = {"small": "the embedded model", "blocks": "Llama-3.1-8B blocks"}
+    body = []
+    for panel, title in titles.items():
+        for row in pick(rows, panel=panel):
+            extra = row["extra"]
+            cells = [f"{extra['tokens_per_s']:,.0f}", f"{extra['bytes'] / 1e6:,.1f} MB"]
+            cells += [f"{extra[k]:.2f}×" for k in ("speedup", "predicted_speedup", "predicted_of_measured")]
+            body.append([title, row["name"], *cells])
+    if not body:
+        return ""
+    p = rows[-1]["params"]
+    head = ["model", "bits", "tokens/s", "weights", "speed-up", "predicted by the table", "predicted / measured"]
+    return (
+        f"**Decoding one token after {p['context']}, batch 1, {p['dtype']}, {p['threads']} threads** "
+        f"({where(rows[-1])}; Python and the rest of transformers included in what is measured, not in the table)\n\n"
+        f"{table(head, body)}"
+    )
+
+
 def search(rows: list[Row], device: str) -> str:
     """Found models against random ones of the same cost, and against all choices of a small space."""
     body = []
@@ -255,7 +276,13 @@ def ceilings(rows: list[Row], device: str) -> str:
 
 
 SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
-    **{"step": steps, "masks": masks, "gemm": gemm, "search": search, "kernels": kernels, "ceilings": ceilings}
+    "step": steps,
+    "masks": masks,
+    "gemm": gemm,
+    "decode": decode,
+    "search": search,
+    "kernels": kernels,
+    "ceilings": ceilings,
 }
 
 
