@@ -17,6 +17,7 @@ from torch.func import functional_call
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix
+from jointnas_kernels.ops.fake_quant_weight import compute_dtype
 from jointnas_kernels.space import LINEARS
 
 # linears that read the same input, in the order they run
@@ -108,15 +109,36 @@ class Blocks:
 
     @contextlib.contextmanager
     def quantized_inputs(self, b: int, bits: int, symmetric: bool) -> Iterator[None]:
-        """Inside, block b's linears quantize their inputs per token (straight-through gradient); 16 bits: nothing."""
-        one = torch.ones(1, dtype=torch.float32, device=self.device)
+        """Inside, block b's linears quantize their inputs per token; 16 bits: nothing."""
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (act_quant_mix(args[0], (bits,), one, symmetric=symmetric), *args[1:])
+            return (quantize_tokens(args[0], bits, symmetric), *args[1:])
 
         modules = [self.layers[b].get_submodule(name) for name in self.names[b].values()] if bits < 16 else []
         with _removed([m.register_forward_pre_hook(hook) for m in modules]):
             yield
+
+
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
+    """`act_quant_mix` of one precision, whose gradient also knows that the scale s follows the token's range:
+
+        dQ/dx = 1 + (q - z - x / s) ds/dx
+
+    The op's own gradient, 1, cannot tell whether a change of range makes the steps finer, and that is all that an
+    equivalent transformation is about."""
+    one = torch.ones(1, dtype=torch.float32, device=x.device)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return act_quant_mix(x, (bits,), one, symmetric=symmetric)
+    value = act_quant_mix(x.detach(), (bits,), one, symmetric=symmetric)
+    wide = x.to(compute_dtype(x.dtype))
+    if symmetric:
+        span = 2 * wide.abs().amax(-1, keepdim=True)
+    else:
+        span = wide.amax(-1, keepdim=True).clamp_min(0) - wide.amin(-1, keepdim=True).clamp_max(0)
+    # (Q - x) / s is constant; the ratio of the span to itself carries ds / s
+    step = span / span.detach().clamp_min(torch.finfo(span.dtype).tiny)
+    soft = wide + (value.to(wide.dtype) - wide.detach()) * step
+    return value + (soft - soft.detach()).to(x.dtype)
 
 
 def _linears(layer: nn.Module, index: int) -> dict[str, str]:

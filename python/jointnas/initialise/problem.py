@@ -64,11 +64,17 @@ class Problem:
         return found
 
     def quantized(self, parameters: Parameters, clips: Clips) -> Parameters:
-        """The parameters with quantized weights, differentiable in parameters and ratios."""
+        """The parameters with quantized weights, differentiable in parameters and ratios.
+
+        The op's scales count a group's largest weight as a constant. Where weights are transformed it is none: its
+        gradient comes in through the ratio."""
         found = dict(parameters)
         for n, path in self.names.items():
-            weight = parameters[f"{path}.weight"]
-            found[f"{path}.weight"] = fake_quant_weight(weight, self.bits, self.groups[n], clip=clips[n], ste="clip")
+            weight, clip = parameters[f"{path}.weight"], clips[n]
+            if torch.is_grad_enabled() and weight.requires_grad:
+                largest = weight.to(clip.dtype).unflatten(-1, (-1, self.groups[n])).abs().amax(-1)
+                clip = clip * (largest / largest.detach().clamp_min(torch.finfo(clip.dtype).tiny))
+            found[f"{path}.weight"] = fake_quant_weight(weight, self.bits, self.groups[n], clip=clip, ste="clip")
         return found
 
     @torch.no_grad()
