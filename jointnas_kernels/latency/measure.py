@@ -21,7 +21,10 @@ from jointnas_kernels.latency.schema import Calibration
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
+from jointnas_kernels.latency.watch import Measured, Watch
 from jointnas_kernels.space import LINEARS, Choice, SearchSpace, kept_blocks
+
+ENOUGH = 4  # whole models for the two terms of a calibration
 
 
 class BackendLinear(nn.Module):
@@ -81,14 +84,22 @@ def deploy(
 
 
 def measure_model(
-    model: nn.Module, workload: Workload, *, threads: int | None = None, seconds: float = 0.5, samples: int = 15
-) -> tuple[float, float, float]:
-    """(p10, median, p90) milliseconds of one prefill, or one decoded token, of a transformers causal model."""
+    model: nn.Module,
+    workload: Workload,
+    *,
+    threads: int | None = None,
+    seconds: float = 0.5,
+    samples: int = 15,
+    watch: Watch | None = None,
+) -> Measured:
+    """Milliseconds of one prefill, or one decoded token, of a transformers causal model.
+
+    watch: repeats what other processes disturb; `LatencyTable.watch` compares with the machine as it was profiled.
+    """
     model.eval()
     device = next(model.parameters()).device
     with pinned_threads(threads or 0):
-        p10, median, p90, _ = measure([_call(model, workload, device)], device, seconds, samples)
-    return p10, median, p90
+        return measure([_call(model, workload, device)], device, seconds, samples, watch=watch)
 
 
 @torch.inference_mode()
@@ -116,6 +127,7 @@ def calibrate(
     *,
     seed: int = 0,
     seconds: float = 0.3,
+    watch: Watch | None = None,
 ) -> LatencyTable:
     """A table whose predictions are fitted to whole models of these choices (or of that many feasible random ones).
 
@@ -129,18 +141,26 @@ def calibrate(
     if isinstance(choices, int):
         choices = feasible_choices(plain, space, choices, seed)
     device = torch.device(table.header.device.type)
-    points: list[tuple[float, int, float]] = []
-    for choice in choices:
+    watch = watch or plain.watch(15 * seconds)
+
+    def run(choice: Choice) -> Measured:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build(subnet_config(config, choice))
         nn.Module.to(model, device, getattr(torch, table.workload.dtype))
         deploy(model, choice, space, plain)
-        _, median, _ = measure_model(
-            model, table.workload, threads=table.header.device.threads, seconds=seconds, samples=9
-        )
-        points.append((bound.predict(choice), choice.blocks, median))
-    return LatencyTable(table.header, table.rows, fit(points))
+        threads = table.header.device.threads
+        return measure_model(model, table.workload, threads=threads, seconds=seconds, samples=9, watch=watch)
+
+    found = [(choice, run(choice)) for choice in choices]
+    # what was disturbed: once more after all others, then without it if enough remains for the fit
+    found = [(choice, run(choice) if once.contended else once) for choice, once in found]
+    clean = [(choice, measured) for choice, measured in found if not measured.contended]
+    if len(clean) >= ENOUGH:
+        found = clean
+    fitted = fit([(bound.predict(choice), choice.blocks, measured.median) for choice, measured in found])
+    contended = any(measured.contended for _, measured in found) or None
+    return LatencyTable(table.header, table.rows, fitted.model_copy(update={"contended": contended}))
 
 
 def feasible_choices(table: LatencyTable, space: SearchSpace, count: int, seed: int = 0) -> list[Choice]:

@@ -3,13 +3,19 @@
 Each line is on disk before the next measurement starts, so a killed profile resumes where it stopped. Every backend
 that claims an operation is first checked against the dequantised reference; one that fails or disagrees gets a
 `rejected` row with the reason and is not timed. An operation nobody can run gets an `infeasible` row.
+
+What another process disturbed is measured again: at once, for a bounded time (`watch.py`), then after everything else,
+then by the next `--resume`. What still is disturbed is marked, counted and warned about once.
 """
 
 from __future__ import annotations
 
 import datetime
+import logging
 import math
+import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +27,16 @@ from tqdm import tqdm
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import LinearWeight, Target, failure, random_input, random_weight
-from jointnas_kernels.latency.schema import Header, ModelRecord, Row, WorkloadRecord, Writer, read
+from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Row, WorkloadRecord, Writer, read
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
 from jointnas_kernels.latency.table import LatencyTable
-from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads
+from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
+from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, reference_kernels
+
+log = logging.getLogger(__name__)
+Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
+PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 9 s of a profile with 0.03 s each
+AGAIN = 0.3  # share of the profile's time, at least half of that, that goes into what was disturbed, at the end
 
 
 def profile(
@@ -40,6 +52,7 @@ def profile(
     progress: bool = True,
     seconds: float = 0.04,
     seed: int = 0,
+    watch: Watch | None = None,
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
@@ -49,6 +62,7 @@ def profile(
         threads: CPU threads to pin; default: what torch uses now.
         backends: names to try; default: all registered ones.
         seconds: time spent on each (operation, backend).
+        watch: what notices a busy machine; default: this machine's.
     """
     workload = workload or Workload()
     space.validate(config)
@@ -57,40 +71,81 @@ def profile(
         registry.get(name)
     out = Path(out)
     dims = ModelDims.of(config)
-    header = Header(
-        device=describe(device, threads),
-        workload=WorkloadRecord(
-            mode=workload.mode,
-            batch=workload.batch,
-            seq=workload.seq,
-            dtype=workload.dtype,  # type: ignore[arg-type]
-        ),
-        model=ModelRecord(**vars(dims)),
-        torch=torch.__version__,
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    )
-    specs = enumerate_ops(space, config, workload)
-    writer, done = _open(out, header, resume)
-    generator = torch.Generator().manual_seed(seed)
+    here = describe(device, threads)
     target = Target(torch.device(device), workload, dims.kv_heads)
-    model_bytes = _weight_bytes(space, dims, target)
-    todo = [spec for spec in specs if spec not in done]
-    pace = 0.1 if sys.stderr.isatty() else 15.0  # seconds between updates of the bar
-    try:
-        with pinned_threads(header.device.threads):
+    with pinned_threads(here.threads):
+        if watch is None:
+            watch = Watch(reference_kernels(target.device), patience=PATIENCE * seconds)
+        header = Header(
+            device=here,
+            workload=WorkloadRecord(
+                mode=workload.mode,
+                batch=workload.batch,
+                seq=workload.seq,
+                dtype=workload.dtype,  # type: ignore[arg-type]
+            ),
+            model=ModelRecord(**vars(dims)),
+            torch=torch.__version__,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            reference=[b * 1e3 for b in watch.baseline],
+            load=round(os.getloadavg()[0], 2),
+        )
+        specs = enumerate_ops(space, config, workload)
+        writer, header, rows, calibration = _open(out, header, resume)
+        generator = torch.Generator().manual_seed(seed)
+        model_bytes = _weight_bytes(space, dims, target)
+        readings: dict[OpSpec, Reading] = {}
+
+        def disturbed(spec: OpSpec) -> bool:
+            return any(rows[spec, name].contended for name in names if (spec, name) in rows)
+
+        def run(spec: OpSpec) -> None:
+            again = [name for name in names if (spec, name) in rows and rows[spec, name].contended]
+            for row in time_operation(spec, target, again or names, model_bytes, generator, seconds, watch):
+                known = (spec, row.backend) in rows
+                rows[spec, row.backend] = row
+                writer.write(row.model_copy(update={"again": True}) if known else row)
+            readings[spec] = watch.reading
+
+        pace = 0.1 if sys.stderr.isatty() else 15.0  # seconds between updates of the bar
+        began = time.perf_counter()
+        done = {spec for spec, _ in rows}
+        try:
+            todo = [spec for spec in specs if spec not in done or disturbed(spec)]
             for spec in tqdm(todo, desc=f"profile {device}", unit="op", disable=not progress, mininterval=pace):
-                for row in time_operation(spec, target, names, model_bytes, generator, seconds):
-                    writer.write(row)
-        writer.finish()
-    finally:
-        writer.close()
-    return LatencyTable.load(out, device=None)
+                run(spec)
+            # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
+            for spec, reading in readings.items():
+                if reading and watch.drift(reading) > DRIFT[1]:
+                    _mark(rows, [key for key in rows if key[0] == spec])
+            todo = [spec for spec in todo if disturbed(spec)]
+            if todo:
+                stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
+                watch.patience = max(watch.patience, stop - time.perf_counter())
+                bar = tqdm(todo, desc="disturbed, again", unit="op", disable=not progress, mininterval=pace)
+                for spec in bar:
+                    if time.perf_counter() < stop:
+                        run(spec)
+        finally:
+            writer.close()
+    header = header.model_copy(update={"reference": [b * 1e3 for b in watch.baseline]})
+    table = LatencyTable(header, list(rows.values()), None if readings else calibration)
+    table.save(out)
+    if table.caution:
+        log.warning(table.caution)
+    return table
 
 
-def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, set[OpSpec]]:
-    """The writer and what is measured already. A spec whose rows may have been cut short is measured again."""
+def _mark(rows: Rows, keys: Sequence[tuple[OpSpec, str]]) -> None:
+    for key in keys:
+        if rows[key].status == "ok":
+            rows[key] = rows[key].model_copy(update={"contended": True})
+
+
+def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows, Calibration | None]:
+    """The writer; header, rows and calibration of the file. Forgets a spec whose rows may have been cut short."""
     if not out.exists() or out.stat().st_size == 0:
-        return Writer(out, header), set()
+        return Writer(out, header), header, {}, None
     if not resume:
         raise JointNASError(f"{out} exists; pass resume (--resume) to continue it, or remove it first")
     contents = read(out, recover=True)
@@ -100,7 +155,11 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, set[OpSpec]]
     if not contents.complete and contents.rows:  # the last spec may lack a backend: drop its rows
         last = contents.rows[-1].spec
         contents.drop_tail(lambda row: row.spec == last)
-    return Writer(out, contents.header, contents), {row.spec for row in contents.rows}
+    rows = {(row.spec, row.backend): row for row in contents.rows}
+    slower = zip(contents.header.reference or (), header.reference or (), strict=False)
+    if any(old > (1 + DRIFT[1]) * now for old, now in slower):  # the machine is faster than it was then
+        _mark(rows, list(rows))
+    return Writer(out, contents.header, contents), contents.header, rows, contents.calibration
 
 
 def _weight_bytes(space: Any, dims: ModelDims, target: Target) -> int:
@@ -112,7 +171,13 @@ def _weight_bytes(space: Any, dims: ModelDims, target: Target) -> int:
 
 
 def time_operation(
-    spec: OpSpec, target: Target, names: Sequence[str], model_bytes: int, generator: torch.Generator, seconds: float
+    spec: OpSpec,
+    target: Target,
+    names: Sequence[str],
+    model_bytes: int,
+    generator: torch.Generator,
+    seconds: float,
+    watch: Watch | None = None,
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row."""
     linear = spec.op in ("linear", "lm_head")
@@ -139,18 +204,19 @@ def time_operation(
             result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
             if result[1] <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
                 calls = [first, *(backend.prepare(spec, target, w) for w in _copies(spec, target, weight, model_bytes))]
-                result = measure([partial(call, x) for call in calls], target.device, seconds)
-        p10, median, p90, samples = result
-        rows.append(Row(**identity, median=median, p10=p10, p90=p90, samples=samples))
+                result = measure([partial(call, x) for call in calls], target.device, seconds, watch=watch)
+        numbers = result._asdict()
+        rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:
         rows.append(Row(**spec._asdict(), backend="none", status="infeasible", reason="; ".join(reasons)))
     return rows
 
 
 def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_bytes: int) -> list[LinearWeight | None]:
-    """The weight at all other addresses that the timing rotates through."""
-    if weight is None:
-        return []
+    """The weight at all other addresses that the timing rotates through; None: as many other inputs."""
+    if weight is None:  # what a part reads was written some operations ago: on a CPU it has left the private caches
+        size = spec.m * spec.n * (spec.k if spec.op in ("rope", "attention") else 1) * target.dtype.itemsize
+        return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
     count = copies(spec.n * spec.k * bits // 8, model_bytes, target.device)
     clone = lambda t: None if t is None else t.clone()  # noqa: E731

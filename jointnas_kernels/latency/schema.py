@@ -6,8 +6,10 @@
     {"kind": "calibration", "fixed": 0.05, "per_block": 0.11, ...}             optional
     {"kind": "end", "rows": 412, "sha256": "..."}                              absent while a profile is running
 
-status `infeasible` (no backend can run it, with the reason) and `rejected` (a backend failed or disagreed with
-the reference) rows carry no numbers; they keep a resumed profile from trying again.
+A row with "contended": true was measured while the machine was busy; one with "again": true takes an earlier row's
+place (only in a file that is being written: a finished one has every row once). status `infeasible` (no backend can
+run it, with the reason) and `rejected` (a backend failed or disagreed with the reference) rows carry no numbers; they
+keep a resumed profile from trying again.
 Values are in the header's unit; energy or memory tables are the same file with another metric.
 """
 
@@ -73,6 +75,10 @@ class Header(_Record):
     model: ModelRecord
     torch: str
     created: str
+    reference: list[Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="ms of the reference kernels (`watch.py`) on the quiet machine"
+    )
+    load: float | None = Field(default=None, ge=0, description="load average when the profile began")
 
     def differs_from(self, other: Header) -> str:
         """Which part of what identifies a table differs, with both values; empty if none does."""
@@ -100,6 +106,8 @@ class Row(_Record):
     p90: float | None = None
     samples: int = Field(default=0, ge=0)
     reason: str = ""
+    contended: bool | None = Field(default=None, description="true: the machine was busy with something else")
+    again: bool | None = Field(default=None, description="true: stands in for an earlier row of the same key")
 
     @model_validator(mode="after")
     def _numbers(self) -> Row:
@@ -131,6 +139,7 @@ class Calibration(_Record):
     mape_before: float = Field(ge=0)
     mape: float = Field(ge=0)
     points: list[Annotated[tuple[float, int, float], Strict(False)]] = Field(min_length=1)  # JSON has lists only
+    contended: bool | None = Field(default=None, description="true: some of the models were measured on a busy machine")
 
 
 class End(_Record):
@@ -156,12 +165,14 @@ class Contents:
         self.rows: list[Row] = []
         self.calibration: Calibration | None = None
         self.complete = False
+        self.replaced = 0  # rows of a busy machine that later ones stand in for
+        self.settled = 0  # rows before the last such replacement: whole, whatever is cut
         self.offsets: list[int] = []  # where the line of each row starts
         self.valid_bytes = 0  # where a recovered file may be continued
 
     def drop_tail(self, condition: Callable[[Row], bool]) -> None:
         """Forgets the last rows for which the condition holds (and what follows them)."""
-        while self.rows and condition(self.rows[-1]):
+        while len(self.rows) > self.settled and condition(self.rows[-1]):
             self.rows.pop()
             self.valid_bytes = self.offsets.pop()
 
@@ -204,7 +215,7 @@ def read(path: str | Path, recover: bool = False) -> Contents:
         raise JointNASError(f"latency table {path} does not exist; make one with `jointnas profile --out {path}`")
     blob = path.read_bytes()
     contents: Contents | None = None
-    seen: set[tuple[OpSpec, str]] = set()
+    seen: dict[tuple[OpSpec, str], int] = {}
     offset = 0
     lines = blob.split(b"\n")
     cut = lines.pop()  # what follows the last newline: empty in a whole file
@@ -218,17 +229,24 @@ def read(path: str | Path, recover: bool = False) -> Contents:
         elif contents.complete:
             raise JointNASError(f"latency table {where}: text after the end line")
         elif isinstance(record, Row):
-            if (record.spec, record.backend) in seen:
+            earlier = seen.get((record.spec, record.backend))
+            if earlier is not None and not record.again:
                 raise JointNASError(f"latency table {where}: second row for {record.spec} on {record.backend}")
-            seen.add((record.spec, record.backend))
-            contents.rows.append(record)
-            contents.offsets.append(offset)
+            if earlier is not None:
+                contents.rows[earlier] = record
+                contents.replaced += 1
+                contents.settled = len(contents.rows)
+            else:
+                seen[record.spec, record.backend] = len(contents.rows)
+                contents.rows.append(record)
+                contents.offsets.append(offset)
         elif isinstance(record, Calibration):
             contents.calibration = record
         elif isinstance(record, End):
-            if record.rows != len(contents.rows):
+            count = len(contents.rows) + contents.replaced
+            if record.rows != count:
                 raise JointNASError(
-                    f"latency table {where}: the end line counts {record.rows} rows, the file has {len(contents.rows)}"
+                    f"latency table {where}: the end line counts {record.rows} rows, the file has {count}"
                 )
             if record.sha256 is not None and record.sha256 != hashlib.sha256(blob[:offset]).hexdigest():
                 raise JointNASError(
@@ -268,7 +286,7 @@ class Writer:
             self._hash = hashlib.sha256(self._file.read(contents.valid_bytes))
             self._file.truncate(contents.valid_bytes)
             self._file.seek(contents.valid_bytes)
-            self._rows = len(contents.rows)
+            self._rows = len(contents.rows) + contents.replaced
 
     def write(self, record: BaseModel) -> None:
         line = dump(record).encode() + b"\n"
@@ -277,10 +295,6 @@ class Writer:
         os.fsync(self._file.fileno())
         self._hash.update(line)
         self._rows += isinstance(record, Row)
-
-    def finish(self) -> None:
-        self.write(End(rows=self._rows, sha256=self._hash.hexdigest()))
-        self.close()
 
     def close(self) -> None:
         self._file.close()

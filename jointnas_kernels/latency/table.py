@@ -19,6 +19,7 @@ feasibility; the probability that the condition excludes is returned, for the ob
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,8 +44,11 @@ from jointnas_kernels.latency.spec import (
     parts,
     with_bits,
 )
-from jointnas_kernels.latency.timing import describe
+from jointnas_kernels.latency.timing import describe, pinned_threads
+from jointnas_kernels.latency.watch import Watch, reference_kernels
 from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
+
+log = logging.getLogger(__name__)
 
 
 class Expected(NamedTuple):
@@ -121,6 +125,29 @@ class LatencyTable:
     def dims(self) -> ModelDims:
         return ModelDims(**self.header.model.model_dump())
 
+    @property
+    def caution(self) -> str:
+        """Why the table should not be trusted, and what to do; empty if it can be."""
+        used = [r for r in self._best.values() if r.contended]
+        whole = self.calibration is not None and bool(self.calibration.contended)
+        if not used and not whole:
+            return ""
+        what = [f"{len(used)} of {len(self._best)} operations"] * bool(used) + ["its whole models"] * whole
+        load = f" (load average {self.header.load:g} at its start)" if self.header.load else ""
+        return (
+            f"the latency table is not reliable: {' and '.join(what)} were measured while the machine was busy with "
+            f"something else{load}; stop other processes and run `jointnas profile --resume` on the same file"
+        )
+
+    def watch(self, patience: float = 3.0) -> Watch:
+        """Notices when this device is slower than it was when the table was measured."""
+        with pinned_threads(self.header.device.threads):
+            return Watch(
+                reference_kernels(torch.device(self.header.device.type)),
+                baseline=tuple(r / 1e3 for r in self.header.reference or ()),
+                patience=patience,
+            )
+
     def best(self, spec: OpSpec) -> Row | None:
         """The fastest backend's row, None where the operation is infeasible or was never tried."""
         row = self._best.get(spec)
@@ -146,6 +173,8 @@ class LatencyTable:
         """How much was measured, which bits are infeasible, which backends were rejected, and why."""
         best = self._best.values()
         lines = [f"{sum(r.status == 'ok' for r in best)} of {len(best)} operations measured"]
+        if self.caution:
+            lines.append(self.caution)
         for row in best:
             text = f"  W{row.wbits}A{row.abits} infeasible: {row.reason}"
             if row.status == "infeasible" and text not in lines:
@@ -177,6 +206,8 @@ class LatencyTable:
         """The table as tensors over one space; cached."""
         key = (space, tuple(block_rank) if block_rank is not None else None)
         if key not in self._bound:
+            if self.caution and not self._bound:
+                log.warning(self.caution)
             self._bound[key] = Bound(self, space, block_rank)
         return self._bound[key]
 

@@ -5,10 +5,14 @@ at least ten calls, timed by events, so that launch overhead does not count.
 
 `runs` are the same operation on different copies of its weight; walking through them keeps the caches in the state
 they have inside a model: all other weights were touched since this one was. `copies` says how many that takes.
+
+Whoever measures for a table passes a `Watch`: it repeats what another process, or a slower clock, has disturbed.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +23,7 @@ import torch
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.schema import Device
+from jointnas_kernels.latency.watch import Measured, Watch
 
 Run = Callable[[], object]
 
@@ -63,20 +68,52 @@ def pinned_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+TICK = 0.02  # seconds between two readings of the reference kernel
+
+
+@functools.cache
+def retain_memory() -> bool:
+    """Keeps freed blocks in this process from now on; whether the C library could be told.
+
+    By default glibc returns large ones to the kernel, sometimes (it depends on what lies at the top of the heap), and
+    the next output of that size then costs a page fault per 4 KiB. Seen in one process with a 5.8M model, prefill of
+    4 x 128 tokens: 31 ms without faults, 38 to 45 ms with them (512x768 silu: 0.05 and 0.52 ms). An operation and the
+    model made of it can only be compared if neither depends on that.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is None:
+        return False
+    return bool(mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1))  # the largest it takes
+
+
 def cache_bytes(device: torch.device) -> int:
     """Size of the last-level cache (CPU: as sysfs reports it, 32 MiB where it does not)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
-    sizes = [0]
+    return max(_cpu_caches()) or 32 * 2**20
+
+
+def private_cache_bytes(device: torch.device) -> int:
+    """Caches that only one core has (L2), of all threads; 0 on a GPU, whose blocks share theirs."""
+    if device.type == "cuda":
+        return 0
+    return (sorted(_cpu_caches())[-2] or 2**20) * torch.get_num_threads()
+
+
+@functools.cache
+def _cpu_caches() -> list[int]:
+    """Bytes of every cache of the first core, as sysfs reports them; zeros where it does not."""
+    sizes = [0, 0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = path.read_text().strip()
         sizes.append(int(text[:-1]) * {"K": 2**10, "M": 2**20}[text[-1]] if text[-1:] in ("K", "M") else 0)
-    return max(sizes) or 32 * 2**20
+    return sizes
 
 
-def copies(weight_bytes: int, model_bytes: int, device: torch.device, limit: int = 64) -> int:
-    """How many weight copies to rotate through: as many bytes as the whole model has, at most twice the cache."""
-    footprint = min(model_bytes, 2 * cache_bytes(device))
+def copies(weight_bytes: int, model_bytes: int, device: torch.device, limit: int = 64, cache: int | None = None) -> int:
+    """How many copies to rotate through: as many bytes as the whole model has, at most twice the cache (the last)."""
+    footprint = min(model_bytes, 2 * (cache_bytes(device) if cache is None else cache))
     return max(1, min(limit, -(-footprint // max(1, weight_bytes))))
 
 
@@ -88,13 +125,26 @@ def measure(
     samples: int = 15,
     maximum: int = 2000,
     hopeless_ms: float = float("inf"),
-) -> tuple[float, float, float, int]:
-    """(p10, median, p90) milliseconds per call and the number of samples.
+    watch: Watch | None = None,
+) -> Measured:
+    """Milliseconds per call.
 
     Samples are taken until `seconds` have passed, but at least `samples` of them (CPU: fewer if that would take more
     than 20 times as long; only one, the second call, if that takes `hopeless_ms`)."""
-    if device.type == "cuda":
-        return _measure_cuda(runs, device, seconds, samples, maximum)
+    tick = watch.tick if watch is not None else lambda: None
+
+    def attempt() -> Measured:
+        if device.type == "cuda":
+            return _measure_cuda(runs, device, seconds, samples, maximum, tick)
+        return _measure_cpu(runs, seconds, samples, maximum, hopeless_ms, tick)
+
+    return attempt() if watch is None else watch.settle(attempt)
+
+
+def _measure_cpu(
+    runs: Sequence[Run], seconds: float, samples: int, maximum: int, hopeless_ms: float, tick: Run
+) -> Measured:
+    retain_memory()
     runs[0]()
     start = time.perf_counter()
     runs[-1]()
@@ -104,20 +154,25 @@ def measure(
     inner = max(1, min(50, int(20e-6 / max(once, 1e-7))))
     samples = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
     times: list[float] = []
-    position, stop = 0, time.perf_counter() + seconds
+    position, ticked = 0, time.perf_counter()
+    stop = ticked + seconds
     while len(times) < samples or (time.perf_counter() < stop and len(times) < maximum):
         batch = [runs[(position + i) % len(runs)] for i in range(inner)]
         position += inner
         start = time.perf_counter()
         for run in batch:
             run()
-        times.append((time.perf_counter() - start) / inner)
+        end = time.perf_counter()
+        times.append((end - start) / inner)
+        if end - ticked > TICK:
+            tick()
+            ticked = time.perf_counter()
     return _summary(times, 1e3)
 
 
 def _measure_cuda(
-    runs: Sequence[Run], device: torch.device, seconds: float, samples: int, maximum: int
-) -> tuple[float, float, float, int]:
+    runs: Sequence[Run], device: torch.device, seconds: float, samples: int, maximum: int, tick: Run
+) -> Measured:
     calls = max(10, len(runs))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -134,8 +189,12 @@ def _measure_cuda(
     graph.replay()
     torch.cuda.synchronize(device)
     times: list[float] = []
-    stop = time.perf_counter() + seconds
+    ticked = time.perf_counter()
+    stop = ticked + seconds
     while len(times) < samples or (time.perf_counter() < stop and len(times) < maximum):
+        if time.perf_counter() - ticked > TICK:
+            tick()
+            ticked = time.perf_counter()
         begin.record()
         graph.replay()
         end.record()
@@ -144,7 +203,7 @@ def _measure_cuda(
     return _summary(times, 1.0)
 
 
-def _summary(times: list[float], scale: float) -> tuple[float, float, float, int]:
+def _summary(times: list[float], scale: float) -> Measured:
     ordered = sorted(times)
     pick = lambda q: max(ordered[min(len(ordered) - 1, int(q * len(ordered)))] * scale, 1e-9)  # noqa: E731
-    return pick(0.1), pick(0.5), pick(0.9), len(ordered)
+    return Measured(pick(0.1), pick(0.5), pick(0.9), len(ordered))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from jointnas_kernels.latency import LatencyTable, OpSpec, Workload, describe, enumerate_ops
 from jointnas_kernels.latency.schema import Header, ModelRecord, Row, WorkloadRecord
+from jointnas_kernels.latency.watch import Watch
 from jointnas_kernels.space import SearchSpace
 
 CONFIG = SimpleNamespace(
@@ -21,6 +22,11 @@ def cost(spec: OpSpec) -> float:
     size = spec.m * spec.n * max(spec.k, 1) * 1e-7
     penalty = 3.0 if (spec.wbits, spec.abits) == (8, 16) else 1.0
     return 0.001 + size * (0.2 + spec.wbits / 16) * (0.5 + spec.abits / 32) * penalty
+
+
+def calm() -> Watch:
+    """A machine that nothing disturbs: tests measure, but not how fast."""
+    return Watch(lambda: (1e-3,), waited=lambda: 0.0, patience=0.0)
 
 
 def everything(spec: OpSpec) -> bool:

@@ -32,7 +32,7 @@ from jointnas_kernels.latency.backends.torch_dense import TorchDense
 from jointnas_kernels.latency.measure import BackendLinear
 from jointnas_kernels.latency.timing import copies, measure
 from jointnas_kernels.space import SearchSpace
-from tests.latency.tables import CONFIG
+from tests.latency.tables import CONFIG, calm
 
 CPU = torch.device("cpu")
 LINEARS = [
@@ -119,7 +119,7 @@ def test_broken_backend_is_reported_and_never_used(wrong: str, tmp_path: Path) -
     config = SimpleNamespace(**{**vars(CONFIG), "intermediate_size": 64})
     table = profile(
         space, config, tmp_path / "t.jsonl", workload=Workload(seq=4), threads=1, progress=False, seconds=1e-4,
-        backends=["torch", "torch-int4", "wrong"],
+        backends=["torch", "torch-int4", "wrong"], watch=calm(),
     )  # fmt: skip
     rejected = [r for r in table.rows if r.backend == "wrong"]
     assert rejected
@@ -152,7 +152,9 @@ def test_copies_cover_the_model_but_not_more_than_twice_the_cache() -> None:
 
 def test_measure_walks_through_all_runs() -> None:
     calls: list[int] = []
-    p10, median, p90, samples = measure([lambda i=i: calls.append(i) for i in range(7)], CPU, seconds=0.05, samples=20)  # type: ignore[misc]
+    p10, median, p90, samples, _ = measure(
+        [lambda i=i: calls.append(i) for i in range(7)], CPU, seconds=0.05, samples=20
+    )  # type: ignore[misc]
     assert 0 < p10 <= median <= p90
     assert samples >= 20
     assert set(calls) == set(range(7))
@@ -169,10 +171,17 @@ def test_whole_models(tmp_path: Path, mode: str) -> None:
     """Profile, calibrate, predict, deploy, measure, for both workloads."""
     space = SearchSpace((64, 128), (2, 4), (32,), (64, 192), (1, 3), (4, 8), (8, 16), group_size=64)
     table = profile(
-        space, LLAMA, tmp_path / "t.jsonl", workload=Workload(mode, 1, 8), threads=1, progress=False, seconds=1e-4
+        space,
+        LLAMA,
+        tmp_path / "t.jsonl",
+        workload=Workload(mode, 1, 8),
+        threads=1,
+        progress=False,
+        seconds=1e-4,
+        watch=calm(),
     )  # type: ignore[arg-type]
     usable, _ = table.restrict(space)
-    fitted = calibrate(table, usable, LLAMA, 2, seconds=0.01)
+    fitted = calibrate(table, usable, LLAMA, 2, seconds=0.01, watch=calm())
     fitted.save(tmp_path / "fitted.jsonl")
     assert fitted.calibration is not None
     assert len(fitted.calibration.points) == 2
@@ -181,7 +190,7 @@ def test_whole_models(tmp_path: Path, mode: str) -> None:
     choice = usable.full()
     model = deploy(LlamaForCausalLM(LLAMA).eval(), choice, usable, fitted)
     assert sum(isinstance(m, BackendLinear) for m in model.modules()) == 7 * 3
-    p10, median, p90 = measure_model(model, table.workload, seconds=0.01, samples=3)
+    p10, median, p90, *_ = measure_model(model, table.workload, seconds=0.01, samples=3)
     assert 0 < p10 <= median <= p90
 
 

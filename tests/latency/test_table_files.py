@@ -13,7 +13,7 @@ from jointnas_kernels.latency import LatencyTable, Workload, profile
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.schema import Device, Writer, read
 from jointnas_kernels.space import SearchSpace
-from tests.latency.tables import CONFIG, SPACE, synthetic
+from tests.latency.tables import CONFIG, SPACE, calm, synthetic
 
 MUTATIONS = 2000
 
@@ -162,7 +162,8 @@ SMALL = SearchSpace((64,), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group
 
 
 def run_profile(path: Path, **options: object) -> LatencyTable:
-    return profile(SMALL, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4, **options)  # type: ignore[arg-type]
+    settings = {"workload": Workload(seq=8), "threads": 1, "progress": False, "seconds": 1e-4, "watch": calm()}
+    return profile(SMALL, CONFIG, path, **{**settings, **options})  # type: ignore[arg-type]
 
 
 def test_profile_resumes_a_cut_file(tmp_path: Path) -> None:
@@ -203,7 +204,9 @@ def test_profile_extends_a_table_to_a_larger_space(tmp_path: Path) -> None:
     path = tmp_path / "table.jsonl"
     before = run_profile(path)
     larger = SearchSpace((64, 128), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group_size=64)
-    after = profile(larger, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4)
+    after = profile(
+        larger, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4, watch=calm()
+    )
     assert after.rows[: len(before.rows)] == before.rows
     assert not after.coverage(larger, CONFIG).missing
 
