@@ -47,7 +47,9 @@ def measure(recorder: Recorder, scheme: str, method: str, options: InitOptions, 
             extra["epochs"] = options.epochs
     value = perplexity(model, held_out, context=CONTEXT)
     timing = Timing(value, value, value, 1)
-    recorder.row(method, timing, "perplexity", extra, scheme=scheme, tokens=len(held_out))
+    recorder.row(
+        method, timing, "perplexity", extra, scheme="16" if method == "16bit" else scheme, tokens=len(held_out)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -216,6 +216,39 @@ def search(rows: list[Row], device: str) -> str:
     return "\n\n".join(parts)
 
 
+def ptq(rows: list[Row], device: str) -> str:
+    """Perplexity by scheme and method, and what learning does to the error of every block."""
+    names = {"rtn": "RTN", "clip": "RTN, MSE clip", "gptq": "GPTQ", "omniquant": "OmniQuant"}
+    quantized = [r for r in rows if r["name"] in names]
+    if not quantized:
+        return ""
+    schemes = list(dict.fromkeys(r["params"]["scheme"] for r in quantized))
+    body, blocks = [], []
+    for scheme in schemes:
+        found = {r["name"]: r for r in pick(quantized, scheme=scheme)}
+        body.append([scheme.upper(), *(f"{found[n]['median']:.2f}" if n in found else "" for n in names)])
+        extra = found["omniquant"]["extra"] if "omniquant" in found else {}
+        for key, label in (("mse_rtn", "RTN"), ("mse_start", "start"), ("mse", "learned")):
+            if key in extra:
+                blocks.append([scheme.upper(), label, *(f"{100 * v:.3g}" for v in extra[key])])
+    plain = pick(rows, "16bit")
+    base = f"; unquantized {plain[-1]['median']:.2f}" if plain else ""
+    tokens, context = quantized[-1]["params"]["tokens"], quantized[-1]["extra"]["context"]
+    calibration = quantized[-1]["extra"]["samples"] * context
+    parts = [
+        f"**Post-training quantization of the embedded model: perplexity on {tokens:,} held-out tokens** "
+        f"({where(quantized[-1])}; groups of 128, {calibration:,} calibration tokens{base})\n\n"
+        f"{table(['bits', *names.values()], body)}"
+    ]
+    if blocks:
+        head = ["bits", "OmniQuant", *(f"block {i}" for i in range(len(blocks[0]) - 2))]
+        parts.append(
+            "Squared error of each block's output, % of the output's energy, on inputs from the OmniQuant blocks "
+            f"before it: rounded to nearest, at the start, learned\n\n{table(head, blocks)}"
+        )
+    return "\n\n".join(parts)
+
+
 def kernels(rows: list[Row], device: str) -> str:
     """Share of the copy bandwidth, forward / backward of a weight step / of an arch step."""
     whats = ("forward", "backward, weight step", "backward, arch step")
@@ -281,6 +314,7 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "gemm": gemm,
     "decode": decode,
     "search": search,
+    "ptq": ptq,
     "kernels": kernels,
     "ceilings": ceilings,
 }

@@ -18,7 +18,9 @@ TOPICS = {
     "kernels": "each fused op's share of this machine's copy bandwidth or GEMM rate",
     "ceilings": "copy bandwidth, GEMM rates, tensor cores by instruction",
     "gemm": "low-bit GEMMs on a GPU",
+    "calibration": "predictions of a latency table against whole models that it was not fitted to",
     "search": "the search against random architectures and against every choice of a small space",
+    "ptq": "perplexity of the small model after RTN, clip search, GPTQ and OmniQuant",
 }
 ALL = ("ceilings", "kernels", "step", "masks")  # what "all" runs: no further input needed on any machine
 

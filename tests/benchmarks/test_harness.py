@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_ceilings, bench_kernels, bench_masks, bench_step, gpu_run, harness, mma_rate, render
+from benchmarks import (
+    bench_ceilings,
+    bench_kernels,
+    bench_masks,
+    bench_ptq,
+    bench_step,
+    gpu_run,
+    harness,
+    mma_rate,
+    render,
+)
 from benchmarks.harness import Recorder, Timing, WrongResult
 from jointnas import bench
 from jointnas_kernels.errors import JointNASError
@@ -86,6 +96,7 @@ def test_every_benchmark_runs_and_renders(
     bench_kernels.main([*options, "--no-compile"])
     bench_masks.main(options)
     bench_step.main([*options, "--panels", "main"])
+    bench_ptq.main([*options, "--schemes", "w4a4"])
     assert "FAILED" not in capsys.readouterr().out
     names = {row["name"] for row in rows_of(folder, "kernels")}
     assert {"mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "act_quant_mix"} <= names
@@ -97,6 +108,7 @@ def test_every_benchmark_runs_and_renders(
     assert "mixed_rmsnorm" in text
     assert "stored masks (Eq. 9)" in text
     assert "qllama3 arch step" in text
+    assert "| W4A4 | learned |" in text
     assert len(list((tmp_path / "plots").glob("masks-*.png"))) == 1
     assert "loops over sub-matrices" in render.summary()
 
