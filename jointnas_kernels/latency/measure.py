@@ -131,36 +131,52 @@ def calibrate(
 ) -> LatencyTable:
     """A table whose predictions are fitted to whole models of these choices (or of that many feasible random ones).
 
-    Weights are random: latency does not depend on them.
+    Weights are random: latency does not depend on them. Models that were disturbed are left out of the fit if enough
+    others remain.
     """
-    from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
-    from jointnas_kernels.hf.families import build
-
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
     if isinstance(choices, int):
         choices = feasible_choices(plain, space, choices, seed)
-    device = torch.device(table.header.device.type)
     watch = watch or plain.watch(15 * seconds)
+    found = measure_choices(plain, space, config, choices, seed=seed, seconds=seconds, watch=watch)
+    points = list(zip(choices, found, strict=True))
+    clean = [(choice, measured) for choice, measured in points if not measured.contended]
+    if len(clean) >= ENOUGH:
+        points = clean
+    fitted = fit([(bound.predict(choice), choice.blocks, measured.median) for choice, measured in points])
+    contended = any(measured.contended for _, measured in points) or None
+    return LatencyTable(table.header, table.rows, fitted.model_copy(update={"contended": contended}))
+
+
+def measure_choices(
+    table: LatencyTable,
+    space: SearchSpace,
+    config: Any,
+    choices: Sequence[Choice],
+    *,
+    seed: int = 0,
+    seconds: float = 0.3,
+    watch: Watch | None = None,
+) -> list[Measured]:
+    """Whole models of these choices, with random weights; those that were disturbed once more after all others."""
+    from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
+    from jointnas_kernels.hf.families import build
+
+    device = torch.device(table.header.device.type)
+    watch = watch or table.watch(15 * seconds)
 
     def run(choice: Choice) -> Measured:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build(subnet_config(config, choice))
         nn.Module.to(model, device, getattr(torch, table.workload.dtype))
-        deploy(model, choice, space, plain)
+        deploy(model, choice, space, table)
         threads = table.header.device.threads
         return measure_model(model, table.workload, threads=threads, seconds=seconds, samples=9, watch=watch)
 
-    found = [(choice, run(choice)) for choice in choices]
-    # what was disturbed: once more after all others, then without it if enough remains for the fit
-    found = [(choice, run(choice) if once.contended else once) for choice, once in found]
-    clean = [(choice, measured) for choice, measured in found if not measured.contended]
-    if len(clean) >= ENOUGH:
-        found = clean
-    fitted = fit([(bound.predict(choice), choice.blocks, measured.median) for choice, measured in found])
-    contended = any(measured.contended for _, measured in found) or None
-    return LatencyTable(table.header, table.rows, fitted.model_copy(update={"contended": contended}))
+    found = [run(choice) for choice in choices]
+    return [run(choice) if once.contended else once for choice, once in zip(choices, found, strict=True)]
 
 
 def feasible_choices(table: LatencyTable, space: SearchSpace, count: int, seed: int = 0) -> list[Choice]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,11 @@ class LatencyTable:
     @property
     def workload(self) -> Workload:
         return self.header.workload.value()
+
+    @property
+    def specs(self) -> Iterable[OpSpec]:
+        """Every operation that was tried."""
+        return self._best.keys()
 
     @property
     def dims(self) -> ModelDims:

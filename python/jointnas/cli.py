@@ -27,6 +27,9 @@ VERBS = {
 }
 
 
+FILES = ("--compare", "--merge")  # options that take several files
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -120,17 +123,24 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
 
 
 def normalise(arguments: list[str]) -> list[str]:
-    """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--resume` alone is true."""
+    """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--resume` and `--force` alone are true,
+    and the files after `--compare` and `--merge` become one list."""
     found: list[str] = []
     for i, argument in enumerate(arguments):
+        if found and found[-1].startswith(FILES) and not argument.startswith("--"):
+            name, _, files = found[-1].partition("=")
+            found[-1] = f"{name}={json.dumps([*json.loads(files), argument])}"
+            continue
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
             name = {"--space": "--space.base"}.get(name, name)
             argument = name + equals + value
             last = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
-            if name == "--resume" and not equals and last:
-                argument = "--resume=true"
+            if name in ("--resume", "--force") and not equals and last:
+                argument = f"{name}=true"
+            if name in FILES and not equals:
+                argument = f"{name}=[]"
         found.append(argument)
     return found
 
@@ -173,6 +183,9 @@ def _print_doctor(found: dict[str, Any]) -> None:
 
 
 def _print_table(table: Any) -> None:
+    if isinstance(table, str):
+        print(table)
+        return
     print(f"{table.header.device}; {table.header.workload!s}")
     print(table.summary())
     if table.calibration is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.schema import Calibration
 from jointnas_kernels.space import Choice, SearchSpace, kept_blocks
 
+DENSE = (16, 16)
 BLUE, RED, GREY, GREEN = "#1f5fa8", "#c0392b", "#9aa0a6", "#2e8b57"
 TITLES = {
     "hidden": "hidden size", "heads": "query heads", "head_dim": "head dim", "intermediate": "MLP size",
@@ -154,6 +157,47 @@ def calibration(fit: Calibration, path: Path) -> Path:
     axis.set_xlabel("measured (ms)")
     axis.set_ylabel("predicted (ms)")
     axis.legend(fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def table_heatmap(table: LatencyTable, path: Path) -> Path:
+    """Speed-up of every (weight bits, activation bits) over 16 bit, one line per linear; losses are red.
+
+    Lines are sorted by size, blank cells are infeasible. Numbers are 16-bit time / time, both of the fastest backend.
+    """
+    shapes: dict[tuple[int, int, int], dict[tuple[int, int], float]] = {}
+    for spec in table.specs:
+        row = table.best(spec)
+        if spec.op == "linear" and row is not None and row.median is not None:
+            cells = shapes.setdefault((spec.m, spec.n, spec.k), {})
+            key = (spec.wbits, spec.abits)
+            cells[key] = min(row.median, cells.get(key, math.inf))  # one shape may occur with two groups
+    lines = sorted((s for s, cells in shapes.items() if DENSE in cells), key=lambda s: (s[1] * s[2], s))
+    pairs = sorted({p for s in lines for p in shapes[s] if p != DENSE}, key=lambda p: (-p[0], -p[1]))
+    if not lines or not pairs:
+        raise JointNASError("the table holds no quantized linears next to 16-bit ones: nothing to draw")
+    picture = [
+        [math.log2(shapes[s][DENSE] / shapes[s][p]) if p in shapes[s] else math.nan for p in pairs] for s in lines
+    ]
+    figure, axes = _figure(width=1.6 + 0.52 * len(pairs), height=1.3 + 0.19 * len(lines))
+    axis = axes[0, 0]
+    limit = max(1.0, max(abs(v) for line in picture for v in line if v == v))
+    image = axis.imshow(picture, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
+    for y, line in enumerate(picture):
+        for x, value in enumerate(line):
+            if value == value:
+                color = "white" if abs(value) > 0.65 * limit else "black"
+                axis.text(x, y, f"{2**value:.2g}", ha="center", va="center", fontsize=6, color=color)
+    axis.set_xticks(range(len(pairs)), [f"W{w}\nA{a}" for w, a in pairs], fontsize=7)
+    axis.set_yticks(range(len(lines)), [f"{n}×{k}" for _, n, k in lines], fontsize=7)
+    axis.set_ylabel("linear, out × in features", fontsize=8)
+    work = table.workload
+    axis.set_title(
+        f"16-bit time / time, {work.mode} {work.batch}×{work.seq} {work.dtype}\n{table.header.device}", fontsize=8
+    )
+    ticks = [t for t in (-3, -2, -1, 0, 1, 2, 3) if abs(t) <= limit]
+    bar = figure.colorbar(image, ax=axis, fraction=0.05, ticks=ticks)
+    bar.ax.set_yticklabels([f"{2.0**t:g}×" for t in ticks], fontsize=7)
     return _save(figure, path)
 
 

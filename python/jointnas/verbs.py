@@ -48,15 +48,20 @@ def demo(
 
 
 def profile(
-    out: str,
+    out: str = "",
     space: SpaceConfig = SpaceConfig(),  # noqa: B008
     model: ModelConfig = ModelConfig(),  # noqa: B008
     latency: LatencyConfig = LatencyConfig(),  # noqa: B008
     device: str = "cpu",
     resume: bool = False,
     progress: bool = True,
-) -> LatencyTable:
-    """Measures the latency table of a space on this machine.
+    force: bool = False,
+    compare: list[str] | None = None,
+    merge: list[str] | None = None,
+    coverage: str | None = None,
+    heatmap: str | None = None,
+) -> LatencyTable | str:
+    """Measures the latency table of a space on this machine; or compares, merges or describes tables.
 
     Args:
         out: table file.
@@ -64,18 +69,51 @@ def profile(
         model: whose sizes. The embedded model stands for Llama-3.1-8B where the space is `llama3` or `qllama3`.
         latency: workload and how to measure.
         device: cpu or cuda.
-        resume: continue an unfinished or smaller table in `out`.
+        resume: continue an unfinished or smaller table in `out`; what a busy machine disturbed is measured again.
         progress: show a progress bar.
+        force: accept tables of another device.
+        compare: two tables; prints what changed from the first to the second, largest change first.
+        merge: two or more tables of one device and workload, into `out`; of rows they share the last file's are taken.
+        coverage: a table; prints which operations and precisions of the space it holds, lacks, and why.
+        heatmap: a table; draws its speed-ups over 16 bit into `out` (PNG).
     """
     from jointnas import bilevel, models
 
+    def table(path: str) -> LatencyTable:
+        return LatencyTable.load(path, None if force else device)
+
+    if compare is not None:
+        from jointnas_kernels.latency import compare as changes
+
+        if len(compare) != 2:
+            raise JointNASError(f"--compare takes two table files, got {len(compare)}")
+        return changes(*(LatencyTable.load(path, None) for path in compare)).text()  # looking needs no device
     built = space.build()
     eight_billion = space.base in ("llama3", "qllama3") and model.source == "embedded"
     model = model.model_copy(update={"device": device} | ({"source": "llama-3.1-8b"} if eight_billion else {}))
+    if coverage is not None:
+        loaded = table(coverage)
+        return f"{loaded.summary()}\nfor this space: {loaded.coverage(built, models.model_config(model))}"
+    if not out:
+        raise JointNASError("profile needs --out FILE")
+    path = Path(out)
+    if heatmap is not None:
+        from jointnas import plots
+
+        return f"drawn into {plots.table_heatmap(table(heatmap), path)}"
+    if merge is not None:
+        if len(merge) < 2:
+            raise JointNASError(f"--merge takes two or more table files, got {len(merge)}")
+        if path.exists():
+            raise JointNASError(f"{out} exists; choose another file")
+        merged = table(merge[0])
+        for other in merge[1:]:
+            merged = merged.merge(table(other))
+        merged.save(path)
+        return merged
     models.check_device(device)
     config = models.model_config(model)
     built.validate(config)
-    path = Path(out)
     if path.exists() and not resume:
         raise JointNASError(f"{out} exists; pass --resume true to continue or complete it, or choose another file")
     run = RunConfig(model=model, space=space, latency=latency, progress=progress)

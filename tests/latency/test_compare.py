@@ -1,0 +1,132 @@
+"""Differences of tables, merging several, and interpolation between measured sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jointnas import cli, plots
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency import LatencyTable, OpSpec, compare, interpolate
+from jointnas_kernels.latency.compare import INTERPOLATED, between
+from jointnas_kernels.latency.schema import Device
+from jointnas_kernels.space import SearchSpace
+from tests.latency.tables import CONFIG, cost, synthetic
+
+
+def changed(table: LatencyTable, factors: dict[int, float]) -> LatencyTable:
+    """Rows of these indices take that much longer."""
+    rows = [
+        r.model_copy(update={k: getattr(r, k) * factors.get(i, 1.0) for k in ("median", "p10", "p90")})
+        for i, r in enumerate(table.rows)
+    ]
+    return LatencyTable(table.header, rows)
+
+
+def test_largest_changes_come_first_either_way(table: LatencyTable) -> None:
+    found = compare(table, changed(table, {3: 1.5, 7: 0.25, 11: 3.0}))
+    assert [c.spec for c in found.changes[:3]] == [table.rows[i].spec for i in (7, 11, 3)]
+    assert [c.ratio for c in found.changes[:4]] == pytest.approx([0.25, 3.0, 1.5, 1.0])
+    text = found.text(limit=2).splitlines()
+    assert "median 1.000" in text[2]
+    assert "from 0.250 to 3.000" in text[2]
+    assert "0.250x" in text[3]
+    assert text[5].endswith(f"and {len(table.rows) - 2} smaller changes")
+
+
+def test_operations_in_one_table_only(table: LatencyTable) -> None:
+    found = compare(LatencyTable(table.header, table.rows[2:]), LatencyTable(table.header, table.rows[:-3]))
+    assert [len(o) for o in found.only] == [3, 2]
+    assert "only in a: 3 operations" in found.text()
+    assert "no operation is measured in both" in compare(table, LatencyTable(table.header, [])).text()
+
+
+def test_compare_on_the_command_line(tmp_path: Path, table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    other = table.header.model_copy(update={"device": Device(type="cuda", name="H", arch="sm_90", threads=0)})
+    table.save(tmp_path / "a.jsonl")
+    LatencyTable(other, changed(table, {0: 2.0}).rows).save(tmp_path / "b.jsonl")
+    assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "2.000x" in out
+    assert "b: cuda 'H' sm_90" in out
+    assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl")]) == 2
+    assert "--compare takes two table files, got 1" in capsys.readouterr().err
+
+
+def test_merge_on_the_command_line(tmp_path: Path, table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    third = len(table.rows) // 3
+    paths = [str(tmp_path / f"{i}.jsonl") for i in range(3)]
+    for path, rows in zip(paths, (table.rows[: 2 * third], table.rows[third:], table.rows[:1]), strict=True):
+        LatencyTable(table.header, rows).save(path)
+    out = tmp_path / "merged.jsonl"
+    assert cli.main(["profile", "--out", str(out), "--merge", *paths]) == 0
+    assert {r.spec for r in LatencyTable.load(out).rows} == {r.spec for r in table.rows}
+    capsys.readouterr()
+    assert cli.main(["profile", "--out", str(out), "--merge", *paths]) == 2
+    assert "exists; choose another file" in capsys.readouterr().err
+    elsewhere = table.header.model_copy(update={"device": Device(type="cuda", name="H", arch="sm_90", threads=0)})
+    LatencyTable(elsewhere, table.rows).save(paths[1])
+    for force, message in (([], "was measured on cuda 'H'"), (["--force"], "cannot be merged: different device")):
+        assert cli.main(["profile", "--out", str(tmp_path / "n.jsonl"), "--merge", *paths, *force]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_coverage_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The embedded model's tiny space against a table of another one: most is missing, and said so."""
+    table = synthetic(feasible=lambda s: (s.wbits, s.abits) != (2, 8))
+    table.save(tmp_path / "t.jsonl")
+    assert cli.main(["profile", "--coverage", str(tmp_path / "t.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "W2A8 infeasible: not on this device" in out
+    assert "for this space: 9 of 215 operations measured, 206 not yet tried" in out
+
+
+def test_heatmap(tmp_path: Path, table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
+    table.save(tmp_path / "t.jsonl")
+    out = tmp_path / "t.png"
+    assert cli.main(["profile", "--heatmap", str(tmp_path / "t.jsonl"), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+    dense = [r for r in table.rows if r.wbits == 16]
+    with pytest.raises(JointNASError, match="no quantized linears"):
+        plots.table_heatmap(LatencyTable(table.header, dense), out)
+
+
+# ---- interpolation --------------------------------------------------------------------------------------------------
+
+WIDE = SearchSpace((64, 128), (2, 4), (16, 32), (64, 96, 128, 192), (1, 2, 3), (2, 4, 8), (8, 16), group_size=32)
+ENDS = SearchSpace((64, 128), (2, 4), (16, 32), (64, 192), (1, 2, 3), (2, 4, 8), (8, 16), group_size=32)
+
+
+def test_sizes_between_measured_ones_are_linear() -> None:
+    """The made-up cost is linear in each size and the sizes are multiples of the tile: interpolation is exact."""
+    filled = interpolate(synthetic(ENDS), WIDE, CONFIG)
+    assert not filled.coverage(WIDE, CONFIG).missing
+    new = [r for r in filled.rows if r.backend == INTERPOLATED]
+    assert {96, 128} == {r.n for r in new if r.op == "swiglu"}
+    for row in new:
+        assert row.median == pytest.approx(cost(row.spec), rel=1e-9)
+    choice = WIDE.full()
+    assert filled.predict(choice, WIDE) == pytest.approx(synthetic(WIDE).predict(choice, WIDE), rel=1e-9)
+
+
+def test_within_a_tile_the_cost_is_the_tiles() -> None:
+    table = synthetic(SearchSpace((128,), (4,), (32,), (64, 128), (1,)))
+    row = between(table, OpSpec("swiglu", 16, 81, 0))
+    assert row is not None
+    assert row.median == pytest.approx(cost(OpSpec("swiglu", 16, 96, 0)))
+
+
+@pytest.mark.parametrize("spec", [OpSpec("swiglu", 16, 48, 0), OpSpec("swiglu", 16, 256, 0)], ids=["below", "above"])
+def test_nothing_beyond_the_ends(spec: OpSpec) -> None:
+    assert between(synthetic(ENDS), spec) is None
+
+
+def test_nothing_across_a_missing_operation() -> None:
+    """A neighbour that is infeasible stops it, although a farther one was measured."""
+    table = synthetic(WIDE, feasible=lambda s: not (s.op == "swiglu" and s.n == 96))
+    assert between(table, OpSpec("swiglu", 16, 80, 0)) is None
+    assert between(table, OpSpec("swiglu", 16, 112, 0)) is None
+    assert between(table, OpSpec("swiglu", 16, 160, 0)) is not None
+    # two sizes at once are not interpolated
+    assert between(table, OpSpec("linear", 16, 100, 100)) is None
