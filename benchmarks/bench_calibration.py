@@ -36,7 +36,8 @@ def compare(rec: Recorder, mode: str, args: argparse.Namespace, folder: Path) ->
             break
     space, _ = table.restrict(whole)
     seconds = 0.02 if args.tiny else 0.3
-    fitted = calibrate(table, space, config, 4 if args.tiny else args.fit, seed=1, seconds=seconds)
+    watch = table.watch(patience=0.5 if args.tiny else args.patience)
+    fitted = calibrate(table, space, config, 4 if args.tiny else args.fit, seed=1, seconds=seconds, watch=watch)
     fitted.save(path)
     calibration = fitted.calibration
     assert calibration is not None
@@ -45,9 +46,8 @@ def compare(rec: Recorder, mode: str, args: argparse.Namespace, folder: Path) ->
     choices = [c for c in feasible_choices(table, space, count + args.fit, 0) if c not in seen][:count]
     bound, plain = fitted.bind(space), LatencyTable(table.header, table.rows).bind(space)
     errors, before, disturbed = [], [], 0
-    for index, (choice, found) in enumerate(
-        zip(choices, measure_choices(fitted, space, config, choices, seconds=seconds), strict=True)
-    ):
+    measured = measure_choices(fitted, space, config, choices, seconds=seconds, watch=watch)
+    for index, (choice, found) in enumerate(zip(choices, measured, strict=True)):
         predicted, operations = bound.predict(choice), plain.predict(choice)
         extra: dict[str, Any] = {"predicted": predicted * 1e-3, "operations": operations * 1e-3}
         extra |= {"blocks": choice.blocks, "contended": found.contended, "choice": choice.to_dict()}
@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--choices", type=int, default=24, help="whole models that are predicted")
     parser.add_argument("--fit", type=int, default=10, help="other whole models that the overhead is fitted to")
     parser.add_argument("--table", default=None, help="table file to use and continue (one mode only)")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine, per mode")
     args = parser.parse_args(argv)
     rec = Recorder("calibration", args.device, args.out, args.commit)
     with tempfile.TemporaryDirectory() as folder:

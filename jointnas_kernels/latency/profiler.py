@@ -16,7 +16,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, failure, random_input, random_weight
+from jointnas_kernels.latency.backends.base import LinearWeight, Target, random_input, random_weight, verified
 from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Row, WorkloadRecord, Writer, read
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
 from jointnas_kernels.latency.table import LatencyTable
@@ -73,6 +74,7 @@ def profile(
     dims = ModelDims.of(config)
     here = describe(device, threads)
     target = Target(torch.device(device), workload, dims.kv_heads)
+    model_bytes = _weight_bytes(space, dims, target)
     with pinned_threads(here.threads):
         if watch is None:
             watch = Watch(reference_kernels(target.device), patience=PATIENCE * seconds)
@@ -90,10 +92,10 @@ def profile(
             reference=[b * 1e3 for b in watch.baseline],
             load=round(os.getloadavg()[0], 2),
         )
-        specs = enumerate_ops(space, config, workload)
+        # operations on the same weight next to each other: it is made, quantized and packed once
+        specs = sorted(enumerate_ops(space, config, workload), key=lambda s: (s.op, s.m, s.n, s.k, s.wbits, s.group))
+        store = Weights(target, model_bytes, torch.Generator().manual_seed(seed))
         writer, header, rows, calibration = _open(out, header, resume)
-        generator = torch.Generator().manual_seed(seed)
-        model_bytes = _weight_bytes(space, dims, target)
         readings: dict[OpSpec, Reading] = {}
 
         def disturbed(spec: OpSpec) -> bool:
@@ -101,7 +103,7 @@ def profile(
 
         def run(spec: OpSpec) -> None:
             again = [name for name in names if (spec, name) in rows and rows[spec, name].contended]
-            for row in time_operation(spec, target, again or names, model_bytes, generator, seconds, watch):
+            for row in time_operation(spec, target, again or names, store, seconds, watch):
                 known = (spec, row.backend) in rows
                 rows[spec, row.backend] = row
                 writer.write(row.model_copy(update={"again": True}) if known else row)
@@ -112,7 +114,7 @@ def profile(
         done = {spec for spec, _ in rows}
         try:
             todo = [spec for spec in specs if spec not in done or disturbed(spec)]
-            for spec in tqdm(todo, desc=f"profile {device}", unit="op", disable=not progress, mininterval=pace):
+            for spec in _bar(todo, f"profile {device}", progress, pace):
                 run(spec)
             # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
             for spec, reading in readings.items():
@@ -122,8 +124,7 @@ def profile(
             if todo:
                 stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
                 watch.patience = max(watch.patience, stop - time.perf_counter())
-                bar = tqdm(todo, desc="disturbed, again", unit="op", disable=not progress, mininterval=pace)
-                for spec in bar:
+                for spec in _bar(todo, "disturbed, again", progress, pace):
                     if time.perf_counter() < stop:
                         run(spec)
         finally:
@@ -170,20 +171,41 @@ def _weight_bytes(space: Any, dims: ModelDims, target: Target) -> int:
     return (per_block * max(space.blocks) + dims.vocab * h) * target.dtype.itemsize
 
 
+def _bar(specs: Sequence[OpSpec], title: str, progress: bool, pace: float) -> Iterator[OpSpec]:
+    """The specs, with a bar whose remaining time goes by size: of 8B shapes the last take 1000 times the first."""
+    work = [0.05 + spec.n * max(spec.k, 1) * (1 + spec.m / 64) * 1e-7 for spec in specs]
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
+    with tqdm(total=sum(work), desc=title, disable=not progress, mininterval=pace, bar_format=layout) as bar:
+        for done, (spec, share) in enumerate(zip(specs, work, strict=True)):
+            bar.set_postfix_str(f"{done} of {len(specs)} operations ", refresh=False)
+            yield spec
+            bar.update(share)
+
+
+class Weights:
+    """Random weights of the operations, made once for all that follow each other with the same one."""
+
+    def __init__(self, target: Target, model_bytes: int, generator: torch.Generator) -> None:
+        self.target, self.model_bytes, self.generator = target, model_bytes, generator
+        self._key: tuple[int, ...] = ()
+        self._weight = LinearWeight()
+
+    def of(self, spec: OpSpec) -> LinearWeight:
+        key = (spec.n, spec.k, spec.wbits, spec.group)
+        if key != self._key:
+            self._weight = LinearWeight()  # the old one's memory first
+            self._key, self._weight = key, random_weight(spec, self.target, self.generator)
+        return self._weight
+
+
 def time_operation(
-    spec: OpSpec,
-    target: Target,
-    names: Sequence[str],
-    model_bytes: int,
-    generator: torch.Generator,
-    seconds: float,
-    watch: Watch | None = None,
+    spec: OpSpec, target: Target, names: Sequence[str], store: Weights, seconds: float, watch: Watch | None = None
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row."""
     linear = spec.op in ("linear", "lm_head")
-    weight = random_weight(spec, target, generator) if linear else None
+    weight = store.of(spec) if linear else None
     # the input stays the same in all calls: a layer's input was just written by the layer before
-    x = random_input(spec, target, generator) if linear else torch.empty(0)
+    x = random_input(spec, target, store.generator) if linear else torch.empty(0)
     rows: list[Row] = []
     reasons: list[str] = []
     for name in names:
@@ -192,18 +214,22 @@ def time_operation(
         if reason is not None:
             reasons.append(f"{name}: {reason}")
             continue
-        if weight is not None:  # the other parts are torch's own operations, their own reference
-            reason = failure(backend, spec, target, x, weight)
+        if weight is not None:
+            first, reason = verified(backend, spec, target, x, weight)
+        else:  # the other parts are torch's own operations, their own reference
+            first = backend.prepare(spec, target, None)
         identity: dict[str, Any] = {**spec._asdict(), "backend": name, "backend_version": backend.version()}
-        if reason is not None:
-            rows.append(Row(**identity, status="rejected", reason=reason))
+        if first is None or reason is not None:
+            rows.append(Row(**identity, status="rejected", reason=reason or ""))
             continue
         best = min((r.median for r in rows if r.median is not None), default=math.inf)
         with torch.inference_mode():
-            first = backend.prepare(spec, target, weight)
             result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
             if result[1] <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
-                calls = [first, *(backend.prepare(spec, target, w) for w in _copies(spec, target, weight, model_bytes))]
+                calls = [
+                    first,
+                    *(backend.prepare(spec, target, w) for w in _copies(spec, target, weight, store.model_bytes)),
+                ]
                 result = measure([partial(call, x) for call in calls], target.device, seconds, watch=watch)
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
@@ -221,6 +247,6 @@ def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_byt
     count = copies(spec.n * spec.k * bits // 8, model_bytes, target.device)
     clone = lambda t: None if t is None else t.clone()  # noqa: E731
     return [
-        LinearWeight(clone(weight.dense), clone(weight.levels), clone(weight.scale), weight.bits, weight.group)
+        replace(weight, dense=clone(weight.dense), levels=clone(weight.levels), scale=clone(weight.scale))
         for _ in range(count - 1)
     ]

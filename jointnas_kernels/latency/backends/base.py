@@ -8,8 +8,8 @@ call that is timed. Both see the same `LinearWeight`, so nobody can time somethi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
 from jointnas_kernels.ops.lowbit_linear import quantize_tokens
 
+T = TypeVar("T")
 # Relative Frobenius error allowed against the fp64 reference. bf16 inputs, scales and outputs each round by up to
 # 2^-9 = 0.002; a wrong scale, zero point or nibble order is off by more than 0.1.
 TOLERANCE = 0.01
@@ -45,6 +46,15 @@ class LinearWeight:
     scale: Tensor | None = None  # [N, K/group] fp32, representable in the model's dtype
     bits: int = DENSE
     group: int = 0
+    # what a backend made of it, for its own next `prepare`: a copy of packed weights is much cheaper than packing. All
+    # copies that a timing rotates through share it, and so do operations that differ in their activations only.
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def packed(self, name: str, pack: Callable[[], T], copy: Callable[[T], T]) -> T:
+        """`pack()` the first time, copies of that afterwards: every call returns storage of its own."""
+        if name not in self.memo:
+            self.memo[name] = pack()
+        return copy(self.memo[name])
 
     def dequantized(self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
         if self.dense is not None:
@@ -119,11 +129,20 @@ def disagreement(spec: OpSpec, x: Tensor, weight: LinearWeight, got: Tensor) -> 
 
 def failure(backend: Backend, spec: OpSpec, target: Target, x: Tensor, weight: LinearWeight) -> str | None:
     """Runs `backend` once on (x, weight): why it must not be used; None if it computes the reference."""
+    return verified(backend, spec, target, x, weight)[1]
+
+
+def verified(
+    backend: Backend, spec: OpSpec, target: Target, x: Tensor, weight: LinearWeight
+) -> tuple[Callable[[Tensor], Tensor] | None, str | None]:
+    """(the prepared call, None) if it computes the reference, else (None, why it must not be used)."""
     try:
         with torch.inference_mode():
-            return disagreement(spec, x, weight, backend.prepare(spec, target, weight)(x))
+            call = backend.prepare(spec, target, weight)
+            reason = disagreement(spec, x, weight, call(x))
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return (call, None) if reason is None else (None, reason)
 
 
 def random_input(spec: OpSpec, target: Target, generator: torch.Generator) -> Tensor:

@@ -48,7 +48,8 @@ class Ours:
     def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
         assert weight is not None
         levels, scale = weight.quantized()
-        packed, scale = pack_weight(levels, spec.wbits), scale.to(target.dtype)
+        packed = weight.packed("ours", lambda: pack_weight(levels, spec.wbits), torch.clone)
+        scale = scale.to(target.dtype)
         if self.implementation == "cuda":  # its own weight layout, made once as in a deployed model
             tiled = lowbit_cuda.CudaWeight.build(packed, scale, spec.wbits)
             return lambda x: lowbit_cuda.matmul(x, tiled, spec.abits)
