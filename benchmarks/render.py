@@ -308,11 +308,42 @@ def ceilings(rows: list[Row], device: str) -> str:
     return f"**Ceilings** ({where(rows[-1])})\n\n{table(['what', 'rate'], body)}" if body else ""
 
 
+def calibration(rows: list[Row], device: str) -> str:
+    """Predicted against measured whole models that the overhead was not fitted to."""
+    from jointnas import plots
+    from jointnas_kernels.latency.schema import Calibration
+
+    body, pictures = [], []
+    for row in pick(rows, "mape"):
+        mode, extra = row["params"]["mode"], row["extra"]
+        models = [r for r in pick(rows, "model", mode=mode) if not r["extra"]["contended"]]
+        body.append([
+            f"{mode} {extra['batch']} × {extra['seq']}", f"{extra['models']} (fitted on {extra['fitted_on']} others)",
+            f"{row['median']:.1%}", f"{extra['worst']:.1%}", f"{extra['operations_only']:.1%}",
+            f"{extra['fixed_ms']:.2f} ms + {extra['per_block_ms']:.2f} ms per block",
+        ])  # fmt: skip
+        points = [(r["extra"]["operations"] * 1e3, r["extra"]["blocks"], r["median"] * 1e3) for r in models]
+        if points:
+            fit = Calibration(
+                fixed=extra["fixed_ms"], per_block=extra["per_block_ms"], mape_before=extra["operations_only"],
+                mape=row["median"], points=points,
+            )  # fmt: skip
+            name = f"calibration-{slug(device)}-{mode}.png"
+            plots.calibration(fit, PLOTS / name)
+            pictures.append(f"![predicted over measured latency, {mode}](benchmarks/plots/{name})")
+    if not body:
+        return ""
+    head = ["workload", "whole models", "mean error", "worst", "operations alone", "fitted overhead"]
+    title = "**Latency table: predictions of whole models, `tiny` space with bits**"
+    return "\n\n".join([f"{title} ({where(rows[-1])})\n\n{table(head, body)}", *pictures])
+
+
 SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "step": steps,
     "masks": masks,
     "gemm": gemm,
     "decode": decode,
+    "calibration": calibration,
     "search": search,
     "ptq": ptq,
     "kernels": kernels,
