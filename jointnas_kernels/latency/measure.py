@@ -8,6 +8,7 @@ A table adds up operations; a model also spends time between them (module calls,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
-from jointnas_kernels.space import LINEARS, Choice, SearchSpace, kept_blocks
+from jointnas_kernels.space import LINEARS, Choice, SearchSpace, count_params, kept_blocks
 
 ENOUGH = 4  # whole models for the two terms of a calibration
 
@@ -137,7 +138,8 @@ def calibrate(
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
     if isinstance(choices, int):
-        choices = feasible_choices(plain, space, choices, seed)
+        size, most = getattr(torch, table.workload.dtype).itemsize, _free_bytes(table.header.device.type) / 3
+        choices = feasible_choices(plain, space, choices, seed, lambda c: count_params(config, c) * size < most)
     watch = watch or plain.watch(15 * seconds)
     found = measure_choices(plain, space, config, choices, seed=seed, seconds=seconds, watch=watch)
     points = list(zip(choices, found, strict=True))
@@ -179,13 +181,27 @@ def measure_choices(
     return [run(choice) if once.contended else once for choice, once in zip(choices, found, strict=True)]
 
 
-def feasible_choices(table: LatencyTable, space: SearchSpace, count: int, seed: int = 0) -> list[Choice]:
-    """Random choices this device can run; the first is the largest, for the range of the fit."""
+def _free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def feasible_choices(
+    table: LatencyTable,
+    space: SearchSpace,
+    count: int,
+    seed: int = 0,
+    fits: Callable[[Choice], bool] = lambda _: True,
+) -> list[Choice]:
+    """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit."""
     generator = torch.Generator().manual_seed(seed)
     bound = table.bind(space)
     found: list[Choice] = []
     for attempt in range(200 * count):
         choice = space.full() if attempt == 0 else space.sample(generator)
+        if not fits(choice):
+            continue
         try:
             bound.predict(choice)
         except JointNASError:

@@ -240,6 +240,8 @@ def time_operation(
 
 def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_bytes: int) -> list[LinearWeight | None]:
     """The weight at all other addresses that the timing rotates through; None: as many other inputs."""
+    if spec.op == "embedding":  # one of up to gigabytes; its rows are far apart
+        return []
     if weight is None:  # what a part reads was written some operations ago: on a CPU it has left the private caches
         size = spec.m * spec.n * (spec.k if spec.op in ("rope", "attention") else 1) * target.dtype.itemsize
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)

@@ -99,8 +99,8 @@ def random_weight(spec: OpSpec, target: Target, generator: torch.Generator) -> L
 
     A million distinct values, repeated: drawing 58 million for every 14336x4096 would cost more than the timing."""
     count = spec.n * spec.k
-    values = torch.randn(min(count, 1_000_003), generator=generator).mul_(spec.k**-0.5)
-    dense = values.repeat(-(-count // len(values)))[:count].view(spec.n, spec.k).to(target.device, target.dtype)
+    values = torch.randn(min(count, 1_000_003), generator=generator).mul_(spec.k**-0.5).to(target.device, target.dtype)
+    dense = values.repeat(-(-count // len(values)))[:count].view(spec.n, spec.k)
     if spec.wbits == DENSE:
         return LinearWeight(dense=dense)
     return quantize_weight(dense, spec.wbits, spec.group)

@@ -37,7 +37,7 @@ class TorchDense:
 
 
 def _randn(target: Target, *shape: int) -> Tensor:
-    return torch.randn(shape).to(target.device, target.dtype)
+    return torch.randn(shape, device=target.device, dtype=target.dtype)
 
 
 def _embedding(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
