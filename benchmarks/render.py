@@ -419,6 +419,8 @@ def summary() -> str:
         if lines:
             body = table(["what", "ours", "peer, same run", "ours / peer"], lines)
             parts.append(f"### {device}\n\ntorch {', '.join(torches)}; {' to '.join(dates)}\n\n{body}")
+        if len({r["params"]["candidates"] for r in topics.get("masks", [])}) > 1:
+            parts.append(f"![time and memory over the candidates](benchmarks/plots/masks-{slug(device)}.png)")
     return "\n\n".join(parts)
 
 
