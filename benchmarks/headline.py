@@ -104,7 +104,9 @@ def search_lines(rows: list[Row]) -> Iterable[Line]:
             f"joint search on the small model, {len(found)} seeds: nats per token", f"{a:.3f}",
             f"median of 8 random models of its cost {b:.3f}", f"−{b - a:.3f}",
         ]  # fmt: skip
-    truth = [r["exhaustive"] for r in rows if r.get("kind") == "summary" and (r.get("exhaustive") or {}).get("searches")]
+    truth = [
+        r["exhaustive"] for r in rows if r.get("kind") == "summary" and (r.get("exhaustive") or {}).get("searches")
+    ]
     if truth:
         runs, volume = truth[-1]["searches"], truth[-1]["hypervolume"]["all"]
         yield [
