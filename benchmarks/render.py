@@ -338,6 +338,20 @@ def calibration(rows: list[Row], device: str) -> str:
     return "\n\n".join([f"{title} ({where(rows[-1])})\n\n{table(head, body)}", *pictures])
 
 
+def fuzz(rows: list[Row], device: str) -> str:
+    """Random cases against independent fp64 definitions; the error is the largest over values and gradients."""
+    body = []
+    for row in sorted(rows, key=lambda r: (r["name"], r["params"]["backend"], r["params"]["dtype"])):
+        p, extra = row["params"], row["extra"]
+        backend = f"{p['backend']}, interpreter" if p.get("interpreter") else p["backend"]
+        counts = [f"{extra['cases']:,}", str(extra["failures"])]
+        body.append([f"`{row['name']}`", backend, p["dtype"], *counts, f"{row['median']:.1e}"])
+    total, failed = (sum(r["extra"][k] for r in rows) for k in ("cases", "failures"))
+    head = ["op", "backend", "dtype", "cases", "failures", "largest relative error"]
+    title = f"**Random cases against fp64 definitions, values and gradients: {total:,} cases, {failed} failures**"
+    return f"{title} ({where(rows[-1])})\n\n{table(head, body)}"
+
+
 SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "step": steps,
     "masks": masks,
