@@ -77,6 +77,8 @@ def kernel_lines(rows: list[Row]) -> Iterable[Line]:
 
 def gemm_lines(rows: list[Row]) -> Iterable[Line]:
     """Ours as chosen automatically over the fastest other library of the same scheme, at one and at many tokens."""
+    smallest = min((r["params"]["n"] for r in rows), default=0)
+    rows = [r for r in rows if r["params"]["n"] == smallest]
     counts = sorted({r["params"]["m"] for r in rows})
     for m in [c for c in counts if c == 1] + counts[-2:]:
         for scheme in ("w4a16", "w8a16", "w4a8", "w8a8"):

@@ -147,21 +147,25 @@ def steps(rows: list[Row], device: str) -> str:
 
 def gemm(rows: list[Row], device: str) -> str:
     """Time over the number of tokens: ours as chosen automatically, and every other library."""
-    rows = [r for r in rows if r["name"] != "plan" and not r["name"].startswith("ours, ")]
-    if not rows:
-        return ""
-    tokens = sorted({r["params"]["m"] for r in rows})
-    kinds = sorted({(r["params"]["scheme"], r["name"]) for r in rows}, key=lambda k: (k[0][-2:] != "16", k))
-    body = []
-    for scheme, name in kinds:
-        found = [pick(rows, name, scheme=scheme, m=m) for m in tokens]
-        label = "16 bit" if scheme == "16" else scheme.upper()
-        body.append([label, name, *(seconds(f[-1]["median"]) if f else "" for f in found)])
-    sizes = rows[0]["params"]
-    return (
-        f"**Linear {sizes['n']}×{sizes['k']}, {sizes['dtype']}, weights rotated past the caches** ({where(rows[-1])}; "
-        f"activation quantization included in ours)\n\n{table(['bits', 'by', *(f'M = {m}' for m in tokens)], body)}"
-    )
+    shown = ("ours, popcount", "ours, quantize x")
+    rows = [r for r in rows if r["name"] in shown or not r["name"].startswith(("plan", "ours, "))]
+    parts = []
+    for n, k in sorted({(r["params"]["n"], r["params"]["k"]) for r in rows}):
+        here = pick(rows, n=n, k=k)
+        tokens = sorted({r["params"]["m"] for r in here})
+        kinds = {(r["params"]["scheme"], r["params"]["dtype"], r["name"]) for r in here}
+        body = []
+        for scheme, dtype, name in sorted(kinds, key=lambda kind: (kind[0][-2:] != "16", kind)):
+            found = [pick(here, name, scheme=scheme, m=m, dtype=dtype) for m in tokens]
+            label = scheme.upper() if scheme != "16" else "32 bit" if dtype == "float32" else "16 bit"
+            share = next((f"{r['extra']['share']:.0%}" for r in found[0] if "share" in r["extra"]), "")
+            body.append([label, name, *(seconds(f[-1]["median"]) if f else "" for f in found), share])
+        head = ["bits", "by", *(f"M = {m}" for m in tokens), f"of the bandwidth at M = {tokens[0]}"]
+        parts.append(
+            f"**Linear {n}×{k}, weights rotated past the caches** ({where(here[-1])}; activation quantization included "
+            f"in ours)\n\n{table(head, body)}"
+        )
+    return "\n\n".join(parts)
 
 
 def decode(rows: list[Row], device: str) -> str:
