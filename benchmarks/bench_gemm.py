@@ -7,7 +7,7 @@ CUDA graphs of at least 10 calls that cycle over weight copies of more than twic
 cold weights; extra.share is the achieved part of --peak (bytes of weights, scales, activations and outputs over time).
 Every contender is checked against the fp64 product of the dequantised weights before it is timed. For activations of
 8 bits or less the quantization of x is part of the call (name "ours") or left out ("ours, quantized x"). Peers quantize
-activations their own way (symmetric int8), so they are held to their own reference.
+activations their own way (symmetric int8), so they are held to their own reference. On a CPU: benchmarks/gemm_cpu.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import gemm_cpu
 from benchmarks.harness import Recorder, arguments, gate, guarded, rotation, time_rotated
 from jointnas_kernels.ops import lowbit_cuda
 from jointnas_kernels.ops.lowbit_linear import dequantize, quantize_tokens
@@ -168,14 +169,31 @@ def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
     return found
 
 
-def check_and_time(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, label: str,
-                   call: Callable[[Any], Tensor], weights: list[Any], x: Tensor, reference: Tensor) -> None:
+def check_and_time(
+    rec: Recorder,
+    args: argparse.Namespace,
+    case: Case,
+    scheme: str,
+    label: str,
+    call: Callable[[Any], Tensor],
+    weights: list[Any],
+    x: Tensor,
+    reference: Tensor,
+) -> None:
     error = gate(label, {"y": (call(weights[0]), reference)}, 1e-2)
     tokens = x.shape[0]
     time = time_rotated(call, weights, "cuda", calls=per_graph(tokens))
     share = (case.nbytes + 2 * tokens * (case.inputs + case.rows)) / time.median / args.peak
-    rec.row(label, time, extra={"share": share, "error": error, "copies": len(weights)}, scheme=scheme, m=tokens,
-            n=case.rows, k=case.inputs, dtype=str(case.dtype)[6:])
+    rec.row(
+        label,
+        time,
+        extra={"share": share, "error": error, "copies": len(weights)},
+        scheme=scheme,
+        m=tokens,
+        n=case.rows,
+        k=case.inputs,
+        dtype=str(case.dtype)[6:],
+    )
 
 
 def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
@@ -280,9 +298,9 @@ def planned(x: Tensor, case: Case, a_bits: int, sms: int) -> dict[tuple[str, Any
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = arguments(argparse.ArgumentParser(description=__doc__))
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--inputs", type=int, default=8192)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 64, 512, 4096])
+    parser.add_argument("--rows", type=int, help="default: 8192 on CUDA, 4096 on the CPU")
+    parser.add_argument("--inputs", type=int, help="likewise")
+    parser.add_argument("--tokens", type=int, nargs="+")
     schemes = ["w4a16", "w8a16", "w2a16", "w2a8", "w4a8", "w8a8", "w2a2", "w2a4", "w4a4"]
     parser.add_argument("--schemes", nargs="+", default=schemes)
     parser.add_argument("--dtype", default="bfloat16", choices=("float16", "bfloat16"))
@@ -293,8 +311,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(argv)
     rec = Recorder("gemm", args.device, args.out, args.commit)
     if args.device != "cuda":
-        print("the low-bit GEMM benchmark needs a CUDA device")
+        args.rows, args.inputs, args.tokens = args.rows or 4096, args.inputs or 4096, args.tokens or [1, 16, 256]
+        if args.tiny:
+            args.rows, args.inputs, args.tokens = 256, 512, [1, 16]
+        gemm_cpu.run(rec, args)
         return rec.rows
+    args.rows, args.inputs = args.rows or 8192, args.inputs or 8192
+    args.tokens = args.tokens or [1, 16, 64, 512, 4096]
     if args.tiny:
         args.rows, args.inputs, args.tokens = 256, 512, [1, 16]
     if args.peak is None:

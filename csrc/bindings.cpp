@@ -57,6 +57,7 @@ py::dict cpu_features() {
   d["avx512_bf16"] = (f & jnk::kHasBf16) != 0;
   d["avx512_vnni"] = (f & jnk::kHasVnni) != 0;
   d["avx512_vbmi"] = (f & jnk::kHasVbmi) != 0;
+  d["avx512_vpopcntdq"] = (f & jnk::kHasVpopcnt) != 0;
   return d;
 }
 
@@ -70,10 +71,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_features", &cpu_features, "Instruction sets this CPU has, of those the kernels can use.");
   m.def("parallel_backend", [] { return jnk::parallel_backend(); }, "Where threads come from: openmp or std::thread.");
   JN_DEF(cpu_huge_pages);
+  JN_DEF(cpu_read);
   JN_DEF(cpu_mixed_weight);
   JN_DEF(cpu_mixed_weight_backward);
   JN_DEF(cpu_quant_lora_mix);
   JN_DEF(cpu_quant_lora_mix_backward);
+  JN_DEF(cpu_lowbit_pack);
+  JN_DEF(cpu_lowbit_matmul);
   JN_DEF(cpu_lowbit_linear);
   JN_DEF(cpu_act_quant_mix);
   JN_DEF(cpu_act_quant_mix_backward);

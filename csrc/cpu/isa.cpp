@@ -15,6 +15,7 @@ uint32_t cpu_features() {
       if (__builtin_cpu_supports("avx512bf16")) f |= kHasBf16;
       if (__builtin_cpu_supports("avx512vnni")) f |= kHasVnni;
       if (__builtin_cpu_supports("avx512vbmi")) f |= kHasVbmi;
+      if (__builtin_cpu_supports("avx512vpopcntdq")) f |= kHasVpopcnt;
     }
 #endif
     return f;

@@ -8,6 +8,9 @@
 // 4096^2 bf16 matrix took in one thread with a new output, 17 were first-touch faults of 4 KiB pages.
 int jn_cpu_huge_pages(void* begin, int64_t bytes);
 
+// Reads `bytes` of memory and keeps nothing: the ceiling of anything that streams weights.
+int jn_cpu_read(const void* p, int64_t bytes, int threads, int isa);
+
 // out[m, n] = w[m, n] * r[m] * c[n]     w, out [M, N] dtype; r [M], c [N] fp32
 int jn_cpu_mixed_weight(const void* w, const float* r, const float* c, void* out, int64_t M, int64_t N, int dtype,
                         int threads, int isa);
@@ -77,9 +80,16 @@ int jn_cpu_act_quant_mix_backward(const void* g, const void* x, const float* mas
                                   float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, int symmetric,
                                   float total, int64_t chunk_rows, int dtype, int threads, int isa);
 
-// y = x_hat (q scale)^T: x, y [M, I], [M, O] dtype; packed int32 [O, I w_bits/32] (ops/pack.py); scale [O, I/g]
-// scale_dtype; a_bits 16, or 2..8: x is quantized per token first. g must be a multiple of the values per word.
-// isa 4: AVX512_VNNI for a_bits < 16, AVX512_BF16 for bf16 activations
-int jn_cpu_lowbit_linear(const void* x, const void* packed, const void* scale, void* y, int64_t M, int64_t O, int64_t I,
-                         int w_bits, int a_bits, int64_t g, int symmetric, int dtype, int scale_dtype, int threads,
+// Weights laid out for lowbit_matmul: packed int32 [O, I w_bits/32] (ops/pack.py) and scale [O, I/g] scale_dtype to data
+// int32 [ceil(O/64), I/stored, meta + words, 64] (ops/lowbit_prepared.py). stored divides g; both are whole words.
+int jn_cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O, int64_t I, int w_bits, int64_t g,
+                       int64_t stored, int planes, int scale_dtype, int threads, int isa);
+// y = x_hat (q scale)^T: x, y [M, I], [M, O] dtype; a_bits 16, or 2..8: x is quantized per token first; scale_dtype that
+// of lowbit_pack. isa 4: AVX512_VNNI for a_bits < 16, AVX512_BF16 for bf16 activations, AVX512_VPOPCNTDQ for planes
+int jn_cpu_lowbit_matmul(const void* x, const void* data, void* y, int64_t M, int64_t O, int64_t I, int w_bits,
+                         int a_bits, int64_t stored, int symmetric, int planes, int dtype, int scale_dtype, int threads,
                          int isa);
+// The same from the storage layout, laid out block by block on the way.
+int jn_cpu_lowbit_linear(const void* x, const void* packed, const void* scale, void* y, int64_t M, int64_t O, int64_t I,
+                         int w_bits, int a_bits, int64_t g, int64_t stored, int symmetric, int dtype, int scale_dtype,
+                         int threads, int isa);

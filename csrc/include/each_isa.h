@@ -43,11 +43,12 @@
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
-// A fourth pass, avx512ext, for a file that defines JN_EXTENSION: AVX512_VNNI and AVX512_BF16 on top.
+// A fourth pass, avx512ext, for a file that defines JN_EXTENSION: VNNI, BF16 and VPOPCNTDQ on top, each
+// used only by kernels that ask for it.
 #ifdef JN_EXTENSION
 #define JN_AVX512EXT 1
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vpopcntdq,prefer-vector-width=512")
 #define JN_ISA avx512ext
 #include "vec.h"
 #include JN_THIS_FILE

@@ -17,6 +17,7 @@ enum Feature : uint32_t {
   kHasBf16 = 1u << 2,  // AVX512_BF16
   kHasVnni = 1u << 3,  // AVX512_VNNI
   kHasVbmi = 1u << 4,  // AVX512_VBMI
+  kHasVpopcnt = 1u << 5,  // AVX512_VPOPCNTDQ
 };
 
 enum Error : int { kOk = 0, kBadArgument = 1, kIsaMissing = 2, kNoMemory = 3 };

@@ -36,8 +36,6 @@ inline vi maddubs(vi a, vi b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
 inline vi madd(vi a, vi b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 inline vi shl16(vi a) { return {_mm512_slli_epi16(a.v, 8)}; }
 inline vi sar16(vi a) { return {_mm512_srai_epi16(a.v, 8)}; }
-// x[lane >> log2(words)]: the group scale of each lane where a group is only `words` lanes long
-inline vf spread(vf x, const int* index) { return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), x.v)}; }
 
 #elif defined(JN_AVX2)
 
@@ -74,9 +72,6 @@ inline vi maddubs(vi a, vi b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
 inline vi madd(vi a, vi b) { return {_mm256_madd_epi16(a.v, b.v)}; }
 inline vi shl16(vi a) { return {_mm256_slli_epi16(a.v, 8)}; }
 inline vi sar16(vi a) { return {_mm256_srai_epi16(a.v, 8)}; }
-inline vf spread(vf x, const int* index) {
-  return {_mm256_permutevar8x32_ps(x.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)))};
-}
 
 #else  // scalar
 
@@ -105,7 +100,6 @@ inline vi sar(vi a) {
   return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> N)};
 }
 inline vf convert(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
-inline vf spread(vf x, const int*) { return x; }
 
 #endif
 
@@ -118,6 +112,29 @@ inline vf as_float(vi a) {
   vf f;
   std::memcpy(&f, &a, 4);
   return f;
+#endif
+}
+
+inline vi bits_of(vf a) {
+#if defined(JN_AVX512)
+  return {_mm512_castps_si512(a.v)};
+#elif defined(JN_AVX2)
+  return {_mm256_castps_si256(a.v)};
+#else
+  vi u;
+  std::memcpy(&u, &a, 4);
+  return u;
+#endif
+}
+
+// Set bits of each lane.
+inline vi popcount(vi a) {
+#if defined(JN_AVX512EXT)
+  return {_mm512_popcnt_epi32(a.v)};
+#else
+  a = a - (shr<1>(a) & seti(0x55555555u));
+  a = (a & seti(0x33333333u)) + (shr<2>(a) & seti(0x33333333u));
+  return shr<24>(((a + shr<4>(a)) & seti(0x0f0f0f0fu)) * seti(0x01010101u));
 #endif
 }
 
@@ -160,9 +177,9 @@ inline vi dot16(vi acc, vi a, vi b) {
 #endif
 }
 
-// out[c][r] = in[r][c] for W x W words; row r of `in` starts at row(r)
-template <class Row>
-inline void transpose(const Row& row, int64_t n, uint32_t* out, int64_t ld) {
+// out(c)[r] = row(r)[c] for W rows r and n <= W words c
+template <class Row, class Out>
+inline void transpose(const Row& row, int64_t n, const Out& out) {
 #if defined(JN_AVX512)
   __m512i a[16], b[16];
 #pragma GCC unroll 16
@@ -193,11 +210,11 @@ inline void transpose(const Row& row, int64_t n, uint32_t* out, int64_t ld) {
                           _mm512_shuffle_i32x4(b[j], b[8 + j], 0xdd), _mm512_shuffle_i32x4(b[4 + j], b[12 + j], 0xdd)};
 #pragma GCC unroll 4
     for (int l = 0; l < 4; ++l)
-      if (4 * l + j < n) _mm512_storeu_si512(out + (4 * l + j) * ld, c[l]);
+      if (4 * l + j < n) _mm512_storeu_si512(out(4 * l + j), c[l]);
   }
 #else
   for (int64_t r = 0; r < W; ++r)
-    for (int64_t c = 0; c < n; ++c) out[c * ld + r] = row(r)[c];
+    for (int64_t c = 0; c < n; ++c) out(c)[r] = row(r)[c];
 #endif
 }
 

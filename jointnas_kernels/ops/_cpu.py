@@ -363,15 +363,51 @@ def quant_lora_mix_backward(
 
 # ---- low-bit linear ----
 
+LOWBIT_BLOCK = 64  # output rows of a block of prepared weights (csrc/include/lowbit_cpu.h)
+
+
+def stored_group(group_size: int, w_bits: int, planes: bool = False) -> int:
+    """The group of prepared weights: the largest divisor of ``group_size`` that is whole words and whose sums of levels
+    fit 16 bits."""
+    word = 32 if planes else 32 // w_bits
+    most = min(group_size, 1 << (16 - w_bits))
+    return next(g for g in range(most // word * word, 0, -word) if group_size % g == 0)
+
+
+def lowbit_pack(packed: Tensor, scale: Tensor, w_bits: int, group_size: int, planes: bool) -> Tensor:
+    """Prepared weights (ops/lowbit_prepared.py) from the storage layout."""
+    packed = packed.contiguous()
+    scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
+    outputs, inputs = packed.shape[0], packed.shape[1] * 32 // w_bits
+    stored = stored_group(group_size, w_bits, planes)
+    height = (1 if scale.dtype == torch.bfloat16 else 2) + stored * w_bits // 32
+    shape = (-(-outputs // LOWBIT_BLOCK), inputs // stored, height, LOWBIT_BLOCK)
+    data = empty_like(packed.new_empty(()).expand(shape))
+    call("lowbit_pack", packed, scale, data, outputs, inputs, w_bits, group_size, stored, planes, DTYPES[scale.dtype])
+    return data
+
+
+def lowbit_matmul(x: Tensor, data: Tensor, outputs: int, w_bits: int, a_bits: int, symmetric: bool, planes: bool
+                  ) -> Tensor:
+    """x [..., I] times prepared weights."""
+    x = x.contiguous()
+    rows, inputs = matrix(x)
+    stored = inputs // data.shape[1]
+    bf16 = data.shape[2] == 1 + stored * w_bits // 32
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    call("lowbit_matmul", x, data, y, rows, outputs, inputs, w_bits, a_bits, stored, symmetric, planes, DTYPES[x.dtype],
+         bf16)
+    return y
+
 
 def lowbit_linear(
     x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int, symmetric: bool
 ) -> Tensor:
-    """x [..., I] times packed weights [O, I w_bits/32]."""
+    """x [..., I] times packed weights [O, I w_bits/32], laid out anew on every call."""
     x, packed = x.contiguous(), packed.contiguous()
     scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
     rows, width = matrix(x)
     y = torch.empty((*x.shape[:-1], packed.shape[0]), dtype=x.dtype, device=x.device)
-    call("lowbit_linear", x, packed, scale, y, rows, packed.shape[0], width, w_bits, a_bits, group_size, symmetric,
-         DTYPES[x.dtype], DTYPES[scale.dtype])
+    call("lowbit_linear", x, packed, scale, y, rows, packed.shape[0], width, w_bits, a_bits, group_size,
+         stored_group(group_size, w_bits), symmetric, DTYPES[x.dtype], DTYPES[scale.dtype])
     return y

@@ -10,6 +10,10 @@ a_bits = 16: x_hat = x. Otherwise each token is quantized dynamically, asymmetri
 every step rounded to x's dtype: this is what compressed-tensors executes, and ``a`` and ``z`` match it bit for bit.
 The product is then  y[m, n] = s[m] * sum_g scale[n, g] * (sum_{k in g} q[n, k] * (a[m, k] - z[m])): the inner sum is an
 integer, exact in every backend; the outer one is fp32 (fp64 in the fp64 reference). Inference only: no gradients.
+
+A runtime that multiplies the same weights again and again lays them out once: on the CPU ``lowbit_pack`` and
+``lowbit_matmul`` (ops/lowbit_prepared.py), on CUDA ``lowbit_cuda.CudaWeight``. From the storage layout the CPU kernels
+lay out each block on the way, which costs a second pass over the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops import _cpu
-from jointnas_kernels.ops._dispatch import check, compute_dtype, custom_op, resolve, rows
+from jointnas_kernels.ops._dispatch import bad, check, compute_dtype, custom_op, resolve, rows
 from jointnas_kernels.ops.lowbit_cuda import DTYPES, CudaWeight, matmul
 from jointnas_kernels.ops.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
 
@@ -79,8 +83,9 @@ def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits
     if chosen == "reference" or x.numel() == 0:
         return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
     if chosen == "cpu":
-        check(group_size % (32 // w_bits) == 0, NAME,
-              f"backend 'cpu' needs a group_size multiple of {32 // w_bits} at {w_bits} bits; it is {group_size}")
+        if group_size % (32 // w_bits):
+            raise bad(NAME, f"backend 'cpu' needs a group_size multiple of {32 // w_bits} at {w_bits} bits; it is "
+                            f"{group_size}")
         return _cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric)
     if chosen == "cuda":
         check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")
@@ -103,13 +108,13 @@ def lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits:
     check_bits(w_bits, WEIGHT_BITS, f"{NAME}: w_bits")
     check_bits(a_bits, ACT_BITS, f"{NAME}: a_bits")
     inputs = x.shape[-1]
-    check(packed.dtype == torch.int32 and packed.dim() == 2 and packed.shape[1] * 32 == inputs * w_bits, NAME,
-          f"x has {inputs} inputs, so {w_bits}-bit packed weights are int32 [O, {inputs * w_bits / 32:g}]; "
-          f"got {packed.dtype} {tuple(packed.shape)}")
-    check(group_size > 0 and inputs % group_size == 0, NAME,
-          f"group_size must divide the input size {inputs}, got {group_size}")
-    check(scale.shape == (packed.shape[0], inputs // group_size), NAME,
-          f"scale must be {(packed.shape[0], inputs // group_size)}, got {tuple(scale.shape)}")
-    check(x.device == packed.device == scale.device, NAME,
-          f"x, packed and scale must be on one device, got {x.device}, {packed.device}, {scale.device}")
+    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] * 32 != inputs * w_bits:
+        raise bad(NAME, f"x has {inputs} inputs, so {w_bits}-bit packed weights are int32 [O, {inputs * w_bits / 32:g}]"
+                        f"; got {packed.dtype} {tuple(packed.shape)}")
+    if group_size < 1 or inputs % group_size:
+        raise bad(NAME, f"group_size must divide the input size {inputs}, got {group_size}")
+    if scale.shape != (packed.shape[0], inputs // group_size):
+        raise bad(NAME, f"scale must be {(packed.shape[0], inputs // group_size)}, got {tuple(scale.shape)}")
+    if not x.device == packed.device == scale.device:
+        raise bad(NAME, f"x, packed and scale must be on one device, got {x.device}, {packed.device}, {scale.device}")
     return _lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric, backend)

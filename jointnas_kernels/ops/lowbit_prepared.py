@@ -3,8 +3,8 @@
     weight = lowbit_pack(packed, scale, w_bits=4, group_size=128)      # once
     y = lowbit_matmul(x, weight, a_bits=8)                             # = lowbit_linear(x, packed, scale, 4, 8, 128)
 
-The layout is one int32 tensor ``data [ceil(O/16), G, meta + words, 16]``: a block of 16 output rows, whose columns are
-the lanes of a vector, is one stream in the order in which the kernels read it. Per group: ``meta`` vectors, then the
+The layout is one int32 tensor ``data [ceil(O/64), G, meta + words, 64]``: a block of 64 output rows, adjacent lanes
+of vectors, is one stream in the order in which the kernels read it. Per group: ``meta`` vectors, then the
 group's words of ops/pack.py (32/bits inputs each), word by word. Meta of a row and group is its scale and the sum S of
 its levels q, which pays for the activations' zero point:
 
@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from jointnas_kernels.ops import _cpu
 from jointnas_kernels.ops._dispatch import check, custom_op
 from jointnas_kernels.ops.lowbit_linear import ACT_BITS, reference
-from jointnas_kernels.ops.pack import WEIGHT_BITS, check_bits, pack_weight, unpack_weight
+from jointnas_kernels.ops.pack import WEIGHT_BITS, check_bits, pack_weight
 
-BLOCK = 16  # output rows
 NAME = "lowbit_pack"
 
 
@@ -48,10 +48,10 @@ class PreparedWeight:
 
     def unpack(self) -> tuple[Tensor, Tensor]:
         """(packed, scale) as given to ``lowbit_pack``."""
-        blocks, groups, height, _ = self.data.shape
+        blocks, groups, height, lanes = self.data.shape
         words = self.inputs // groups * self.w_bits // 32
         meta = height - words
-        rows = self.data.permute(0, 3, 1, 2).reshape(blocks * BLOCK, groups, height)[: self.outputs]
+        rows = self.data.permute(0, 3, 1, 2).reshape(blocks * lanes, groups, height)[: self.outputs]
         bits = rows[:, :: groups * self.group_size // self.inputs, 0]
         if meta == 2:
             scale = bits.contiguous().view(torch.float32)
@@ -59,20 +59,6 @@ class PreparedWeight:
             scale = (bits >> 16).to(torch.int16).view(torch.bfloat16)
         packed = rows[:, :, meta:].reshape(self.outputs, -1)
         return _from_planes(packed, self.w_bits) if self.planes else packed, scale
-
-
-def split_group(group_size: int, w_bits: int, planes: bool = False) -> int:
-    """The stored group: the largest divisor of ``group_size`` that is whole words and whose sums fit 16 bits."""
-    word = 32 if planes else 32 // w_bits
-    most = min(group_size, 1 << (16 - w_bits))
-    return next(g for g in range(most // word * word, 0, -word) if group_size % g == 0)
-
-
-def _to_planes(packed: Tensor, bits: int) -> Tensor:
-    rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
-    u = unpack_weight(packed, bits, (rows, inputs)).to(torch.int32) + (1 << (bits - 1))
-    u = u.view(rows, -1, 1, 32) >> torch.arange(bits, dtype=torch.int32).view(-1, 1) & 1
-    return (u << torch.arange(32, dtype=torch.int32)).sum(-1, dtype=torch.int32).view(rows, -1)
 
 
 def _from_planes(planes: Tensor, bits: int) -> Tensor:
@@ -111,19 +97,7 @@ def lowbit_pack(packed: Tensor, scale: Tensor, w_bits: int, group_size: int, pla
         NAME,
         f"scale must be {(outputs, inputs // group_size)}, got {tuple(scale.shape)}",
     )
-    stored = split_group(group_size, w_bits, planes)
-    groups, blocks = inputs // stored, -(-outputs // BLOCK)
-    sums = unpack_weight(packed, w_bits, (outputs, inputs)).view(outputs, groups, stored).sum(-1, dtype=torch.int32)
-    scales = scale.detach().repeat_interleave(group_size // stored, 1)
-    if scale.dtype == torch.bfloat16:
-        meta = [scales.contiguous().view(torch.int16).to(torch.int32) << 16 | sums & 0xFFFF]
-    else:
-        meta = [scales.float().contiguous().view(torch.int32), sums]
-    words = (_to_planes(packed, w_bits) if planes else packed).view(outputs, groups, -1)
-    rows = torch.cat((torch.stack(meta, -1), words), -1)
-    data = rows.new_zeros(blocks * BLOCK, groups, rows.shape[-1])
-    data[:outputs] = rows
-    data = data.view(blocks, BLOCK, groups, -1).permute(0, 2, 3, 1).contiguous()
+    data = _cpu.lowbit_pack(packed, scale.detach(), w_bits, group_size, planes)
     return PreparedWeight(data, outputs, inputs, w_bits, group_size, planes)
 
 
@@ -137,6 +111,8 @@ SCHEMA = (
 def _lowbit_matmul(
     x: Tensor, data: Tensor, outputs: int, w_bits: int, a_bits: int, group_size: int, symmetric: bool, planes: bool
 ) -> Tensor:
+    if x.dtype in _cpu.DTYPES and x.numel():
+        return _cpu.lowbit_matmul(x, data, outputs, w_bits, a_bits, symmetric, planes)
     weight = PreparedWeight(data, outputs, x.shape[-1], w_bits, group_size, planes)
     return reference(x, *weight.unpack(), w_bits, a_bits, group_size, symmetric)
 

@@ -12,7 +12,7 @@ LEVELS = {"scalar": 1, "avx2": 2, "avx512": 3, "avx512ext": 4}
 
 def supported(isa: int) -> bool:
     features = load().cpu_features()
-    needs = ((), (), ("avx2",), ("avx512f",), ("avx512f", "avx512_bf16", "avx512_vnni"))[isa]
+    needs = ((), (), ("avx2",), ("avx512f",), ("avx512f", "avx512_bf16", "avx512_vnni", "avx512_vpopcntdq"))[isa]
     return all(features[name] for name in needs)
 
 

@@ -1,4 +1,4 @@
-"""The compiled low-bit linear: levels and integer sums exact, floats within fp32 rounding, per instruction set."""
+"""The compiled low-bit products: levels and integer sums exact, floats within fp32 rounding, per instruction set."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops import _cpu, lowbit_linear
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops import _cpu, lowbit_linear, lowbit_matmul, lowbit_pack
 from jointnas_kernels.ops.lowbit_linear import quantize_tokens
-from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.ops.pack import pack_weight, unpack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("kernels")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 A_BITS = pytest.mark.parametrize("a_bits", [2, 4, 8, 16], ids=lambda a: f"A{a}")
 W_BITS = pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda w: f"W{w}")
-# tokens, outputs, inputs, group: one row, odd rows, groups of a fraction of a vector, of several, of no whole number
-SHAPES = [(1, 1, 32, 32), (1, 37, 384, 128), (3, 5, 256, 64), (4, 33, 512, 256), (2, 7, 96, 32), (1, 19, 240, 48),
-          (5, 19, 256, 128), (17, 70, 128, 128), (13, 9, 480, 96)]
+# tokens, outputs, inputs, group: one row, odd rows, one and several blocks of 64, odd groups, groups stored as several
+SHAPES = [(1, 1, 32, 32), (1, 37, 384, 128), (3, 65, 256, 64), (4, 33, 512, 256), (2, 7, 96, 32), (1, 19, 240, 48),
+          (5, 19, 256, 128), (17, 130, 128, 128), (13, 9, 480, 96), (63, 3, 1024, 512)]
 
 
 @pytest.fixture(autouse=True)
@@ -48,15 +49,58 @@ def test_values(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
             x[0], x[1] = 0, x[1].abs()
         for symmetric, scale_dtype in ((False, torch.float32), (True, torch.bfloat16)):
             scales = scale.to(scale_dtype)
+            want = exact(x, q, scales, group, a_bits, symmetric)
+            prepared = lowbit_pack(packed, scales, w_bits, group)
             with poisoned():
                 out = _cpu.lowbit_linear(x, packed, scales, w_bits, a_bits, group, symmetric)
-            assert_close(out, exact(x, q, scales, group, a_bits, symmetric), what=f"{(m, o, i, group)}")
+                again = lowbit_matmul(x, prepared, a_bits, symmetric)
+            assert_close(out, want, what=f"{(m, o, i, group)}")
+            assert torch.equal(out, again)
+
+
+@DTYPES
+@pytest.mark.parametrize("a_bits", [2, 4], ids=lambda a: f"A{a}")
+@pytest.mark.parametrize("w_bits", [2, 4], ids=lambda w: f"W{w}")
+def test_bit_planes(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
+    """The popcount kernel is the same function, to the bit: its sums are the same integers."""
+    for m, o, i, group in [shape for shape in SHAPES if shape[3] % 32 == 0]:
+        _, packed, scale = weights(o, i, group, w_bits)
+        x = torch.randn(m, i).to(dtype)
+        prepared = lowbit_pack(packed, scale, w_bits, group, planes=True)
+        for symmetric in (False, True):
+            with poisoned():
+                out = lowbit_matmul(x, prepared, a_bits, symmetric)
+            assert torch.equal(out, _cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group, symmetric))
+
+
+@W_BITS
+def test_packing_round_trips(w_bits: int) -> None:
+    for _, o, i, group in SHAPES:
+        _, packed, scale = weights(o, i, group, w_bits)
+        for planes in (False, True) if w_bits < 8 and group % 32 == 0 else (False,):
+            for scales in (scale - 0.6, (scale - 0.6).bfloat16()):
+                back, scale_back = lowbit_pack(packed, scales, w_bits, group, planes).unpack()
+                assert torch.equal(back, packed)
+                assert torch.equal(scale_back, scales)
+                assert scale_back.dtype == scales.dtype
+
+
+def test_every_byte_keeps_its_level() -> None:
+    """All 256 bytes in all four places of a word, through each width's product with a unit vector per input."""
+    stored = torch.arange(256, dtype=torch.int32)
+    packed = (stored | (255 - stored) << 8 | (stored ^ 0x55) << 16 | (stored ^ 0xAA) << 24)[:, None].repeat(1, 2)
+    for w_bits in (2, 4, 8):
+        i = 64 // w_bits
+        q = unpack_weight(packed, w_bits, (256, i))
+        prepared = lowbit_pack(packed, torch.ones(256, 1), w_bits, i)
+        for a_bits in (8, 16):
+            assert torch.equal(lowbit_matmul(torch.eye(i) * 255, prepared, a_bits), q.T.float() * 255)
 
 
 @W_BITS
 def test_integer_part_is_exact(w_bits: int) -> None:
     """With unit scales and integer activations everything is an integer below 2^24: no rounding may happen at all."""
-    for m, o, i, group in ((1, 21, 512, 128), (9, 21, 512, 128), (4, 3, 1024, 512), (6, 3, 1024, 512)):
+    for m, o, i, group in ((1, 21, 512, 128), (9, 21, 512, 128), (4, 3, 1024, 512), (6, 70, 1024, 512)):
         q, packed, _ = weights(o, i, group, w_bits)
         x = torch.randint(-128, 128, (m, i)).float()
         x[:, 0], x[:, 1] = -128, 127  # the range is exactly that of 8 bits: scale 1, zero point 0
@@ -87,3 +131,35 @@ def test_the_op_chooses_it(dtype: torch.dtype) -> None:
     assert out.shape == (2, 3, 12)
     assert torch.equal(out, lowbit_linear(x, packed, scale, 4, 8, 128, backend="cpu"))
     assert_close(out.flatten(0, 1), exact(x.flatten(0, 1), q, scale, 128, 8, False))
+
+
+def test_prepared_weights_in_a_compiled_graph() -> None:
+    q, packed, scale = weights(12, 256, 128, 4)
+    prepared = lowbit_pack(packed, scale, 4, 128)
+    x = torch.randn(2, 3, 256)
+    compiled = torch.compile(lambda x: lowbit_matmul(x, prepared, 8), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), lowbit_matmul(x, prepared, 8))
+    arguments = (x, prepared.data, 12, 4, 8, 128, False, False)
+    torch.library.opcheck(torch.ops.jointnas.lowbit_matmul.default, arguments)
+    for dtype in (torch.float64, torch.float16):  # no kernel: the reference, from the same weights
+        out = lowbit_matmul(x.to(dtype), prepared, 16).flatten(0, 1)
+        assert_close(out, exact(x.flatten(0, 1), q, scale, 128, 16, False), tol=1e-2)
+    assert lowbit_matmul(x[:0], prepared, 8).shape == (0, 3, 12)
+
+
+def test_bad_preparation() -> None:
+    _, packed, scale = weights(12, 256, 128, 4)
+    prepared = lowbit_pack(packed, scale, 4, 128)
+    for call, message in [
+        (lambda: lowbit_pack(packed, scale, 3, 128), "w_bits must be one of 2, 4, 8"),
+        (lambda: lowbit_pack(packed, scale, 8, 128, planes=True), "w_bits must be one of 2, 4"),
+        (lambda: lowbit_pack(packed, scale, 4, 100), "group_size must divide"),
+        (lambda: lowbit_pack(packed, scale, 4, 64), "scale must be"),
+        (lambda: lowbit_pack(packed.float(), scale, 4, 128), "packed must be int32"),
+        (lambda: lowbit_matmul(torch.randn(1, 128), prepared, 8), "256 inputs"),
+        (lambda: lowbit_matmul(torch.randn(1, 256), prepared, 3), "a_bits must be one of"),
+        (lambda: lowbit_matmul(torch.randn(1, 256), lowbit_pack(packed, scale, 4, 128, planes=True), 8), "a_bits must"),
+    ]:
+        with pytest.raises(JointNASError, match=message):
+            call()

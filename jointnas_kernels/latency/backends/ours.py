@@ -13,6 +13,7 @@ from jointnas_kernels.latency.backends.base import LinearWeight, Target
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 from jointnas_kernels.ops import lowbit_cuda
 from jointnas_kernels.ops.lowbit_linear import lowbit_linear
+from jointnas_kernels.ops.lowbit_prepared import lowbit_matmul, lowbit_pack
 from jointnas_kernels.ops.pack import pack_weight
 
 BITS = (2, 4, 8)
@@ -53,6 +54,9 @@ class Ours:
         if self.implementation == "cuda":  # its own weight layout, made once as in a deployed model
             tiled = lowbit_cuda.CudaWeight.build(packed, scale, spec.wbits)
             return lambda x: lowbit_cuda.matmul(x, tiled, spec.abits)
+        if self.implementation == "cpu":
+            prepared = lowbit_pack(packed, scale, spec.wbits, spec.group)
+            return lambda x: lowbit_matmul(x, prepared, spec.abits)
         return lambda x: lowbit_linear(
             x, packed, scale, spec.wbits, spec.abits, spec.group, backend=self.implementation
         )

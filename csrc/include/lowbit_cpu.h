@@ -1,0 +1,51 @@
+// What the files of the low-bit CPU kernels share: the prepared weights' layout (ops/lowbit_prepared.py describes it)
+// and the activations' one.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace jnk {
+
+constexpr int64_t kBlock = 64;  // output rows per block, adjacent lanes
+
+// data [blocks][groups][meta + words][kBlock]: `meta` vectors of scales and sums, then the words of a group.
+struct LowbitLayout {
+  int64_t O, I, groups, words, meta;
+  int w_bits;
+  bool planes;
+
+  LowbitLayout(int64_t outputs, int64_t inputs, int64_t g, int bits, bool bf16_scale, bool bit_planes)
+      : O(outputs), I(inputs), groups(inputs / g), words(g * bits / 32), meta(bf16_scale ? 1 : 2), w_bits(bits),
+        planes(bit_planes) {}
+  int64_t group() const { return I / groups; }
+  int64_t height() const { return meta + words; }
+  int64_t blocks() const { return (O + kBlock - 1) / kBlock; }
+  int64_t block_words() const { return groups * height() * kBlock; }
+};
+
+// How activations meet weights: as 4 bytes, 2 bf16, 1 fp32 or 32 bits of a plane per 32-bit entry.
+enum Kind : int { kBytes = 4, kPairs = 2, kFloats = 1, kPlanes = 32 };
+
+// Activations in the order in which the kernels read them.
+struct LowbitTokens {
+  int64_t M, entries;  // entries per token and group
+  uint32_t* table;  // [groups][M][entries]
+  uint32_t* offset;  // [groups][M]: -2^(b-1) sum of the group's levels
+  uint32_t* zero;  // [M]: -zero point as int16 in the low half
+  float* s;  // [M]: scale; 1 where activations are not quantized
+  int a_bits;
+  Kind kind;
+  bool symmetric;
+};
+
+inline int64_t entries_per_group(int64_t group, Kind kind, int a_bits) {
+  return group / kind * (kind == kPlanes ? a_bits : 1);
+}
+
+using Memory = std::unique_ptr<void, void (*)(void*)>;
+inline Memory allocate(int64_t bytes) {
+  return Memory(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64)), std::free);
+}
+
+}  // namespace jnk

@@ -1,0 +1,111 @@
+// Fields of packed words as operands of a multiplication, per instruction set (each_isa.h, hence no guard).
+//
+// A word holds 32/b values, value k at bit b k, as u = q + 2^(b-1). Seen as 4 bytes it has 8/b fields, each 4 values
+// 8/b inputs apart; as 2 halves 16/b fields of 2 values; as one lane 32/b fields. The activations are permuted to match
+// (lowbit_tokens.h), so that a field is cut out with a shift and an AND, or looked up:
+//     Bytes   u as 4 unsigned bytes times 4 int8, exact in int32
+//     Pairs   q as 2 bf16 times 2 bf16 (AVX512_BF16), exact products, fp32 sums
+//     Floats  q as fp32 times fp32
+#include "veci.h"
+
+namespace jnk {
+namespace JN_ISA {
+
+template <bool kSmall>  // u < 128
+struct ByteProduct {
+  using Acc = vi;
+  static constexpr bool kInteger = true;
+  static Acc mul(Acc acc, vi u, vi a) { return dot<kSmall>(acc, u, a); }
+};
+
+struct FloatProduct {
+  using Acc = vf;
+  static constexpr bool kInteger = false;
+  static Acc mul(Acc acc, vi q, vi a) { return fma(as_float(q), as_float(a), acc); }
+};
+
+template <int B>
+struct Bytes : ByteProduct<(B < 8)> {
+  using Product = ByteProduct<(B < 8)>;
+  static constexpr int kFields = 8 / B;
+  template <int F>
+  static vi operand(vi w) {
+    if constexpr (B == 8) return w;
+    constexpr uint32_t mask = ((1u << B) - 1) * 0x01010101u;
+    return shr<B * F>(w) & seti(mask);
+  }
+};
+
+template <int B>
+struct Floats : FloatProduct {
+  using Product = FloatProduct;
+  static constexpr int kFields = 32 / B;
+  template <int F>
+  static vi operand(vi w) {
+#if defined(JN_AVX512)
+    // vpermps looks at 4 bits of each lane: a table of q for one 4-bit field, or for either of two 2-bit fields,
+    // which then share the shift
+    if constexpr (B < 8) {
+      alignas(64) static constexpr float table4[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+      alignas(64) static constexpr float low2[16] = {-2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1};
+      alignas(64) static constexpr float high2[16] = {-2, -2, -2, -2, -1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1};
+      const float* table = B == 4 ? table4 : F % 2 ? high2 : low2;
+      return {_mm512_castps_si512(_mm512_permutexvar_ps(shr<4 * (B * F / 4)>(w).v, _mm512_load_ps(table)))};
+    }
+#endif
+    constexpr uint32_t flip = B == 8 ? 0x80808080u : B == 4 ? 0x88888888u : 0xaaaaaaaau;  // offset to two's complement
+    return bits_of(convert(sar<32 - B>(shl<32 - B * (F + 1)>(w ^ seti(flip)))));
+  }
+};
+
+#if defined(JN_AVX512EXT)
+struct PairProduct {
+  using Acc = vf;
+  static constexpr bool kInteger = false;
+  static Acc mul(Acc acc, vi q, vi a) {
+    return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(q.v), reinterpret_cast<__m512bh>(a.v))};
+  }
+};
+
+template <int B>
+struct Pairs : PairProduct {
+  using Product = PairProduct;
+  static constexpr int kFields = 16 / B;
+  template <int F>
+  static vi operand(vi w) {
+    if constexpr (B == 8) {
+      // two bytes per word to two bf16: an integer of 8 bits is exact in the upper half of its fp32
+      const vi s = w ^ seti(0x80808080u);
+      const vf low = convert(sar<24>(shl<24 - 8 * F>(s))), high = convert(sar<24>(shl<8 - 8 * F>(s)));
+      return shr<16>(bits_of(low)) + (bits_of(high) & seti(0xffff0000u));
+    } else {
+      // vpermw looks at 5 bits of each half: as above, as bf16, repeated for the fifth bit
+      alignas(64) static constexpr uint16_t table4[32] = {
+          0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
+          0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+          0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+      alignas(64) static constexpr uint16_t low2[32] = {
+          0xc000, 0xbf80, 0, 0x3f80, 0xc000, 0xbf80, 0, 0x3f80, 0xc000, 0xbf80, 0, 0x3f80, 0xc000, 0xbf80, 0, 0x3f80,
+          0xc000, 0xbf80, 0, 0x3f80, 0xc000, 0xbf80, 0, 0x3f80, 0xc000, 0xbf80, 0, 0x3f80, 0xc000, 0xbf80, 0, 0x3f80};
+      alignas(64) static constexpr uint16_t high2[32] = {
+          0xc000, 0xc000, 0xc000, 0xc000, 0xbf80, 0xbf80, 0xbf80, 0xbf80, 0, 0, 0, 0, 0x3f80, 0x3f80, 0x3f80, 0x3f80,
+          0xc000, 0xc000, 0xc000, 0xc000, 0xbf80, 0xbf80, 0xbf80, 0xbf80, 0, 0, 0, 0, 0x3f80, 0x3f80, 0x3f80, 0x3f80};
+      const uint16_t* table = B == 4 ? table4 : F % 2 ? high2 : low2;
+      return {_mm512_permutexvar_epi16(_mm512_srli_epi16(w.v, 4 * (B * F / 4)), _mm512_load_si512(table))};
+    }
+  }
+};
+#endif
+
+template <class F, int... I>
+inline void fields(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+// f(0), ..., f(N - 1) with constant arguments
+template <int N, class F>
+inline void fields(const F& f) {
+  fields(std::make_integer_sequence<int, N>{}, f);
+}
+
+}  // namespace JN_ISA
+}  // namespace jnk

@@ -1,0 +1,140 @@
+// Prepared weights times many tokens, per instruction set (each_isa.h, hence no guard; included by cpu/lowbit.cpp):
+// register tiles, and what a group and an output need, shared with the one-pass product there.
+
+namespace jnk {
+namespace JN_ISA {
+
+// Vectors and tokens of a register tile: 24 sums of 32 registers, 8 of 16; the scalar pass just runs.
+#if defined(JN_AVX512)
+constexpr int kTileVectors = 4, kTileTokens = 6;
+#elif defined(JN_AVX2)
+constexpr int kTileVectors = 2, kTileTokens = 4;
+#else
+constexpr int kTileVectors = 4, kTileTokens = 2;
+#endif
+
+inline void put_rows(const LowbitPlan& plan, int64_t token, int64_t row, vf value) {
+  const int64_t n = std::min<int64_t>(W, plan.layout.O - row), at = token * plan.layout.O + row;
+  if (n <= 0) return;
+  value = value * set(plan.tokens.s[token]);
+  if (plan.dtype == kF32)
+    store(static_cast<float*>(plan.y) + at, value, n);
+  else
+    store(static_cast<bf16*>(plan.y) + at, value, n);
+}
+
+// What a group adds to W rows: scale * (acc - z S), zero: -z as int16 in every lane.
+struct Meta {
+  vf scale;
+  vi sums;
+  Meta(const LowbitPlan& plan, const uint32_t* meta)
+      : scale(as_float(loadi(meta) & seti(plan.scale_mask))), sums(loadi(meta + plan.sums)) {}
+  vf add(vi acc, vi zero, vf total) const { return fma(scale, convert(dot16(acc, sums, zero)), total); }
+  vf add(vf acc, vi, vf total) const { return fma(scale, acc, total); }
+};
+
+// acc[v][m] = offset[m] + sum over entries. A function of its own that ends in stores, because GCC 12 keeps the sums in
+// registers, without a second copy of each, only in a loop that is followed by nothing else. kCold: w comes from memory.
+template <class Product, int V, int MB, bool kCold>
+__attribute__((noinline)) void gemm_group(const uint32_t* w, int64_t entries, const uint32_t* a, const uint32_t* offset,
+                                          typename Product::Acc* out) {
+  typename Product::Acc acc[V][MB];
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; ++m) {
+      if constexpr (Product::kInteger)
+        acc[v][m] = seti(offset[m]);
+      else
+        acc[v][m] = set(0.0f);
+    }
+  for (int64_t e = 0; e < entries; ++e) {
+    if constexpr (kCold)
+      for (int v = 0; v < V; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(w + e * kBlock + v * W + 2048);
+    vi u[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) u[v] = loadi(w + e * kBlock + v * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; ++m) {
+      const vi am = seti(a[m * entries + e]);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) acc[v][m] = Product::mul(acc[v][m], u[v], am);
+    }
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v)
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; ++m) out[v * MB + m] = acc[v][m];
+}
+
+// Tokens [token, token + MB) of one group times V W rows of the panel; total [m][kBlock] is that of these rows.
+template <class Product, int V, int MB, bool kCold>
+void gemm_tile(const LowbitPlan& plan, const uint32_t* meta, const uint32_t* panel, int64_t g, int64_t token,
+               float* total) {
+  const LowbitTokens& t = plan.tokens;
+  const int64_t at = g * t.M + token;
+  typename Product::Acc acc[V * MB];
+  gemm_group<Product, V, MB, kCold>(panel, t.entries, t.table + at * t.entries, t.offset + at, acc);
+  vi zero[MB];
+#pragma GCC unroll 16
+  for (int m = 0; m < MB; ++m) zero[m] = seti(t.zero[token + m]);
+#pragma GCC unroll 16
+  for (int v = 0; v < V; ++v) {
+    const Meta of(plan, meta + v * W);
+#pragma GCC unroll 16
+    for (int m = 0; m < MB; ++m) {
+      float* sum = total + m * kBlock + v * W;
+      store(sum, of.add(acc[v * MB + m], zero[m], load(sum)));
+    }
+  }
+}
+
+// A block times all tokens. scratch: a group's panel [entries][kBlock], then totals [kTokens][kBlock].
+template <class Op>
+void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
+  using Product = typename Op::Product;
+  const LowbitLayout& l = plan.layout;
+  const int64_t entries = plan.tokens.entries;
+  float* total = reinterpret_cast<float*>(scratch + entries * kBlock);
+  const int64_t passes = (plan.tokens.M + kTokens - 1) / kTokens, each = (plan.tokens.M + passes - 1) / passes;
+  for (int64_t first = 0; first < plan.tokens.M; first += each) {
+    const int64_t count = std::min(each, plan.tokens.M - first), tiles = (count + kTileTokens - 1) / kTileTokens;
+    std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
+    for (int64_t g = 0; g < l.groups; ++g) {
+      const uint32_t* meta = data + g * l.height() * kBlock;
+      const uint32_t* panel = meta + l.meta * kBlock;
+      if constexpr (Op::kFields > 1) {
+        // the next group, while this one is multiplied
+        if (first == 0)
+          for (int64_t i = 0; i < l.height() * kBlock; i += 16) __builtin_prefetch(meta + l.height() * kBlock + i, 0, 2);
+        uint32_t* out = scratch;
+        for (int64_t c = 0; c < l.words; ++c, panel += kBlock)
+          fields<Op::kFields>([&](auto f) {
+            for (int64_t r = 0; r < kBlock; r += W) storei(out + r, Op::template operand<f()>(loadi(panel + r)));
+            out += kBlock;
+          });
+        panel = scratch;
+      }
+      for (int64_t lane = 0; lane < kBlock; lane += kTileVectors * W) {
+        const auto tile = [&](auto mb, int64_t m) {
+          const auto f = Op::kFields == 1 && first + m == 0 ? gemm_tile<Product, kTileVectors, mb(), Op::kFields == 1>
+                                                            : gemm_tile<Product, kTileVectors, mb(), false>;
+          f(plan, meta + lane, panel + lane, g, first + m, total + m * kBlock + lane);
+        };
+        int64_t m = 0;
+        for (int64_t left = tiles; left > 0; --left) {  // as even as possible: 16 tokens are 6 + 5 + 5
+          const int64_t mb = (count - m + left - 1) / left;
+          fields<kTileTokens>([&](auto i) {
+            if (mb == i() + 1) tile(std::integral_constant<int, i() + 1>{}, m);
+          });
+          m += mb;
+        }
+      }
+    }
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t r = 0; r < kBlock; r += W) put_rows(plan, first + m, block * kBlock + r, load(total + m * kBlock + r));
+  }
+}
+
+}  // namespace JN_ISA
+}  // namespace jnk
