@@ -24,7 +24,7 @@ from jointnas_kernels.latency import LatencyTable, Workload, calibrate, feasible
 from jointnas_kernels.space import SearchSpace
 
 WORKLOADS = {"prefill": Workload("prefill", 4, 128), "decode": Workload("decode", 1, 128)}
-FULL_REPEATS = 3  # resumed profiles, while operations are marked as disturbed
+FULL_REPEATS = 2  # resumed profiles, while operations are marked as disturbed
 
 
 def compare(rec: Recorder, mode: str, args: argparse.Namespace, folder: Path) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from tqdm import tqdm
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import LinearWeight, Target, random_input, random_weight, verified
+from jointnas_kernels.latency.meters import UNITS, meter
 from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Row, WorkloadRecord, Writer, read
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
 from jointnas_kernels.latency.table import LatencyTable
@@ -54,6 +55,7 @@ def profile(
     seconds: float = 0.04,
     seed: int = 0,
     watch: Watch | None = None,
+    metric: Literal["latency", "energy", "memory"] = "latency",
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
@@ -64,6 +66,7 @@ def profile(
         backends: names to try; default: all registered ones.
         seconds: time spent on each (operation, backend).
         watch: what notices a busy machine; default: this machine's.
+        metric: what is measured of every operation (`meters.py`).
     """
     workload = workload or Workload()
     space.validate(config)
@@ -75,10 +78,13 @@ def profile(
     here = describe(device, threads)
     target = Target(torch.device(device), workload, dims.kv_heads)
     model_bytes = _weight_bytes(space, dims, target)
+    meter(metric, target)  # an error before the file is made
     with pinned_threads(here.threads):
         if watch is None:
             watch = Watch(reference_kernels(target.device), patience=PATIENCE * seconds)
         header = Header(
+            metric=metric,
+            unit=UNITS[metric],
             device=here,
             workload=WorkloadRecord(
                 mode=workload.mode,
@@ -103,7 +109,7 @@ def profile(
 
         def run(spec: OpSpec) -> None:
             again = [name for name in names if (spec, name) in rows and rows[spec, name].contended]
-            for row in time_operation(spec, target, again or names, store, seconds, watch):
+            for row in time_operation(spec, target, again or names, store, seconds, watch, metric):
                 known = (spec, row.backend) in rows
                 rows[spec, row.backend] = row
                 writer.write(row.model_copy(update={"again": True}) if known else row)
@@ -199,14 +205,22 @@ class Weights:
 
 
 def time_operation(
-    spec: OpSpec, target: Target, names: Sequence[str], store: Weights, seconds: float, watch: Watch | None = None
+    spec: OpSpec,
+    target: Target,
+    names: Sequence[str],
+    store: Weights,
+    seconds: float,
+    watch: Watch | None = None,
+    metric: str = "latency",
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row."""
     linear = spec.op in ("linear", "lm_head")
     weight = store.of(spec) if linear else None
     # the input stays the same in all calls: a layer's input was just written by the layer before
     x = random_input(spec, target, store.generator) if linear else torch.empty(0)
+    measure_with = meter(metric, target)
     rows: list[Row] = []
+    speeds: list[float] = []
     reasons: list[str] = []
     for name in names:
         backend = registry.get(name)
@@ -222,15 +236,15 @@ def time_operation(
         if first is None or reason is not None:
             rows.append(Row(**identity, status="rejected", reason=reason or ""))
             continue
-        best = min((r.median for r in rows if r.median is not None), default=math.inf)
+        best = min(speeds, default=math.inf)
         with torch.inference_mode():
             result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
-            if result[1] <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
-                calls = [
-                    first,
-                    *(backend.prepare(spec, target, w) for w in _copies(spec, target, weight, store.model_bytes)),
-                ]
-                result = measure([partial(call, x) for call in calls], target.device, seconds, watch=watch)
+            speeds.append(result.median)
+            if result.median <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
+                others = (backend.prepare(spec, target, w) for w in _copies(spec, target, weight, store.model_bytes))
+                result = measure_with(spec, [partial(call, x) for call in (first, *others)], seconds, watch)
+            elif metric != "latency":
+                continue
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -184,12 +185,14 @@ class LatencyTable:
             text = f"  W{row.wbits}A{row.abits} infeasible: {row.reason}"
             if row.status == "infeasible" and text not in lines:
                 lines.append(text)
-        rejected: dict[tuple[str, str], list[OpSpec]] = {}
+        rejected: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if row.status == "rejected":
-                rejected.setdefault((row.backend, row.reason), []).append(row.spec)
-        for (backend, reason), specs in rejected.items():
-            lines.append(f"  {backend} rejected for {len(specs)} operations, first {specs[0]}: {reason}")
+                kind = re.sub(r"[\d.]+", "#", row.reason)  # the same but for its numbers
+                rejected.setdefault((row.backend, kind), []).append(row)
+        for (backend, _), rows in rejected.items():
+            first = f"first {rows[0].spec}: {rows[0].reason}"
+            lines.append(f"  {backend} rejected for {len(rows)} operations, {first}")
         return "\n".join(lines)
 
     @property

@@ -171,8 +171,9 @@ def measure_table(config: RunConfig, space: SearchSpace, model_config: Any, out:
     table = profile(
         space, model_config, out, workload=options.value(), device=config.model.device, threads=options.threads,
         backends=options.backends, progress=config.progress, seconds=options.seconds, seed=config.seed,
+        metric=options.metric,
     )  # fmt: skip
-    if options.calibrate:
+    if options.calibrate and options.metric == "latency":
         restricted, _ = table.restrict(space)
         table = calibrate(table, restricted, model_config, options.calibrate, seed=config.seed)
         table.save(out)

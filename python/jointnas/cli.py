@@ -123,8 +123,8 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
 
 
 def normalise(arguments: list[str]) -> list[str]:
-    """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--resume` and `--force` alone are true,
-    and the files after `--compare` and `--merge` become one list."""
+    """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--metric` is `--latency.metric`,
+    `--resume` and `--force` alone are true, and the files after `--compare` and `--merge` become one list."""
     found: list[str] = []
     for i, argument in enumerate(arguments):
         if found and found[-1].startswith(FILES) and not argument.startswith("--"):
@@ -134,7 +134,7 @@ def normalise(arguments: list[str]) -> list[str]:
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
-            name = {"--space": "--space.base"}.get(name, name)
+            name = {"--space": "--space.base", "--metric": "--latency.metric"}.get(name, name)
             argument = name + equals + value
             last = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
             if name in ("--resume", "--force") and not equals and last:

@@ -81,6 +81,7 @@ class LatencyConfig(Section):
     threads: int | None = Field(default=None, ge=1)
     backends: list[str] | None = Field(default=None, description="which to try; none: all")
     seconds: float = Field(default=0.03, gt=0, description="time spent on each measurement")
+    metric: Literal["latency", "energy", "memory"] = Field(default="latency", description="what a profile measures")
     calibrate: int = Field(default=6, ge=0, description="whole models measured to fit the overhead; 0: none")
 
     def value(self) -> Workload:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,8 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, deploy, measure_model
 from jointnas_kernels.latency.schema import Device
 from jointnas_kernels.latency.timing import describe
+from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Row:
     measured_ms: float | None
     perplexity: float
     tasks: dict[str, float]  # accuracy by task, and their mean
+    contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -147,13 +146,15 @@ def describe_model(name: str, model: Any, choice: Choice | None, run: Run) -> Ro
         shape, predicted = choice, run.bound.predict(choice)
         size = model_bytes(run.model_config, run.space, choice, rank)
     measured = measured_latency(model, choice, run.space, run.table, rank)
-    return Row(name, count_params(run.model_config, shape), size, predicted, measured, **measures)
+    milliseconds, contended = (None, False) if measured is None else (measured.median, measured.contended)
+    params = count_params(run.model_config, shape)
+    return Row(name, params, size, predicted, milliseconds, **measures, contended=contended)
 
 
 def measured_latency(
     model: Any, choice: Choice | None, space: SearchSpace, table: LatencyTable, rank: tuple[int, ...]
-) -> float | None:
-    """Median milliseconds of the whole model with the table's kernels; None on another device than the table's.
+) -> Measured | None:
+    """Milliseconds of the whole model with the table's kernels; None on another device than the table's.
 
     The model's linears are replaced: it is of no use afterwards."""
     device: Device = table.header.device
@@ -162,12 +163,7 @@ def measured_latency(
     nn.Module.to(model, device.type, getattr(torch, table.workload.dtype))
     if choice is not None:
         deploy(model, choice, space, table, rank)
-    found = measure_model(model, table.workload, threads=device.threads, watch=table.watch())
-    if found.contended:
-        log.warning(
-            "measured on a busy machine, or one slower than when its latency table was made: %.3f ms", found.median
-        )
-    return found.median
+    return measure_model(model, table.workload, threads=device.threads, watch=table.watch())
 
 
 def quality_of(

@@ -20,6 +20,8 @@ STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em aut
 table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"""
 
+BUSY = "measured while the machine was slower than when its latency table was made; the prediction does not apply"
+
 
 def report(run: str) -> Path:
     """Draws `plots/*.png` and writes `report.html` of a run folder, with what is there so far."""
@@ -84,6 +86,8 @@ def latency_section(table: str, folder: Path) -> list[str]:
     except JointNASError:
         return []
     lines = [f"<h2>Latency table</h2><p>{html.escape(str(loaded.header.device))}, {loaded.header.workload!s}</p>"]
+    if loaded.caution:
+        lines.append(f"<p>{html.escape(loaded.caution)}</p>")
     if loaded.calibration is not None:
         lines.append(image(plots.calibration(loaded.calibration, folder / "plots" / "calibration.png")))
     return lines
@@ -105,6 +109,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
         values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
+        values[3] += " *" * row.get("contended", False)
         values += [f"{row['perplexity']:.2f}", *(f"{100 * row['tasks'].get(t, float('nan')):.1f}" for t in tasks)]
         cells.append(values)
     return header, cells
@@ -116,14 +121,16 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
     align = lambda r: "  ".join(  # noqa: E731
         v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, widths, strict=True))
     )
-    return "\n".join([align(header), "  ".join("-" * w for w in widths), *(align(r) for r in cells)])
+    lines = [align(header), "  ".join("-" * w for w in widths), *(align(r) for r in cells)]
+    return "\n".join(lines + [f"* {BUSY}"] * any(r.get("contended") for r in rows))
 
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
     header, cells = columns(rows)
     head = "".join(f"<th>{html.escape(h)}" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
-    return f"<table><tr>{head}{body}</table>"
+    note = f"<p>* {html.escape(BUSY)}</p>" if any(r.get("contended") for r in rows) else ""
+    return f"<table><tr>{head}{body}</table>{note}"
 
 
 def pareto_points(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

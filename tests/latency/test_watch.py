@@ -230,3 +230,14 @@ def test_calibration_leaves_disturbed_models_out(monkeypatch: pytest.MonkeyPatch
     assert len(seen) == 8
     assert len(fitted.calibration.points) >= ENOUGH
     assert fitted.calibration.contended is None or len(fitted.calibration.points) == 7
+
+
+def test_result_tables_mark_what_was_measured_on_a_busy_machine() -> None:
+    from jointnas.reporting import BUSY, html_table, text_table
+
+    row = {"name": "found", "params": 1, "bytes": 2e6, "measured_ms": 1.0, "predicted_ms": 1.1, "perplexity": 9.0}
+    quiet, busy = {**row, "tasks": {}}, {**row, "tasks": {}, "contended": True}
+    assert "1.000 *" in text_table([quiet, busy])
+    assert text_table([quiet, busy]).endswith(f"* {BUSY}")
+    assert BUSY in html_table([busy])
+    assert "*" not in text_table([quiet]) + html_table([quiet])
