@@ -86,6 +86,10 @@ def dense(weight: Tensor, x: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
+def copied(weight: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return weight[0].clone(), weight[1].clone()
+
+
 class Bench:
     def __init__(self, rec: Recorder, args: argparse.Namespace) -> None:
         self.rec, self.rows, self.inputs, self.tokens = rec, args.rows, args.inputs, args.tokens
@@ -143,7 +147,7 @@ class Bench:
         ):
             weights = Weights(self.rows, self.inputs, bits)
             one = make(weights)
-            sets = rotation(lambda one=one: tuple(t.clone() for t in one), weights.nbytes, "cpu")
+            sets = rotation(partial(copied, one), weights.nbytes, "cpu")
             for tokens in self.tokens:
                 x = torch.randn(tokens, self.inputs).bfloat16()
                 if bits == 4:
