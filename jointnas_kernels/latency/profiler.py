@@ -33,7 +33,7 @@ from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Ro
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
-from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, reference_kernels
+from jointnas_kernels.latency.watch import DRIFT, Reading, Watch
 
 log = logging.getLogger(__name__)
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
@@ -81,7 +81,7 @@ def profile(
     meter(metric, target)  # an error before the file is made
     with pinned_threads(here.threads):
         if watch is None:
-            watch = Watch(reference_kernels(target.device), patience=PATIENCE * seconds)
+            watch = Watch.on(target.device, patience=PATIENCE * seconds)
         header = Header(
             metric=metric,
             unit=UNITS[metric],

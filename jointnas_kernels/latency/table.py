@@ -46,7 +46,7 @@ from jointnas_kernels.latency.spec import (
     with_bits,
 )
 from jointnas_kernels.latency.timing import describe, pinned_threads
-from jointnas_kernels.latency.watch import Watch, reference_kernels
+from jointnas_kernels.latency.watch import Watch
 from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
 
 log = logging.getLogger(__name__)
@@ -148,11 +148,8 @@ class LatencyTable:
     def watch(self, patience: float = 3.0) -> Watch:
         """Notices when this device is slower than it was when the table was measured."""
         with pinned_threads(self.header.device.threads):
-            return Watch(
-                reference_kernels(torch.device(self.header.device.type)),
-                baseline=tuple(r / 1e3 for r in self.header.reference or ()),
-                patience=patience,
-            )
+            baseline = tuple(r / 1e3 for r in self.header.reference or ())
+            return Watch.on(torch.device(self.header.device.type), baseline, patience)
 
     def best(self, spec: OpSpec) -> Row | None:
         """The fastest backend's row, None where the operation is infeasible or was never tried."""

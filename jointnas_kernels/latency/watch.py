@@ -87,13 +87,14 @@ def waited_seconds() -> float:
 
 def reference_kernels(device: torch.device) -> Callable[[], Reading]:
     """Reads the reference once: median seconds of a few calls of each kernel."""
-    a, b, whole = (torch.ones(n, n, device=device) for n in (256, 512, 512))  # 34 MFLOP; 1 MiB, half of an L2
-    half = whole[256:]
-    kernels: tuple[Callable[[], object], ...] = (
-        lambda: torch.mm(a, a),
-        lambda: b.t().contiguous(),
-        lambda: (whole.add_(1), half.sub_(1)),
-    )
+    # CPU: 34 MFLOP; 1 MiB, half of an L2. GPU: a few tenths of a millisecond each, much longer than a launch
+    gemm, copy = (2048, 8192) if device.type == "cuda" else (256, 512)
+    a, b = (torch.ones(n, n, device=device) for n in (gemm, copy))
+    kernels: list[Callable[[], object]] = [lambda: torch.mm(a, a), lambda: b.t().contiguous()]
+    if device.type == "cpu":
+        whole = torch.ones(copy, copy)
+        half = whole[copy // 2 :]
+        kernels.append(lambda: (whole.add_(1), half.sub_(1)))
 
     def seconds(kernel: Callable[[], object]) -> float:
         if device.type == "cuda":
@@ -124,6 +125,12 @@ class Watch:
     reading: Reading = ()  # of the attempt that `settle` kept
     _readings: list[Reading] = field(default_factory=list)
     _start: tuple[float, float] = (0.0, 0.0)
+
+    @classmethod
+    def on(cls, device: torch.device, baseline: Reading = (), patience: float = 10.0) -> Watch:
+        """The watch of this machine. A GPU's graphs do not wait for the host's threads."""
+        waited = waited_seconds if device.type == "cpu" else lambda: 0.0
+        return cls(reference_kernels(device), baseline, patience, waited=waited)
 
     def __post_init__(self) -> None:
         self.reference()  # warm
