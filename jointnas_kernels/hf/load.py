@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from ..errors import JointNASError, unknown
 from ..nn.linear import FakeQuantLinear
 from ..nn.packed import BACKENDS, PackedLinear
 from .compressed import Scheme, read_schemes
-from .families import FAMILIES
+from .families import build, family, rotary
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -51,22 +52,22 @@ def load(
         raise JointNASError(f"{str(folder)!r} is no model folder: it has no config.json")
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS, where="load")
-    raw = json.loads((folder / "config.json").read_text())
+    raw = _json(folder / "config.json")
     quantization = raw.pop("quantization_config", None)
-    if raw.get("model_type") not in FAMILIES:
-        raise JointNASError(
-            f"{str(folder)!r} is a {raw.get('model_type')!r} model; supported model types: {', '.join(FAMILIES)}"
-        )
+    family(SimpleNamespace(**raw), f"{str(folder)!r}: a model")
     config = AutoConfig.for_model(**raw)
     dtype = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     config.dtype = dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = build(config)
     schemes = read_schemes(quantization, model) if quantization else {}
+    if "lm_head" in schemes and config.tie_word_embeddings:
+        raise JointNASError("lm_head: cannot be quantized while it is tied to the embedding, which is not")
     with Tensors(folder, torch.device(device), dtype) as tensors:
         for name, scheme in schemes.items():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _linear(tensors, name, scheme, backend))
+            new = _linear(tensors, name, scheme, model.get_submodule(name), backend)
+            setattr(model.get_submodule(parent), child, new)
         for name, module in model.named_modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 full = f"{name}.{key}" if name else key
@@ -75,23 +76,34 @@ def load(
                     module.register_parameter(key, nn.Parameter(value, requires_grad=False))
         tensors.finish(ignore="lm_head.weight" if config.tie_word_embeddings else "")
     model.tie_weights()
-    for parent_module in list(model.modules()):
-        for key, child_module in list(parent_module.named_children()):
-            if "RotaryEmbedding" in type(child_module).__name__:  # computed from the config, not stored
-                setattr(parent_module, key, type(child_module)(config).to(device))
+    model.get_submodule("model").rotary_emb = rotary(config).to(device)  # computed from the config, not stored
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.eval()
 
 
-def _linear(tensors: Tensors, name: str, scheme: Scheme, backend: str) -> nn.Module:
-    """One quantized linear from its stored tensors."""
-    bias = tensors.take(f"{name}.bias") if f"{name}.bias" in tensors else None
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JointNASError(f"{path} is damaged: {error}") from None
+    if not isinstance(found, dict):
+        raise JointNASError(f"{path} is damaged: it holds no object")
+    return found
+
+
+def _linear(tensors: Tensors, name: str, scheme: Scheme, plain: nn.Module, backend: str) -> nn.Module:
+    """One quantized linear from its stored tensors, in place of the `plain` one without weights."""
+    assert isinstance(plain, nn.Linear)
+    outputs, inputs = plain.weight.shape
+    bias = None if plain.bias is None else tensors.take(f"{name}.bias", (outputs,))
     if scheme.weight_bits is None:
-        linear = FakeQuantLinear(tensors.take(f"{name}.weight"), bias, None, scheme.act_bits, scheme.act_symmetric)
-        return linear.requires_grad_(False)
+        weight = tensors.take(f"{name}.weight", (outputs, inputs))
+        return FakeQuantLinear(weight, bias, None, scheme.act_bits, scheme.act_symmetric).requires_grad_(False)
     bits, group = scheme.weight_bits, scheme.group_size
-    outputs, inputs = tensors.take(f"{name}.weight_shape", (2,)).tolist()
+    shape = tensors.take(f"{name}.weight_shape", (2,)).tolist()
+    if shape != [outputs, inputs]:
+        raise JointNASError(f"{name}.weight_shape is {shape}; the config wants {[outputs, inputs]}")
     if inputs % group or inputs * bits % 32:
         raise JointNASError(f"{name}: {inputs} inputs are no multiple of the group size {group} and of whole words")
     packed = tensors.take(f"{name}.weight_packed", (outputs, inputs * bits // 32))
@@ -114,7 +126,7 @@ class Tensors:
 
     def __enter__(self) -> Tensors:
         if (self.folder / INDEX).is_file():
-            names = set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
+            names = set(_json(self.folder / INDEX).get("weight_map", {}).values())
         else:
             names = {SINGLE}
         for name in sorted(names):
@@ -129,9 +141,6 @@ class Tensors:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """A tensor, floating-point ones in the model's dtype; in memory of its own (files are mapped)."""

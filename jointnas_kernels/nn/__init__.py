@@ -4,6 +4,7 @@ from .block import SupernetBlock
 from .choices import ArchParameters, ArchSample, BlockSample, Masks
 from .linear import FakeQuantLinear, SupernetLinear
 from .loss import linear_cross_entropy
+from .packed import PackedLinear
 
 __all__ = [
     "ArchParameters",
@@ -11,6 +12,7 @@ __all__ = [
     "BlockSample",
     "FakeQuantLinear",
     "Masks",
+    "PackedLinear",
     "SupernetBlock",
     "SupernetLinear",
     "linear_cross_entropy",

@@ -25,6 +25,7 @@ from ..ops._dispatch import resolve, why_not
 from ..ops.lowbit_cuda import DTYPES as CUDA_DTYPES
 from ..ops.lowbit_cuda import CudaWeight, packed_matmul
 from ..ops.lowbit_linear import lowbit_linear
+from ..ops.lowbit_prepared import PreparedWeight, lowbit_matmul, lowbit_pack
 from ..ops.pack import TILE_INPUTS
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
@@ -69,6 +70,9 @@ class PackedLinear(nn.Module):
             packed, scale = tiled.weight, tiled.scale
             self.register_buffer("locks", tiled.locks, persistent=False)
             self.register_buffer("row_sum", tiled.row_sum, persistent=False)
+        self.scale_bytes = scale.element_size()
+        if self.backend == "cpu":  # one stream that holds the scales too
+            packed, scale = lowbit_pack(packed, scale, weight_bits, self.group_size).data, scale.new_empty(0)
         self.register_buffer("weight_packed", packed)
         self.register_buffer("weight_scale", scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -79,6 +83,17 @@ class PackedLinear(nn.Module):
             f"A{self.act_bits}, group={self.group_size}, backend={self.backend}"
         )
 
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of packed integers and scales as they are stored."""
+        values = self.out_features * self.in_features
+        return values * self.weight_bits // 8 + values // self.group_size * self.scale_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed integers and scales as they are held, in the layout of the backend."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if x.requires_grad and torch.is_grad_enabled():
@@ -88,6 +103,9 @@ class PackedLinear(nn.Module):
             y = packed_matmul(
                 x, packed, scale, self.locks, self.row_sum, self.weight_bits, self.act_bits, self.act_symmetric
             )
+        elif self.backend == "cpu":
+            weight = PreparedWeight(packed, self.out_features, self.in_features, self.weight_bits, self.group_size)
+            y = lowbit_matmul(x, weight, self.act_bits, self.act_symmetric)
         else:
             y = lowbit_linear(
                 x, packed, scale, self.weight_bits, self.act_bits, self.group_size, self.backend, self.act_symmetric

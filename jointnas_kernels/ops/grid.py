@@ -3,7 +3,8 @@
 A fake-quantized weight holds products v = (q - z) s rounded once to its dtype: q an integer of b bits, one scale s (of
 that dtype) and zero point z per group of inputs. Exports store q and s, so both must be recovered without any loss:
 
-    q - z = rint(v / s)              exact, because rounding moved v by at most 2^-9 of |q - z| <= 255 levels
+    q - z = rint(v / s)      exact while |q - z| <= 128: rounding to bf16 moves v by less than 2^-8 of itself;
+                             one level off at most beyond (asymmetric 8 bits), where a neighbour is the exact one
 
 and, where only v is known (a kernel returned it), s itself. A symmetric quantizer puts the largest magnitude of a group
 on level 2^(b-1) - 1 or -2^(b-1): max|w| / s >= (2^b - 1)/2 for every clipping ratio <= 1. So s is max|v| divided by one
@@ -62,6 +63,10 @@ def integers(values: Tensor, grid: Grid) -> Tensor:
     z = torch.zeros_like(s) if grid.zero is None else grid.zero.to(wide).unsqueeze(-1)
     q = ((v / s).round() + z).clamp(low, high)
     wrong = ((q - z) * s).to(values.dtype) != v
+    for step in (1, -1) if grid.zero is not None and wrong.any() else ():
+        near = (q + step).clamp(low, high)
+        fits = wrong & (((near - z) * s).to(values.dtype) == v)
+        q, wrong = torch.where(fits, near, q), wrong & ~fits
     if wrong.any():
         raise JointNASError(
             f"{int(wrong.sum())} of {values.numel()} weights are no multiple of their group's {grid.bits}-bit scale: "

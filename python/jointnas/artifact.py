@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -181,7 +182,8 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
             f"{str(folder)!r} is quantized: transformers loads it with compressed-tensors, which is not installed "
             "(pip install compressed-tensors); jointnas_kernels.hf.load needs nothing else"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.eval()
+    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' bars cannot be turned off
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model.eval()(torch.zeros(1, 1, dtype=torch.long))  # the first call unpacks the weights
     nn.Module.to(model, device)
     return model
