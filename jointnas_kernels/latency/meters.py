@@ -138,6 +138,7 @@ def weight_bytes(spec: OpSpec, target: Target) -> int:
 @torch.inference_mode()
 def _memory(spec: OpSpec, run: Run, target: Target) -> Measured:
     run()  # what is allocated once, and stays
+    gc.collect(0)
     samples = sorted(_peak(run, target.device) for _ in range(3))
     value = float(max(1, weight_bytes(spec, target) + samples[1]))
     return Measured(value, value, value, len(samples))
@@ -145,7 +146,6 @@ def _memory(spec: OpSpec, run: Run, target: Target) -> Measured:
 
 def _peak(run: Run, device: torch.device) -> int:
     """Bytes beyond what is held before the call. CPU: pages that become resident, so C++ scratch counts, too."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

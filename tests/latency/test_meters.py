@@ -21,7 +21,7 @@ SPACE = SearchSpace((64,), (4,), (32,), (64,), (1, 2, 3), (4,), (8,), group_size
 CONFIG_64 = SimpleNamespace(**{**vars(CONFIG), "intermediate_size": 64})
 
 
-def rapl(folder: Path, package: int, energy: int, limit: int = 1_000_000) -> Path:
+def rapl(folder: Path, package: int, energy: int, limit: int = 10**9) -> Path:
     path = folder / f"intel-rapl:{package}"
     path.mkdir(exist_ok=True)
     (path / "max_energy_range_uj").write_text(f"{limit}\n")
@@ -31,15 +31,15 @@ def rapl(folder: Path, package: int, energy: int, limit: int = 1_000_000) -> Pat
 
 def test_energy_is_the_counters_difference_per_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two packages, every call costs 3 mJ, one counter wraps around; cores inside a package are not counted twice."""
-    rapl(tmp_path, 0, 900_000)
+    rapl(tmp_path, 0, 999_990_000)
     rapl(tmp_path, 1, 5)
     (tmp_path / "intel-rapl:0:0").mkdir()
-    spent = [900_000, 5]
+    spent = [999_990_000, 5]
     monkeypatch.setattr(meters, "WINDOW", 0.01)
     monkeypatch.setattr(meters._energy, "__defaults__", (0.01,))
 
     def run() -> None:
-        spent[0], spent[1] = (spent[0] + 2000) % 1_000_001, spent[1] + 1000
+        spent[0], spent[1] = (spent[0] + 2000) % (10**9 + 1), spent[1] + 1000
         rapl(tmp_path, 0, spent[0])
         rapl(tmp_path, 1, spent[1])
 
