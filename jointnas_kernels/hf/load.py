@@ -1,7 +1,8 @@
 """Run an exported model on low-bit kernels.
 
 The model is built without weights (meta device), and each tensor goes from the file straight into its module: packed
-integers stay packed, so memory is what the files hold. Everything but the quantized linears is stock transformers.
+integers stay packed, so memory is what the files hold (a kernel's own layout adds a few bytes per group of weights).
+Everything but the quantized linears is stock transformers.
 """
 
 from __future__ import annotations

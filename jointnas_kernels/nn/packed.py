@@ -99,6 +99,12 @@ class PackedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise JointNASError("a packed linear has no gradients; use torch.no_grad(), or train before the export")
         packed, scale = self.weight_packed, self.weight_scale
+        if x.shape[-1] != self.in_features or x.device != packed.device:
+            raise JointNASError(
+                f"a packed linear of {self.in_features} inputs on {packed.device} got {tuple(x.shape)} on {x.device}"
+            )
+        if not x.is_cpu and self.backend == "cpu":
+            raise JointNASError(f"weights laid out for the CPU were moved to {x.device}; load the model there instead")
         if self.backend == "cuda":
             y = packed_matmul(
                 x, packed, scale, self.locks, self.row_sum, self.weight_bits, self.act_bits, self.act_symmetric
