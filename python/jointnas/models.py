@@ -42,7 +42,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         model: PreTrainedModel = assets.load_model(dtype)
     else:
         check_source(config)
-        kind = family(model_config(config), f"model {config.source!r}").model
+        kind = family(model_config(config)).model
         try:
             model = kind.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
         except (OSError, ValueError) as error:
@@ -59,9 +59,11 @@ def model_config(config: ModelConfig) -> Any:
     check_source(config)
     source = str(assets.model_dir()) if config.source == "embedded" else config.source
     try:
-        return AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
+        found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise JointNASError(f"model {config.source!r} cannot be loaded: {_line(error)}") from None
+    family(found, f"model {config.source!r}")
+    return found
 
 
 def load_tokenizer(config: ModelConfig) -> Any:

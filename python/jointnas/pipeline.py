@@ -18,6 +18,7 @@ from jointnas.data import Streams
 from jointnas.distillation import bake, distil, original_logits, trainable
 from jointnas.objective import original_choice, original_params
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import save_adapters
 from jointnas_kernels.latency import LatencyTable, deploy, measure_model
 from jointnas_kernels.latency.schema import Device
 from jointnas_kernels.latency.timing import describe
@@ -100,8 +101,11 @@ def write_final(run: Run, model: Any, choice: Choice, folder: Path) -> Path:
     )  # fmt: skip
 
 
-def export(run: str, out: str) -> Path:
-    """Copies the finished model of a run folder to `out` (it is a plain transformers folder already)."""
+def export(run: str, out: str, adapters: bool = False) -> Path:
+    """Copies the finished model of a run folder to `out` (it is a plain transformers folder already).
+
+    adapters: also writes OUT/adapters/NAME, the LoRA pairs that the search trained, as PEFT adapters of the original
+        model: w2, w4, .. by weight precision, or `default`."""
     import shutil
 
     final = Path(run) / "final"
@@ -109,7 +113,10 @@ def export(run: str, out: str) -> Path:
         raise JointNASError(f"{run} has no finished model; run `jointnas finetune --run {run}` first")
     if Path(out).exists():
         raise JointNASError(f"{out} exists; choose another folder")
+    supernet = open_run(run).supernet if adapters else None
     shutil.copytree(final, out)
+    if supernet is not None:
+        save_adapters(supernet, Path(out) / "adapters")
     return Path(out)
 
 

@@ -167,16 +167,18 @@ def finetune(run: str) -> Path:
     return pipeline.finetune(run)
 
 
-def export(run: str, out: str) -> Path:
+def export(run: str, out: str, adapters: bool = False) -> Path:
     """Copies the finished model of a run folder.
 
     Args:
         run: run folder of a search.
         out: new folder.
+        adapters: also write OUT/adapters/NAME: what the search trained, as PEFT adapters (w2, w4, .. by weight
+            precision) of the original model.
     """
     from jointnas import pipeline
 
-    return pipeline.export(run, out)
+    return pipeline.export(run, out, adapters)
 
 
 def evaluate(run: str) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from tests.hf.hf_models import ids
 BATCH, TOKENS = 4, 32
 
 
-def pair(space: str, dtype: torch.dtype = torch.float32) -> tuple[Supernet, Supernet]:
+def pair(space: str, dtype: torch.dtype = torch.float32, family: str = "llama") -> tuple[Supernet, Supernet]:
     """The same supernet eager and captured, every depth likely."""
-    nets = build(SPACES[space], dtype).cuda(), build(SPACES[space], dtype).cuda()
+    nets = build(SPACES[space], dtype, family).cuda(), build(SPACES[space], dtype, family).cuda()
     for net in nets:
         with torch.no_grad():
             net.arch.logits["blocks"].zero_()
@@ -50,9 +50,15 @@ def assert_same(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("space", SPACES)
-def test_replays_equal_eager_over_draws_and_modes(device: torch.device, space: str, dtype: torch.dtype) -> None:
-    eager, net = pair(space, dtype)
+@pytest.mark.parametrize(
+    "space, family",
+    [*((space, "llama") for space in SPACES), ("weight-bits", "qwen3"), ("widths", "qwen2")],
+    ids=[*SPACES, "weight-bits-qwen3", "widths-qwen2"],
+)
+def test_replays_equal_eager_over_draws_and_modes(
+    device: torch.device, space: str, family: str, dtype: torch.dtype
+) -> None:
+    eager, net = pair(space, dtype, family)
     assert net.graphs is not None
     assert net.graphs.bytes > 0
     rtol = 1e-4 if dtype == torch.float32 else 1e-2

@@ -15,9 +15,9 @@ ALL_BITS = SearchSpace.from_dict({**WEIGHT_BITS.to_dict(), "act_bits": (2, 4, 8,
 SPACES = {"widths": SPACE, "weight-bits": WEIGHT_BITS, "all-bits": ALL_BITS}
 
 
-def build(space: SearchSpace, dtype: torch.dtype = torch.float32) -> Supernet:
+def build(space: SearchSpace, dtype: torch.dtype = torch.float32, family: str = "llama") -> Supernet:
     """On the host; weights scaled so that activations stay of order one at these widths."""
-    model = tiny_model(torch.float32, hidden_size=256, intermediate_size=768, head_dim=64)
+    model = tiny_model(torch.float32, family=family, hidden_size=256, intermediate_size=768, head_dim=64)
     with torch.no_grad():
         for p in model.model.layers.parameters():
             if p.dim() == 2:
@@ -42,9 +42,10 @@ def step(supernet: Supernet, mode: str, seed: int = 3) -> tuple[float, torch.Ten
     return loss.item(), gradients(supernet)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @torch.no_grad()
-def test_every_choice_is_exact(device: torch.device) -> None:
-    supernet, host, x = build(SPACE).to(device), build(SPACE), ids()
+def test_every_choice_is_exact(device: torch.device, family: str) -> None:
+    supernet, host, x = build(SPACE, family=family).to(device), build(SPACE, family=family), ids()
     for choice in SPACE:
         own = supernet.fix(choice)(x.to(device)).logits
         assert (own - extract(supernet, choice)(x.to(device)).logits).abs().max() <= 1e-4

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from jointnas import artifact
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Supernet, convert, extract, importance_scores, shrink, subnet_config
+from jointnas_kernels.hf import Supernet, convert, extract, importance_scores, load, shrink, subnet_config
 from jointnas_kernels.hf.families import FAMILIES, build
 from jointnas_kernels.latency import LatencyTable, Workload, deploy, enumerate_ops, measure_model
 from jointnas_kernels.nn import FakeQuantLinear
@@ -160,6 +161,26 @@ def test_half_precision_qwen3_is_exact_within_its_rounding() -> None:
         plain = (extract(supernet, choice)(x).logits - exact).norm() / exact.norm()
         assert own <= 0.03  # bf16 rounds at 2^-8 = 0.004
         assert own <= 2 * plain
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@torch.no_grad()
+def test_exports_reload(tmp_path, name: str, dtype: torch.dtype) -> None:
+    """Packed checkpoints: stock transformers computes exactly the extracted model; low-bit kernels nearly."""
+    change, g, x = VARIANTS[name], torch.Generator().manual_seed(1), ids()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    space = SearchSpace((32, 64), (2, 4), (16, 32), (32, 96), (1, 2, 3), (4, 8), (8, 16), group_size=32)
+    model = tiny_model(dtype, **{**change, **sizes})
+    supernet = randomize_lora(convert(model, space, lora_rank=4, importance=random_importance(model.config)))
+    for _ in range(3):
+        choice = space.sample(g)
+        subnet = extract(supernet, choice)
+        artifact.export(subnet, tmp_path / "model", choice, supernet.block_rank)
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+        logits = subnet(x).logits
+        assert difference(stock(x).logits, logits) == 0
+        assert (load(tmp_path / "model")(x).logits - logits).norm() <= 0.05 * logits.norm()
 
 
 # ---- sliding windows ------------------------------------------------------------------------------------------------

@@ -208,9 +208,11 @@ def test_autocast_runs_in_half(space: SearchSpace) -> None:
     assert any(p.grad is not None for p in supernet.lora_parameters())
 
 
-def test_blocks_compile_as_one_graph() -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_blocks_compile_as_one_graph(family: str) -> None:
     """With the aot_eager backend: traced by dynamo and AOT autograd without a graph break, executed by the same ops."""
-    supernet, x = build(QUANT_SPACE, torch.float64), ids()
+    torch._dynamo.reset()
+    supernet, x = build(QUANT_SPACE, torch.float64, family=family), ids()
     supernet.mode("full").draw(generator(5))
 
     def run() -> list[torch.Tensor | None]:

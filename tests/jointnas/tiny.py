@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig
 
 from jointnas.bilevel import Found, Run, optimise, prepare
 from jointnas.config import RunConfig, build
 from jointnas.data import Streams
+from jointnas_kernels.hf.families import build as build_model
 from tests.latency.tables import CONFIG, synthetic
 
 SPACE: dict[str, Any] = {
@@ -24,9 +25,9 @@ SPACE: dict[str, Any] = {
 NO_BITS = {**SPACE, "weight_bits": "none", "act_bits": "none"}
 
 
-def model() -> LlamaForCausalLM:
+def model(family: str = "llama") -> Any:
     torch.manual_seed(0)
-    made = LlamaForCausalLM(LlamaConfig(**vars(CONFIG), max_position_embeddings=64)).eval()
+    made: Any = build_model(AutoConfig.for_model(family, **vars(CONFIG), max_position_embeddings=64)).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "norm" in name:
