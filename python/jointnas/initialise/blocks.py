@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet
+from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.act_quant_mix import act_quant_mix
 from jointnas_kernels.ops.fake_quant_weight import compute_dtype
 from jointnas_kernels.space import LINEARS
@@ -97,15 +98,23 @@ class Blocks:
     ) -> None:
         """Shows `see` the inputs of one of block b's linears, batch by batch; what comes behind it is not run."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            see(args[0])
+        def stop(x: Tensor) -> None:
+            see(x)
             raise _Stop
 
-        module = self.layers[b].get_submodule(self.names[b][linear])
-        with _removed([module.register_forward_pre_hook(hook)]):
-            for part in x.split(self.batch):
-                with contextlib.suppress(_Stop):
-                    self.run(b, part, parameters)
+        module: Any = self.layers[b].get_submodule(self.names[b][linear])
+        hooks = [module.register_forward_pre_hook(lambda _, args: stop(args[0]))]
+        supernet = isinstance(module, SupernetLinear)
+        if supernet:  # as in the original model, it is not called, but asked for `original`
+            module.original = stop
+        try:
+            with _removed(hooks):
+                for part in x.split(self.batch):
+                    with contextlib.suppress(_Stop):
+                        self.run(b, part, parameters)
+        finally:
+            if supernet:
+                del module.original
 
     @contextlib.contextmanager
     def quantized_inputs(self, b: int, bits: int, symmetric: bool) -> Iterator[None]:

@@ -31,7 +31,7 @@ from jointnas.initialise.problem import Clips, Parameters, Problem
 from jointnas_kernels.ops.fake_quant_weight import compute_dtype
 
 log = logging.getLogger(__name__)
-LARGEST = 4.0  # start of gamma at most: sigmoid(4) = 0.98; at a ratio of 1 its gradient would vanish
+LARGEST = 4.0  # start of gamma at most: at a ratio of 1 its gradient would vanish; sigmoid(4) = 0.98
 SITES = {"attention": "q_proj", "value": "o_proj", "mlp": "gate_proj", "up": "down_proj"}  # the linears t scales for
 NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
 READERS = {"attention": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
@@ -157,7 +157,9 @@ def learn(problem: Problem, options: InitOptions, *, transform: bool, seed: int 
             error = problem.error(problem.quantized(parameters, clips))
             starts.append((error, candidate, Learned(parameters, clips, error, error)))
     start, moved, best = min(starts, key=lambda s: s[0])
-    logits = {n: ratio.logit().clamp_max(LARGEST).requires_grad_() for n, ratio in best.clips.items()}
+    # at 8 bits 0.98 would cut the largest weights by 4 levels; this cuts none by more than half a level
+    most = max(LARGEST, math.log(2**problem.bits - 1))
+    logits = {n: ratio.logit().clamp_max(most).requires_grad_() for n, ratio in best.clips.items()}
     groups: list[dict[str, Any]] = [{"params": list(logits.values()), "lr": options.lr_clip}]
     if moved is not None:
         groups.append({"params": [leaf.requires_grad_() for leaf in moved.leaves()], "lr": options.lr_transform})

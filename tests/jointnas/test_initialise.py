@@ -1,0 +1,455 @@
+"""Initialisers: GPTQ against its definition, exact equivalence of transformations, resume, grids, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from jointnas import artifact, cli
+from jointnas.config import InitOptions
+from jointnas.initialise import Bits, blocks, calibration_windows, initialise, run
+from jointnas.initialise.blocks import Blocks, quantize_tokens
+from jointnas.initialise.clip import mse_clip
+from jointnas.initialise.gptq import accumulate, gptq
+from jointnas.initialise.omniquant import equivalent, identity, learn, smoothed
+from jointnas.initialise.problem import Problem
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import convert, extract
+from jointnas_kernels.nn.linear import FakeQuantLinear
+from jointnas_kernels.ops import grid
+from jointnas_kernels.ops.act_quant_mix import act_quant_mix
+from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+from jointnas_kernels.space import Choice
+from tests.jointnas import tiny
+
+OPTIONS = InitOptions(samples=12, batch=4, epochs=3)
+G = 64
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def correlated(tokens: int, channels: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Inputs with a few common causes and channels of unlike size, as activations have them."""
+    common = random(tokens, 5, seed=seed) @ random(5, channels, seed=seed + 1)
+    return ((common + 0.3 * random(tokens, channels, seed=seed + 2)) * random(channels, seed=seed + 3).exp()).to(dtype)
+
+
+def windows(count: int = 12, length: int = 16) -> Tensor:
+    return calibration_windows(tiny.streams().all, InitOptions(samples=count), length)
+
+
+def model(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
+    """The tiny Llama (grouped-query attention), with biases of its own where the config has them."""
+    made = tiny.model()
+    if changes:
+        torch.manual_seed(0)
+        made = LlamaForCausalLM(LlamaConfig(**{**made.config.to_dict(), **changes})).eval()
+        for name, parameter in made.named_parameters():
+            if "norm" in name or "bias" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    torch.nn.Module.to(made, dtype)
+    return made.requires_grad_(False)
+
+
+def bits_of(made: Any, weight: int = 4, act: int = 16, **more: Any) -> Bits:
+    return Bits.uniform(made.config, weight, act, G, **more)
+
+
+# ---- GPTQ -----------------------------------------------------------------------------------------------------------
+
+
+def naive_gptq(weight: Tensor, hessian: Tensor, bits: int, group: int, order: Tensor, static: bool) -> Tensor:
+    """One column at a time: optimal update of all columns that are left, inverse Hessian by elimination; fp64."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    n = weight.shape[1]
+    inverse = torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(n, dtype=torch.float64))
+    w, out = weight.clone(), torch.zeros_like(weight)
+    scale = weight.view(weight.shape[0], -1, group).abs().amax(-1) / ((2**bits - 1) / 2)
+    left = torch.ones(n, dtype=torch.float64)
+    for j in order.tolist():
+        if not static and j % group == 0:
+            scale[:, j // group] = w[:, j : j + group].abs().amax(-1) / ((2**bits - 1) / 2)
+        s = scale[:, j // group]
+        out[:, j] = (w[:, j] / s).round().clamp(low, high) * s
+        error = (w[:, j] - out[:, j]) / inverse[j, j]
+        left[j] = 0
+        w = w - error[:, None] * (inverse[j] * left)
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
+    return out
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
+@pytest.mark.parametrize(("rows", "inputs", "group", "block"), [(5, 96, 32, 128), (7, 128, 16, 48), (1, 66, 11, 1)])
+def test_gptq_is_its_definition(rows: int, inputs: int, group: int, block: int, act_order: bool) -> None:
+    weight, x = random(rows, inputs, seed=9), correlated(300, inputs)
+    hessian = accumulate(accumulate(None, x[:100]), x[100:].view(2, 100, inputs))
+    assert torch.allclose(hessian, x.t() @ x)
+    values, of = gptq(weight, hessian, 4, group, clip=False, act_order=act_order, block=block)
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True) if act_order else torch.arange(inputs)
+    want = naive_gptq(weight, hessian, 4, group, order, act_order)
+    # levels are the same; values differ by the rounding of different, equal expressions
+    assert torch.allclose(values, want, rtol=1e-9, atol=1e-12)
+    assert torch.equal(grid.integers(values, of).double() * of.scale.repeat_interleave(group, 1), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("clip", [False, True], ids=["absmax", "clip"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
+def test_gptq_of_uncorrelated_inputs_is_rounding(dtype: torch.dtype, clip: bool, act_order: bool) -> None:
+    weight = random(6, 192, dtype=dtype)
+    ratio = mse_clip(weight, 3, 64) if clip else None
+    want = grid.quantize(weight, 3, 64, clip=ratio)
+    got = gptq(weight, 8 * torch.eye(192), 3, 64, clip=clip, act_order=act_order)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1].scale, want[1].scale)
+
+
+@pytest.mark.parametrize("act_order", [False, True], ids=["in-order", "act-order"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_beats_rounding_on_correlated_inputs(bits: int, act_order: bool) -> None:
+    weight, x = random(16, 256, dtype=torch.float32), correlated(1000, 256, dtype=torch.float32)
+    values, _ = gptq(weight, accumulate(None, x), bits, G, act_order=act_order)
+    rounded = fake_quant_weight(weight, bits, G)
+
+    def error(q: Tensor) -> float:
+        return float((x @ (q - weight).t()).square().mean())
+
+    assert error(values) < 0.6 * error(rounded)
+
+
+def test_gptq_survives_inputs_that_are_always_zero() -> None:
+    weight, x = (
+        random(4, 128, dtype=torch.float32),
+        correlated(40, 128, dtype=torch.float32),
+    )  # fewer tokens than inputs
+    x[:, 3] = 0
+    values, of = gptq(weight, accumulate(None, x), 4, G)
+    assert torch.isfinite(values).all()
+    assert torch.equal(values[:, 3], (weight[:, 3] / of.scale[:, 0]).round().clamp(-8, 7) * of.scale[:, 0])
+    assert torch.isfinite(gptq(weight, torch.zeros(128, 128), 4, G)[0]).all()
+
+
+# ---- OmniQuant ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_transformation_is_exactly_equivalent(biased: bool) -> None:
+    made = model(torch.float64, attention_bias=biased, mlp_bias=biased)
+    original = made(windows(3)).logits
+    walk = Blocks(made)
+    for b, layer in enumerate(made.model.layers):
+        parameters = {k: v.detach() for k, v in layer.named_parameters()}
+        moved = identity(parameters, walk.names[b], layer.self_attn.head_dim)
+        assert (moved.shift is not None) == biased
+        for i, leaf in enumerate(moved.leaves()):
+            leaf += random(*leaf.shape, seed=i)
+        new = equivalent(parameters, walk.names[b], moved)
+        assert max(float((new[k] - v).abs().max()) for k, v in parameters.items()) > 0.1
+        layer.load_state_dict(new)
+    assert (made(windows(3)).logits - original).abs().max() <= 1e-10
+
+
+def problem(made: LlamaForCausalLM, bits: int = 2, b: int = 1) -> Problem:
+    walk = Blocks(made)
+    x = walk.start(windows())
+    for i in range(b):
+        walk.advance(i, x)
+    return Problem(walk, b, x, walk.advance(b, x.clone()), bits, bits_of(made).groups())
+
+
+@pytest.mark.parametrize(("bits", "act"), [(2, 16), (4, 16), (4, 4), (8, 8)], ids=lambda v: str(v))
+def test_learning_never_raises_the_block_error(bits: int, act: int) -> None:
+    made = model(attention_bias=True)
+    todo = problem(made, bits)
+    with todo.blocks.quantized_inputs(1, act, False):
+        found = learn(todo, InitOptions(epochs=8, batch=4), transform=act < 16)
+        rounded = todo.error(todo.quantized(todo.weights, todo.unclipped()))
+        # clipping hardly helps a block of random weights: only the transformation has something to learn here
+        assert found.end <= found.start <= rounded
+        assert found.end < found.start or act != 4
+        assert todo.error(todo.quantized(found.parameters, found.clips)) == found.end
+    assert all((clip > 0).all() and (clip <= 1).all() for clip in found.clips.values())
+
+
+def test_smoothing_evens_out_an_outlier() -> None:
+    """A channel of large activations and small weights: per-token quantization profits from SmoothQuant's start."""
+    made = model()
+    layer = made.model.layers[1]
+    with torch.no_grad():
+        layer.post_attention_layernorm.weight[5] *= 60
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight[:, 5] /= 60
+    todo = problem(made, 8)
+    start = identity(todo.parameters, todo.names, layer.self_attn.head_dim)
+    smooth = smoothed(todo, start)
+    assert smooth.log_scale["mlp"].argmax() == 5
+    with todo.blocks.quantized_inputs(1, 4, False):
+        plain, better = (
+            todo.error(todo.quantized(equivalent(todo.parameters, todo.names, t), todo.unclipped()))
+            for t in (start, smooth)
+        )
+    assert better < 0.5 * plain
+
+
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_learnable_token_quantizer(symmetric: bool) -> None:
+    """The op's values; a gradient that follows the range: scaling x by t scales Q(x) by t, so x · dQ/dx = Q."""
+    x = random(5, 33).requires_grad_()
+    y = quantize_tokens(x, 3, symmetric)
+    assert torch.equal(y, act_quant_mix(x.detach(), (3,), torch.ones(1), symmetric=symmetric))
+    g = random(5, 33, seed=1)
+    (dx,) = torch.autograd.grad(y, x, g)
+    assert torch.allclose((x * dx).sum(-1), (g * y).sum(-1))
+    half = x.detach().bfloat16().requires_grad_()
+    assert torch.equal(
+        quantize_tokens(half, 4, symmetric), act_quant_mix(half.detach(), (4,), torch.ones(1), symmetric=symmetric)
+    )
+
+
+def test_transformed_weights_scale_their_grid() -> None:
+    """Likewise for weights: w · dQ/dw + the clipped part = Q; a gradient does not change values."""
+    todo = problem(model(), 3)
+    clips = {n: torch.full_like(c, 0.7) for n, c in todo.unclipped().items()}
+    name = f"{todo.names['o_proj']}.weight"
+    leaf = todo.parameters[name].double().requires_grad_()
+    out = todo.quantized({**todo.weights, name: leaf}, clips)[name]
+    with torch.no_grad():
+        assert torch.equal(out, todo.quantized({**todo.weights, name: leaf}, clips)[name])
+    g = random(*out.shape, seed=3)
+    (dw,) = torch.autograd.grad(out, leaf, g)
+    assert torch.allclose((leaf * dw).sum(), (g * out).sum(), rtol=1e-5, atol=1e-4)
+
+
+# ---- the whole model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("method", "act"), [("rtn", 16), ("clip", 8), ("gptq", 4), ("omniquant", 16), ("omniquant", 4)]
+)
+def test_plain_model_lies_on_its_grid(method: run.Method, act: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Integers and scales give the weights bit for bit, before and after an export."""
+    made = model(dtype)
+    rows = initialise(made, method, windows(), bits_of(made, 4, act), options=OPTIONS, progress=False)
+    assert [r["block"] for r in rows] == [0, 1, 2]
+    linears = [m for m in made.modules() if isinstance(m, FakeQuantLinear)]
+    assert len(linears) == 21
+    for linear in linears:
+        assert linear.grid is not None
+        assert linear.act_bits == act
+        assert linear.group_size == (32 if linear in [layer.self_attn.o_proj for layer in made.model.layers] else G)
+        q = grid.integers(linear.weight, linear.grid)
+        scale = linear.grid.scale.repeat_interleave(linear.group_size, 1)
+        assert scale.dtype == dtype
+        assert torch.equal(q.to(dtype) * scale, linear.weight)
+    if dtype == torch.float32 and method != "rtn":
+        choice = run.single_space(made.config, 4, act, G).full()
+        artifact.export(made, tmp_path / "m", choice, range(3))
+        ids = windows(2)
+        assert torch.equal(artifact.reload(tmp_path / "m")(ids).logits, made(ids).logits)
+
+
+def test_methods_keep_their_order() -> None:
+    """Errors of the last block at 2 bits: rounding > OmniQuant and GPTQ; reported is what the model does."""
+    last, ids = {}, windows()
+    original = model()
+    for method in ("rtn", "gptq", "omniquant"):
+        made = model()
+        rows = initialise(made, method, ids, bits_of(made, 2), options=OPTIONS, progress=False)
+        last[method] = rows[-1]["mse"]
+        assert all(r["mse"] < r["mse_rtn"] or method == "rtn" for r in rows)
+        got, want = (m.model(ids, output_hidden_states=True).hidden_states for m in (made, original))
+        assert float((got[2] - want[2]).square().mean()) == pytest.approx(rows[1]["mse"], rel=1e-3)
+    assert max(last["gptq"], last["omniquant"]) < last["rtn"]
+
+
+def test_mixed_bits_of_an_extracted_choice() -> None:
+    space = tiny.config("unused").space.build()
+    choice = Choice(64, 4, 16, 192, 2, (4, 8, 4), (8, 16, 8))
+    bits = Bits.of(choice, space, block_rank=(2, 1, 0), act_symmetric=True)
+    assert (bits.weight, bits.act, bits.group_size, bits.o_proj_group) == ((8, 4), (16, 8), 64, 16)
+    plain = extract(convert(model(), tiny.config("unused", tiny.NO_BITS).space.build()), Choice(64, 4, 16, 192, 2))
+    initialise(plain, "gptq", windows(), bits, options=OPTIONS, progress=False)
+    first, second = plain.model.layers
+    assert (first.mlp.up_proj.weight_bits, first.mlp.up_proj.act_bits) == (8, 16)
+    assert (second.self_attn.o_proj.weight_bits, second.self_attn.o_proj.act_bits) == (4, 8)
+    assert second.self_attn.o_proj.act_symmetric
+    assert second.self_attn.o_proj.group_size == 16
+
+
+@pytest.mark.parametrize("method", ["rtn", "clip", "omniquant"])
+def test_supernet_gets_ratios_for_every_precision(method: run.Method) -> None:
+    supernet = convert(model(), tiny.config("unused").space.build())
+    rows = initialise(supernet, method, windows(), options=OPTIONS, progress=False)
+    assert [(r["block"], r["weight_bits"]) for r in rows] == [(b, w) for b in range(3) for w in (4, 8)]
+    assert all(r["mse"] < r["mse_rtn"] for r in rows if method == "omniquant")
+    for _, linear in supernet.linears():
+        assert tuple(linear.clip.shape) == (2, linear.out_features, linear.in_features // linear.group_size)
+        ratio = torch.ones(1) if method == "rtn" else mse_clip(linear.weight, 4, linear.group_size)
+        assert method == "omniquant" or torch.equal(linear.clip[0], ratio.expand_as(linear.clip[0]))
+    # what was minimised is what the supernet computes: block 0 of the choice with the highest precision
+    x = blocks.Blocks(supernet).start(windows(2))
+    choice = supernet.space.full()
+    seen: list[Tensor] = []
+    hook = supernet.blocks[0].register_forward_hook(lambda m, a, out: seen.append(out))
+    supernet.fix(choice)(windows(2))
+    supernet.original(windows(2))
+    hook.remove()
+    assert x.shape == seen[0].shape
+    with torch.no_grad():
+        assert (seen[0] - seen[1]).square().mean() < 1e-2 * seen[1].square().mean()
+
+
+def test_without_weight_bits_there_is_nothing_to_do() -> None:
+    supernet = convert(model(), tiny.config("unused", tiny.NO_BITS).space.build())
+    assert initialise(supernet, "omniquant", windows(), progress=False) == []
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["gptq", "omniquant", "supernet"])
+def test_resumed_is_uninterrupted(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(folder: Path | None) -> tuple[Any, list[dict[str, Any]]]:
+        made: Any = model()
+        if kind == "supernet":
+            torch.manual_seed(0)
+            made, bits, method = convert(made, tiny.config("unused").space.build()), None, "omniquant"
+        else:
+            bits, method = bits_of(made, 4, 8), kind
+        return made, initialise(made, method, windows(), bits, options=OPTIONS, folder=folder, progress=False)
+
+    whole, rows = start(None)
+    job = run.Supernets if kind == "supernet" else run.Plain
+    solve = job.solve
+
+    def solve_two(self: Any, b: int, x: Any, y: Any) -> Any:
+        if b == 2:
+            raise Killed
+        return solve(self, b, x, y)
+
+    monkeypatch.setattr(job, "solve", solve_two)
+    with pytest.raises(Killed):
+        start(tmp_path)
+    monkeypatch.undo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "block-000.safetensors", "block-001.safetensors", "blocks.jsonl", "settings.json",
+    ]  # fmt: skip
+    again, resumed = start(tmp_path)
+    for (name, a), (other, b) in zip(whole.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b), name
+
+    def plain(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in found]
+
+    assert plain(rows) == plain(resumed)
+    assert [json.loads(line) for line in (tmp_path / "blocks.jsonl").read_text().splitlines()] == resumed
+    monkeypatch.setattr(job, "solve", None)  # finished: nothing is computed again
+    third, _ = start(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), third.state_dict().values(), strict=True))
+
+
+def test_another_job_in_the_folder_is_refused(tmp_path: Path) -> None:
+    def start(bits: int, count: int = 12) -> None:
+        made = model()
+        initialise(made, "clip", windows(count), bits_of(made, bits), folder=tmp_path, progress=False)
+
+    start(4)
+    with pytest.raises(JointNASError, match="another bits; remove it or choose another folder"):
+        start(8)
+    with pytest.raises(JointNASError, match="another calibration"):
+        start(4, 8)
+    start(4)
+    (tmp_path / "block-001.safetensors").write_bytes(b"torn")
+    with pytest.raises(JointNASError, match=r"block-001.safetensors is damaged .* remove it"):
+        start(4)
+
+
+# ---- command line and bad input -------------------------------------------------------------------------------------
+
+
+def test_command_quantizes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("jointnas.data.load", lambda *a, **k: tiny.streams())
+    tiny.model().save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = [
+        "quantize", "--model.source", str(tmp_path / "model"), "--bits.weight", "4", "--bits.act", "8",
+        "--out", str(out), "--bits.group_size", "64", "--data.seq_len", "16", "--options.samples", "8",
+        "--progress", "false",
+    ]  # fmt: skip
+    (tmp_path / "out.partial").mkdir()
+    assert cli.main(arguments) == 2
+    assert "unfinished quantization; pass --resume" in capsys.readouterr().err
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    assert len((out / "quantization.jsonl").read_text().splitlines()) == 3
+    assert "Quantized after training by `gptq` on 128 tokens." in (out / "README.md").read_text()
+    assert not (tmp_path / "out.partial").exists()
+    made = tiny.model().requires_grad_(False)
+    ids = calibration_windows(tiny.streams().all, InitOptions(samples=8), 16)
+    initialise(made, "gptq", ids, bits_of(made, 4, 8), options=InitOptions(samples=8), progress=False)
+    assert torch.equal(artifact.reload(out)(ids).logits, made(ids).logits)
+    assert cli.main(arguments) == 2
+    assert "exists; choose another folder" in capsys.readouterr().err
+
+
+def test_search_takes_the_initialiser(tmp_path: Path) -> None:
+    """A run keeps the blocks of methods that need data, and opens with the same quantizers again."""
+    quantizer = {"init": "omniquant", "options": {"samples": 8, "epochs": 1}}
+    first = tiny.start(tiny.config(tmp_path, quantizer=quantizer))
+    second = tiny.start(tiny.config(tmp_path, quantizer=quantizer))
+    assert (tmp_path / "quantizers" / "block-002.safetensors").is_file()
+    for (_, a), (_, b) in zip(first.supernet.linears(), second.supernet.linears(), strict=True):
+        assert torch.equal(a.clip, b.clip)
+    with pytest.raises(JointNASError, match=r"gptq decides how fixed weights are rounded.* rtn, clip, omniquant"):
+        tiny.start(tiny.config(tmp_path / "g", quantizer={"init": "gptq"}))
+
+
+def quantized() -> Any:
+    made = model()
+    initialise(made, "rtn", None, bits_of(made), progress=False)
+    return made
+
+
+CASES = {
+    "method": (lambda m: initialise(m, "gptqq", windows(), bits_of(m)), "Did you mean 'gptq'"),
+    "no-data": (lambda m: initialise(m, "gptq", None, bits_of(m)), "gptq needs calibration tokens .*: rtn, clip"),
+    "shape": (lambda m: initialise(m, "gptq", windows()[0], bits_of(m)), r"must be token ids .* got shape \(16,\)"),
+    "no-bits": (lambda m: initialise(m, "rtn"), "a plain model needs `bits`"),
+    "bits": (lambda m: bits_of(m, 9), "weight_bits contains 9; allowed: 2 to 8"),
+    "act": (lambda m: bits_of(m, 4, 12), "act_bits contains 12"),
+    "group": (lambda m: Bits.uniform(m.config, 4, 16, 48), "no multiple of 48"),
+    "blocks": (lambda m: initialise(m, "rtn", None, Bits((4,), (16,), G, 32)), "the model has 3 blocks"),
+    "twice": (lambda m: initialise(quantized(), "rtn", None, bits_of(m)), "q_proj is quantized already"),
+    "hessian": (lambda m: gptq(torch.ones(2, 64), torch.eye(63), 4, 64), r"Hessian has shape \(63, 63\)"),
+    "not-finite": (lambda m: gptq(torch.ones(2, 64), torch.full((64, 64), torch.nan), 4, 64), "cannot be factorised"),
+    "few-tokens": (lambda m: calibration_windows(torch.arange(99), InitOptions(samples=8), 16), "too few"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input(case: str) -> None:
+    call, message = CASES[case]
+    with pytest.raises(JointNASError, match=message):
+        call(model())
+
+
+def test_supernet_takes_no_bits() -> None:
+    supernet = convert(copy.deepcopy(model()), tiny.config("unused").space.build())
+    with pytest.raises(JointNASError, match="a supernet's bits are those of its space"):
+        initialise(supernet, "rtn", None, Bits((4,), (16,), G, 32))
