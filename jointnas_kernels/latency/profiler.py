@@ -11,7 +11,6 @@ then by the next `--resume`. What still is disturbed is marked, counted and warn
 from __future__ import annotations
 
 import datetime
-import logging
 import math
 import os
 import sys
@@ -33,9 +32,8 @@ from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Ro
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
-from jointnas_kernels.latency.watch import DRIFT, Reading, Watch
+from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
 
-log = logging.getLogger(__name__)
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
 PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 9 s of a profile with 0.03 s each
 AGAIN = 0.3  # share of the profile's time, at least half of that, that goes into what was disturbed, at the end
@@ -139,7 +137,7 @@ def profile(
     table = LatencyTable(header, list(rows.values()), None if readings else calibration)
     table.save(out)
     if table.caution:
-        log.warning(table.caution)
+        warn_once(table.caution)
     return table
 
 

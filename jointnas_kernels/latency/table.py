@@ -19,7 +19,6 @@ feasibility; the probability that the condition excludes is returned, for the ob
 from __future__ import annotations
 
 import itertools
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,10 +45,8 @@ from jointnas_kernels.latency.spec import (
     with_bits,
 )
 from jointnas_kernels.latency.timing import describe, pinned_threads
-from jointnas_kernels.latency.watch import Watch
+from jointnas_kernels.latency.watch import Watch, warn_once
 from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
-
-log = logging.getLogger(__name__)
 
 
 class Expected(NamedTuple):
@@ -212,7 +209,7 @@ class LatencyTable:
         key = (space, tuple(block_rank) if block_rank is not None else None)
         if key not in self._bound:
             if self.caution and not self._bound:
-                log.warning(self.caution)
+                warn_once(self.caution)
             self._bound[key] = Bound(self, space, block_rank)
         return self._bound[key]
 

@@ -112,8 +112,11 @@ def _cpu_caches() -> list[int]:
 
 
 def copies(weight_bytes: int, model_bytes: int, device: torch.device, limit: int = 64, cache: int | None = None) -> int:
-    """How many copies to rotate through: as many bytes as the whole model has, at most twice the cache (the last)."""
-    footprint = min(model_bytes, 2 * (cache_bytes(device) if cache is None else cache))
+    """How many copies to rotate through: as many bytes as the whole model has, at most four times the last cache.
+
+    Twice is not enough on a CPU: reads of 64 MB ran at 51 GB/s beside an L3 of 32 MB, of 232 MB at 41 GB/s.
+    """
+    footprint = min(model_bytes, 4 * (cache_bytes(device) if cache is None else cache))
     return max(1, min(limit, -(-footprint // max(1, weight_bytes))))
 
 

@@ -22,6 +22,8 @@ used up; what is still disturbed then is marked `contended`.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -31,12 +33,20 @@ from typing import NamedTuple
 
 import torch
 
+log = logging.getLogger(__name__)
+
 # (repeat above, contended above); a quiet virtual machine of 2 cores shows 0.02, 0.02 and 0.02
 DRIFT, WAITED = (0.02, 0.08), (0.05, 0.15)
 SPREAD = 0.3
 SCALE = (1.0, 4.0, 4.0)  # of the reference kernels' drifts: GEMM, copy by columns, crossing
 CALLS = 5  # of each kernel in one reading
 Reading = tuple[float, ...]  # seconds of every reference kernel
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """A warning that a process repeats only in other words: several tables of a run share their doubts."""
+    log.warning(text)
 
 
 class Measured(NamedTuple):

@@ -1,8 +1,8 @@
 """`demo`: the whole mission on the embedded model, in minutes on two CPU cores.
 
-Latency table of this machine → joint search (widths, depth, bits per block) under a parameter budget → pruning,
-distillation, export, reload → one table with the original, random architectures of the same cost, and the original
-quantized as a whole; a Pareto plot and the heat maps of the search.
+Latency table of this machine → joint search (widths, depth, bits per block) for a latency that no single precision of
+the whole model reaches → pruning, distillation, export, reload → one table with the original, random architectures of
+the same cost, and the original quantized as a whole; a Pareto plot and the heat maps of the search.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from jointnas import artifact, models, plots
-from jointnas.bilevel import Run, optimise, prepare
+from jointnas.bilevel import Run, measure_table, optimise, prepare
 from jointnas.config import RunConfig, build
 from jointnas.distillation import bake, distil, original_logits, trainable
 from jointnas.peers import fresh_supernet, random_peers
@@ -23,10 +24,11 @@ from jointnas.pipeline import describe_model, found_choice, load_supernet, write
 from jointnas.reporting import latency_title, pareto_points, report
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract
-from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.latency.table import Bound, LatencyTable
 from jointnas_kernels.space import Choice
 
 log = logging.getLogger(__name__)
+TARGET = 0.6  # of the fastest single precision of the whole model
 
 
 def demo(
@@ -44,9 +46,10 @@ def demo(
     if threads:
         torch.set_num_threads(threads)
     began = time.monotonic()
-    config = demo_config(out, device, seed)
-    run = prepare(config)
+    config, table = with_target(demo_config(out, device, seed))
+    run = prepare(config, table=table)
     say(began, f"latency table: {len(run.table.rows)} measurements on {run.table.header.device}")
+    say(began, f"target {config.target_latency_ms:.2f} ms: {TARGET:.0%} of the original at its fastest precision")
     finished = (run.folder / "choice.json").is_file()
     if finished:
         load_supernet(run)
@@ -85,13 +88,22 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
             "data": {"batch_size": 4, "seq_len": 128},
             "latency": {"batch": 4, "seq": 128, "seconds": 0.02},
             "search": {
-                "steps": 240, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 1.0, "budget_max": 0.6,
-                "gap_every": 20, "log_every": 5,
+                "steps": 240, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
+                "log_every": 5,
             },
             "finetune": {"steps": 240, "lr": 1e-3},
             "eval": {"tokens": 32768, "task_limit": 100},
         },
     )  # fmt: skip
+
+
+def with_target(config: RunConfig) -> tuple[RunConfig, LatencyTable]:
+    """Measures the run's latency table, if it is not there yet, and sets the target from it."""
+    space, model_config = config.space.build(), models.model_config(config.model)
+    table = measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
+    bound = table.bind(table.restrict(space)[0])
+    fastest = min([bound.original(), *(bound.predict(choice) for _, choice in whole_model_bits(bound))])
+    return config.model_copy(update={"target_latency_ms": TARGET * fastest}), table
 
 
 def candidates(run: Run, found: Choice, randoms: int, seed: int) -> list[tuple[str, Choice | None]]:

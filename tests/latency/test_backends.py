@@ -144,10 +144,11 @@ def test_unknown_device() -> None:
         describe("meta")
 
 
-def test_copies_cover_the_model_but_not_more_than_twice_the_cache() -> None:
+def test_copies_cover_the_model_but_not_many_times_the_cache() -> None:
     assert copies(1000, 10_000, CPU) == 10
     assert copies(10_000, 1000, CPU) == 1
     assert copies(1, 10**12, CPU) == 64
+    assert copies(2**20, 10**12, CPU, cache=2**22) == 16
 
 
 def test_measure_walks_through_all_runs() -> None:

@@ -13,7 +13,7 @@ from jointnas_kernels.latency import LatencyTable, Workload, profile
 from jointnas_kernels.latency.measure import ENOUGH, calibrate
 from jointnas_kernels.latency.schema import read
 from jointnas_kernels.latency.timing import measure, private_cache_bytes, retain_memory
-from jointnas_kernels.latency.watch import Measured, Watch, reference_kernels, waited_seconds
+from jointnas_kernels.latency.watch import Measured, Watch, reference_kernels, waited_seconds, warn_once
 from jointnas_kernels.space import SearchSpace
 from tests.latency.tables import CONFIG, calm, synthetic
 
@@ -153,6 +153,7 @@ def test_contended_profile_warns_once_says_what_to_do_and_resumes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "table.jsonl"
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
         table = run(path, steps(*[1e-3] * 10, 2e-3))  # quiet only while the baseline is read
     warnings = [r.getMessage() for r in caplog.records]
@@ -164,6 +165,10 @@ def test_contended_profile_warns_once_says_what_to_do_and_resumes(
 
     caplog.clear()
     with caplog.at_level(logging.WARNING):
+        LatencyTable.load(path).predict(SPACE.full(), SPACE)
+        assert not caplog.records, "said before"
+        warn_once.cache_clear()
+        table = LatencyTable.load(path)
         table.predict(SPACE.full(), SPACE)
         table.predict(SPACE.full(), SPACE)
     assert [r.getMessage() for r in caplog.records] == [table.caution]
