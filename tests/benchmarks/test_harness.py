@@ -18,6 +18,7 @@ from benchmarks import (
     harness,
     mma_rate,
     render,
+    sections,
 )
 from benchmarks.harness import Recorder, Timing, WrongResult
 from jointnas import bench
@@ -103,7 +104,7 @@ def test_every_benchmark_runs_and_renders(
     assert {"ours", *bench_masks.PEERS} == {row["name"] for row in rows_of(folder, "masks")}
     assert {"llama3 arch step", "qllama3 arch step"} <= {row["name"] for row in rows_of(folder, "step")}
     monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(render, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(sections, "PLOTS", tmp_path / "plots")
     text = render.sections()
     assert "mixed_rmsnorm" in text
     assert "stored masks (Eq. 9)" in text

@@ -1,0 +1,364 @@
+"""The tables and plots of benchmarks/RESULTS.md: one function per topic, rows of one device in, Markdown out."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+PLOTS = Path(__file__).resolve().parent / "plots"
+Row = dict[str, Any]
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def pick(rows: Iterable[Row], name: str | None = None, **params: Any) -> list[Row]:
+    """Rows of one name with these parameter values."""
+    return [
+        r
+        for r in rows
+        if (name is None or r["name"] == name) and all(r["params"].get(k) == v for k, v in params.items())
+    ]
+
+
+def table(head: list[str], body: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(cells) + " |" for cells in body])
+
+
+def seconds(value: float) -> str:
+    if value < 1e-3:
+        return f"{value * 1e6:.1f} µs"
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB"
+
+
+def where(row: Row) -> str:
+    return f"{row['device']}, torch {row['torch']}, {row['date'][:10]}, commit {row['commit']}"
+
+
+def masks(rows: list[Row], device: str) -> str:
+    """Fig. 3: one line per size of the search space."""
+    names = {
+        "loop": "loops", "loop-best": "loops, improved", "masks": "stored masks (Eq. 9)", "gemv": "stored, best",
+        "shared": "stored, shared",
+    }  # fmt: skip
+    counts = sorted({r["params"]["candidates"] for r in rows})
+    body = []
+    for count in counts:
+        here = {r["name"]: r for r in pick(rows, candidates=count)}
+        if "ours" not in here:
+            continue
+        ours = here["ours"]
+        cells = [f"{count:,}", seconds(ours["extra"]["lora"]), seconds(ours["median"])]
+        for name in names:
+            row = here.get(name)
+            # both were timed beside LoRA in their own interleaved run: the ratio of ratios cancels drift in between
+            cells.append(
+                f"{seconds(row['median'])} ({row['extra']['ratio'] / ours['extra']['ratio']:.1f}×)" if row else ""
+            )
+        extra = [here[n]["extra"]["memory"] if n in here else None for n in ("ours", "masks", "gemv")]
+        cells.append(" / ".join("–" if e is None else gigabytes(e) for e in extra))
+        body.append(cells)
+    if not body:
+        return ""
+    sizes = rows[0]["params"]
+    head = ["candidates", "2 LoRA steps", "ours", *names.values(), "extra memory ours / Eq. 9 / best"]
+    plot_masks(rows, device)
+    return (
+        f"**Mixing weights: one search iteration (weight + arch step), {sizes['layers']} Llama-3.1-8B block"
+        f"{'s' if sizes['layers'] > 1 else ''}, batch {sizes['batch']} × {sizes['tokens']}, {sizes['dtype']}** "
+        f"({where(rows[-1])}; × = times slower than ours)\n\n{table(head, body)}\n\n"
+        f"![time and memory over the number of candidates](benchmarks/plots/masks-{slug(device)}.png)"
+    )
+
+
+def steps(rows: list[Row], device: str) -> str:
+    """Every contender of every panel, with its ratio to PEFT LoRA in the same interleaved run."""
+    body = []
+    for row in sorted(rows, key=lambda r: (r["params"]["layers"], r["params"]["tokens"], r["params"]["panel"])):
+        p, extra = row["params"], row["extra"]
+        shape = f"{p['layers']} × ({p['batch']} × {p['tokens']}) {p['dtype']}"
+        ratio = f"{extra['ratio']:.2f}×" if "ratio" in extra else ""
+        body.append([p["panel"], shape, row["name"], seconds(row["median"]), ratio, gigabytes(extra["peak"])])
+    head = ["panel", "blocks × tokens", "step", "median", "of PEFT LoRA", "peak in the step"]
+    note = (
+        "panel main: eager; panel graph: the fastest PEFT is captured in CUDA graphs, and rows ending in *graph* "
+        "replay theirs, whose peak comes on top of what the graphs hold"
+    )
+    return f"**Training steps** ({where(rows[-1])}; {note})\n\n{table(head, body)}" if body else ""
+
+
+def gemm(rows: list[Row], device: str) -> str:
+    """Time over the number of tokens: ours as chosen automatically, and every other library."""
+    shown = ("ours, popcount", "ours, quantize x")
+    rows = [r for r in rows if r["name"] in shown or not r["name"].startswith(("plan", "ours, "))]
+    parts = []
+    for n, k in sorted({(r["params"]["n"], r["params"]["k"]) for r in rows}):
+        here = pick(rows, n=n, k=k)
+        tokens = sorted({r["params"]["m"] for r in here})
+        kinds = {(r["params"]["scheme"], r["params"]["dtype"], r["name"]) for r in here}
+        body = []
+        for scheme, dtype, name in sorted(kinds, key=lambda kind: (kind[0][-2:] != "16", kind)):
+            found = [pick(here, name, scheme=scheme, m=m, dtype=dtype) for m in tokens]
+            label = scheme.upper() if scheme != "16" else "32 bit" if dtype == "float32" else "16 bit"
+            share = next((f"{r['extra']['share']:.0%}" for r in found[0] if "share" in r["extra"]), "")
+            body.append([label, name, *(seconds(f[-1]["median"]) if f else "" for f in found), share])
+        head = ["bits", "by", *(f"M = {m}" for m in tokens), f"of the bandwidth at M = {tokens[0]}"]
+        parts.append(
+            f"**Linear {n}×{k}, weights rotated past the caches** ({where(here[-1])}; activation quantization included "
+            f"in ours)\n\n{table(head, body)}"
+        )
+    return "\n\n".join(parts)
+
+
+def decode(rows: list[Row], device: str) -> str:
+    """Tokens per second of exported models on the low-bit kernels, and the latency table's word on it."""
+    titles = {"small": "the embedded model", "blocks": "Llama-3.1-8B blocks"}
+    body = []
+    for panel, title in titles.items():
+        for row in pick(rows, panel=panel):
+            extra = row["extra"]
+            cells = [f"{extra['tokens_per_s']:,.0f}", f"{extra['bytes'] / 1e6:,.1f} MB"]
+            cells += [f"{extra[k]:.2f}×" for k in ("speedup", "predicted_speedup", "predicted_of_measured")]
+            body.append([title, row["name"], *cells])
+    if not body:
+        return ""
+    p = rows[-1]["params"]
+    head = ["model", "bits", "tokens/s", "weights", "speed-up", "predicted by the table", "predicted / measured"]
+    return (
+        f"**Decoding one token after {p['context']}, batch 1, {p['dtype']}, {p['threads']} threads** "
+        f"({where(rows[-1])}; Python and the rest of transformers included in what is measured, not in the table)\n\n"
+        f"{table(head, body)}"
+    )
+
+
+def search(rows: list[Row], device: str) -> str:
+    """Found models against random ones of the same cost, and against all choices of a small space."""
+    body = []
+    scores = [r for r in rows if r.get("kind") == "score" and r.get("experiment") == "joint"]
+    for seed in sorted({r["seed"] for r in scores}):
+        here = [r for r in scores if r["seed"] == seed]
+        found = [r["ce"] for r in here if r["role"] == "found"]
+        others = [r["ce"] for r in here if r["role"] == "random"]
+        if found and others:
+            values = (found[0], statistics.median(others), min(others))
+            body.append([str(seed), *(f"{v:.3f}" for v in values), str(len(others))])
+    parts = []
+    if body:
+        head = ["seed", "found", "median of random", "best of random", "random models"]
+        parts.append(
+            f"**Joint search, `tiny` space with bits: cross-entropy (nats per token) after the same fine-tuning** "
+            f"({where(scores[-1])})\n\n{table(head, body)}"
+        )
+    truth = [r for r in rows if r.get("kind") == "summary" and (r.get("exhaustive") or {}).get("searches")]
+    if truth:
+        last = truth[-1]["exhaustive"]
+        runs = last["searches"]
+        distance, hits = max(f["behind_front"] for f in runs), sum(f["on_front"] for f in runs)
+        parts.append(
+            f"**Against all {last['of']} choices of a sub-space without bits, each fine-tuned** ({where(truth[-1])}): "
+            f"{hits} of {len(runs)} searches ({len({f['seed'] for f in runs})} seeds) ended on the true front; the "
+            f"farthest was {distance:.3f} nats behind it; hypervolume {last['hypervolume']['all']:.3f} of the front's."
+        )
+    return "\n\n".join(parts)
+
+
+def ptq(rows: list[Row], device: str) -> str:
+    """Perplexity by scheme and method, and what learning does to the error of every block."""
+    names = {"rtn": "RTN", "clip": "RTN, MSE clip", "gptq": "GPTQ", "omniquant": "OmniQuant"}
+    quantized = [r for r in rows if r["name"] in names]
+    if not quantized:
+        return ""
+    schemes = list(dict.fromkeys(r["params"]["scheme"] for r in quantized))
+    body, blocks = [], []
+    for scheme in schemes:
+        found = {r["name"]: r for r in pick(quantized, scheme=scheme)}
+        body.append([scheme.upper(), *(f"{found[n]['median']:.2f}" if n in found else "" for n in names)])
+        extra = found["omniquant"]["extra"] if "omniquant" in found else {}
+        for key, label in (("mse_rtn", "RTN"), ("mse_start", "start"), ("mse", "learned")):
+            if key in extra:
+                blocks.append([scheme.upper(), label, *(f"{100 * v:.3g}" for v in extra[key])])
+    plain = pick(rows, "16bit")
+    base = f"; unquantized {plain[-1]['median']:.2f}" if plain else ""
+    tokens, context = quantized[-1]["params"]["tokens"], quantized[-1]["extra"]["context"]
+    calibration = quantized[-1]["extra"]["samples"] * context
+    parts = [
+        f"**Post-training quantization of the embedded model: perplexity on {tokens:,} held-out tokens** "
+        f"({where(quantized[-1])}; groups of 128, {calibration:,} calibration tokens{base})\n\n"
+        f"{table(['bits', *names.values()], body)}"
+    ]
+    if blocks:
+        head = ["bits", "OmniQuant", *(f"block {i}" for i in range(len(blocks[0]) - 2))]
+        parts.append(
+            "Squared error of each block's output, % of the output's energy, on inputs from the OmniQuant blocks "
+            f"before it: rounded to nearest, at the start, learned\n\n{table(head, blocks)}"
+        )
+    return "\n\n".join(parts)
+
+
+def kernels(rows: list[Row], device: str) -> str:
+    """Share of the copy bandwidth, forward / backward of a weight step / of an arch step."""
+    whats = ("forward", "backward, weight step", "backward, arch step")
+    names = list(dict.fromkeys(r["name"] for r in rows if "share" in r["extra"] and "tokens" in r["params"]))
+    tokens = sorted({r["params"]["tokens"] for r in rows if "tokens" in r["params"]})
+    body = []
+    for name in [n for n in names if n != "quant_lora_linear"]:
+        cells = [f"`{name}`"]
+        for count in tokens:
+            here = [pick(rows, name, tokens=count, what=what) for what in whats]
+            cells.append(
+                " / ".join(f"{h[-1]['extra']['share']:.0%}" if h else "–" for h in here)
+                + (f" ({seconds(here[0][-1]['median'])})" if here[0] else "")
+            )
+        body.append(cells)
+    parts = []
+    copy = pick(rows, "copy")
+    if body:
+        rate = f" of {copy[-1]['median'] / 1e12:.3g} TB/s" if copy else ""
+        title = f"**Fused ops, share of the measured copy bandwidth{rate}**"
+        head = ["op: forward / weight backward / arch backward", *(f"{t:,} tokens" for t in tokens)]
+        parts.append(f"{title} ({where(rows[-1])})\n\n{table(head, body)}")
+    mix = [
+        [r["params"]["shape"], r["params"]["backend"], seconds(r["median"]), f"{r['extra']['share']:.0%}"]
+        for r in pick(rows, "quant_lora_mix")
+    ]
+    if mix:
+        parts.append("`quant_lora_mix`, 3 precisions, rank 32, bf16, forward\n\n" + table(
+            ["weight", "backend", "median", "of copy bandwidth"], mix
+        ))  # fmt: skip
+    peers = [
+        [r["params"]["contender"], r["params"]["shape"], seconds(r["median"]), f"{r['extra']['ratio']:.2f}×"]
+        for r in pick(rows, "quant_lora_mix_peers")
+    ]
+    if peers:
+        parts.append(table(["`quant_lora_mix` by", "weight", "median", "of ours"], peers))
+    fused = [
+        [
+            *(str(r["params"][k]) for k in ("shape", "tokens", "what")),
+            seconds(r["median"]),
+            f"{r['extra']['share']:.0%}",
+        ]
+        for r in pick(rows, "quant_lora_linear")
+    ]
+    if fused:
+        head = ["`quant_lora_linear`", "tokens", "", "median", "of the library's GEMMs"]
+        parts.append(table(head, fused))
+    return "\n\n".join(parts)
+
+
+def ceilings(rows: list[Row], device: str) -> str:
+    body = [
+        [r["params"]["instruction"] if "instruction" in r["params"] else
+         f"{r['name']} " + "×".join(str(v) for v in r["params"].values()), f"{r['median'] / 1e12:.3g} T{r['unit']}"]
+        for r in rows
+    ]  # fmt: skip
+    return f"**Ceilings** ({where(rows[-1])})\n\n{table(['what', 'rate'], body)}" if body else ""
+
+
+def calibration(rows: list[Row], device: str) -> str:
+    """Predicted against measured whole models that the overhead was not fitted to."""
+    from jointnas import plots
+    from jointnas_kernels.latency.schema import Calibration
+
+    body, pictures = [], []
+    for row in pick(rows, "mape"):
+        mode, extra = row["params"]["mode"], row["extra"]
+        models = [r for r in pick(rows, "model", mode=mode) if not r["extra"]["contended"]]
+        body.append([
+            f"{mode} {extra['batch']} × {extra['seq']}", f"{extra['models']} (fitted on {extra['fitted_on']} others)",
+            f"{row['median']:.1%}", f"{extra['worst']:.1%}", f"{extra['operations_only']:.1%}",
+            f"{extra['fixed_ms']:.2f} ms + {extra['per_block_ms']:.2f} ms per block",
+        ])  # fmt: skip
+        points = [(r["extra"]["operations"] * 1e3, r["extra"]["blocks"], r["median"] * 1e3) for r in models]
+        if points:
+            fit = Calibration(
+                fixed=extra["fixed_ms"], per_block=extra["per_block_ms"], mape_before=extra["operations_only"],
+                mape=row["median"], points=points,
+            )  # fmt: skip
+            name = f"calibration-{slug(device)}-{mode}.png"
+            plots.calibration(fit, PLOTS / name)
+            pictures.append(f"![predicted over measured latency, {mode}](benchmarks/plots/{name})")
+    if not body:
+        return ""
+    head = ["workload", "whole models", "mean error", "worst", "operations alone", "fitted overhead"]
+    title = "**Latency table: predictions of whole models, `tiny` space with bits**"
+    return "\n\n".join([f"{title} ({where(rows[-1])})\n\n{table(head, body)}", *pictures])
+
+
+def fuzz(rows: list[Row], device: str) -> str:
+    """Random cases against independent fp64 definitions; the error is the largest over values and gradients."""
+    body = []
+    for row in sorted(rows, key=lambda r: (r["name"], r["params"]["backend"], r["params"]["dtype"])):
+        p, extra = row["params"], row["extra"]
+        backend = f"{p['backend']}, interpreter" if p.get("interpreter") else p["backend"]
+        counts = [f"{extra['cases']:,}", str(extra["failures"])]
+        body.append([f"`{row['name']}`", backend, p["dtype"], *counts, f"{row['median']:.1e}"])
+    total, failed = (sum(r["extra"][k] for r in rows) for k in ("cases", "failures"))
+    head = ["op", "backend", "dtype", "cases", "failures", "largest relative error"]
+    title = f"**Random cases against fp64 definitions, values and gradients: {total:,} cases, {failed} failures**"
+    return f"{title} ({where(rows[-1])})\n\n{table(head, body)}"
+
+
+SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
+    "step": steps,
+    "masks": masks,
+    "gemm": gemm,
+    "decode": decode,
+    "calibration": calibration,
+    "search": search,
+    "ptq": ptq,
+    "kernels": kernels,
+    "ceilings": ceilings,
+}
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def plot_masks(rows: list[Row], device: str) -> None:
+    """Time per training sample and extra memory over the number of candidate networks: the paper's Fig. 3, right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    styles = {
+        "loop": ("loops (TangleNAS)", "tab:red", "s"),
+        "loop-best": ("loops, improved", "tab:pink", "P"),
+        "masks": ("stored masks (Eq. 9)", "tab:orange", "^"),
+        "gemv": ("stored masks, best", "tab:olive", "v"),
+        "shared": ("stored masks, shared", "tab:brown", "D"),
+        "ours": ("ours", "tab:blue", "o"),
+    }
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, (label, color, marker) in styles.items():
+        here = sorted(pick(rows, name), key=lambda r: r["params"]["candidates"])
+        if not here:
+            continue
+        x = [r["params"]["candidates"] for r in here]
+        batch = here[0]["params"]["batch"]
+        options: dict[str, Any] = {"label": label, "color": color, "marker": marker, "markersize": 4}
+        left.plot(x, [r["median"] / batch * 1e3 for r in here], **options)
+        right.plot(x, [r["extra"]["memory"] / 1e9 for r in here], **options)
+    ours = sorted(pick(rows, "ours"), key=lambda r: r["params"]["candidates"])
+    x = [r["params"]["candidates"] for r in ours]
+    left.plot(x, [r["extra"]["lora"] / r["params"]["batch"] * 1e3 for r in ours], "k--", label="plain LoRA, two steps")
+    for axis, what in ((left, "ms per sample and search iteration"), (right, "GB beyond LoRA")):
+        axis.set_xscale("log")
+        axis.set_xlabel("candidate networks")
+        axis.set_ylabel(what)
+        axis.grid(alpha=0.3)
+    left.set_yscale("log")
+    left.legend(fontsize=7)
+    figure.suptitle(device, fontsize=9)
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOTS / f"masks-{slug(device)}.png", dpi=130)
+    pyplot.close(figure)
