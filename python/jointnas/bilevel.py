@@ -115,6 +115,7 @@ def prepare(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, alpha_init=options.alpha_init,
     )  # fmt: skip
+    supernet.gradient_checkpointing = options.gradient_checkpointing
     initialise_quantizers(config, supernet, streams)
     return Run(config, folder, supernet, streams, table, restricted, removed, importance)
 

@@ -123,6 +123,7 @@ class SearchConfig(Section):
     gap_batches: int = Field(default=2, ge=1)
     save_every: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    gradient_checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
     capture: bool = Field(default=True, description="on a CUDA device: replay the supernet's blocks as CUDA graphs")
 
 
@@ -171,6 +172,8 @@ class FinetuneConfig(Section):
     kd: float = Field(default=0.7, ge=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
     clip: float = Field(default=1.0, gt=0)
+    bf16: bool = Field(default=False, description="forward and backward under bf16 autocast, weights as they are")
+    gradient_checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
     batch_size: int | None = Field(default=None, ge=1, description="none: that of the data section")
     log_every: int = Field(default=20, ge=1)
     save_every: int = Field(default=500, ge=1)

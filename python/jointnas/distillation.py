@@ -87,6 +87,8 @@ def distil(
     device = next(student.parameters()).device
     batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3)
     student.requires_grad_(True).train()
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     decayed = [p for p in student.parameters() if p.dim() > 1]
     plain = [p for p in student.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
@@ -126,6 +128,8 @@ def distil(
     bar.close()
     if metrics is not None:
         metrics.close()
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_disable()
     return student.eval()
 
 
@@ -142,7 +146,8 @@ def distillation_loss(
     student: nn.Module, teacher: Teacher, ids: Tensor, config: FinetuneConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, its parts), averaged over the tokens [B, T-1] that have a next token."""
-    logits = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.bf16):
+        logits = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     ce = F.cross_entropy(logits, ids[:, 1:].flatten())
     if config.kd == 0:
         return ce, {"ce": ce.detach()}

@@ -109,6 +109,21 @@ def test_distillation_learns(plain) -> None:
     assert distillation_loss(student, teacher, ids, config)[0].item() < before - 0.05
 
 
+def test_gradient_checkpointing_changes_nothing_and_bf16_little(plain) -> None:
+    teacher = original_logits(plain.supernet)
+
+    def trained(**options: bool) -> torch.nn.Module:
+        config = FinetuneConfig(steps=4, **options)
+        student = trainable(plain.supernet, PLAIN)
+        return distil(student, teacher, plain.streams.weight, config, batch_size=2, seq_len=16)
+
+    usual, again, low = trained(), trained(gradient_checkpointing=True), trained(bf16=True)
+    assert not again.is_gradient_checkpointing
+    assert all(torch.equal(p, q) for p, q in zip(usual.parameters(), again.parameters(), strict=True))
+    apart = [(p - q).abs().max().item() for p, q in zip(usual.parameters(), low.parameters(), strict=True)]
+    assert 0 < max(apart) < 4 * 2 * FinetuneConfig().lr  # AdamW moves a weight by at most about lr per step
+
+
 def test_finetuning_resumes_exactly(plain, tmp_path: Path) -> None:
     config = FinetuneConfig(steps=8, save_every=3, log_every=1)
     teacher = original_logits(plain.supernet)
