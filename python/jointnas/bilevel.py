@@ -240,7 +240,8 @@ def optimise(run: Run) -> Found:
 def capture(run: Run) -> None:
     """CUDA graphs for both kinds of steps, whose batches all have one shape; on other devices nothing."""
     config, supernet = run.config, run.supernet
-    if not config.search.capture or supernet.device.type != "cuda":
+    wanted = config.search.capture and not config.search.gradient_checkpointing  # the two exclude each other
+    if not wanted or supernet.device.type != "cuda":
         return
     try:
         supernet.capture(config.data.batch_size, config.data.seq_len)
