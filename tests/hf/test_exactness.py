@@ -14,6 +14,7 @@ from tests.hf.hf_models import (
     MHA_SPACE,
     QUANT_SPACE,
     SPACE,
+    assert_half_precision_is_exact_within_its_rounding,
     ids,
     random_importance,
     randomize_lora,
@@ -126,19 +127,8 @@ def test_biases_are_exact() -> None:
         assert difference(supernet.fix(choice)(x).logits, extract(supernet, choice)(x).logits) <= 1e-4
 
 
-@torch.no_grad()
 def test_half_precision_is_exact_within_its_rounding() -> None:
-    """bf16: the two models round in different places, and are equally far from the same weights in fp32."""
-    half, model, x = tiny_model(torch.bfloat16), tiny_model(), ids()
-    model.load_state_dict(half.state_dict())
-    importance = random_importance(model.config)
-    supernet, wide = (randomize_lora(convert(m, SPACE, lora_rank=4, importance=importance)) for m in (half, model))
-    for choice in list(SPACE)[::5]:
-        exact = wide.fix(choice)(x).logits
-        own = (supernet.fix(choice)(x).logits - exact).norm() / exact.norm()
-        plain = (extract(supernet, choice)(x).logits - exact).norm() / exact.norm()
-        assert own <= 0.03  # bf16 rounds at 2^-8 = 0.004
-        assert own <= 2 * plain
+    assert_half_precision_is_exact_within_its_rounding()
 
 
 @pytest.mark.parametrize("tied, rope, kv", FAMILIES)

@@ -21,6 +21,7 @@ from tests.hf.hf_models import (
     MHA_SPACE,
     QUANT_SPACE,
     SPACE,
+    assert_half_precision_is_exact_within_its_rounding,
     ids,
     literal_logits,
     random_alphas,
@@ -148,19 +149,8 @@ def test_relaxed_forward_and_gradients_are_the_definition(name: str, bits: bool)
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
 
 
-@torch.no_grad()
 def test_half_precision_qwen3_is_exact_within_its_rounding() -> None:
-    change = VARIANTS["qwen3"]
-    half, model, x = tiny_model(torch.bfloat16, **change), tiny_model(**change), ids()
-    model.load_state_dict(half.state_dict())
-    importance = random_importance(model.config)
-    supernet, wide = (randomize_lora(convert(m, SPACE, lora_rank=4, importance=importance)) for m in (half, model))
-    for choice in list(SPACE)[::5]:
-        exact = wide.fix(choice)(x).logits
-        own = (supernet.fix(choice)(x).logits - exact).norm() / exact.norm()
-        plain = (extract(supernet, choice)(x).logits - exact).norm() / exact.norm()
-        assert own <= 0.03  # bf16 rounds at 2^-8 = 0.004
-        assert own <= 2 * plain
+    assert_half_precision_is_exact_within_its_rounding(**VARIANTS["qwen3"])
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen2-window", "qwen3"])

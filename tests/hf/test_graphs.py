@@ -88,9 +88,7 @@ class StandIn:
 
 def build(space: SearchSpace, change: dict[str, Any] | None = None, **options: Any) -> Supernet:
     model = tiny_model(**(change or {}))
-    net = randomize_lora(
-        convert(model, space, lora_rank=4, importance=random_importance(model.config), **options)
-    )
+    net = randomize_lora(convert(model, space, lora_rank=4, importance=random_importance(model.config), **options))
     with torch.no_grad():  # every depth likely
         net.arch.logits["blocks"].zero_()
     return net
