@@ -5,6 +5,8 @@
 
 #ifdef JN_ISA  // once per instruction set
 
+#include "segments.h"
+
 namespace jnk {
 namespace JN_ISA {
 
@@ -102,48 +104,12 @@ void swiglu_backward_rows(const T* g, const T* gate, const T* up, const float* r
     });
 }
 
-// inv[i] = rsqrt(mean of the first ends[kept[i]] squares + eps); t[s] = sum of alpha_i inv_i over kept[i] >= s
-inline void spread(const Segments& seg, const float* value, float* t) {
-  std::fill(t, t + seg.S, 0.0f);
-  for (int64_t i = 0; i < seg.K; ++i)
-    for (int64_t s = 0; s <= seg.kept[i]; ++s) t[s] += value[i];
-}
-
-template <class T, class F>
-void prefix_sums(const Segments& seg, float* prefix, const F& term) {
-  float total = 0.0f;
-  int64_t start = 0;
-  for (int64_t s = 0; s < seg.S; ++s) {
-    // Four sums: one would wait for the latency of its own addition.
-    vf a = set(0.0f), b = a, c = a, d = a;
-    int64_t j = start;
-    for (; j + 4 * W <= seg.ends[s]; j += 4 * W) {
-      a = a + term(Whole{j});
-      b = b + term(Whole{j + W});
-      c = c + term(Whole{j + 2 * W});
-      d = d + term(Whole{j + 3 * W});
-    }
-    each(j, seg.ends[s], [&](auto at) { a = a + term(at); });
-    total += sum((a + b) + (c + d));
-    prefix[s] = total;
-    start = seg.ends[s];
-  }
-}
-
 template <class T>
 void rmsnorm_rows(const T* x, const float* scale, const float* alpha, const Segments& seg, float eps, T* y, float* inv,
                   int64_t rows, int64_t N) {
-  float prefix[kMaxChoices], value[kMaxChoices], t[kMaxChoices];
+  float t[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, x += N, y += N, inv += seg.K) {
-    prefix_sums<T>(seg, prefix, [=](auto at) {
-      const vf v = at(x);
-      return v * v;
-    });
-    for (int64_t i = 0; i < seg.K; ++i) {
-      inv[i] = 1.0f / std::sqrt(prefix[seg.kept[i]] / static_cast<float>(seg.ends[seg.kept[i]]) + eps);
-      value[i] = alpha[i] * inv[i];
-    }
-    spread(seg, value, t);
+    norm_factors(x, alpha, seg, eps, inv, t);
     int64_t start = 0;
     for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
       const vf k = set(t[s]);
@@ -158,17 +124,9 @@ template <class T>
 void rmsnorm_backward_rows(const T* g, const T* x, const float* scale, const float* alpha, const float* inv,
                            const Segments& seg, T* dx, float* dalpha, float* column, int64_t rows, int64_t N) {
   zero(column, N);
-  float prefix[kMaxChoices], value[kMaxChoices], t[kMaxChoices], back[kMaxChoices];
+  float t[kMaxChoices], back[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, g += N, x += N, dx += N, inv += seg.K) {
-    prefix_sums<T>(seg, prefix, [=](auto at) { return at(g) * at(scale) * at(x); });
-    for (int64_t i = 0; i < seg.K; ++i) value[i] = alpha[i] * inv[i];
-    spread(seg, value, t);
-    for (int64_t i = 0; i < seg.K; ++i) {
-      const float whole = prefix[seg.kept[i]];
-      if (dalpha) dalpha[row * seg.K + i] = inv[i] * whole;
-      value[i] *= whole * inv[i] * inv[i] / static_cast<float>(seg.ends[seg.kept[i]]);
-    }
-    spread(seg, value, back);
+    norm_backward_factors(g, x, scale, alpha, inv, seg, t, back, dalpha ? dalpha + row * seg.K : nullptr);
     int64_t start = 0;
     for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
       const vf k = set(t[s]), b = set(back[s]);
@@ -221,15 +179,7 @@ void rope_token_backward(const T* g, const T* x, const float* mask, const float*
 #include "cpu_ops.h"
 #include "isa.h"
 #include "parallel.h"
-
-namespace jnk {
-constexpr int64_t kMaxChoices = 64;
-// Channels are cut where a choice ends: ends [S] ascending; choice i keeps segments 0..kept[i].
-struct Segments {
-  int64_t S, K;
-  const int64_t *ends, *kept;
-};
-}  // namespace jnk
+#include "segments.h"
 
 #define JN_THIS_FILE "../cpu/elementwise.cpp"
 #include "each_isa.h"
