@@ -38,6 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jointnas_kernels.latency.timing import cpu_name
 from jointnas_kernels.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,12 +73,10 @@ def _first_line(command: list[str]) -> str:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the CPU's model with its core count: timings of 2 and of 64 cores are not comparable."""
+    """The GPU's name, or the CPU's with its core count: timings of 2 and of 64 cores are not comparable."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    match = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{match[1] if match else platform.machine()} {os.cpu_count()} cores"
+    return f"{cpu_name()} {os.cpu_count()} cores"
 
 
 def slug(name: str) -> str:

@@ -156,7 +156,9 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows
     contents = read(out, recover=True)
     difference = contents.header.differs_from(header)
     if difference:
-        raise JointNASError(f"{out} cannot be continued: it was measured for another {difference}")
+        raise JointNASError(
+            f"{out} cannot be continued: it was measured for another {difference}; choose another file or remove it"
+        )
     if not contents.complete and contents.rows:  # the last spec may lack a backend: drop its rows
         last = contents.rows[-1].spec
         contents.drop_tail(lambda row: row.spec == last)

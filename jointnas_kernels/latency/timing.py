@@ -26,6 +26,7 @@ from jointnas_kernels.latency.schema import Device
 from jointnas_kernels.latency.watch import Measured, Watch
 
 Run = Callable[[], object]
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe(device: str | torch.device = "cpu", threads: int | None = None) -> Device:
@@ -40,20 +41,28 @@ def describe(device: str | torch.device = "cpu", threads: int | None = None) -> 
         raise JointNASError(f"device {str(device)!r} cannot be profiled; allowed: cpu, cuda")
     return Device(
         type="cpu",
-        name=_cpu_name(),
+        name=cpu_name(),
         arch=torch.backends.cpu.get_cpu_capability(),
         threads=threads or torch.get_num_threads(),
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The CPU's model with its family and model numbers, or an ARM core's implementer and part.
+
+    On virtual machines the model's name can be "AMD EPYC" alone, for Zen 4 (family 25, model 17) and Zen 5 alike.
+    """
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = CPUINFO.read_text().strip().split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        first = ""
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    for keys in (("cpu family", "model"), ("CPU implementer", "CPU part")):
+        if all(fields.get(key) for key in keys):
+            numbers = ", ".join(f"{key.split()[-1]} {fields[key]}" for key in keys)
+            return f"{name} ({numbers})"
+    return name
 
 
 @contextmanager

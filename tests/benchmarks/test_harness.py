@@ -121,6 +121,17 @@ def test_newest_row_wins(tmp_path: Path) -> None:
     assert [r["median"] for r in render.newest(path)] == [3]
 
 
+def test_rows_of_processors_of_one_name_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
+    names = ["AMD EPYC 2 cores", *(f"AMD EPYC (family {f}) 2 cores" for f in ("25, model 17", "26, model 2"))]
+    rows = rows_of(harness.RESULTS / "amd-epyc-2-cores", "step")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**r, "device": n}) + "\n" for n in names for r in rows))
+    assert render.add([tmp_path / "rows.jsonl"]) == 3 * len(rows)
+    assert render.add([tmp_path / "rows.jsonl"]) == 0
+    assert [line for line in render.summary().splitlines() if line.startswith("#")] == [f"### {n}" for n in names]
+    assert set(render.devices()) == set(names)
+
+
 def test_gpu_run_reports_a_failing_stage_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python = gpu_run.PYTHON
     plan = {
