@@ -127,15 +127,16 @@ def decode(rows: list[Row], device: str) -> str:
         for row in pick(rows, panel=panel):
             extra = row["extra"]
             cells = [f"{extra['tokens_per_s']:,.0f}", f"{extra['bytes'] / 1e6:,.1f} MB"]
-            cells += [f"{extra[k]:.2f}×" for k in ("speedup", "predicted_speedup", "predicted_of_measured")]
+            cells += [f"{extra[k]:.2f}×" for k in ("speedup", "predicted_speedup")]
+            cells += [f"{extra[k]:+.0%}" if k in extra else "" for k in ("speedup_error", "latency_error")]
             body.append([title, row["name"], *cells])
     if not body:
         return ""
     p = rows[-1]["params"]
-    head = ["model", "bits", "tokens/s", "weights", "speed-up", "predicted by the table", "predicted / measured"]
+    head = ["model", "bits", "tokens/s", "weights", "speed-up", "predicted by the table", "error", "of the latency"]
     return (
         f"**Decoding one token after {p['context']}, batch 1, {p['dtype']}, {p['threads']} threads** "
-        f"({where(rows[-1])}; Python and the rest of transformers included in what is measured, not in the table)\n\n"
+        f"({where(rows[-1])}; a new table beside every measurement, its overhead fitted to the other schemes)\n\n"
         f"{table(head, body)}"
     )
 
