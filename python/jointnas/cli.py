@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,18 +32,23 @@ FILES = ("--compare", "--merge")  # options that take several files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Runs one verb; the exit code: 0, 2 for bad input, 130 after Ctrl-C, 141 after a closed pipe."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return _main(arguments)
+        code = _main(arguments)
+        sys.stdout.flush()
+        return code
     except JointNASError as error:
         print(f"jointnas: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jointnas: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be flushed at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _main(arguments: list[str]) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,3 +157,12 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_build_names_the_field() -> None:
     with pytest.raises(JointNASError, match=r"configuration: search\.eta: .* got -1"):
         build(RunConfig, {"search": {"eta": -1}})
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from jointnas.cli import main; sys.exit(main(['--help']))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
