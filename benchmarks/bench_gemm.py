@@ -1,4 +1,4 @@
-"""Low-bit GEMMs: microseconds per call against torch bf16 and, where installed, humming-kernels and gemlite.
+"""Low-bit GEMMs: microseconds per call against torch bf16 and, where installed, humming-kernels, gemlite and Marlin.
 
 python -m benchmarks.bench_gemm [--rows 8192 --inputs 8192] [--tokens 1 16 64 512 4096] [--schemes w4a16 w2a8 ...]
                                 [--sweep] [--contenders ours]
@@ -13,7 +13,6 @@ activations their own way (symmetric int8), so they are held to their own refere
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,11 +22,14 @@ from torch import Tensor
 
 from benchmarks import gemm_cpu
 from benchmarks.harness import Recorder, arguments, gate, guarded, rotation, time_rotated
+from jointnas_kernels.latency import LinearWeight, OpSpec, Target, Workload
+from jointnas_kernels.latency.backends import Gemlite, Humming, Marlin
 from jointnas_kernels.ops import lowbit_cuda
 from jointnas_kernels.ops.lowbit_linear import dequantize, quantize_tokens
 from jointnas_kernels.ops.pack import pack_weight
 
 GROUP = 128
+PEERS = (Humming(symmetric=True), Gemlite(), Marlin("vllm"), Marlin("gptqmodel"))
 PEAK = {"NVIDIA H200": 4.8e12, "NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA A100-SXM4-80GB": 2.04e12}  # datasheet B/s
 Product = Callable[..., Tensor]  # (weight copy, x)
 
@@ -45,12 +47,12 @@ def scheme_bits(scheme: str) -> tuple[int, int]:
 class Case:
     """One weight matrix in canonical form, and what every contender must compute with it."""
 
-    def __init__(self, rows: int, inputs: int, bits: int, dtype: torch.dtype) -> None:
+    def __init__(self, rows: int, inputs: int, bits: int, dtype: torch.dtype, device: str = "cuda") -> None:
         self.rows, self.inputs, self.bits, self.dtype = rows, inputs, bits, dtype
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-        self.q = torch.randint(low, high + 1, (rows, inputs), dtype=torch.int8, device="cuda")
+        self.q = torch.randint(low, high + 1, (rows, inputs), dtype=torch.int8, device=device)
         self.packed = pack_weight(self.q, bits)
-        self.scale = (torch.rand(rows, inputs // GROUP, device="cuda") * 0.01 + 0.005).to(dtype)
+        self.scale = (torch.rand(rows, inputs // GROUP, device=device) * 0.01 + 0.005).to(dtype)
         self.nbytes = self.packed.numel() * 4 + self.scale.numel() * 2
         self.dense = dequantize(self.packed, self.scale, bits, GROUP, torch.float32)
 
@@ -63,29 +65,6 @@ class Case:
 
 def ours(case: Case, planes: bool = False) -> Any:
     return lowbit_cuda.CudaWeight.build(case.packed, case.scale, case.bits, planes)
-
-
-def humming(case: Case, a_bits: int) -> Any:
-    from humming.layer import HummingLayer
-
-    layer = HummingLayer(
-        shape_n=case.rows,
-        shape_k=case.inputs,
-        weight_config={"dtype": f"int{case.bits}", "group_size": GROUP},
-        input_config={"dtype": "int8"} if a_bits == 8 else None,
-        torch_dtype=case.dtype,
-    ).cuda()
-    layer.load_from_tensors({"weight": case.packed, "weight_scale": case.scale})
-    layer.transform()
-    return layer
-
-
-def gemlite(case: Case) -> Any:
-    from gemlite.helper import A16Wn
-
-    stored = (case.q.to(torch.int32) + (1 << (case.bits - 1))).to(torch.uint8)
-    zeros = torch.full_like(case.scale, 1 << (case.bits - 1))
-    return A16Wn(device="cuda", dtype=case.dtype).from_weights(stored, case.scale, zeros, case.bits, GROUP)
 
 
 def our_product(weight: lowbit_cuda.CudaWeight, x: Tensor, a_bits: int) -> Tensor:
@@ -109,10 +88,12 @@ def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable
         if case.bits < 8 and a_bits < 16:
             found["ours, bitplane"] = (partial(ours, case, True), partial(bitplane_product, a_bits=a_bits), False)
         return found
-    if importlib.util.find_spec("humming") and a_bits in (8, 16):
-        found["humming"] = (partial(humming, case, a_bits), peer_product, True)
-    if importlib.util.find_spec("gemlite") and a_bits == 16:
-        found["gemlite"] = (partial(gemlite, case), peer_product, True)
+    spec = OpSpec("linear", 1, case.rows, case.inputs, case.bits, a_bits, GROUP)
+    target = Target(case.q.device, Workload("decode", dtype=str(case.dtype)[6:]), 1)
+    weight = LinearWeight(levels=case.q, scale=case.scale.float(), bits=case.bits, group=GROUP)
+    for peer in PEERS:
+        if peer.unsupported(spec, target) is None:
+            found[peer.name] = (partial(peer.prepare, spec, target, weight), peer_product, True)
     return found
 
 

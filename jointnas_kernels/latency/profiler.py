@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, random_input, random_weight, verified
+from jointnas_kernels.latency.backends.base import LinearWeight, Target, excuse, random_input, random_weight, verified
 from jointnas_kernels.latency.meters import UNITS, meter
 from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Row, WorkloadRecord, Writer, read
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
@@ -237,14 +237,23 @@ def time_operation(
             rows.append(Row(**identity, status="rejected", reason=reason or ""))
             continue
         best = min(speeds, default=math.inf)
-        with torch.inference_mode():
-            result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
-            speeds.append(result.median)
-            if result.median <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
-                others = (backend.prepare(spec, target, w) for w in _copies(spec, target, weight, store.model_bytes))
-                result = measure_with(spec, [partial(call, x) for call in (first, *others)], seconds, watch)
-            elif metric != "latency":
-                continue
+        try:
+            with torch.inference_mode():
+                once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
+                if once.median <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
+                    copied = _copies(spec, target, weight, store.model_bytes)
+                    calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
+                    result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
+                elif metric != "latency":
+                    continue
+        except JointNASError:  # of the meter
+            raise
+        except Exception as error:  # what ran once need not run in a graph, or find memory for its copies
+            if weight is None:
+                raise
+            rows.append(Row(**identity, status="rejected", reason=excuse(backend, error)))
+            continue
+        speeds.append(once.median)
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:

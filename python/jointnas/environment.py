@@ -18,8 +18,10 @@ from jointnas_kernels.ops import lowbit_check
 
 PACKAGES = (
     "jointnas-kernels", "torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "jsonargparse",
-    "peft", "lm_eval", "datasets", "matplotlib", "tensorboard",
+    "peft", "lm_eval", "datasets", "matplotlib", "tensorboard", "humming-kernels", "gemlite", "vllm", "gptqmodel",
 )  # fmt: skip
+
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # what models usually have there
 
 
 def collect(device: str = "cpu") -> dict[str, Any]:
@@ -47,7 +49,8 @@ def collect(device: str = "cpu") -> dict[str, Any]:
             "embedded model": "installed" if assets.has_weights() else "no weights",
         },
         "packages": packages,
-        "backends": survey(kind),
+        "dtype": DTYPE[kind.type],
+        "backends": survey(kind, DTYPE[kind.type]),
         "self-checks": lowbit_check.report(kind) if kind.type == "cuda" and compiled == "with CUDA" else {},
     }
 
@@ -58,7 +61,8 @@ def text(found: dict[str, Any]) -> str:
         lines.append(section)
         width = max(len(k) for k in found[section])
         lines += [f"  {k:<{width}}  {v}" for k, v in found[section].items()]
-    lines.append("latency backends (one small linear each, checked against the dequantised reference)")
+    checked = "one small linear each, checked against the dequantised reference"
+    lines.append(f"latency backends ({checked}, {found['dtype']})")
     for name, bits in found["backends"].items():
         works = [b for b, r in bits.items() if r == "works"]
         lines.append(f"  {name}: {', '.join(works) if works else 'nothing works here'}")

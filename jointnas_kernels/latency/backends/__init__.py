@@ -5,9 +5,21 @@ from __future__ import annotations
 import torch
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.latency.backends.base import Backend, LinearWeight, Target, failure, random_input, random_weight
+from jointnas_kernels.latency.backends.base import (
+    Backend,
+    LinearWeight,
+    Target,
+    ThirdParty,
+    failure,
+    random_input,
+    random_weight,
+)
+from jointnas_kernels.latency.backends.gemlite import Gemlite
+from jointnas_kernels.latency.backends.humming import Humming
+from jointnas_kernels.latency.backends.marlin import Marlin
 from jointnas_kernels.latency.backends.ours import Ours
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
+from jointnas_kernels.latency.backends.torch_fp8 import TorchFp8
 from jointnas_kernels.latency.backends.torch_lowbit import TorchInt4, TorchInt8
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
 
@@ -37,7 +49,10 @@ def get(name: str) -> Backend:
 
 
 # best first: a backend ten times slower than one before it is not timed thoroughly
-_BUILTIN = (TorchDense(), Ours("cpu", "cpu"), Ours("cuda", "cuda"), Ours("triton", "cuda"), TorchInt8(), TorchInt4())
+_BUILTIN: tuple[Backend, ...] = (
+    TorchDense(), Ours("cpu", "cpu"), Ours("cuda", "cuda"), Ours("triton", "cuda"), Humming(), Marlin("vllm"),
+    Marlin("gptqmodel"), Gemlite(), TorchInt8(), TorchInt4(), TorchFp8(),
+)  # fmt: skip
 for _backend in _BUILTIN:
     register(_backend)
 
@@ -60,4 +75,7 @@ def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, 
     return found
 
 
-__all__ = ["Backend", "LinearWeight", "Target", "get", "names", "register", "survey", "unregister"]
+__all__ = [
+    "Backend", "Gemlite", "Humming", "LinearWeight", "Marlin", "Target", "ThirdParty", "get", "names", "register",
+    "survey", "unregister",
+]  # fmt: skip

@@ -48,9 +48,7 @@ class Ours:
 
     def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
         assert weight is not None
-        levels, scale = weight.quantized()
-        packed = weight.packed("ours", lambda: pack_weight(levels, spec.wbits), torch.clone)
-        scale = scale.to(target.dtype)
+        packed, scale = weight.words(), weight.quantized()[1].to(target.dtype)
         if self.implementation == "cuda":  # its own weight layout, made once as in a deployed model
             tiled = lowbit_cuda.CudaWeight.build(packed, scale, spec.wbits)
             return lambda x: lowbit_cuda.matmul(x, tiled, spec.abits)
