@@ -88,6 +88,8 @@ PYBIND11_MODULE(_C, m) {
   JN_DEF(cpu_masked_swiglu_backward);
   JN_DEF(cpu_mixed_rmsnorm);
   JN_DEF(cpu_mixed_rmsnorm_backward);
+  JN_DEF(cpu_mixed_rmsnorm_quant);
+  JN_DEF(cpu_mixed_rmsnorm_quant_backward);
   JN_DEF(cpu_masked_rope);
   JN_DEF(cpu_masked_rope_backward);
 #ifdef JN_WITH_CUDA

@@ -80,6 +80,18 @@ int jn_cpu_act_quant_mix_backward(const void* g, const void* x, const float* mas
                                   float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, int symmetric,
                                   float total, int64_t chunk_rows, int dtype, int threads, int isa);
 
+// y = sum_q probs[q] Q_q(v), v = mixed_rmsnorm(x) rounded to dtype; levels [rows, Q, 2] out: scale and zero point
+int jn_cpu_mixed_rmsnorm_quant(const void* x, const float* scale, const float* alpha, const int64_t* ends,
+                               const int64_t* kept, const float* probs, const int* bits, void* y, float* inv,
+                               float* levels, int64_t rows, int64_t N, int64_t S, int64_t K, int64_t Q, int symmetric,
+                               float eps, int64_t chunk_rows, int dtype, int threads, int isa);
+// total = sum of probs; dalpha [rows, K] or null; dprobs [rows, Q]; partial: column sums of total g x t, or null
+int jn_cpu_mixed_rmsnorm_quant_backward(const void* g, const void* x, const float* scale, const float* alpha,
+                                        const float* inv, const int64_t* ends, const int64_t* kept,
+                                        const float* levels, const int* bits, void* dx, float* dalpha, float* dprobs,
+                                        float* partial, int64_t rows, int64_t N, int64_t S, int64_t K, int64_t Q,
+                                        float total, int64_t chunk_rows, int dtype, int threads, int isa);
+
 // Weights laid out for lowbit_matmul: packed int32 [O, I w_bits/32] (ops/pack.py) and scale [O, I/g] scale_dtype to data
 // int32 [ceil(O/64), I/stored, meta + words, 64] (ops/lowbit_prepared.py). stored divides g; both are whole words.
 int jn_cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O, int64_t I, int w_bits, int64_t g,

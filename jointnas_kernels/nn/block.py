@@ -4,9 +4,10 @@
     out = h + m * down(swiglu(f * gate, f * up) * f)                            gate, up of m * norm(h)
     out = x + g (out - x)                                                       g the block's depth gate
 
-m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. Each input shared
-by several linears (q, k, v and gate, up) is quantized once. Where queries and keys are normalised, rope sees
-q_norm(q_mask * q) and k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of each head.
+m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. What q, k, v and
+gate, up share is quantized once, by the norm that makes it; o and down have quantizers of their own. Where queries and
+keys are normalised, rope sees q_norm(q_mask * q) and k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of
+each head.
 """
 
 from __future__ import annotations
@@ -43,19 +44,29 @@ class Step(NamedTuple):
     original: bool = False  # the model before conversion: no LoRA, no quantizers
 
 
+class Mixture(NamedTuple):
+    """Activation precisions of one block, to be mixed."""
+
+    bits: tuple[int, ...]
+    probs: Tensor  # [Q]
+    symmetric: bool
+
+
 class SupernetNorm(nn.Module):
-    """RMSNorm with a frozen weight, with the IN mask of the linears behind it folded in."""
+    """RMSNorm with a frozen weight; the IN mask and the activation quantizer of the linears behind it are folded in."""
 
     def __init__(self, weight: Tensor, eps: float, backend: str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.eps, self.backend = eps, backend
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x [..., N] -> [..., N]."""
+    def forward(self, x: Tensor, step: Step, mixture: Mixture | None = None) -> Tensor:
+        """x [..., N] -> [..., N], quantized if there is a mixture."""
+        bits, probs, symmetric = mixture or (None, None, False)
         return mixed_rmsnorm(
-            x, self.weight, step.masks.alpha, step.sizes, self.eps, step.masks.hidden, backend=self.backend
-        )
+            x, self.weight, step.masks.alpha, step.sizes, self.eps, step.masks.hidden, self.backend, bits, probs,
+            symmetric,
+        )  # fmt: skip
 
 
 class HeadNorm(nn.Module):
@@ -79,16 +90,23 @@ class ActQuant(nn.Module):
         super().__init__()
         self.bits, self.symmetric, self.backend = bits, symmetric, backend
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample, mask: Tensor | None = None) -> Tensor:
-        """sum_q rho_q Q_q(mask * x)."""
+    def mixture(self, step: Step, sample: BlockSample) -> Mixture | None:
+        """What to mix; None where activations stay as they are."""
         bits, probs = self.bits, sample.act_probs
         if bits is not None and sample.act_index is not None:
             bits = bits[sample.act_index : sample.act_index + 1]
-            probs = torch.ones(1, dtype=torch.float32, device=x.device)
+            probs = torch.ones(1, dtype=torch.float32, device=step.masks.alpha.device)
         if bits is None or step.original or bits == (16,):
-            return x if mask is None else channel_mask(x, mask, backend=self.backend)
+            return None
         assert probs is not None  # a space with act_bits always samples them
-        return act_quant_mix(x, bits, probs, symmetric=self.symmetric, mask=mask, backend=self.backend)
+        return Mixture(bits, probs, self.symmetric)
+
+    def forward(self, x: Tensor, step: Step, sample: BlockSample, mask: Tensor | None = None) -> Tensor:
+        """sum_q rho_q Q_q(mask * x)."""
+        mixture = self.mixture(step, sample)
+        if mixture is None:
+            return x if mask is None else channel_mask(x, mask, backend=self.backend)
+        return act_quant_mix(x, *mixture, mask=mask, backend=self.backend)
 
 
 class SupernetAttention(nn.Module):
@@ -110,9 +128,9 @@ class SupernetAttention(nn.Module):
         self.gqa = q.out_features != k.out_features
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
-        """x [B, T, N], masked and normalised -> [B, T, N], to be masked."""
+        """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = apply_shared(self.act(x, step, sample), (self.q_proj, self.k_proj, self.v_proj), step, sample)
+        q, k, v = apply_shared(x, (self.q_proj, self.k_proj, self.v_proj), step, sample)
         q, k, masks = q.view(heads), k.view(heads), step.masks
         rope_masks = (masks.q, masks.k)
         if len(self.norms) > 0:
@@ -138,8 +156,8 @@ class SupernetMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj, self.act = gate, up, down, act
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
-        """x [B, T, N], masked and normalised -> [B, T, N], to be masked."""
-        gate, up = apply_shared(self.act(x, step, sample), (self.gate_proj, self.up_proj), step, sample)
+        """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
+        gate, up = apply_shared(x, (self.gate_proj, self.up_proj), step, sample)
         f = step.masks.intermediate
         y = self.act(masked_swiglu(gate, up, f, f, backend=self.act.backend), step, sample)
         return apply_shared(y, (self.down_proj,), step, sample)[0]
@@ -157,9 +175,10 @@ class SupernetBlock(nn.Module):
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N] -> [B, T, N]."""
         backend, hidden = self.mlp.act.backend, step.masks.hidden
-        y = self.attention(self.input_norm(x, step), step, sample)
+        mixture = self.mlp.act.mixture(step, sample)
+        y = self.attention(self.input_norm(x, step, mixture), step, sample)
         h = gated_residual(x, y, hidden, backend=backend)
-        y = self.mlp(self.post_norm(h, step), step, sample)
+        y = self.mlp(self.post_norm(h, step, mixture), step, sample)
         return gated_residual(h, y, hidden, sample.gate, None if sample.gate is None else x, backend=backend)
 
     def skipped(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
@@ -167,9 +186,10 @@ class SupernetBlock(nn.Module):
         because everything behind the gate is multiplied by 0."""
         backend, hidden = self.mlp.act.backend, step.masks.hidden.detach()
         with torch.no_grad():
-            y = self.attention(self.input_norm(x, step), step, sample)
+            mixture = self.mlp.act.mixture(step, sample)
+            y = self.attention(self.input_norm(x, step, mixture), step, sample)
             h = gated_residual(x, y, hidden, backend=backend)
-            y = self.mlp(self.post_norm(h, step), step, sample)
+            y = self.mlp(self.post_norm(h, step, mixture), step, sample)
         return gated_residual(h, y, hidden, sample.gate, x, backend=backend)
 
 

@@ -1,4 +1,4 @@
-"""Calls of the compiled CPU kernels (csrc/cpu): torch tensors in and out.
+"""Calls of the compiled CPU kernels (csrc/cpu): torch tensors in and out. RMSNorm's are in _cpu_norm.py.
 
 One function per kernel, with the arguments and results of its op's reference: it makes the tensors dense, allocates the
 results and passes pointers and sizes. Shapes were checked by the op; tensors are float32 or bfloat16, vectors become
@@ -178,56 +178,6 @@ def masked_swiglu_backward(
     call("masked_swiglu_backward", g, gate, up, vector(out_mask), vector(in_mask), dgate, dup, dr, dc, rows, width,
          per_chunk, DTYPES[g.dtype])
     return dgate, dup, total(dr, out_mask), total(dc, in_mask)
-
-
-# ---- mixed_rmsnorm ----
-
-
-def segments(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(where choices end, ascending; for each choice the index of the last segment it keeps)."""
-    ends = sorted(set(sizes))
-    return integers(ends, torch.int64), integers([ends.index(size) for size in sizes], torch.int64)
-
-
-def masked_scale(weight: Tensor, in_mask: Tensor | None) -> Tensor:
-    return vector(weight) if in_mask is None else vector(weight) * vector(in_mask)
-
-
-def mixed_rmsnorm(
-    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    rows, width = matrix(x)
-    ends, kept = segments(sizes)
-    y, inv = empty_like(x), floats(rows, len(sizes))
-    call("mixed_rmsnorm", x, masked_scale(weight, in_mask), vector(alpha), ends, kept, y, inv, rows, width, len(ends),
-         len(sizes), float(eps), chunking(rows, width)[0], DTYPES[x.dtype])
-    return y, inv
-
-
-def mixed_rmsnorm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int], in_mask: Tensor | None,
-    need_weight: bool, need_alpha: bool, need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dweight, dalpha, din_mask."""
-    g, x = grad.contiguous(), x.contiguous()
-    rows, width = matrix(g)
-    ends, kept = segments(sizes)
-    need_mask = need_mask and in_mask is not None
-    need_column = need_weight or need_mask
-    per_chunk, chunks = chunking(rows, width, need_column)
-    dx, dalpha = empty_like(g), floats(rows, len(sizes)) if need_alpha else None
-    partial = floats(chunks, width) if need_column else None
-    call("mixed_rmsnorm_backward", g, x, masked_scale(weight, in_mask), vector(alpha), inv.contiguous(), ends, kept, dx,
-         dalpha, partial, rows, width, len(ends), len(sizes), per_chunk, DTYPES[g.dtype])
-    dw, dmask = floats(0), floats(0)
-    if partial is not None:
-        column = partial.sum(0)
-        if need_weight:
-            dw = (column if in_mask is None else column * in_mask).to(weight.dtype)
-        if need_mask and in_mask is not None:
-            dmask = (column * weight).to(in_mask.dtype)
-    return dx, dw, total(dalpha, alpha), dmask
 
 
 # ---- masked_rope ----

@@ -182,6 +182,19 @@ _act_quant_mix.register_autograd(_backward, setup_context=_setup_context)
 # ---- public ----
 
 
+def check_precisions(op: str, bits: Sequence[int], probs: Tensor) -> None:
+    """Raise unless probs has one entry for each of one to four bit widths."""
+    for width in bits:
+        if width not in ACT_BITS:
+            raise unknown("activation bit width", width, ACT_BITS, where=op)
+    if not 1 <= len(bits) <= 4:
+        raise JointNASError(f"{op}: mixes one to four bit widths, got {list(bits)}")
+    if tuple(probs.shape) != (len(bits),):
+        raise JointNASError(
+            f"{op}: probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}"
+        )
+
+
 def act_quant_mix(
     x: Tensor,
     bits: Sequence[int],
@@ -191,15 +204,7 @@ def act_quant_mix(
     backend: str | None = None,
 ) -> Tensor:
     """y = sum_q probs[q] · Q_q(mask ⊙ x), in the dtype and shape of x."""
-    for width in bits:
-        if width not in ACT_BITS:
-            raise unknown("activation bit width", width, ACT_BITS, where="act_quant_mix")
-    if not 1 <= len(bits) <= 4:
-        raise JointNASError(f"act_quant_mix: mixes one to four bit widths, got {list(bits)}")
-    if tuple(probs.shape) != (len(bits),):
-        raise JointNASError(
-            f"act_quant_mix: probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}"
-        )
+    check_precisions("act_quant_mix", bits, probs)
     if mask is not None and tuple(mask.shape) != (x.shape[-1],):
         raise JointNASError(f"act_quant_mix: mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
     return _act_quant_mix(x, probs, mask, list(bits), symmetric, backend)[0]

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops import _cpu
+from jointnas_kernels.ops import _cpu_norm
 from jointnas_kernels.ops._columns import STAGES, column_sums
 from jointnas_kernels.ops._dispatch import (
     bad,
@@ -70,13 +70,19 @@ def reference(
     x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """y like x and inv [rows, K]."""
-    acc = compute_dtype(x)
-    n = x.shape[-1]
-    v = rows(x).to(acc)
+    v = rows(x).to(compute_dtype(x))
     inv = torch.rsqrt(_prefix_sums(v.square(), sizes) / _counts(sizes, v) + eps)
-    t = _spread(inv * alpha.to(acc), sizes, n)
+    return normalised(x, weight, alpha, inv, sizes, in_mask), inv
+
+
+def normalised(
+    x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int], in_mask: Tensor | None
+) -> Tensor:
+    """y like x from inv [rows, K]."""
+    acc = compute_dtype(x)
+    t = _spread(inv * alpha.to(acc), sizes, x.shape[-1])
     scale = weight.to(acc) if in_mask is None else weight.to(acc) * in_mask.to(acc)
-    return (v * t * scale).to(x.dtype).reshape(x.shape), inv
+    return (rows(x).to(acc) * t * scale).to(x.dtype).reshape(x.shape)
 
 
 def reference_backward(
@@ -105,6 +111,33 @@ def reference_backward(
 
 
 @triton.jit
+def channel_scale(w_ptr, mask_ptr, col, ok, HAS_MASK: tl.constexpr):
+    """w, times the mask if there is one."""
+    scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    if HAS_MASK:
+        scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
+    return scale
+
+
+@triton.jit
+def alpha_at_ends(alpha_ptr, segment, SIZES: tl.constexpr, K: tl.constexpr, SEG: tl.constexpr):
+    """[S]: the sum of alpha_i over the sizes that end in a segment."""
+    at_end = tl.zeros(segment.shape, tl.float32)
+    for i in tl.static_range(K):
+        at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+    return at_end
+
+
+@triton.jit
+def choice_at_ends(segment, SIZES: tl.constexpr, K: tl.constexpr, SEG: tl.constexpr):
+    """[S]: the choice whose size ends in a segment, for one load of all inv_i; where none does, any: at_end is 0."""
+    which = tl.zeros(segment.shape, tl.int32)
+    for i in tl.static_range(K):
+        which = tl.where(segment == (SIZES[i] - 1) // SEG, i, which)
+    return which
+
+
+@triton.jit
 def rmsnorm_forward_kernel(
     x_ptr, w_ptr, alpha_ptr, mask_ptr, y_ptr, inv_ptr, count, width, x_stride, eps,
     SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -116,12 +149,8 @@ def rmsnorm_forward_kernel(
     col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
     ok = col < width
     end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
-    scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    if HAS_MASK:
-        scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    at_end = tl.zeros([S], tl.float32)
-    for i in tl.static_range(K):
-        at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+    scale = channel_scale(w_ptr, mask_ptr, col, ok, HAS_MASK)
+    at_end = alpha_at_ends(alpha_ptr, segment, SIZES, K, SEG)
     for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
@@ -144,20 +173,14 @@ def rmsnorm_backward_kernel(
     col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
     ok = col < width
     end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
-    scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    if HAS_MASK:
-        scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    at_end = tl.zeros([S], tl.float32)
-    for i in tl.static_range(K):
-        at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
-    which = tl.zeros([S], tl.int32)  # the choice whose size ends here, for one load of all inv_i
-    for i in tl.static_range(K):
-        which = tl.where(segment == (SIZES[i] - 1) // SEG, i, which)
+    scale = channel_scale(w_ptr, mask_ptr, col, ok, HAS_MASK)
+    at_end = alpha_at_ends(alpha_ptr, segment, SIZES, K, SEG)
+    which = choice_at_ends(segment, SIZES, K, SEG)
     column = tl.zeros([S, SEG], tl.float32)
     dalpha = tl.zeros([S], tl.float32)
     for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
-        inv = tl.load(inv_ptr + row * K + which)  # [S]; where no size ends, at_end is 0 and nothing reads the share
+        inv = tl.load(inv_ptr + row * K + which)  # [S]
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * g_stride + col, mask=ok, other=0.0).to(tl.float32)
         h = g * scale
@@ -260,7 +283,7 @@ def _mixed_rmsnorm(
     if how == "triton":
         return _launch_forward(x, weight, alpha, sizes, eps, in_mask)
     if how == "cpu":
-        return _cpu.mixed_rmsnorm(x, weight, alpha, sizes, eps, in_mask)
+        return _cpu_norm.mixed_rmsnorm(x, weight, alpha, sizes, eps, in_mask)
     y, inv = reference(x, weight, alpha, sizes, eps, in_mask)
     return y.contiguous(), inv
 
@@ -287,7 +310,7 @@ def _mixed_rmsnorm_backward(
     if how == "triton":
         return _launch_backward(grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask)
     if how == "cpu":
-        return _cpu.mixed_rmsnorm_backward(
+        return _cpu_norm.mixed_rmsnorm_backward(
             grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask
         )
     dx, dw, dalpha, dmask = reference_backward(
@@ -339,9 +362,13 @@ def mixed_rmsnorm(
     eps: float,
     in_mask: Tensor | None = None,
     backend: str | None = None,
+    act_bits: Sequence[int] | None = None,
+    act_probs: Tensor | None = None,
+    act_symmetric: bool = False,
 ) -> Tensor:
-    """in_mask * weight * sum_i alpha_i RMSNorm over the first sizes[i] channels; gradients to x, alpha, in_mask and
-    weight, each only if it requires one."""
+    """in_mask * weight * sum_i alpha_i RMSNorm over the first sizes[i] channels; with act_bits and act_probs [Q] the
+    mixture sum_q act_probs[q] Q_q of it, `act_quant_mix` in the same pass (mixed_rmsnorm_quant.py). Gradients to x,
+    alpha, in_mask, weight and act_probs, each only if it requires one."""
     n = x.shape[-1]
     if weight.shape != (n,):
         raise bad("mixed_rmsnorm", f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}")
@@ -351,4 +378,12 @@ def mixed_rmsnorm(
         raise bad("mixed_rmsnorm", f"sizes {tuple(sizes)} must lie in 1..{n}")
     if in_mask is not None and in_mask.shape != (n,):
         raise bad("mixed_rmsnorm", f"in_mask must be [{n}]")
-    return _mixed_rmsnorm(x, weight, alpha, list(sizes), eps, in_mask, backend)[0]
+    if act_bits is None and act_probs is None:
+        return _mixed_rmsnorm(x, weight, alpha, list(sizes), eps, in_mask, backend)[0]
+    if act_bits is None or act_probs is None:
+        raise bad("mixed_rmsnorm", "act_bits and act_probs go together")
+    from jointnas_kernels.ops.mixed_rmsnorm_quant import mixed_rmsnorm_quant  # late: it builds on this file
+
+    return mixed_rmsnorm_quant(
+        x, weight, alpha, list(sizes), eps, in_mask, list(act_bits), act_probs, act_symmetric, backend
+    )
