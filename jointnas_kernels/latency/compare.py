@@ -9,7 +9,8 @@ size rounded up to the tile costs; between two measured sizes that is linear in 
 
 Only one size (out or in features, heads, head dim) may differ from the measured operations. If one of the two
 neighbours is infeasible, or there is none on one side, the size stays missing: nothing is made up across a gap, or
-beyond the ends.
+beyond the ends. Such rows are no measurements: a resumed profile takes their place, and a model deployed by the table
+runs them on the backend of the lower neighbour.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jointnas_kernels.latency.schema import Row
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency.schema import INTERPOLATED, Row
 from jointnas_kernels.latency.spec import OpSpec
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.space import SearchSpace
 
 TILE = {"cuda": 128, "cpu": 16}  # widest tile edge of the kernels of a device
-INTERPOLATED = "interpolated"  # backend of rows that were not measured
 
 
 class Change(NamedTuple):
@@ -72,7 +73,14 @@ class Comparison(NamedTuple):
 
 
 def compare(first: LatencyTable, second: LatencyTable) -> Comparison:
-    """What changed from the first table to the second; they may be of different devices, but of one metric."""
+    """What changed from the first table to the second; they may be of different devices, but of one metric.
+
+    Raises:
+        JointNASError: of two metrics.
+    """
+    metrics = [t.header.metric for t in (first, second)]
+    if metrics[0] != metrics[1]:
+        raise JointNASError(f"a table of {metrics[0]} cannot be compared with one of {metrics[1]}")
     a, b = (dict(_fastest(table)) for table in (first, second))
     changes = [
         Change(spec, row.median, b[spec].median, (row.backend, b[spec].backend))  # type: ignore[arg-type]
@@ -99,12 +107,30 @@ def interpolate(table: LatencyTable, space: SearchSpace, config: Any) -> Latency
     return LatencyTable(table.header, [*table.rows, *found], table.calibration)
 
 
+def measured_by(table: LatencyTable, row: Row) -> str:
+    """The backend of a row; of an interpolated one its lower neighbour's."""
+    if row.backend != INTERPOLATED:
+        return row.backend
+    axis, sizes = row.backend_version.split()
+    size: Any = int(sizes.split("..")[0])
+    lower = table.best(row.spec._replace(**{axis: size}))
+    if lower is None:
+        raise JointNASError(f"the latency table no longer has what {row.spec} was interpolated from")
+    return lower.backend
+
+
+def _measured(table: LatencyTable, spec: OpSpec) -> bool:
+    """Whether a row is not interpolated itself: it was measured, or found to be infeasible."""
+    row = table.best(spec)
+    return row is None or row.backend != INTERPOLATED
+
+
 def between(table: LatencyTable, spec: OpSpec) -> Row | None:
     """A row for one size from its two measured neighbours along one axis; None where that is not possible."""
     tile = TILE[table.header.device.type]
     for axis in ("n", "k"):
         size = getattr(spec, axis)
-        line = {getattr(s, axis): s for s in table.specs if s._replace(**{axis: size}) == spec}
+        line = {getattr(s, axis): s for s in table.specs if s._replace(**{axis: size}) == spec and _measured(table, s)}
         below, above = [v for v in line if v < size], [v for v in line if v > size]
         if not below or not above:
             continue

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import LinearWeight, Target, quantize_weight
+from jointnas_kernels.latency.compare import measured_by
 from jointnas_kernels.latency.schema import Calibration
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
 from jointnas_kernels.latency.table import LatencyTable
@@ -80,7 +81,7 @@ def deploy(
             dense = linear.weight.detach()
             weight = LinearWeight(dense=dense) if wbits == DENSE else quantize_weight(dense, wbits, g)
             bias = None if linear.bias is None else linear.bias.detach()
-            setattr(parent, name, BackendLinear(spec, target, row.backend, weight, bias))
+            setattr(parent, name, BackendLinear(spec, target, measured_by(table, row), weight, bias))
     return model
 
 

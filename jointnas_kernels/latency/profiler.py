@@ -28,7 +28,16 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import LinearWeight, Target, excuse, random_input, random_weight, verified
 from jointnas_kernels.latency.meters import UNITS, meter
-from jointnas_kernels.latency.schema import Calibration, Header, ModelRecord, Row, WorkloadRecord, Writer, read
+from jointnas_kernels.latency.schema import (
+    INTERPOLATED,
+    Calibration,
+    Header,
+    ModelRecord,
+    Row,
+    WorkloadRecord,
+    Writer,
+    read,
+)
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
@@ -162,7 +171,7 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows
     if not contents.complete and contents.rows:  # the last spec may lack a backend: drop its rows
         last = contents.rows[-1].spec
         contents.drop_tail(lambda row: row.spec == last)
-    rows = {(row.spec, row.backend): row for row in contents.rows}
+    rows = {(row.spec, row.backend): row for row in contents.rows if row.backend != INTERPOLATED}
     slower = zip(contents.header.reference or (), header.reference or (), strict=False)
     if any(old > (1 + DRIFT[1]) * now for old, now in slower):  # the machine is faster than it was then
         _mark(rows, list(rows))

@@ -29,6 +29,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.spec import OPS, OpSpec, Workload
 
 FORMAT, VERSION = "jointnas-latency", 1
+INTERPOLATED = "interpolated"  # backend of rows that were not measured (`compare.py`)
 
 
 class _Record(BaseModel):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.schema import Calibration, Device, Header, Row, read, save
+from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Device, Header, Row, read, save
 from jointnas_kernels.latency.spec import (
     DENSE,
     WIDTHS,
@@ -62,9 +62,12 @@ class Coverage(NamedTuple):
     infeasible: dict[str, int]  # "W2A4" -> operations nobody can run
     missing: list[OpSpec]  # never tried
     reasons: dict[str, str]  # "W2A4" -> why, from one of them
+    interpolated: int = 0  # between measured sizes
 
     def __str__(self) -> str:
         lines = [f"{self.measured} of {self.needed} operations measured, {len(self.missing)} not yet tried"]
+        if self.interpolated:
+            lines.append(f"  {self.interpolated} interpolated between measured sizes")
         for bits, count in sorted(self.infeasible.items()):
             lines.append(f"  {bits}: {count} infeasible ({self.reasons[bits]})")
         return "\n".join(lines)
@@ -166,13 +169,15 @@ class LatencyTable:
             elif row.status != "ok":
                 infeasible[f"W{spec.wbits}A{spec.abits}"] += 1
                 reasons.setdefault(f"W{spec.wbits}A{spec.abits}", row.reason)
-        measured = len(needed) - len(missing) - infeasible.total()
-        return Coverage(len(needed), measured, dict(infeasible), missing, reasons)
+        interpolated = sum((row := self.best(s)) is not None and row.backend == INTERPOLATED for s in needed)
+        measured = len(needed) - len(missing) - infeasible.total() - interpolated
+        return Coverage(len(needed), measured, dict(infeasible), missing, reasons, interpolated)
 
     def summary(self) -> str:
         """How much was measured, which bits are infeasible, which backends were rejected, and why."""
         best = self._best.values()
-        lines = [f"{sum(r.status == 'ok' for r in best)} of {len(best)} operations measured"]
+        measured = sum(r.status == "ok" and r.backend != INTERPOLATED for r in best)
+        lines = [f"{measured} of {len(best)} operations measured"]
         if self.caution:
             lines.append(self.caution)
         for row in best:

@@ -165,7 +165,8 @@ def measure_table(config: RunConfig, space: SearchSpace, model_config: Any, out:
     if out.is_file():
         try:
             table = LatencyTable.load(out, config.model.device.partition(":")[0])
-            if not table.coverage(space, model_config).missing and (table.calibration or not options.calibrate):
+            held = table.coverage(space, model_config)
+            if not held.missing and not held.interpolated and (table.calibration or not options.calibrate):
                 return table
         except JointNASError as error:
             log.info("%s; continuing its measurement", error)

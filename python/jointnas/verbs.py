@@ -60,8 +60,9 @@ def profile(
     merge: list[str] | None = None,
     coverage: str | None = None,
     heatmap: str | None = None,
+    interpolate: str | None = None,
 ) -> LatencyTable | str:
-    """Measures the latency table of a space on this machine; or compares, merges or describes tables.
+    """Measures the latency table of a space on this machine; or compares, merges, completes or describes tables.
 
     Args:
         out: table file.
@@ -76,6 +77,7 @@ def profile(
         merge: two or more tables of one device and workload, into `out`; of rows they share the last file's are taken.
         coverage: a table; prints which operations and precisions of the space it holds, lacks, and why.
         heatmap: a table; draws its speed-ups over 16 bit into `out` (PNG).
+        interpolate: a table; writes it into `out` with those sizes of the space that lie between measured ones.
     """
     from jointnas import bilevel, models
 
@@ -101,11 +103,19 @@ def profile(
         from jointnas import plots
 
         return f"drawn into {plots.table_heatmap(table(heatmap), path)}"
+    if (merge is not None or interpolate is not None) and path.exists():
+        raise JointNASError(f"{out} exists; choose another file")
+    if interpolate is not None:
+        from jointnas_kernels.latency import interpolate as complete
+
+        model_config, before = models.model_config(model), table(interpolate)
+        completed = complete(before, built, model_config)
+        completed.save(path)
+        missing = len(completed.coverage(built, model_config).missing)
+        return f"{len(completed.rows) - len(before.rows)} operations interpolated, {missing} still missing: {out}"
     if merge is not None:
         if len(merge) < 2:
             raise JointNASError(f"--merge takes two or more table files, got {len(merge)}")
-        if path.exists():
-            raise JointNASError(f"{out} exists; choose another file")
         merged = table(merge[0])
         for other in merge[1:]:
             merged = merged.merge(table(other))

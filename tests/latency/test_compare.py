@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from jointnas import cli, plots
+from jointnas import cli, models, plots
+from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency import LatencyTable, OpSpec, compare, interpolate
-from jointnas_kernels.latency.compare import INTERPOLATED, between
-from jointnas_kernels.latency.schema import Device
-from jointnas_kernels.space import SearchSpace
-from tests.latency.tables import CONFIG, cost, synthetic
+from jointnas_kernels.latency import LatencyTable, OpSpec, compare, interpolate, measure_choices
+from jointnas_kernels.latency.compare import between, measured_by
+from jointnas_kernels.latency.schema import INTERPOLATED, Device
+from jointnas_kernels.space import Choice, SearchSpace
+from tests.latency.tables import CONFIG, calm, cost, synthetic
 
 
 def changed(table: LatencyTable, factors: dict[int, float]) -> LatencyTable:
@@ -52,6 +53,10 @@ def test_compare_on_the_command_line(tmp_path: Path, table: LatencyTable, capsys
     assert "b: cuda 'H' sm_90" in out
     assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl")]) == 2
     assert "--compare takes two table files, got 1" in capsys.readouterr().err
+    memory = table.header.model_copy(update={"metric": "memory", "unit": "B"})
+    LatencyTable(memory, table.rows).save(tmp_path / "m.jsonl")
+    assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "m.jsonl")]) == 2
+    assert "a table of latency cannot be compared with one of memory" in capsys.readouterr().err
 
 
 def test_merge_on_the_command_line(tmp_path: Path, table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,3 +135,46 @@ def test_nothing_across_a_missing_operation() -> None:
     assert between(table, OpSpec("swiglu", 16, 160, 0)) is not None
     # two sizes at once are not interpolated
     assert between(table, OpSpec("linear", 16, 100, 100)) is None
+
+
+def test_interpolated_rows_are_no_neighbours() -> None:
+    """A second interpolation must not go on where the first one had to stop: two sizes away from what was measured."""
+    space = SearchSpace((64, 96, 128), (4,), (32,), (64, 96, 128), (1, 2, 3), (4,), None, group_size=32)
+    corners = SearchSpace((64, 128), (4,), (32,), (64, 128), (1, 2, 3), (4,), None, group_size=32)
+    once = interpolate(synthetic(corners), space, CONFIG)
+    missing = once.coverage(space, CONFIG).missing
+    assert OpSpec("linear", 16, 96, 96) in missing
+    assert interpolate(once, space, CONFIG).coverage(space, CONFIG).missing == missing
+
+
+LINE = [
+    "--space.hidden=[256]", "--space.heads=[4]", "--space.head_dim=[64]", "--space.blocks=[2,6]", "--progress=false",
+    "--space.weight_bits=[8]", "--space.act_bits=[8]", "--latency.seq=4", "--latency.seconds=1e-4",
+    '--latency.backends=["torch","torch-int8"]', "--latency.threads=1", "--latency.calibrate=0",
+]  # fmt: skip
+
+
+def test_interpolation_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the ends of the embedded model's MLP sizes to one between them, and back to measuring it."""
+    ends, path = ["--space.intermediate=[256,768]", *LINE], tmp_path / "ends.jsonl"
+    assert cli.main(["profile", "--out", str(path), *ends]) == 0
+    between_them = ["--space.intermediate=[256,512,768]", *LINE]
+    assert cli.main(["profile", "--interpolate", str(path), "--out", str(tmp_path / "more.jsonl"), *between_them]) == 0
+    out = capsys.readouterr().out
+    assert "5 operations interpolated, 0 still missing" in out
+    assert cli.main(["profile", "--coverage", str(tmp_path / "more.jsonl"), *between_them]) == 0
+    assert "5 interpolated between measured sizes" in capsys.readouterr().out
+    table = LatencyTable.load(tmp_path / "more.jsonl")
+    new = {row.spec: measured_by(table, row) for row in table.rows if row.backend == INTERPOLATED}
+    assert set(new.values()) == {"torch", "torch-int8"}
+    space = SearchSpace((256,), (4,), (64,), (256, 512, 768), (2, 6), (8,), (8,))
+    choice = Choice(256, 4, 64, 512, 2, (8,) * 6, (8,) * 6)
+    config = models.model_config(ModelConfig())
+    (deployed,) = measure_choices(table, space, config, [choice], seconds=1e-3, watch=calm())
+    assert deployed.median > 0
+    assert cli.main(["profile", "--interpolate", str(path), "--out", str(tmp_path / "more.jsonl"), *between_them]) == 2
+    assert "exists; choose another file" in capsys.readouterr().err
+    assert cli.main(["profile", "--resume", "--out", str(tmp_path / "more.jsonl"), *between_them]) == 0
+    measured = LatencyTable.load(tmp_path / "more.jsonl")
+    assert all(row.backend != INTERPOLATED for row in measured.rows)
+    assert new.keys() <= set(measured.specs)

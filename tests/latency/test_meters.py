@@ -66,6 +66,18 @@ def test_energy_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not (tmp_path / "t.jsonl").exists()
 
 
+def test_memory_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["hidden=[256]", "heads=[4]", "head_dim=[64]", "intermediate=[256]", "blocks=[2,6]", "weight_bits=[4]"]
+    space = [f"--space.{size}" for size in (*sizes, "act_bits=[8]")]
+    options = ["--latency.seq=4", "--latency.seconds=1e-4", "--latency.threads=1", "--progress=false"]
+    out = tmp_path / "t.jsonl"
+    assert cli.main(["profile", "--out", str(out), "--metric", "memory", *options, *space]) == 0
+    table = LatencyTable.load(out)
+    assert (table.header.metric, table.header.unit, table.calibration) == ("memory", "B", None)
+    assert cli.main(["profile", "--coverage", str(out), *space]) == 0
+    assert "0 not yet tried" in capsys.readouterr().out
+
+
 def test_weight_bytes() -> None:
     assert weight_bytes(OpSpec("linear", 1, 32, 128), CPU) == 32 * 128 * 4
     assert weight_bytes(OpSpec("linear", 1, 32, 128, 4, 8, 64), CPU) == 32 * 128 // 2 + 32 * 2 * 4

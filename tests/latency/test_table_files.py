@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,7 +123,8 @@ def test_merge(table: LatencyTable) -> None:
 
 
 def test_fuzzed_files_are_an_error_or_a_valid_table(path: Path, tmp_path: Path) -> None:
-    """Random byte edits, cuts, repeats and line shuffles. Nothing but JointNASError may come out."""
+    """Random byte edits, cuts, repeats and line shuffles. Nothing but one line of JointNASError may come out; what
+    loads can be described, and a resumed profile reads no more than what was whole."""
     chance = random.Random(0)
     original = path.read_bytes()
     for checksum in (True, False):
@@ -128,8 +135,8 @@ def test_fuzzed_files_are_an_error_or_a_valid_table(path: Path, tmp_path: Path) 
             blob = b"\n".join(lines[:6] + lines[-1:]) + b"\n"
             blob = blob.replace(str(len(lines) - 2).encode() + b"}\n", b"5}\n")
         fuzzed = tmp_path / "fuzzed.jsonl"
-        valid = 0
-        for _ in range(MUTATIONS // 2):
+        valid, messages = 0, []
+        for number in range(MUTATIONS // 2):
             data = bytearray(blob if chance.random() < 0.5 else blob[: chance.randrange(len(blob))])
             for _ in range(chance.randrange(1, 4)):
                 at = chance.randrange(len(data)) if data else 0
@@ -147,13 +154,20 @@ def test_fuzzed_files_are_an_error_or_a_valid_table(path: Path, tmp_path: Path) 
                     chance.shuffle(lines)
                     data = bytearray(b"\n".join(lines))
             fuzzed.write_bytes(data)
+            if number % 4 == 0:
+                with contextlib.suppress(JointNASError):
+                    assert read(fuzzed, recover=True).valid_bytes <= len(data)
             try:
                 loaded = LatencyTable.load(fuzzed, None)
-            except JointNASError:
+            except JointNASError as error:
+                messages.append(str(error))
                 continue
             valid += 1
             assert all(r.median is None or r.median > 0 for r in loaded.rows)
+            assert "operations measured" in loaded.summary()
+            assert loaded.coverage(SPACE, CONFIG).needed
         assert valid < MUTATIONS / 20
+        assert all(str(fuzzed) in message and len(message.splitlines()) == 1 for message in messages)
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -180,6 +194,29 @@ def test_profile_resumes_a_cut_file(tmp_path: Path) -> None:
             assert old == new or old.spec == kept[-1].spec
     path.write_bytes(blob)
     assert run_profile(path).rows == whole.rows  # nothing left to do
+
+
+def test_profile_resumes_after_a_kill(tmp_path: Path) -> None:
+    """SIGKILL in the middle of a profile: every operation before the last one on disk is kept as it was measured."""
+    path, root = tmp_path / "table.jsonl", Path(__file__).resolve().parents[2]
+    code = (
+        "import sys; from pathlib import Path; from tests.latency.test_table_files import run_profile; "
+        "run_profile(Path(sys.argv[1]), seconds=0.1)"
+    )
+    paths = os.pathsep.join(map(str, (root, root / "python")))
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], env={**os.environ, "PYTHONPATH": paths})
+    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") > 12):
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    killed = read(path, recover=True)
+    assert not killed.complete
+    kept = [row for row in killed.rows if row.spec != killed.rows[-1].spec]
+    table = run_profile(path)
+    assert table.rows[: len(kept)] == kept
+    assert len(kept) > 6
+    assert LatencyTable.load(path).rows == table.rows
+    assert not table.coverage(SMALL, CONFIG).missing
 
 
 def test_profile_refuses_a_corrupted_middle(tmp_path: Path) -> None:
