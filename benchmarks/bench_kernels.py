@@ -82,6 +82,20 @@ def elementwise_cases(t: int, device: str, dtype: torch.dtype) -> list[Case]:
             *(hidden, hidden, 3 * hidden, 3 * hidden),
         ),
         Case(
+            "mixed_rmsnorm_quant",
+            lambda: {
+                **{"x": act(t, HIDDEN), "w": mask(HIDDEN).to(dtype), "alpha": prob(8), "c": mask(HIDDEN)},
+                "probs": prob(4),
+            },
+            lambda i, b: ops.mixed_rmsnorm(
+                i["x"], i["w"], i["alpha"], HIDDEN_SIZES, 1e-5, i["c"], b, A_BITS, i["probs"]
+            ),
+            ("x",),
+            ("alpha", "c", "probs"),
+            *(hidden, hidden, 3 * hidden, 3 * hidden),
+            rounded=True,
+        ),
+        Case(
             "masked_rope",
             rope,
             lambda i, b: ops.masked_rope(i["q"], i["k"], cos, sin, i["q_mask"], i["k_mask"], backend=b),

@@ -2,14 +2,17 @@
 fits, and loads and stores are 16 bytes wide."""
 
 import pytest
+import torch
 
 from jointnas_kernels.ops._columns import STAGES, column_sums_kernel
+from jointnas_kernels.ops.act_quant_mix_triton import constants
 from jointnas_kernels.ops.channel_mask import channel_mask_kernel
 from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel
 from jointnas_kernels.ops.head_rmsnorm import head_rmsnorm_backward_kernel, head_rmsnorm_kernel
 from jointnas_kernels.ops.masked_rope import rope_kernel
 from jointnas_kernels.ops.masked_swiglu import swiglu_backward_kernel, swiglu_forward_kernel
 from jointnas_kernels.ops.mixed_rmsnorm import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
+from jointnas_kernels.ops.mixed_rmsnorm_quant_triton import norm_quant_backward_kernel, norm_quant_forward_kernel
 from jointnas_kernels.ops.mixed_weight import factored_backward_kernel, factored_kernel, loop_kernel, masks_kernel
 from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
@@ -111,6 +114,27 @@ def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, .
     if not need:
         values |= {"dalpha_ptr": None, "column_ptr": None}
     check(compile_kernel(rmsnorm_backward_kernel, types(rmsnorm_backward_kernel, values), arch, num_warps=warps))
+
+
+@ARCH
+@WIDTHS
+@pytest.mark.parametrize("bits", [(2, 4, 8, 16), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "dx", "all"])
+def test_rmsnorm_quant(arch: int, mode: str, bits: tuple[int, ...], width: int, sizes: tuple[int, ...]) -> None:
+    backward, need = mode != "forward", mode == "all"
+    s, seg, warps, stages = launch_shape(sizes, width, (4 if backward else 2) * width)
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
+                                 "LOOP_STAGES": stages, **constants(torch.bfloat16, bits, False, True, False)}
+    values |= {"NEED_ALPHA": need, "NEED_COLUMN": need, "NEED_PROBS": need} if backward else {"norm_eps": "fp32"}
+    if mode == "dx":
+        values |= {"shares_ptr": None, "column_ptr": None}
+    kernel = norm_quant_backward_kernel if backward else norm_quant_forward_kernel
+    compiled = compile_kernel(kernel, types(kernel, values), arch, num_warps=warps)
+    if (arch, width, mode) == (90, 8192, "all"):  # 16 warps leave 128 registers per thread: two of them spill
+        assert compiled.spilled <= 8
+    else:
+        check(compiled)
+    assert compiled.count("F2F.") < 16, "elements are converted one by one, at an eighth of the packed rate"
 
 
 @ARCH

@@ -101,6 +101,7 @@ def test_every_benchmark_runs_and_renders(
     assert "FAILED" not in capsys.readouterr().out
     names = {row["name"] for row in rows_of(folder, "kernels")}
     assert {"mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "act_quant_mix"} <= names
+    assert "mixed_rmsnorm_quant" in names
     assert {"ours", *bench_masks.PEERS} == {row["name"] for row in rows_of(folder, "masks")}
     assert {"llama3 arch step", "qllama3 arch step"} <= {row["name"] for row in rows_of(folder, "step")}
     monkeypatch.setattr(render, "RESULTS", tmp_path / "results")

@@ -6,47 +6,18 @@ as printed), share nothing with the package, and get their gradients from eager 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
 from tests.fuzz.check import SUMMED, Bounds, Case, Named, limit
+from tests.fuzz.norms import mixed_rmsnorm, mixed_rmsnorm_quant
 from tests.fuzz.quantizers import QUANTIZERS
-from tests.fuzz.source import Source
+from tests.fuzz.source import Source, describe, keep, layouts, sizes_of, structural_size
 
 Builder = Callable[[Source], Case]
-
-
-def keep(sizes: Sequence[int], n: int) -> Tensor:
-    """[K, n]: 1 where choice i keeps the channel."""
-    return torch.tensor([[float(k < size) for k in range(n)] for size in sizes], dtype=torch.float64)
-
-
-def sizes_of(source: Source, n: int) -> list[int]:
-    """One to four sizes up to n: any order, repeats allowed, often multiples of eight."""
-    unit = source.pick((1, 8)) if n >= 8 else 1
-    return [unit * source.pick(range(1, n // unit + 1)) for _ in range(source.pick((1, 2, 3, 4)))]
-
-
-def structural_size(source: Source, limit: int) -> int:
-    """A size that becomes part of a compiled kernel."""
-    low = source.pick([1 << e for e in range(limit.bit_length())])
-    return source.pick(range(low, min(2 * low, limit + 1)))
-
-
-def layouts(source: Source, vectors: Sequence[str] = (), **tensors: int) -> dict[str, str]:
-    """Memory layouts: of tensors with so many dims, of the incoming gradient, of (mostly dense) vectors."""
-    found = {name: source.layout(dims) for name, dims in tensors.items()}
-    found["grad"] = source.pick(("dense", "dense", "offset", "step", "expanded"))
-    for name in vectors:
-        found[name] = source.pick(("dense", "dense", "dense", "offset", "step"))
-    return found
-
-
-def describe(**values: object) -> str:
-    return " ".join(f"{name}={list(v) if isinstance(v, tuple) else v}" for name, v in values.items())
 
 
 # ---- elementwise -----------------------------------------------------------------------------------------------------
@@ -109,50 +80,6 @@ def gated_residual(source: Source) -> Case:
         truth,
         wanted=source.subset(tuple(tensors)),
         layouts=layouts(source, ("mask",), h=len(shape), y=len(shape), x=len(shape)),
-    )
-
-
-def mixed_rmsnorm(source: Source) -> Case:
-    n = structural_size(source, source.limits.width)
-    sizes, masked, eps = sizes_of(source, n), source.flag(), source.free((1e-6, 1e-5, 1e-2))
-    shape = (*source.leading(source.limits.rows), n)
-    tensors = {
-        "x": source.randn(*shape),
-        "weight": source.randn(n, dtype=source.pick((source.dtype, source.vector_dtype))),
-        "alpha": source.probs(len(sizes)),
-    }
-    if masked:
-        tensors["in_mask"] = source.mask(n)
-    kept = keep(sizes, n)
-
-    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
-        y = torch.zeros_like(t["x"])
-        for i, size in enumerate(sizes):
-            x = t["x"] * kept[i]
-            y = y + t["alpha"][i] * x / torch.sqrt(x[..., :size].pow(2).mean(-1, keepdim=True) + eps)
-        y = y * t["weight"]
-        return (y * t["in_mask"] if masked else y,)
-
-    def bounds(t: Named, incoming: list[Tensor]) -> Bounds:
-        """dx is the difference of what a scaled x and the scale itself contribute: zero but for eps at one channel."""
-        h = (incoming[0] * t["weight"] * t.get("in_mask", torch.ones(()))).abs()
-        x, terms = t["x"].abs(), torch.zeros_like(t["x"])
-        for i, size in enumerate(sizes):
-            inv = (x[..., :size].pow(2).mean(-1, keepdim=True) + eps).rsqrt()
-            along = (h * x * kept[i]).sum(-1, keepdim=True) * inv**2 / size
-            terms += t["alpha"][i] * inv * kept[i] * (h + x * along)
-        return Bounds(terms={"dx": terms})
-
-    return Case(
-        describe(shape=shape, sizes=sizes, masked=masked, eps=eps),
-        tensors,
-        lambda t: (
-            ops.mixed_rmsnorm(t["x"], t["weight"], t["alpha"], sizes, eps, t.get("in_mask"), backend=source.backend),
-        ),
-        truth,
-        wanted=source.subset(tuple(tensors)),
-        layouts=layouts(source, ("weight", "alpha", "in_mask"), x=len(shape)),
-        bounds=bounds,
     )
 
 
@@ -397,6 +324,7 @@ OPS: dict[str, Builder] = {
     "mixed_linear": mixed_linear,
     "mixed_linear_group": mixed_linear_group,
     "mixed_rmsnorm": mixed_rmsnorm,
+    "mixed_rmsnorm_quant": mixed_rmsnorm_quant,
     "head_rmsnorm": head_rmsnorm,
     "masked_rope": masked_rope,
     "masked_swiglu": masked_swiglu,

@@ -148,6 +148,39 @@ class Seeded(Source):
         return self.rest.getrandbits(40)
 
 
+# ---- what several builders draw, and how they say it ----
+
+
+def keep(sizes: Sequence[int], n: int) -> Tensor:
+    """[K, n]: 1 where choice i keeps the channel."""
+    return torch.tensor([[float(k < size) for k in range(n)] for size in sizes], dtype=torch.float64)
+
+
+def sizes_of(source: Source, n: int) -> list[int]:
+    """One to four sizes up to n: any order, repeats allowed, often multiples of eight."""
+    unit = source.pick((1, 8)) if n >= 8 else 1
+    return [unit * source.pick(range(1, n // unit + 1)) for _ in range(source.pick((1, 2, 3, 4)))]
+
+
+def structural_size(source: Source, limit: int) -> int:
+    """A size that becomes part of a compiled kernel."""
+    low = source.pick([1 << e for e in range(limit.bit_length())])
+    return source.pick(range(low, min(2 * low, limit + 1)))
+
+
+def layouts(source: Source, vectors: Sequence[str] = (), **tensors: int) -> dict[str, str]:
+    """Memory layouts: of tensors with so many dims, of the incoming gradient, of (mostly dense) vectors."""
+    found = {name: source.layout(dims) for name, dims in tensors.items()}
+    found["grad"] = source.pick(("dense", "dense", "offset", "step", "expanded"))
+    for name in vectors:
+        found[name] = source.pick(("dense", "dense", "dense", "offset", "step"))
+    return found
+
+
+def describe(**values: object) -> str:
+    return " ".join(f"{name}={list(v) if isinstance(v, tuple) else v}" for name, v in values.items())
+
+
 def place(values: Tensor, how: str, device: str) -> Tensor:
     """``values`` on ``device``, as a view of a larger buffer whose other elements are NaN (or the largest int).
 

@@ -91,6 +91,11 @@ CASES: dict[str, Callable[[], None]] = {
     "mixed_rmsnorm": lambda: backward(
         ops.mixed_rmsnorm(leaf(7, 129), leaf(129), unit(3), (32, 100, 129), 1e-5, unit(129))
     ),
+    "mixed_rmsnorm_quant": lambda: backward(
+        ops.mixed_rmsnorm(
+            leaf(7, 129), leaf(129), unit(3), (32, 100, 129), 1e-5, unit(129), act_bits=(2, 4, 8, 16), act_probs=unit(4)
+        )
+    ),
     "head_rmsnorm": lambda: backward(
         ops.head_rmsnorm(leaf(7, 3, 12), torch.rand(12, device="cuda"), unit(3, 12), unit(2), (4, 12), 1e-5)
     ),

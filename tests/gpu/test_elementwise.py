@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jointnas_kernels import ops
 from tests.comparison import compare
+from tests.ops import norm_quant
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 SHAPES = pytest.mark.parametrize(
@@ -109,6 +110,24 @@ def test_mixed_rmsnorm(rows: int, n: int, sizes: list[int], masked: bool, dtype:
 
     tensors = [rand(rows, n, dtype=dtype), rand(n, dtype=dtype), weights(len(sizes)), weights(n) if masked else None]
     both(call, tensors, [0], [0, 1, 2, 3] if masked else [0, 1, 2])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [((1, 16), [16]), ((5, 100), [100, 37, 64]), ((7, 9, 1000), [251, 1000]), ((1024, 4096), HIDDEN),
+     ((333, 4096), [1000, 4096]), ((100, 4096), [4096]), ((8192, 2048), [1024, 2048]),
+     ((257, 8192), [4096, 6144, 8192]), ((64, 16384), [16384])],
+    ids=str,
+)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_mixed_rmsnorm_quant(shape: tuple[int, ...], sizes: list[int], symmetric: bool, dtype: torch.dtype) -> None:
+    """Bit for bit the two kernels apart, and the gradients of a weight step, of probabilities alone and of all."""
+    x, weight, alpha, mask, probs = range(5)
+    for bits in ((2, 4, 8, 16), (4, 8), (4,)):
+        tensors = norm_quant.inputs(shape, len(sizes), bits, True, dtype, "cuda")
+        subsets = ([x], [x, probs], [x, alpha, mask, probs], [x, weight, alpha, mask, probs])
+        norm_quant.check(tensors, sizes, 1e-2, bits, symmetric, None, subsets)
 
 
 @DTYPES

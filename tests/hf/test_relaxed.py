@@ -1,11 +1,14 @@
 """The relaxed supernet: equal to its literal definition in values and gradients; modes, depth, state, composition."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, shrink
+from jointnas_kernels.ops import act_quant_mix
 from jointnas_kernels.space import Choice, SearchSpace
 from tests.hf.hf_models import (
     QUANT_SPACE,
@@ -78,6 +81,33 @@ def test_gradients_by_finite_differences(space: SearchSpace) -> None:
         return supernet(x, labels=x).loss
 
     assert torch.autograd.gradcheck(loss, tuple(alphas.values()), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["drawn", "fixed"])
+def test_norms_quantize_what_their_linears_share(fixed: bool) -> None:
+    """Bit for bit the norm and then the quantizer; one precision alone, known on the host, too."""
+    supernet, x = build(QUANT_SPACE, torch.bfloat16), ids()
+    if fixed:
+        full = QUANT_SPACE.full()
+        supernet.fix(dataclasses.replace(full, act_bits=tuple((4, 16, 8)[b % 3] for b in range(len(supernet.blocks)))))
+    else:
+        supernet.mode("weight").draw(generator(1))
+    ran: list[tuple] = []
+    taken: list[torch.Tensor] = []
+    for block in supernet.blocks:
+        for norm, linear in ((block.input_norm, block.attention.k_proj), (block.post_norm, block.mlp.up_proj)):
+            norm.register_forward_hook(lambda module, inputs, out: ran.append((module, inputs, out)))
+            linear.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    with torch.no_grad():
+        supernet(x)
+        mixtures = []
+        for (norm, (h, step, mixture), out), given in zip(ran, taken, strict=True):
+            assert given is out
+            apart = norm.forward(h, step)
+            assert torch.equal(out, apart if mixture is None else act_quant_mix(apart, *mixture))
+            mixtures.append(mixture)
+    assert (None in mixtures) == fixed  # 16 bits are left alone
+    assert {m.bits for m in mixtures if m is not None} == ({(4,), (8,)} if fixed else {QUANT_SPACE.act_bits})
 
 
 def test_modes_compute_only_their_gradients() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from jointnas_kernels import ops
 from tests.comparison import compare
+from tests.ops import norm_quant
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
@@ -79,6 +80,23 @@ def test_mixed_rmsnorm(rows: int, n: int, sizes: list[int], masked: bool, dtype:
     for wanted in ([0], [0, 2], [0, 1, 2, 3] if masked else [0, 1, 2]):
         # dx is a difference that cancels when few channels share one norm: allow for it below 16
         check(call, tensors, wanted, 1e-2 if n < 16 else None)
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "shape, sizes",
+    [((1, 1), [1]), ((2, 7), [3, 1, 7]), ((3, 24), [8, 16, 24]), ((5, 100), [100, 37, 64]), ((4, 384), [128, 256, 384]),
+     ((2, 3, 130), [96, 128])],
+    ids=str,
+)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_mixed_rmsnorm_quant(shape: tuple[int, ...], sizes: list[int], symmetric: bool, dtype: torch.dtype) -> None:
+    x, weight, alpha, mask, probs = range(5)
+    for bits, masked in (((2, 4, 8, 16), True), ((3, 16), False), ((4,), True)):
+        tensors = norm_quant.inputs(shape, len(sizes), bits, masked, dtype)
+        every = [i for i, t in enumerate(tensors) if t is not None]
+        subsets = ([x], [x, probs], [x, alpha], [x, weight], [x, mask] if masked else [x], every)
+        norm_quant.check(tensors, sizes, 0.5, bits, symmetric, "triton", subsets)
 
 
 @DTYPES
