@@ -34,6 +34,7 @@ class Compiled:
     arch: int
     cubin: bytes
     shared: int
+    ttgir: str  # Triton's last intermediate form, with the layout of every tensor over threads
 
     def _cuobjdump(self, *flags: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +66,14 @@ class Compiled:
     def count(self, opcode: str) -> int:
         """How many instructions start with ``opcode`` (e.g. "LDG.E.128")."""
         return len(re.findall(rf"^\s*/\*[0-9a-f]{{4,}}\*/\s+(?:@!?U?P\w+\s+)?{re.escape(opcode)}", self.sass, re.M))
+
+    def reductions(self) -> list[tuple[str, str, str]]:
+        """Every reduction and scan in order: which, along which axis, and of what with which layout. Equal entries add
+        in the same order."""
+        layouts = dict(re.findall(r"^(#\w+) = (.*)$", self.ttgir, re.M))
+        pattern = r'"tt\.(reduce|scan)"\(.*?<\{axis = (\d+)(?s:.*?)^ *\}\) : \(([^)]*)\) ->'
+        found = re.findall(pattern, self.ttgir, re.M)
+        return [(kind, axis, re.sub(r"#\w+", lambda m: layouts.get(m[0], m[0]), of)) for kind, axis, of in found]
 
     def has(self, *opcodes: str) -> bool:
         return any(self.count(opcode) for opcode in opcodes)
@@ -98,4 +107,4 @@ def compile_kernel(
     compiled = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )
-    return Compiled(kernel.__name__, arch, compiled.asm["cubin"], compiled.metadata.shared)
+    return Compiled(kernel.__name__, arch, compiled.asm["cubin"], compiled.metadata.shared, compiled.asm["ttgir"])

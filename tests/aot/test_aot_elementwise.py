@@ -138,6 +138,25 @@ def test_rmsnorm_quant(arch: int, mode: str, bits: tuple[int, ...], width: int, 
 
 
 @ARCH
+@WIDTHS
+def test_rmsnorm_quant_normalises_as_the_norm_alone(arch: int, width: int, sizes: tuple[int, ...]) -> None:
+    """The same levels with and without fusion need the same v to the last bit: the sum of squares and both scans must
+    add in the same order."""
+    s, seg, warps, stages = launch_shape(sizes, width, 2 * width)
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
+                                 "LOOP_STAGES": stages, "HAS_MASK": True}
+    alone = compile_kernel(
+        rmsnorm_forward_kernel, types(rmsnorm_forward_kernel, values | {"eps": "fp32"}), arch, num_warps=warps
+    )
+    values |= {"norm_eps": "fp32", **constants(torch.bfloat16, (2, 4, 8, 16), False, True, False)}
+    fused = compile_kernel(
+        norm_quant_forward_kernel, types(norm_quant_forward_kernel, values), arch, num_warps=warps
+    )
+    assert len(alone.reductions()) == 3
+    assert fused.reductions()[:3] == alone.reductions()
+
+
+@ARCH
 def test_column_sums(arch: int) -> None:
     values: dict[str, object] = {"HAS_SCALE": True, "HAS_B": True, "BLOCK_M": 128, "BLOCK_N": 32}
     values |= {name: "*fp32:16" for name in ("a_ptr", "b_ptr", "scale_ptr", "a_out_ptr", "b_out_ptr")}
