@@ -13,6 +13,7 @@
 // Per element and precision: |max|, 2 for the exact quotient, + 2^23, clamp, - 2^23, fma = 7 operations. The quotient:
 // with r + t = 1/s to 45 bits, RN(x r + RN(x t)) = RN(x / s) because s has at most 11 significant bits.
 #include <cmath>
+#include <type_traits>
 
 #include "cuda_ops.h"
 #include "ptx.cuh"
@@ -236,6 +237,9 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
       }
       const float high = kMagic + p.high[precision], low = kMagic - p.high[precision] - 1;
       const float inverse = p.inverse[precision], more = p.rest[precision], pi = p.probs[precision];
+      // Without ratios |v / s| <= (2^b - 1)/2 (1 + 2^-8), never below the lowest level; but fp16 scales below 2^-14 are
+      // rounded to multiples of 2^-24.
+      constexpr bool kBelow = CLIP || std::is_same_v<T, F16>;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -258,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
             for (int e = 0; e < 2; ++e) {
               const float v = x[j][2 * h + e];
               float level = fminf(fmaf(v, r, v * rest) + kMagic, high);
-              if (CLIP) level = fmaxf(level, low);  // without ratios |v / s| <= (2^b - 1)/2 (1 + 2^-8): never below
+              if (kBelow) level = fmaxf(level, low);
               if (REDUCE) dot[e] = fmaf(level - kMagic, mixed[j][2 * h + e], dot[e]);
               else mixed[j][2 * h + e] = fmaf(level - kMagic, weight, mixed[j][2 * h + e]);
             }

@@ -6,7 +6,8 @@ The decision to know: the forward reads W and writes W~ once (2 x 34 MB for a 40
     correctly rounded quotient, because no quotient of a 24-bit by an 11-bit significand comes closer than 2^-36
     (relatively) to a rounding boundary without lying on the representable side. fp32 scales use Markstein's three.
   * rint is the addition of 1.5 · 2^23 (to nearest even), undone after clamping.
-  * without clip ratios |x / s| <= (2^b - 1)/2 · (1 + 2^-8), so only the upper clamp can act.
+  * without clip ratios |x / s| <= (2^b - 1)/2 · (1 + 2^-8), so only the upper clamp can act; not in fp16, whose scales
+    below 2^-14 are rounded to multiples of 2^-24 (fuzzing found a level of -131).
   * W enters as the accumulator of the LoRA product.
 """
 
@@ -67,7 +68,7 @@ def quantize_tile(
         s3 = tl.broadcast_to(s3, x.shape)
     y = divide(x, s3, tl.expand_dims(r, 2), tl.expand_dims(t, 2), EXACT, SHORT)
     level = tl.minimum(y + MAGIC, MAGIC + high)
-    if HAS_CLIP:
+    if HAS_CLIP or dtype == tl.float16:
         level = tl.maximum(level, MAGIC - high - 1.0)
     return level - MAGIC, y, s, unit
 

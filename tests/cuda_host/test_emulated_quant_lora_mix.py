@@ -11,6 +11,7 @@ from jointnas_kernels.ops import quant_lora_mix_cuda
 from jointnas_kernels.ops.quant_lora_mix import MixGradients, quant_lora_mix_reference
 from jointnas_kernels.ops.quant_lora_mix_cuda import WARPS, Mix, mix_forward_cuda, most_columns, plan
 from jointnas_kernels.testing import poisoned
+from tests.ops.test_quant_lora_mix import tiny_weights
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
 BITS = (2, 4, 8)
@@ -44,6 +45,14 @@ def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
         with poisoned():
             out = mix_forward_cuda(weight, a, b, probs, ratio, 0.5, BITS, group, columns, splits)
         assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, probs, group, ratio))
+
+
+def test_levels_of_subnormal_scales():
+    """fp16 scales below 2^-14 are coarse: the largest weights of a group lie beyond the lowest level."""
+    weight, a, b = tiny_weights(256).values()
+    for p in range(3):
+        out = mix_forward_cuda(weight, a, b, torch.eye(3)[p], None, 0.5, BITS, 32)
+        assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, torch.eye(3)[p], 32))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -47,6 +47,13 @@ def make(shape: tuple[int, int, int, int], dtype: torch.dtype, precisions: int =
     }
 
 
+def tiny_weights(inputs: int = 64) -> dict[str, Tensor]:
+    """fp16 weights of 1,000 units of 2^-24 at most, with a LoRA of zero."""
+    weight = (torch.randint(-1000, 1001, (64, inputs)) * 2.0**-24).half()
+    zero = {"lora_a": torch.zeros(3, 8, inputs).half(), "lora_b": torch.zeros(3, 64, 8).half()}
+    return {"weight": weight, **zero}
+
+
 def reference(t: dict[str, Tensor], group: int, ste: str, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Eager autograd in fp32 (fp64) with the scales of ``dtype``; differs from the op by the rounding of W~ only."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,7 +18,7 @@ from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close, poisoned
 from tests.ops.test_act_quant_mix import tokens
 from tests.ops.test_fake_quant_weight import weights
-from tests.ops.test_quant_lora_mix import BITS, TOLERANCE, make, reference
+from tests.ops.test_quant_lora_mix import BITS, TOLERANCE, make, reference, tiny_weights
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 STE = pytest.mark.parametrize("ste", ["identity", "clip"])
@@ -47,6 +47,16 @@ def test_mix_levels(shape: tuple[int, int, int, int], with_clip: bool, dtype: to
         options = {"scaling": 0.5, "bits": BITS, "group_size": shape[3]}
         with poisoned():
             out = ops.quant_lora_mix(backend="triton", **options, **t)
+        assert torch.equal(out, ops.quant_lora_mix(backend="reference", **options, **t))
+
+
+def test_mix_levels_of_subnormal_scales() -> None:
+    """fp16 scales below 2^-14 are coarse: the largest weights of a group lie beyond the lowest level."""
+    t = tiny_weights()
+    for p in range(3):
+        t["probs"] = torch.eye(3)[p]
+        options = {"scaling": 0.5, "bits": BITS, "group_size": 8}
+        out = ops.quant_lora_mix(backend="triton", **options, **t)
         assert torch.equal(out, ops.quant_lora_mix(backend="reference", **options, **t))
 
 
