@@ -50,8 +50,11 @@ void gemv(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t l
       vi words[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) words[v] = loadi(w + v * W);
-      // 4 KiB ahead, beyond the page where the processor's own prefetching ends
-      for (int v = 0; v < V; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(w + 1024 + v * W);
+      // 4 KiB ahead, beyond the page where the processor's own prefetching ends. It costs a load per line, which integer
+      // products, done with a line sooner, feel: without, W8A8 and W4A8 took 336 and 169 instead of 394 and 218 us
+      // (Zen 4, 60 GB/s), W4A16 196 instead of 186.
+      if constexpr (!Op::kInteger)
+        for (int v = 0; v < V; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(w + 1024 + v * W);
       fields<Op::kFields>([&](auto f) {
         vi u[V];
 #pragma GCC unroll 8
