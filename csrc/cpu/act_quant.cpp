@@ -8,23 +8,21 @@
 namespace jnk {
 namespace JN_ISA {
 
+// mask x of one token, rounded to T: x itself without a mask
+template <class T>
+inline const T* masked(const T* x, const float* mask, T* scratch, int64_t N) {
+  if (!mask) return x;
+  pairs(0, N, [=](auto at) { at.put(scratch, at(x) * at(mask)); });
+  return scratch;
+}
+
 template <class T>
 void act_mix_rows(const T* x, const float* probs, const float* mask, const int* bits, int64_t Q, bool symmetric, T* y,
                   int64_t rows, int64_t N) {
+  std::vector<T> scratch(mask ? static_cast<size_t>(N) : 0);
   for (int64_t i = 0; i < rows; ++i, x += N, y += N) {
-    const auto value = [=](auto at) { return mask ? round_to<T>(at(x) * at(mask)) : at(x); };
-    const Range range = token_range<T>(N, value);
-    Quantizer q[kMaxPrecisions];
-    for (int64_t p = 0; p < Q; ++p) q[p] = quantizer<T>(range, bits[p] == 16 ? 8 : bits[p], symmetric);
-    each(0, N, [&](auto at) {
-      const vf v = value(at);
-      vf sum = set(0.0f);
-      for (int64_t p = 0; p < Q; ++p) {
-        const vf Qv = bits[p] == 16 ? v : (token_level<T>(v, q[p]) - set(q[p].z)) * set(q[p].s);
-        sum = fma(set(probs[p]), Qv, sum);
-      }
-      at.put(y, sum);
-    });
+    const T* v = masked(x, mask, scratch.data(), N);
+    mix_token(v, precisions<T>(row_range(v, N), bits, Q, symmetric), probs, y, N, false);
   }
 }
 
@@ -33,30 +31,17 @@ template <class T>
 void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int* bits, int64_t Q, bool symmetric,
                            float total1, T* dx, float* dprobs, float* column, int64_t rows, int64_t N) {
   if (column) std::memset(column, 0, static_cast<size_t>(N) * sizeof(float));
+  std::vector<T> scratch(mask && dprobs ? static_cast<size_t>(N) : 0);
   const vf total = set(total1);
   for (int64_t i = 0; i < rows; ++i, g += N, x += N) {
     if (dx) {
-      each(0, N, [=](auto at) { at.put(dx, mask ? at(g) * at(mask) * total : at(g) * total); });
+      pairs(0, N, [=](auto at) { at.put(dx, mask ? at(g) * at(mask) * total : at(g) * total); });
       dx += N;
     }
-    if (column) each(0, N, [=](auto at) { at.add(column, at(g) * at(x)); });
+    if (column) pairs(0, N, [=](auto at) { at.add(column, at(g) * at(x)); });
     if (dprobs) {
-      const auto value = [=](auto at) { return mask ? round_to<T>(at(x) * at(mask)) : at(x); };
-      const Range range = token_range<T>(N, value);
-      vf dot[kMaxPrecisions];
-      Quantizer q[kMaxPrecisions];
-      for (int64_t p = 0; p < Q; ++p) {
-        dot[p] = set(0.0f);
-        q[p] = quantizer<T>(range, bits[p] == 16 ? 8 : bits[p], symmetric);
-      }
-      each(0, N, [&](auto at) {
-        const vf v = value(at), d = at(g);
-        for (int64_t p = 0; p < Q; ++p) {
-          const vf level = bits[p] == 16 ? v : (token_level<T>(v, q[p]) - set(q[p].z)) * set(q[p].s);
-          dot[p] = fma(d, level, dot[p]);
-        }
-      });
-      for (int64_t p = 0; p < Q; ++p) dprobs[i * Q + p] = sum(dot[p]);
+      const T* v = masked(x, mask, scratch.data(), N);
+      dot_token(g, v, precisions<T>(row_range(v, N), bits, Q, symmetric), dprobs + i * Q, N);
     }
   }
 }
@@ -71,9 +56,7 @@ void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int*
 #include "isa.h"
 #include "parallel.h"
 
-namespace jnk {
-constexpr int64_t kMaxPrecisions = 16;
-}
+#include <vector>
 
 #define JN_THIS_FILE "../cpu/act_quant.cpp"
 #include "each_isa.h"

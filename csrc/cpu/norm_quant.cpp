@@ -32,21 +32,12 @@ void norm_mix_rows(const T* x, const float* scale, const float* alpha, const Seg
     // rounding is monotonic: the extremes of the rounded values are the rounded extremes
     const auto rounded = [](float v) { return to_float(from_float<T>(v)); };
     const Range range{rounded(hmin(low)), rounded(hmax(high))};
-    Quantizer q[kMaxPrecisions];
-    for (int64_t p = 0; p < Q; ++p) {
-      q[p] = quantizer<T>(range, bits[p] == 16 ? 8 : bits[p], symmetric);
-      levels[2 * p] = q[p].s;
-      levels[2 * p + 1] = q[p].z;
+    const Precisions all = precisions<T>(range, bits, Q, symmetric);
+    for (int64_t p = 0; p < all.n; ++p) {
+      levels[2 * all.index[p]] = all.q[p].s;
+      levels[2 * all.index[p] + 1] = all.q[p].z;
     }
-    each(0, N, [&](auto at) {
-      const vf v = at(y);
-      vf mixed = set(0.0f);
-      for (int64_t p = 0; p < Q; ++p) {
-        const vf Qv = bits[p] == 16 ? v : (token_level<T>(v, q[p]) - set(q[p].z)) * set(q[p].s);
-        mixed = fma(set(probs[p]), Qv, mixed);
-      }
-      at.put(y, mixed);
-    });
+    mix_token(y, all, probs, y, N, false);
   }
 }
 
@@ -61,28 +52,28 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
     norm_backward_factors(g, x, scale, alpha, inv, seg, t, back, dalpha);
     if (dalpha)
       for (int64_t i = 0; i < seg.K; ++i) *dalpha++ *= total;
-    vf dot[kMaxPrecisions];
-    Quantizer q[kMaxPrecisions];
-    for (int64_t p = 0; p < Q; ++p) {
-      dot[p] = set(0.0f);
-      const float half = static_cast<float>(1 << ((bits[p] == 16 ? 8 : bits[p]) - 1));
-      q[p] = {levels[2 * p], levels[2 * p + 1], -half, half - 1.0f};
-    }
-    int64_t start = 0;
-    for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
-      const vf k = set(t[s]), kt = set(t[s] * total), b = set(back[s] * total);
-      each(start, seg.ends[s], [&](auto at) {
-        const vf d = at(g), u = at(x), m = at(scale), v = round_to<T>(u * k * m);
-        at.put(dx, fnma(u, b, d * m * kt));
-        if (column) at.add(column, d * u * kt);
-        for (int64_t p = 0; p < Q; ++p) {
-          const vf Qv = bits[p] == 16 ? v : (token_level<T>(v, q[p]) - set(q[p].z)) * set(q[p].s);
-          dot[p] = fma(d, Qv, dot[p]);
-        }
-      });
-    }
-    each(start, N, [=](auto at) { at.put(dx, set(0.0f)); });
-    for (int64_t p = 0; p < Q; ++p) dprobs[p] = sum(dot[p]);
+    Precisions all{bits, Q};
+    for (int64_t p = 0; p < Q; ++p)
+      if (bits[p] != 16) all.add(quantizer_of<T>(levels[2 * p], levels[2 * p + 1], bits[p]), p);
+    vf2 identity = set(0.0f), dot[kMaxPrecisions];
+    for (int64_t p = 0; p < all.n; ++p) dot[p] = set(0.0f);
+    with_path(all.path, [&](auto path) {
+      int64_t start = 0;
+      for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
+        const vf k = set(t[s]), kt = set(t[s] * total), b = set(back[s] * total);
+        pairs(start, seg.ends[s], [&](auto at) {
+          const auto d = at(g), u = at(x), m = at(scale), v = round_to<T>(u * k * m);
+          at.put(dx, fnma(u, b, d * m * kt));
+          if (column) at.add(column, d * u * kt);
+          add_product(identity, d, v);
+          for (int64_t p = 0; p < all.n; ++p)
+            add_product(dot[p], d, token_level<T, path>(v, all.q[p]) - set(all.q[p].z));
+        });
+      }
+      each(start, N, [=](auto at) { at.put(dx, set(0.0f)); });
+    });
+    for (int64_t p = 0; p < Q; ++p) dprobs[p] = sum(identity);
+    for (int64_t p = 0; p < all.n; ++p) dprobs[all.index[p]] = all.q[p].s * sum(dot[p]);
   }
 }
 
@@ -96,10 +87,6 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
 #include "isa.h"
 #include "parallel.h"
 #include "segments.h"
-
-namespace jnk {
-constexpr int64_t kMaxPrecisions = 16;
-}
 
 #define JN_THIS_FILE "../cpu/norm_quant.cpp"
 #include "each_isa.h"

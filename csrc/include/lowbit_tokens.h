@@ -11,8 +11,7 @@ namespace JN_ISA {
 // Levels a [I], scale and zero of one token.
 template <class T>
 void quantize_token(const T* x, int64_t N, int bits, bool symmetric, int8_t* a, float* s, int* z) {
-  const Range range = token_range<T>(N, [=](auto at) { return at(x); });
-  const Quantizer q = quantizer<T>(range, bits, symmetric);
+  const Quantizer q = quantizer<T>(row_range(x, N), bits, symmetric);
   *s = q.s;
   *z = static_cast<int>(q.z);
   each(0, N, [&](auto at) {

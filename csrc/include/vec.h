@@ -18,13 +18,22 @@ inline vf load(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes(
 inline vf widen(__m256i h) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))}; }
 inline vf load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline vf load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(lanes(n), p)); }
-// Round to nearest even by integer arithmetic: vcvtneps2bf16 would flush denormals to zero.
-inline __m256i narrow(vf a) {
+// In the upper halves, a rounded to nearest even by integer arithmetic: vcvtneps2bf16 would flush denormals to zero.
+inline __m512i rounded(vf a) {
   const __m512i u = _mm512_castps_si512(a.v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+  const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
+  const __m512i r = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, u, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(r, _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000)), u,
+                               _mm512_set1_epi32(0x8000));
+}
+inline vf round_bf16(vf a) {
+  return {_mm512_castsi512_ps(_mm512_and_epi32(rounded(a), _mm512_set1_epi32(-0x10000)))};
+}
+inline __m256i narrow(vf a) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded(a), 16)); }
+inline __m512i narrow2(vf a, vf b) {  // the upper halves of both: one permutation instead of two shifts and conversions
+  alignas(64) static const uint16_t odd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                               33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  return _mm512_permutex2var_epi16(rounded(a), _mm512_load_si512(odd), rounded(b));
 }
 inline void store(float* p, vf a) { _mm512_storeu_ps(p, a.v); }
 inline void store(float* p, vf a, int64_t n) { _mm512_mask_storeu_ps(p, lanes(n), a.v); }
@@ -38,9 +47,13 @@ inline void stream2(float* p, vf a, vf b) {
   _mm512_stream_ps(p + W, b.v);
 }
 inline void stream2(bf16* p, vf a, vf b) {
-  const __m512i line = _mm512_inserti64x4(_mm512_castsi256_si512(narrow(a)), narrow(b), 1);
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow2(a, b));
 }
+inline void store2(float* p, vf a, vf b) {
+  store(p, a);
+  store(p + W, b);
+}
+inline void store2(bf16* p, vf a, vf b) { _mm512_storeu_si512(p, narrow2(a, b)); }
 inline void stream_end() { _mm_sfence(); }
 inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -78,12 +91,18 @@ inline vf load(const T* p, int64_t n) {
   std::memcpy(t, p, static_cast<size_t>(n) * sizeof(T));
   return load(t);
 }
-inline __m128i narrow(vf a) {
+inline __m256i rounded(vf a) {  // the upper halves are bf16
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)));
-  r = _mm256_srli_epi32(r, 16);
+  const __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  return _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc00000), nan);
+}
+inline vf round_bf16(vf a) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(rounded(a), _mm256_set1_epi32(-0x10000)))};
+}
+inline __m128i narrow(vf a) {
+  const __m256i r = _mm256_srli_epi32(rounded(a), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 inline void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
@@ -149,6 +168,7 @@ template <class T>
 inline void store(T* p, vf a, int64_t) {
   store(p, a);
 }
+inline vf round_bf16(vf a) { return {to_float(from_float<bf16>(a.v))}; }
 inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
 inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
 inline vf operator*(vf a, vf b) { return {a.v * b.v}; }
@@ -176,20 +196,49 @@ inline float hmin(vf a) { return a.v; }
 #if !defined(JN_AVX512)
 constexpr bool kStreams = false;
 template <class T>
-inline void stream2(T* p, vf a, vf b) {
+inline void store2(T* p, vf a, vf b) {
   store(p, a);
   store(p + W, b);
+}
+template <class T>
+inline void stream2(T* p, vf a, vf b) {
+  store2(p, a, b);
 }
 inline void stream_end() {}
 #endif
 
+// Two vectors of consecutive elements, a whole line of bf16 with AVX-512: half the loop, and independent work to fill
+// latencies. A vf stands for two equal ones.
+struct vf2 {
+  vf a, b;
+  vf2() = default;
+  vf2(vf x) : a(x), b(x) {}
+  vf2(vf x, vf y) : a(x), b(y) {}
+};
+inline vf2 operator+(vf2 x, vf2 y) { return {x.a + y.a, x.b + y.b}; }
+inline vf2 operator-(vf2 x, vf2 y) { return {x.a - y.a, x.b - y.b}; }
+inline vf2 operator*(vf2 x, vf2 y) { return {x.a * y.a, x.b * y.b}; }
+inline vf2 operator/(vf2 x, vf2 y) { return {x.a / y.a, x.b / y.b}; }
+inline vf2 fma(vf2 x, vf2 y, vf2 z) { return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)}; }
+inline vf2 fnma(vf2 x, vf2 y, vf2 z) { return {fnma(x.a, y.a, z.a), fnma(x.b, y.b, z.b)}; }
+inline vf2 min(vf2 x, vf2 y) { return {min(x.a, y.a), min(x.b, y.b)}; }
+inline vf2 max(vf2 x, vf2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
+inline vf2 round(vf2 x) { return {round(x.a), round(x.b)}; }
+inline vf2 exp2i(vf2 k) { return {exp2i(k.a), exp2i(k.b)}; }
+inline vf2 round_bf16(vf2 x) { return {round_bf16(x.a), round_bf16(x.b)}; }
+// Sums along a row: s += x y; a tail of one vector goes to the first half.
+inline void add_product(vf2& s, vf2 x, vf2 y) { s = fma(x, y, s); }
+inline void add_product(vf2& s, vf x, vf y) { s.a = fma(x, y, s.a); }
+inline float sum(vf2 s) { return sum(s.a + s.b); }
+
 // exp, relative error 2e-7; the argument is clamped to [-87.3, 88.3], NaN stays NaN (min and max return their second
 // operand then).
-inline vf exp(vf x) {
+template <class V>
+inline V exp(V x) {
   x = min(set(88.3f), max(set(-87.3f), x));
-  const vf k = round(x * set(1.44269504f));
-  const vf f = fnma(k, set(-2.12194440e-4f), fnma(k, set(0.693359375f), x));  // x - k ln 2, ln 2 in two parts
-  vf p = set(1.9875691500e-4f);  // Cephes expf: minimax on |f| <= ln 2 / 2
+  const V k = round(x * set(1.44269504f));
+  const V f = fnma(k, set(-2.12194440e-4f), fnma(k, set(0.693359375f), x));  // x - k ln 2, ln 2 in two parts
+  V p = set(1.9875691500e-4f);  // Cephes expf: minimax on |f| <= ln 2 / 2
   p = fma(p, f, set(1.3981999507e-3f));
   p = fma(p, f, set(8.3334519073e-3f));
   p = fma(p, f, set(4.1665795894e-2f));
@@ -228,6 +277,35 @@ inline void each(int64_t begin, int64_t end, const F& f) {
   int64_t j = begin;
   for (; j + W <= end; j += W) f(Whole{j});
   if (j < end) f(Tail{j, end - j});
+}
+
+// The same two vectors at a time: at(p) is a vf2 there, a vf in the tail. streamed: at.put writes past the cache, to
+// addresses p + begin that are multiples of 64.
+struct Pair {
+  int64_t j;
+  bool streamed;
+  template <class T>
+  vf2 operator()(const T* p) const {
+    return {load(p + j), load(p + j + W)};
+  }
+  template <class T>
+  void put(T* p, vf2 v) const {
+    if (streamed)
+      stream2(p + j, v.a, v.b);
+    else
+      store2(p + j, v.a, v.b);
+  }
+  void add(float* p, vf2 v) const { store2(p + j, load(p + j) + v.a, load(p + j + W) + v.b); }
+};
+template <class F>
+inline void pairs(int64_t begin, int64_t end, bool streamed, const F& f) {
+  int64_t j = begin;
+  for (; j + 2 * W <= end; j += 2 * W) f(Pair{j, streamed});
+  each(j, end, f);
+}
+template <class F>
+inline void pairs(int64_t begin, int64_t end, const F& f) {
+  pairs(begin, end, false, f);
 }
 
 }  // namespace JN_ISA

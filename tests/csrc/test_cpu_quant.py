@@ -49,6 +49,47 @@ def test_act_quant_mix(shape: tuple[int, int], masked: bool, symmetric: bool, dt
         assert_close(grad, ref, 8e-3 if grad.dtype == torch.bfloat16 else 2e-5, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_every_bf16_value_of_a_token(symmetric: bool) -> None:
+    """Tokens of 17 binades of values between extremes with every significand: each level is the reference's."""
+    words = torch.arange(0x3800, 0x4080, dtype=torch.int32)  # 2^-15 .. 4
+    values = (words << 16).view(torch.float32)
+    most = values[-128:].view(-1, 1)
+    for ratio in (0.0, 1.0, *(torch.rand(6) * 1.2).tolist()):
+        x = torch.cat([-values, values]).clamp(-ratio * most, most).to(torch.bfloat16)
+        for one_hot, bits in enumerate((2, 4, 8)):
+            probs = torch.eye(3)[one_hot]
+            out = _cpu.act_quant_mix(x, probs, None, (2, 4, 8), symmetric)
+            assert torch.equal(out, act_quant_mix_reference(x, (bits,), torch.ones(1), symmetric))
+
+
+@DTYPES
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+def test_tokens_at_the_ends_of_the_range(symmetric: bool, dtype: torch.dtype) -> None:
+    """Scales whose reciprocal overflows or vanishes, subnormal values, one infinite token."""
+    exponents = torch.tensor([-148, -140, -132, -127, -126, -119, -101, -100, 100, 118, 126, 127])
+    x = (torch.rand(12, 67).double() * 2 - 1) * (2.0 ** exponents.double()).view(-1, 1)
+    x = x.to(dtype)
+    x[:, 5] = 2.0**-133
+    x[-1, 3] = float("inf")
+    bits = [2, 4, 8, 16]
+    for one_hot in range(4):
+        probs = torch.eye(4)[one_hot]
+        out = _cpu.act_quant_mix(x, probs, None, bits, symmetric)
+        expected = act_quant_mix_reference(x, [bits[one_hot]], torch.ones(1), symmetric)
+        torch.testing.assert_close(out[:-1], expected[:-1], rtol=0, atol=0)
+        assert not out[-1].isfinite().all()
+
+
+def test_nan_stays_where_it_is() -> None:
+    for dtype, where in itertools.product((torch.float32, torch.bfloat16), (0, 16, 40, 66)):
+        x = torch.randn(3, 67).to(dtype)
+        x[1, where] = float("nan")
+        out = _cpu.act_quant_mix(x, torch.tensor([0.5, 0.5]), None, [4, 8], False)
+        assert out[1, where].isnan()
+        assert out[[0, 2]].isfinite().all()
+
+
 MIXES = [
     # rows, inputs, group, rank, clip
     (1, 128, 128, 32, False),

@@ -1,9 +1,10 @@
-"""The quantizer kernels never divide: here their substitutes are checked against true division on the host.
+"""The quantizer kernels hardly divide: here their substitutes are checked against true division on the host.
 
     Markstein             y = RN(x r), e = fma(-y, s, x), fma(e, r, y)      r = RN(1/s), any fp32 s
     two-part reciprocal   fma(x, r, RN(x t)), t = RN(fma(-s, r, 1) r)       r within 2 ulp of 1/s, s a half type
     constant divisor      the same with r + t = 2 / (2^b - 1)               every fp32 significand
     one product           RN_bf16(x r)                                      x, s bf16, r within 2 ulp of 1/s
+    whole bf16 levels     65537 v + z - 65536 v, and again (CPU kernels)    v = x r, r 1 or 2 ulp above RN(1/s)
 
 A C++ program, because the proof is about fused multiply-adds. Random pairs alone would say little: a quotient is wrong
 only if x/s almost lies on a rounding boundary, so most pairs are built backwards from one (x = RN(m s) and its
@@ -83,6 +84,29 @@ extern "C" long half_quotients(int fraction) {
       }
   return wrong;
 }
+// Levels of every x / s in [2^-16, 300) and every zero point, as csrc/include/act_quant.h computes them; kind 0: fused,
+// 1: not fused (its scalar pass), 2: without the second rounding
+template <int kKind>
+static long levels() {
+  long wrong = 0;
+  const auto fma = [](float a, float b, float c) { return kKind == 1 ? a * b + c : std::fmaf(a, b, c); };
+  const auto level = [](float v) { return std::nearbyint(v < -128 ? -128 : v > 127 ? 127 : v); };
+  for (uint32_t a = 0; a < 128; ++a)
+    for (uint32_t b = 0; b < 128; ++b)
+      for (int e = -16; e <= 8; ++e)
+        for (int sign = -1; sign <= 1; sign += 2) {
+          const float x = std::ldexp(bits(0x3f800000u | a << 16), e) * sign, s = bits(0x3f800000u | b << 16);
+          const float q = bf16(x / s), v = x * (1.0f / s * 0x1.000002p0f);
+          if (std::fabs(q) >= 300) continue;
+          for (int z = -128; z < 128; ++z) {
+            const float sum = fma(-v, 65536.0f, fma(v, 65537.0f, float(z)));
+            const float rounded = kKind == 2 ? sum : fma(-sum, 65536.0f, sum * 65537.0f);
+            wrong += level(rounded) != level(bf16(q + z));
+          }
+        }
+  return wrong;
+}
+extern "C" long bf16_levels(int kind) { return kind == 0 ? levels<0>() : kind == 1 ? levels<1>() : levels<2>(); }
 """
 
 
@@ -95,7 +119,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-O2", "-mfma", "-ffp-contract=off", "-shared", "-fPIC"]
     subprocess.run(["g++", *flags, str(folder / "division.cpp"), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    for name in ("divisions", "constant_divisor", "half_quotients"):
+    for name in ("divisions", "constant_divisor", "half_quotients", "bf16_levels"):
         getattr(library, name).restype = ctypes.c_long
     library.divisions.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long]
     return library
@@ -123,3 +147,12 @@ def test_constant_divisor(host: ctypes.CDLL, width: int) -> None:
 @pytest.mark.parametrize("fraction", [7, 10], ids=["bf16", "fp16"])
 def test_half_quotients(host: ctypes.CDLL, fraction: int) -> None:
     assert host.half_quotients(fraction) == 0
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["fused", "unfused"])
+def test_bf16_levels(host: ctypes.CDLL, kind: int) -> None:
+    assert host.bf16_levels(kind) == 0
+
+
+def test_bf16_levels_need_the_second_rounding(host: ctypes.CDLL) -> None:
+    assert host.bf16_levels(2) > 10_000
