@@ -138,19 +138,8 @@ def gated_residual(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | Non
     h, y, x = h.contiguous(), y.contiguous(), None if x is None else x.contiguous()
     rows, width = matrix(h)
     out = empty_like(h)
-    call(
-        "gated_residual",
-        h,
-        y,
-        optional(mask),
-        optional(gate),
-        x,
-        out,
-        rows,
-        width,
-        chunking(rows, width)[0],
-        DTYPES[h.dtype],
-    )
+    call("gated_residual", h, y, optional(mask), optional(gate), x, out, rows, width, chunking(rows, width)[0],
+         DTYPES[h.dtype])
     return out
 
 
@@ -164,24 +153,8 @@ def gated_residual_backward(
     per_chunk, chunks = chunking(rows, width, need_mask)
     dh, dx, dy = empty_like(g), empty_like(g), None if mask is None else empty_like(g)
     partial, dgate = floats(chunks, width) if need_mask else None, floats(chunks) if need_gate else None
-    call(
-        "gated_residual_backward",
-        g,
-        h,
-        y,
-        optional(mask),
-        vector(gate),
-        x,
-        dh,
-        dy,
-        dx,
-        partial,
-        dgate,
-        rows,
-        width,
-        per_chunk,
-        DTYPES[g.dtype],
-    )
+    call("gated_residual_backward", g, h, y, optional(mask), vector(gate), x, dh, dy, dx, partial, dgate, rows, width,
+         per_chunk, DTYPES[g.dtype])
     return dh, wanted(dy), dx, total(partial, mask), total(dgate, gate)
 
 
@@ -189,18 +162,8 @@ def masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -
     gate, up = gate.contiguous(), up.contiguous()
     rows, width = matrix(gate)
     out = empty_like(gate)
-    call(
-        "masked_swiglu",
-        gate,
-        up,
-        vector(out_mask),
-        vector(in_mask),
-        out,
-        rows,
-        width,
-        chunking(rows, width)[0],
-        DTYPES[gate.dtype],
-    )
+    call("masked_swiglu", gate, up, vector(out_mask), vector(in_mask), out, rows, width, chunking(rows, width)[0],
+         DTYPES[gate.dtype])
     return out
 
 
@@ -213,22 +176,8 @@ def masked_swiglu_backward(
     per_chunk, chunks = chunking(rows, width, need_out or need_in)
     dgate, dup = empty_like(g), empty_like(g)
     dr, dc = (floats(chunks, width) if need else None for need in (need_out, need_in))
-    call(
-        "masked_swiglu_backward",
-        g,
-        gate,
-        up,
-        vector(out_mask),
-        vector(in_mask),
-        dgate,
-        dup,
-        dr,
-        dc,
-        rows,
-        width,
-        per_chunk,
-        DTYPES[g.dtype],
-    )
+    call("masked_swiglu_backward", g, gate, up, vector(out_mask), vector(in_mask), dgate, dup, dr, dc, rows, width,
+         per_chunk, DTYPES[g.dtype])
     return dgate, dup, total(dr, out_mask), total(dc, in_mask)
 
 
@@ -250,35 +199,15 @@ def masked_rope(
     for x, mask in ((q.contiguous(), q_mask), (k.contiguous(), k_mask)):
         y = empty_like(x)
         tokens, (heads, dim) = x.shape[0] * x.shape[1], x.shape[2:]
-        call(
-            "masked_rope",
-            x,
-            vector(mask),
-            cosine,
-            sine,
-            y,
-            tokens,
-            period,
-            heads,
-            dim,
-            chunking(tokens, heads * dim)[0],
-            DTYPES[x.dtype],
-        )
+        call("masked_rope", x, vector(mask), cosine, sine, y, tokens, period, heads, dim,
+             chunking(tokens, heads * dim)[0], DTYPES[x.dtype])
         out.append(y)
     return out[0], out[1]
 
 
 def masked_rope_backward(
-    dq_out: Tensor,
-    dk_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    q_mask: Tensor,
-    k_mask: Tensor,
-    need_q_mask: bool,
-    need_k_mask: bool,
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
+    need_q_mask: bool, need_k_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dq_mask, dk_mask."""
     cosine, sine, period = tables(cos, sin, dq_out.shape[0])
@@ -288,22 +217,8 @@ def masked_rope_backward(
         tokens, (heads, dim) = g.shape[0] * g.shape[1], g.shape[2:]
         per_chunk, chunks = chunking(tokens, heads * dim, need)
         dx, partial = empty_like(g), floats(chunks, heads, dim) if need else None
-        call(
-            "masked_rope_backward",
-            g,
-            source,
-            vector(mask),
-            cosine,
-            sine,
-            dx,
-            partial,
-            tokens,
-            period,
-            heads,
-            dim,
-            per_chunk,
-            DTYPES[g.dtype],
-        )
+        call("masked_rope_backward", g, source, vector(mask), cosine, sine, dx, partial, tokens, period, heads, dim,
+             per_chunk, DTYPES[g.dtype])
         grads.append(dx)
         masks.append(total(partial, mask))
     return grads[0], grads[1], masks[0], masks[1]
@@ -316,30 +231,13 @@ def act_quant_mix(x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[
     x = x.contiguous()
     rows, width = matrix(x)
     y = empty_like(x)
-    call(
-        "act_quant_mix",
-        x,
-        vector(probs),
-        optional(mask),
-        integers(bits),
-        y,
-        rows,
-        width,
-        len(bits),
-        symmetric,
-        chunking(rows, width)[0],
-        DTYPES[x.dtype],
-    )
+    call("act_quant_mix", x, vector(probs), optional(mask), integers(bits), y, rows, width, len(bits), symmetric,
+         chunking(rows, width)[0], DTYPES[x.dtype])
     return y
 
 
 def act_quant_mix_backward(
-    grad: Tensor,
-    x: Tensor,
-    probs: Tensor,
-    mask: Tensor | None,
-    bits: Sequence[int],
-    symmetric: bool,
+    grad: Tensor, x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool,
     want: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dprobs, dmask, as ``want`` says."""
@@ -350,23 +248,8 @@ def act_quant_mix_backward(
     dx, dprobs = empty_like(g) if want[0] else None, floats(rows, len(bits)) if want[1] else None
     partial = floats(chunks, width) if need_mask else None
     weight = float(probs.float().sum())
-    call(
-        "act_quant_mix_backward",
-        g,
-        x,
-        optional(mask),
-        integers(bits),
-        dx,
-        dprobs,
-        partial,
-        rows,
-        width,
-        len(bits),
-        symmetric,
-        weight,
-        per_chunk,
-        DTYPES[g.dtype],
-    )
+    call("act_quant_mix_backward", g, x, optional(mask), integers(bits), dx, dprobs, partial, rows, width, len(bits),
+         symmetric, weight, per_chunk, DTYPES[g.dtype])
     return wanted(dx), total(dprobs, probs), total(partial, mask) * weight
 
 
@@ -377,50 +260,20 @@ def lora_pair(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def quant_lora_mix(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    probs: Tensor,
-    clip: Tensor | None,
-    scaling: float,
-    bits: Sequence[int],
-    group_size: int,
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
+    bits: Sequence[int], group_size: int,
 ) -> Tensor:
     """sum_p probs[p] Q_p(weight + scaling lora_b[p] lora_a[p])."""
     w, (a, b, lora) = weight.contiguous(), lora_pair(lora_a, lora_b)
     out = empty_like(w)
-    call(
-        "quant_lora_mix",
-        w,
-        a,
-        b,
-        vector(probs),
-        optional(clip),
-        integers(bits),
-        out,
-        *w.shape,
-        len(bits),
-        a.shape[1],
-        group_size,
-        float(scaling),
-        DTYPES[w.dtype],
-        lora,
-    )
+    call("quant_lora_mix", w, a, b, vector(probs), optional(clip), integers(bits), out, *w.shape, len(bits), a.shape[1],
+         group_size, float(scaling), DTYPES[w.dtype], lora)
     return out
 
 
 def quant_lora_mix_backward(
-    gradient_rows: Callable[[slice], Tensor],
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    probs: Tensor,
-    clip: Tensor | None,
-    scaling: float,
-    bits: Sequence[int],
-    group_size: int,
-    ste: str,
-    want: Sequence[bool],
+    gradient_rows: Callable[[slice], Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor,
+    clip: Tensor | None, scaling: float, bits: Sequence[int], group_size: int, ste: str, want: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """da, db, dprobs, dclip, as ``want`` (lora, probs, clip) says.
 
@@ -443,30 +296,8 @@ def quant_lora_mix_backward(
             if want_lora and ste == "clip":
                 masked = torch.empty((len(bits), count, width), dtype=g.dtype, device=g.device)
             partial = floats(-(-count // 12), len(bits))
-            call(
-                "quant_lora_mix_backward",
-                w,
-                a,
-                b,
-                pi,
-                clips,
-                widths,
-                g,
-                masked,
-                partial,
-                dclip,
-                begin,
-                count,
-                rows,
-                width,
-                len(bits),
-                a.shape[1],
-                group_size,
-                float(scaling),
-                DTYPES[w.dtype],
-                lora,
-                DTYPES[g.dtype],
-            )
+            call("quant_lora_mix_backward", w, a, b, pi, clips, widths, g, masked, partial, dclip, begin, count, rows,
+                 width, len(bits), a.shape[1], group_size, float(scaling), DTYPES[w.dtype], lora, DTYPES[g.dtype])
             sums += partial.sum(0)
         if want_lora:
             of_each = g.expand(len(bits), -1, -1) if masked is None else masked
@@ -507,31 +338,16 @@ def lowbit_pack(packed: Tensor, scale: Tensor, w_bits: int, group_size: int, pla
     return data
 
 
-def lowbit_matmul(
-    x: Tensor, data: Tensor, outputs: int, w_bits: int, a_bits: int, symmetric: bool, planes: bool
-) -> Tensor:
+def lowbit_matmul(x: Tensor, data: Tensor, outputs: int, w_bits: int, a_bits: int, symmetric: bool, planes: bool
+                  ) -> Tensor:
     """x [..., I] times prepared weights."""
     x = x.contiguous()
     rows, inputs = matrix(x)
     stored = inputs // data.shape[1]
     bf16 = data.shape[2] == 1 + stored * w_bits // 32
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    call(
-        "lowbit_matmul",
-        x,
-        data,
-        y,
-        rows,
-        outputs,
-        inputs,
-        w_bits,
-        a_bits,
-        stored,
-        symmetric,
-        planes,
-        DTYPES[x.dtype],
-        bf16,
-    )
+    call("lowbit_matmul", x, data, y, rows, outputs, inputs, w_bits, a_bits, stored, symmetric, planes, DTYPES[x.dtype],
+         bf16)
     return y
 
 
@@ -543,21 +359,6 @@ def lowbit_linear(
     scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
     rows, width = matrix(x)
     y = torch.empty((*x.shape[:-1], packed.shape[0]), dtype=x.dtype, device=x.device)
-    call(
-        "lowbit_linear",
-        x,
-        packed,
-        scale,
-        y,
-        rows,
-        packed.shape[0],
-        width,
-        w_bits,
-        a_bits,
-        group_size,
-        stored_group(group_size, w_bits),
-        symmetric,
-        DTYPES[x.dtype],
-        DTYPES[scale.dtype],
-    )
+    call("lowbit_linear", x, packed, scale, y, rows, packed.shape[0], width, w_bits, a_bits, group_size,
+         stored_group(group_size, w_bits), symmetric, DTYPES[x.dtype], DTYPES[scale.dtype])
     return y
