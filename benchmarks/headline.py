@@ -15,7 +15,7 @@ def headline(rows: Mapping[str, list[Row]]) -> list[Line]:
     lines: list[Line] = []
     for topic, make in (
         ("step", step_lines), ("masks", mask_lines), ("kernels", kernel_lines), ("gemm", gemm_lines),
-        ("search", search_lines),
+        ("decode", decode_lines), ("search", search_lines),
     ):  # fmt: skip
         lines += make(rows.get(topic, []))
     return lines
@@ -90,6 +90,17 @@ def gemm_lines(rows: list[Row]) -> Iterable[Line]:
                 ratio = f"{t / peer['median']:.2f}×"
                 name = f"{peer['name']} {seconds(peer['median'])}"
                 yield [f"{scheme.upper()} linear {shape}", seconds(t), name, ratio]
+
+
+def decode_lines(rows: list[Row]) -> Iterable[Line]:
+    """Packed blocks of Llama-3.1-8B over the same blocks in 16 bit."""
+    here = {r["name"]: r for r in rows if r["params"]["panel"] == "blocks"}
+    dense = here.pop("16 bit", None)
+    for name, row in here.items():
+        if dense is not None and name in ("W4A16", "W2A16", "W4A8"):
+            what = f"decoding one token, two blocks of Llama-3.1-8B, {name}"
+            peer = f"16 bit {seconds(dense['median'])}"
+            yield [what, seconds(row["median"]), peer, f"{row['median'] / dense['median']:.2f}×"]
 
 
 def search_lines(rows: list[Row]) -> Iterable[Line]:

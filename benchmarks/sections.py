@@ -128,7 +128,7 @@ def decode(rows: list[Row], device: str) -> str:
             extra = row["extra"]
             cells = [f"{extra['tokens_per_s']:,.0f}", f"{extra['bytes'] / 1e6:,.1f} MB"]
             cells += [f"{extra[k]:.2f}×" for k in ("speedup", "predicted_speedup")]
-            cells += [f"{extra[k]:+.0%}" if k in extra else "" for k in ("speedup_error", "latency_error")]
+            cells += [f"{extra[k]:+.0%}" for k in ("speedup_error", "latency_error")]
             body.append([title, row["name"], *cells])
     if not body:
         return ""
