@@ -172,7 +172,7 @@ def _prepare(case: Case, wanted: tuple[str, ...], backend: str | None) -> Inputs
     with torch.no_grad():
         out = case.call(inputs, backend)
     for i, o in enumerate(out if isinstance(out, tuple) else (out,)):
-        inputs[f"grad{i}"] = torch.randn(o.shape, device=o.device).to(o.dtype)
+        inputs[f"grad{i}"] = torch.randn_like(o)  # in the layout of o, which attention's gradients have too
     return inputs
 
 

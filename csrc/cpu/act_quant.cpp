@@ -18,32 +18,34 @@ inline const T* masked(const T* x, const float* mask, T* scratch, int64_t N) {
 
 template <class T>
 void act_mix_rows(const T* x, const float* probs, const float* mask, const int* bits, int64_t Q, bool symmetric, T* y,
-                  int64_t rows, int64_t N) {
+                  int64_t rows, int64_t N, bool streamed) {
   std::vector<T> scratch(mask ? static_cast<size_t>(N) : 0);
   for (int64_t i = 0; i < rows; ++i, x += N, y += N) {
     const T* v = masked(x, mask, scratch.data(), N);
-    mix_token(v, precisions<T>(row_range(v, N), bits, Q, symmetric), probs, y, N, false);
+    mix_token(v, precisions<T>(row_range(v, N), bits, Q, symmetric), probs, y, N, x + N, streamed);
   }
+  if (streamed) stream_end();
 }
 
 // dx = total mask g (if dx); dprobs [rows, Q] (if given) <g, Q_q> of each row; column += g x (if column)
 template <class T>
 void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int* bits, int64_t Q, bool symmetric,
-                           float total1, T* dx, float* dprobs, float* column, int64_t rows, int64_t N) {
+                           float total1, T* dx, float* dprobs, float* column, int64_t rows, int64_t N, bool streamed) {
   if (column) std::memset(column, 0, static_cast<size_t>(N) * sizeof(float));
   std::vector<T> scratch(mask && dprobs ? static_cast<size_t>(N) : 0);
   const vf total = set(total1);
   for (int64_t i = 0; i < rows; ++i, g += N, x += N) {
     if (dx) {
-      pairs(0, N, [=](auto at) { at.put(dx, mask ? at(g) * at(mask) * total : at(g) * total); });
+      pairs(0, N, streamed, [=](auto at) { at.put(dx, mask ? at(g) * at(mask) * total : at(g) * total); });
       dx += N;
     }
-    if (column) pairs(0, N, [=](auto at) { at.add(column, at(g) * at(x)); });
+    if (column) pairs(0, N, [=](auto at) { at.add_product(column, at(g), at(x)); });
     if (dprobs) {
       const T* v = masked(x, mask, scratch.data(), N);
-      dot_token(g, v, precisions<T>(row_range(v, N), bits, Q, symmetric), dprobs + i * Q, N);
+      dot_token(g, v, precisions<T>(row_range(v, N), bits, Q, symmetric), dprobs + i * Q, N, x + N);
     }
   }
+  if (streamed) stream_end();
 }
 
 }  // namespace JN_ISA
@@ -55,6 +57,7 @@ void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int*
 #include "cpu_ops.h"
 #include "isa.h"
 #include "parallel.h"
+#include "past_cache.h"
 
 #include <vector>
 
@@ -81,22 +84,24 @@ int run(int64_t rows, int64_t chunk_rows, int64_t Q, int dtype, int threads, int
 
 int jn_cpu_act_quant_mix(const void* x, const float* probs, const float* mask, const int* bits, void* y, int64_t rows,
                          int64_t N, int64_t Q, int symmetric, int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = past_cache({y}, rows * N, N, dtype);
   return run(rows, chunk_rows, Q, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
     using T = decltype(t);
     JN_DISPATCH(level, act_mix_rows(static_cast<const T*>(x) + i * N, probs, mask, bits, Q, symmetric != 0,
-                                    static_cast<T*>(y) + i * N, n, N));
+                                    static_cast<T*>(y) + i * N, n, N, streamed));
   });
 }
 
 int jn_cpu_act_quant_mix_backward(const void* g, const void* x, const float* mask, const int* bits, void* dx,
                                   float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, int symmetric,
                                   float total, int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = !partial && past_cache({dx}, rows * N, N, dtype);
   return run(rows, chunk_rows, Q, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     using T = decltype(t);
     JN_DISPATCH(level, act_mix_backward_rows(static_cast<const T*>(g) + i * N, static_cast<const T*>(x) + i * N, mask,
                                              bits, Q, symmetric != 0, total, dx ? static_cast<T*>(dx) + i * N : nullptr,
                                              dprobs ? dprobs + i * Q : nullptr,
-                                             partial ? partial + chunk * N : nullptr, n, N));
+                                             partial ? partial + chunk * N : nullptr, n, N, streamed));
   });
 }
 

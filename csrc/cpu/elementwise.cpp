@@ -16,113 +16,127 @@ inline void zero(float* p, int64_t n) {
 
 // y = g * mask, and with x and column: column += g * x
 template <class T>
-void mask_rows(const T* g, const T* x, const float* mask, T* y, float* column, int64_t rows, int64_t N) {
+void mask_rows(const T* g, const T* x, const float* mask, T* y, float* column, int64_t rows, int64_t N, bool streamed) {
   zero(column, N);
   for (int64_t i = 0; i < rows; ++i, g += N, y += N) {
     if (column) {
-      each(0, N, [=](auto at) {
-        const vf v = at(g);
+      pairs(0, N, streamed, [=](auto at) {
+        const auto v = at(g);
         at.put(y, v * at(mask));
-        at.add(column, v * at(x));
+        at.add_product(column, v, at(x));
       });
       x += N;
     } else {
-      each(0, N, [=](auto at) { at.put(y, at(g) * at(mask)); });
+      pairs(0, N, streamed, [=](auto at) { at.put(y, at(g) * at(mask)); });
     }
   }
+  if (streamed) stream_end();
 }
 
 // out = h + mask y, or gate (h + mask y) + (1 - gate) x
 template <class T>
 void residual_rows(const T* h, const T* y, const float* mask, const float* gate, const T* x, T* out, int64_t rows,
-                   int64_t N) {
+                   int64_t N, bool streamed) {
   for (int64_t i = 0; i < rows; ++i, h += N, y += N, out += N) {
     const auto block = [=](auto at) { return mask ? fma(at(mask), at(y), at(h)) : at(h) + at(y); };
     if (gate) {
       // not x + gate (.. - x): at gate 1 and 0 the result must be the block's and x exactly
       const vf v = set(*gate), rest = set(1.0f - *gate);
-      each(0, N, [=](auto at) { at.put(out, fma(v, block(at), rest * at(x))); });
+      pairs(0, N, streamed, [=](auto at) { at.put(out, fma(v, block(at), rest * at(x))); });
       x += N;
     } else {
-      each(0, N, [=](auto at) { at.put(out, block(at)); });
+      pairs(0, N, streamed, [=](auto at) { at.put(out, block(at)); });
     }
   }
+  if (streamed) stream_end();
 }
 
 // dh = gate g, dx = (1 - gate) g, dy = gate g mask (if dy); column += gate g y (if column); returns sum g (h + mask y - x)
 template <class T>
 float residual_backward_rows(const T* g, const T* h, const T* y, const float* mask, float gate1, const T* x, T* dh, T* dy,
-                             T* dx, float* column, bool need_gate, int64_t rows, int64_t N) {
+                             T* dx, float* column, bool need_gate, int64_t rows, int64_t N, bool streamed) {
   zero(column, N);
   const vf gate = set(gate1), rest = set(1.0f - gate1);
   float total = 0.0f;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t o = i * N;
-    vf dot = set(0.0f);
-    each(0, N, [&](auto at) {
-      const vf v = at(g + o), a = gate * v;
+    vf2 dot = set(0.0f);
+    pairs(0, N, streamed, [&](auto at) {
+      const auto v = at(g + o), a = gate * v;
       at.put(dh + o, a);
       at.put(dx + o, rest * v);
       if (dy) at.put(dy + o, a * at(mask));
-      if (column) at.add(column, a * at(y + o));
+      if (column) at.add_product(column, a, at(y + o));
       if (need_gate) {
-        const vf block = mask ? fma(at(mask), at(y + o), at(h + o)) : at(h + o) + at(y + o);
-        dot = fma(v, block - at(x + o), dot);
+        const auto block = mask ? fma(at(mask), at(y + o), at(h + o)) : at(h + o) + at(y + o);
+        add_product(dot, v, block - at(x + o));
       }
     });
     total += sum(dot);
   }
+  if (streamed) stream_end();
   return total;
 }
 
-inline vf sigmoid(vf a) { return set(1.0f) / (set(1.0f) + exp(set(0.0f) - a)); }
-
-// out = silu(r gate) (r up) c
+// out = silu(r gate) up rc, rc = r c
 template <class T>
-void swiglu_rows(const T* gate, const T* up, const float* r, const float* c, T* out, int64_t rows, int64_t N) {
+void swiglu_rows(const T* gate, const T* up, const float* r, const float* rc, T* out, int64_t rows, int64_t N,
+                 bool streamed) {
   for (int64_t i = 0; i < rows; ++i, gate += N, up += N, out += N)
-    each(0, N, [=](auto at) {
-      const vf k = at(r), a = k * at(gate);
-      at.put(out, a * sigmoid(a) * (k * at(up)) * at(c));
+    pairs(0, N, streamed, [=](auto at) {
+      const auto a = at(r) * at(gate);
+      at.put(out, a * (at(up) * at(rc)) / (set(1.0f) + exp_minus(a)));
     });
+  if (streamed) stream_end();
 }
 
+// With rc = r c and rrc = r r c: dgate, dup, and (if given) dr / c and dc / r summed over the rows, then times c and r.
 template <class T>
-void swiglu_backward_rows(const T* g, const T* gate, const T* up, const float* r, const float* c, T* dgate, T* dup,
-                          float* dr, float* dc, int64_t rows, int64_t N) {
+void swiglu_backward_rows(const T* g, const T* gate, const T* up, const float* r, const float* c, const float* rc,
+                          const float* rrc, T* dgate, T* dup, float* dr, float* dc, int64_t rows, int64_t N,
+                          bool streamed) {
   zero(dr, N);
   zero(dc, N);
   for (int64_t i = 0; i < rows; ++i, g += N, gate += N, up += N, dgate += N, dup += N)
-    each(0, N, [=](auto at) {
-      const vf k = at(r), x = at(gate), u = at(up), a = k * x, v = k * u, s = sigmoid(a);
-      const vf f = a * s, slope = s * fma(a, set(1.0f) - s, set(1.0f));
-      const vf d = at(g), dcol = d * at(c), vs = v * slope;
-      at.put(dgate, dcol * vs * k);
-      at.put(dup, dcol * f * k);
-      if (dr) at.add(dr, dcol * fma(vs, x, f * u));
-      if (dc) at.add(dc, d * f * v);
+    pairs(0, N, streamed, [=](auto at) {
+      const auto d = at(g), h = d * at(up), a = at(r) * at(gate);
+      const auto s = set(1.0f) / (set(1.0f) + exp_minus(a)), f = a * s, slope = fma(f, set(1.0f) - s, s);
+      at.put(dgate, h * at(rrc) * slope);
+      at.put(dup, d * at(rc) * f);
+      if (dr) at.add_product(dr, h, fma(a, slope, f));
+      if (dc) at.add_product(dc, h, f);
     });
+  if (dr) each(0, N, [=](auto at) { at.put(dr, at(dr) * at(c)); });
+  if (dc) each(0, N, [=](auto at) { at.put(dc, at(dc) * at(r)); });
+  if (streamed) stream_end();
 }
 
+// Rows of RMSNorm are read twice. While the second pass works on the cache it asks for the next row (`next` elements
+// on), which the first would otherwise wait for.
 template <class T>
 void rmsnorm_rows(const T* x, const float* scale, const float* alpha, const Segments& seg, float eps, T* y, float* inv,
-                  int64_t rows, int64_t N) {
+                  int64_t rows, int64_t N, bool streamed) {
   float t[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, x += N, y += N, inv += seg.K) {
     norm_factors(x, alpha, seg, eps, inv, t);
     int64_t start = 0;
     for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
       const vf k = set(t[s]);
-      each(start, seg.ends[s], [=](auto at) { at.put(y, at(x) * k * at(scale)); });
+      pairs(start, seg.ends[s], streamed && start % 32 == 0, [=](auto at) {
+        at.prefetch(x + N);
+        at.put(y, at(x) * k * at(scale));
+      });
     }
     each(start, N, [=](auto at) { at.put(y, set(0.0f)); });
   }
+  if (streamed) stream_end();
 }
 
 // dx; dalpha [rows, K] (if given) inv_i S_i per row; column (if given) += g x t
 template <class T>
 void rmsnorm_backward_rows(const T* g, const T* x, const float* scale, const float* alpha, const float* inv,
-                           const Segments& seg, T* dx, float* dalpha, float* column, int64_t rows, int64_t N) {
+                           const Segments& seg, T* dx, float* dalpha, float* column, int64_t rows, int64_t N,
+                           bool streamed) {
   zero(column, N);
   float t[kMaxChoices], back[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, g += N, x += N, dx += N, inv += seg.K) {
@@ -130,44 +144,63 @@ void rmsnorm_backward_rows(const T* g, const T* x, const float* scale, const flo
     int64_t start = 0;
     for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
       const vf k = set(t[s]), b = set(back[s]);
-      each(start, seg.ends[s], [=](auto at) {
-        const vf d = at(g), v = at(x);
-        at.put(dx, fnma(v, b, d * at(scale) * k));
-        if (column) at.add(column, d * v * k);
+      pairs(start, seg.ends[s], streamed && start % 32 == 0, [=](auto at) {
+        at.prefetch(g + N);
+        at.prefetch(x + N);
+        const auto d = at(g) * k, v = at(x);
+        at.put(dx, fnma(v, b, d * at(scale)));
+        if (column) at.add_product(column, d, v);
       });
     }
     each(start, N, [=](auto at) { at.put(dx, set(0.0f)); });
   }
+  if (streamed) stream_end();
 }
 
-// One token's heads [H, D]: out = rope(mask x), or backward: dx = mask rope^T(g) and dmask += x rope^T(g) (if dmask)
+// Tokens [first, last) of [tokens, H, D]: out = rope(mask x), or backward: dx = mask rope^T(g), dmask += x rope^T(g) (if dmask)
 template <class T>
-void rope_token(const T* x, const float* mask, const float* cosine, const float* sine, T* out, int64_t H, int64_t D) {
+void rope_rows(const T* x, const float* mask, const float* cosine, const float* sine, T* out, int64_t first,
+               int64_t last, int64_t period, int64_t H, int64_t D, bool streamed) {
   const int64_t half = D / 2;
-  for (int64_t h = 0; h < H; ++h, x += D, mask += D, out += D)
-    each(0, half, [=](auto at) {
-      const vf a = at(x) * at(mask), b = at(x + half) * at(mask + half);
-      at.put(out, fnma(b, at(sine), a * at(cosine)));
-      at.put(out + half, fma(a, at(sine + half), b * at(cosine + half)));
-    });
+  for (int64_t i = first; i < last; ++i) {
+    const float *c = cosine + i % period * D, *s = sine + i % period * D;
+    for (int64_t h = 0; h < H; ++h) {
+      const float* m = mask + h * D;
+      const T* u = x + (i * H + h) * D;
+      T* v = out + (i * H + h) * D;
+      pairs(0, half, streamed, [=](auto at) {
+        const auto a = at(u) * at(m), b = at(u + half) * at(m + half);
+        at.put(v, fnma(b, at(s), a * at(c)));
+        at.put(v + half, fma(a, at(s + half), b * at(c + half)));
+      });
+    }
+  }
+  if (streamed) stream_end();
 }
 template <class T>
-void rope_token_backward(const T* g, const T* x, const float* mask, const float* cosine, const float* sine, T* dx,
-                         float* dmask, int64_t H, int64_t D) {
+void rope_backward_rows(const T* g, const T* x, const float* mask, const float* cosine, const float* sine, T* dx,
+                        float* dmask, int64_t first, int64_t last, int64_t period, int64_t H, int64_t D,
+                        bool streamed) {
   const int64_t half = D / 2;
-  for (int64_t h = 0; h < H; ++h, g += D, mask += D, dx += D) {
-    each(0, half, [=](auto at) {
-      const vf a = at(g), b = at(g + half);
-      const vf p = fma(b, at(sine + half), a * at(cosine)), q = fnma(a, at(sine), b * at(cosine + half));
-      at.put(dx, p * at(mask));
-      at.put(dx + half, q * at(mask + half));
-      if (dmask) {
-        at.add(dmask, p * at(x));
-        at.add(dmask + half, q * at(x + half));
-      }
-    });
-    if (dmask) x += D, dmask += D;
+  zero(dmask, H * D);
+  for (int64_t i = first; i < last; ++i) {
+    const float *c = cosine + i % period * D, *s = sine + i % period * D;
+    for (int64_t h = 0; h < H; ++h) {
+      const int64_t o = (i * H + h) * D;
+      const float* m = mask + h * D;
+      pairs(0, half, streamed, [=](auto at) {
+        const auto a = at(g + o), b = at(g + o + half);
+        const auto p = fma(b, at(s + half), a * at(c)), q = fnma(a, at(s), b * at(c + half));
+        at.put(dx + o, p * at(m));
+        at.put(dx + o + half, q * at(m + half));
+        if (dmask) {
+          at.add_product(dmask + h * D, p, at(x + o));
+          at.add_product(dmask + h * D + half, q, at(x + o + half));
+        }
+      });
+    }
   }
+  if (streamed) stream_end();
 }
 
 }  // namespace JN_ISA
@@ -179,7 +212,10 @@ void rope_token_backward(const T* g, const T* x, const float* mask, const float*
 #include "cpu_ops.h"
 #include "isa.h"
 #include "parallel.h"
+#include "past_cache.h"
 #include "segments.h"
+
+#include <vector>
 
 #define JN_THIS_FILE "../cpu/elementwise.cpp"
 #include "each_isa.h"
@@ -195,6 +231,12 @@ const T* at(const void* p, int64_t i) {
 template <class T>
 T* at(void* p, int64_t i) {
   return p ? static_cast<T*>(p) + i : nullptr;
+}
+
+std::vector<float> product(const float* a, const float* b, int64_t N) {
+  std::vector<float> out(static_cast<size_t>(N));
+  for (int64_t i = 0; i < N; ++i) out[static_cast<size_t>(i)] = a[i] * b[i];
+  return out;
 }
 
 // f(T{}, level, first row, rows, chunk) for every chunk of `chunk_rows` rows
@@ -217,48 +259,58 @@ int run(int64_t rows, int64_t chunk_rows, int dtype, int threads, int isa, const
 
 int jn_cpu_channel_mask(const void* g, const void* x, const float* mask, void* y, float* partial, int64_t rows, int64_t N,
                         int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = !partial && past_cache({y}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     using T = decltype(t);
-    JN_DISPATCH(level, mask_rows(at<T>(g, i * N), at<T>(x, i * N), mask, at<T>(y, i * N), at<float>(partial, chunk * N), n, N));
+    JN_DISPATCH(level, mask_rows(at<T>(g, i * N), at<T>(x, i * N), mask, at<T>(y, i * N), at<float>(partial, chunk * N), n,
+                                 N, streamed));
   });
 }
 
 int jn_cpu_gated_residual(const void* h, const void* y, const float* mask, const float* gate, const void* x, void* out,
                           int64_t rows, int64_t N, int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = past_cache({out}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
     using T = decltype(t);
-    JN_DISPATCH(level, residual_rows(at<T>(h, i * N), at<T>(y, i * N), mask, gate, at<T>(x, i * N), at<T>(out, i * N), n, N));
+    JN_DISPATCH(level, residual_rows(at<T>(h, i * N), at<T>(y, i * N), mask, gate, at<T>(x, i * N), at<T>(out, i * N), n, N,
+                                     streamed));
   });
 }
 
 int jn_cpu_gated_residual_backward(const void* g, const void* h, const void* y, const float* mask, const float* gate,
                                    const void* x, void* dh, void* dy, void* dx, float* partial, float* dgate,
                                    int64_t rows, int64_t N, int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = !partial && past_cache({dh, dy, dx}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     using T = decltype(t);
     float total = 0.0f;
     JN_DISPATCH(level, total = residual_backward_rows(at<T>(g, i * N), at<T>(h, i * N), at<T>(y, i * N), mask, *gate,
                                               at<T>(x, i * N), at<T>(dh, i * N), at<T>(dy, i * N), at<T>(dx, i * N),
-                                              at<float>(partial, chunk * N), dgate != nullptr, n, N));
+                                              at<float>(partial, chunk * N), dgate != nullptr, n, N, streamed));
     if (dgate) dgate[chunk] = total;
   });
 }
 
 int jn_cpu_masked_swiglu(const void* gate, const void* up, const float* r, const float* c, void* out, int64_t rows,
                          int64_t N, int64_t chunk_rows, int dtype, int threads, int isa) {
+  const std::vector<float> rc = product(r, c, N);
+  const bool streamed = past_cache({out}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
     using T = decltype(t);
-    JN_DISPATCH(level, swiglu_rows(at<T>(gate, i * N), at<T>(up, i * N), r, c, at<T>(out, i * N), n, N));
+    JN_DISPATCH(level, swiglu_rows(at<T>(gate, i * N), at<T>(up, i * N), r, rc.data(), at<T>(out, i * N), n, N, streamed));
   });
 }
 
 int jn_cpu_masked_swiglu_backward(const void* g, const void* gate, const void* up, const float* r, const float* c,
                                   void* dgate, void* dup, float* dr, float* dc, int64_t rows, int64_t N,
                                   int64_t chunk_rows, int dtype, int threads, int isa) {
+  const std::vector<float> rc = product(r, c, N), rrc = product(r, rc.data(), N);
+  const bool streamed = !dr && !dc && past_cache({dgate, dup}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     using T = decltype(t);
-    JN_DISPATCH(level, swiglu_backward_rows(at<T>(g, i * N), at<T>(gate, i * N), at<T>(up, i * N), r, c, at<T>(dgate, i * N),
-                                            at<T>(dup, i * N), at<float>(dr, chunk * N), at<float>(dc, chunk * N), n, N));
+    JN_DISPATCH(level, swiglu_backward_rows(at<T>(g, i * N), at<T>(gate, i * N), at<T>(up, i * N), r, c, rc.data(),
+                                            rrc.data(), at<T>(dgate, i * N), at<T>(dup, i * N),
+                                            at<float>(dr, chunk * N), at<float>(dc, chunk * N), n, N, streamed));
   });
 }
 
@@ -267,9 +319,10 @@ int jn_cpu_mixed_rmsnorm(const void* x, const float* scale, const float* alpha, 
                          int64_t chunk_rows, int dtype, int threads, int isa) {
   if (K > kMaxChoices) return kBadArgument;
   const Segments seg{S, K, ends, kept};
+  const bool streamed = past_cache({y}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
     using T = decltype(t);
-    JN_DISPATCH(level, rmsnorm_rows(at<T>(x, i * N), scale, alpha, seg, eps, at<T>(y, i * N), inv + i * K, n, N));
+    JN_DISPATCH(level, rmsnorm_rows(at<T>(x, i * N), scale, alpha, seg, eps, at<T>(y, i * N), inv + i * K, n, N, streamed));
   });
 }
 
@@ -279,35 +332,32 @@ int jn_cpu_mixed_rmsnorm_backward(const void* g, const void* x, const float* sca
                                   int threads, int isa) {
   if (K > kMaxChoices) return kBadArgument;
   const Segments seg{S, K, ends, kept};
+  const bool streamed = !partial && past_cache({dx}, rows * N, N, dtype);
   return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     using T = decltype(t);
     JN_DISPATCH(level, rmsnorm_backward_rows(at<T>(g, i * N), at<T>(x, i * N), scale, alpha, inv + i * K, seg,
-                                             at<T>(dx, i * N), at<float>(dalpha, i * K), at<float>(partial, chunk * N), n, N));
+                                             at<T>(dx, i * N), at<float>(dalpha, i * K), at<float>(partial, chunk * N), n, N,
+                                             streamed));
   });
 }
 
 int jn_cpu_masked_rope(const void* x, const float* mask, const float* cosine, const float* sine, void* out, int64_t tokens,
                        int64_t period, int64_t H, int64_t D, int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = past_cache({out}, tokens * H * D, D / 2, dtype);
   return run(tokens, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
     using T = decltype(t);
-    for (int64_t k = i; k < i + n; ++k) {
-      const int64_t o = k * H * D, row = k % period * D;
-      JN_DISPATCH(level, rope_token(at<T>(x, o), mask, cosine + row, sine + row, at<T>(out, o), H, D));
-    }
+    JN_DISPATCH(level, rope_rows(at<T>(x, 0), mask, cosine, sine, at<T>(out, 0), i, i + n, period, H, D, streamed));
   });
 }
 
 int jn_cpu_masked_rope_backward(const void* g, const void* x, const float* mask, const float* cosine, const float* sine,
                                 void* dx, float* partial, int64_t tokens, int64_t period, int64_t H, int64_t D,
                                 int64_t chunk_rows, int dtype, int threads, int isa) {
+  const bool streamed = !partial && past_cache({dx}, tokens * H * D, D / 2, dtype);
   return run(tokens, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     using T = decltype(t);
-    float* dmask = at<float>(partial, chunk * H * D);
-    if (dmask) std::fill(dmask, dmask + H * D, 0.0f);
-    for (int64_t k = i; k < i + n; ++k) {
-      const int64_t o = k * H * D, row = k % period * D;
-      JN_DISPATCH(level, rope_token_backward(at<T>(g, o), at<T>(x, o), mask, cosine + row, sine + row, at<T>(dx, o), dmask, H, D));
-    }
+    JN_DISPATCH(level, rope_backward_rows(at<T>(g, 0), at<T>(x, 0), mask, cosine, sine, at<T>(dx, 0),
+                                          at<float>(partial, chunk * H * D), i, i + n, period, H, D, streamed));
   });
 }
 

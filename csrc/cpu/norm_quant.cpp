@@ -1,6 +1,6 @@
 // mixed_rmsnorm with a mixture of activation precisions behind it, one token (row) at a time, so that x is read from
-// memory once: sums of squares, the normalised row into y (whose values are the unfused kernel's) with its range, then
-// the mixture over it in place. Formulas: ops/mixed_rmsnorm_quant.py.
+// memory once: sums of squares, the normalised row into y (whose values are the unfused kernel's), its range, then the
+// mixture over it in place. Formulas: ops/mixed_rmsnorm_quant.py.
 
 #ifdef JN_ISA  // once per instruction set
 
@@ -17,27 +17,19 @@ void norm_mix_rows(const T* x, const float* scale, const float* alpha, const Seg
   float t[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, x += N, y += N, inv += seg.K, levels += 2 * Q) {
     norm_factors(x, alpha, seg, eps, inv, t);
-    vf low = set(0.0f), high = set(0.0f);
     int64_t start = 0;
     for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
       const vf k = set(t[s]);
-      each(start, seg.ends[s], [&](auto at) {
-        const vf v = at(x) * k * at(scale);
-        at.put(y, v);
-        low = min(low, v);
-        high = max(high, v);
-      });
+      pairs(start, seg.ends[s], [=](auto at) { at.put(y, at(x) * k * at(scale)); });
     }
     each(start, N, [=](auto at) { at.put(y, set(0.0f)); });
-    // rounding is monotonic: the extremes of the rounded values are the rounded extremes
-    const auto rounded = [](float v) { return to_float(from_float<T>(v)); };
-    const Range range{rounded(hmin(low)), rounded(hmax(high))};
-    const Precisions all = precisions<T>(range, bits, Q, symmetric);
+    const Precisions all = precisions<T>(row_range(y, N), bits, Q, symmetric);
+    for (int64_t p = 0; p < Q; ++p) levels[2 * p] = 1.0f, levels[2 * p + 1] = 0.0f;  // of the identity
     for (int64_t p = 0; p < all.n; ++p) {
       levels[2 * all.index[p]] = all.q[p].s;
       levels[2 * all.index[p] + 1] = all.q[p].z;
     }
-    mix_token(y, all, probs, y, N, false);
+    mix_token(y, all, probs, y, N, x + N, false);
   }
 }
 
@@ -62,6 +54,8 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
       for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
         const vf k = set(t[s]), kt = set(t[s] * total), b = set(back[s] * total);
         pairs(start, seg.ends[s], [&](auto at) {
+          at.prefetch(g + N);
+          at.prefetch(x + N);
           const auto d = at(g), u = at(x), m = at(scale), v = round_to<T>(u * k * m);
           at.put(dx, fnma(u, b, d * m * kt));
           if (column) at.add(column, d * u * kt);

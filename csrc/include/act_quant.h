@@ -150,15 +150,17 @@ inline Precisions precisions(Range range, const int* bits, int64_t Q, bool symme
   return all;
 }
 
-// y = sum of probs Q(x) over one token; y may be x
+// y = sum of probs Q(x) over one token; y may be x. Meanwhile the token at `next` is brought into the cache.
 template <class T>
-inline void mix_token(const T* x, const Precisions& all, const float* probs, T* y, int64_t N, bool streamed) {
+inline void mix_token(const T* x, const Precisions& all, const float* probs, T* y, int64_t N, const T* next,
+                      bool streamed) {
   float weight[kMaxPrecisions], identity = 0.0f;
   for (int64_t p = 0; p < all.Q; ++p)
     if (all.bits[p] == 16) identity += probs[p];
   for (int64_t p = 0; p < all.n; ++p) weight[p] = probs[all.index[p]] * all.q[p].s;
   with_path(all.path, [&](auto path) {
     pairs(0, N, streamed, [&](auto at) {
+      at.prefetch(next);
       const auto v = at(x);
       auto sum = v * set(identity);
       for (int64_t p = 0; p < all.n; ++p)
@@ -168,13 +170,15 @@ inline void mix_token(const T* x, const Precisions& all, const float* probs, T* 
   });
 }
 
-// dprobs [Q] = <g, Q(x)> of one token
+// dprobs [Q] = <g, Q(x)> of one token; the next ones are at g + N and `next`
 template <class T>
-inline void dot_token(const T* g, const T* x, const Precisions& all, float* dprobs, int64_t N) {
+inline void dot_token(const T* g, const T* x, const Precisions& all, float* dprobs, int64_t N, const T* next) {
   vf2 identity = set(0.0f), dot[kMaxPrecisions];
   for (int64_t p = 0; p < all.n; ++p) dot[p] = set(0.0f);
   with_path(all.path, [&](auto path) {
     pairs(0, N, [&](auto at) {
+      at.prefetch(g + N);
+      at.prefetch(next);
       const auto v = at(x), d = at(g);
       add_product(identity, d, v);
       for (int64_t p = 0; p < all.n; ++p)

@@ -21,10 +21,9 @@ inline vf load(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16
 // In the upper halves, a rounded to nearest even by integer arithmetic: vcvtneps2bf16 would flush denormals to zero.
 inline __m512i rounded(vf a) {
   const __m512i u = _mm512_castps_si512(a.v);
-  const __mmask16 number = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
-  const __m512i r = _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), number, u, _mm512_set1_epi32(0x7fff));
-  return _mm512_mask_add_epi32(r, _mm512_mask_test_epi32_mask(number, u, _mm512_set1_epi32(0x10000)), u,
-                               _mm512_set1_epi32(0x8000));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  return _mm512_mask_add_epi32(_mm512_set1_epi32(0x7fc00000), _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q), u,
+                               _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
 }
 inline vf round_bf16(vf a) {
   return {_mm512_castsi512_ps(_mm512_and_epi32(rounded(a), _mm512_set1_epi32(-0x10000)))};
@@ -65,9 +64,9 @@ inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline vf max(vf a, vf b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline vf abs(vf a) { return {_mm512_abs_ps(a.v)}; }
 inline vf round(vf a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// 2^k for integral k in [-126, 127]
-inline vf exp2i(vf k) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(k.v), _mm512_set1_epi32(127)), 23))};
+// p 2^k for t = 1.5 * 2^23 + k, while the result is a normal number
+inline vf scale2(vf p, vf t) {
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p.v), _mm512_slli_epi32(_mm512_castps_si512(t.v), 23)))};
 }
 // a < b ? x : y
 inline vf less(vf a, vf b, vf x, vf y) { return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)}; }
@@ -123,8 +122,8 @@ inline vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
 inline vf max(vf a, vf b) { return {_mm256_max_ps(a.v, b.v)}; }
 inline vf abs(vf a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
 inline vf round(vf a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-inline vf exp2i(vf k) {
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(k.v), _mm256_set1_epi32(127)), 23))};
+inline vf scale2(vf p, vf t) {
+  return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), _mm256_slli_epi32(_mm256_castps_si256(t.v), 23)))};
 }
 inline vf less(vf a, vf b, vf x, vf y) { return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
 inline float sum(vf a) {
@@ -180,11 +179,13 @@ inline vf min(vf a, vf b) { return {a.v < b.v ? a.v : b.v}; }
 inline vf max(vf a, vf b) { return {a.v > b.v ? a.v : b.v}; }
 inline vf abs(vf a) { return {std::fabs(a.v)}; }
 inline vf round(vf a) { return {std::nearbyint(a.v)}; }
-inline vf exp2i(vf k) {
-  const uint32_t u = static_cast<uint32_t>(static_cast<int>(k.v) + 127) << 23;
-  float f;
-  std::memcpy(&f, &u, 4);
-  return {f};
+inline vf scale2(vf p, vf t) {
+  uint32_t u, k;
+  std::memcpy(&u, &p.v, 4);
+  std::memcpy(&k, &t.v, 4);
+  u += k << 23;
+  std::memcpy(&p.v, &u, 4);
+  return p;
 }
 inline vf less(vf a, vf b, vf x, vf y) { return a.v < b.v ? x : y; }
 inline float sum(vf a) { return a.v; }
@@ -224,30 +225,41 @@ inline vf2 fnma(vf2 x, vf2 y, vf2 z) { return {fnma(x.a, y.a, z.a), fnma(x.b, y.
 inline vf2 min(vf2 x, vf2 y) { return {min(x.a, y.a), min(x.b, y.b)}; }
 inline vf2 max(vf2 x, vf2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 inline vf2 round(vf2 x) { return {round(x.a), round(x.b)}; }
-inline vf2 exp2i(vf2 k) { return {exp2i(k.a), exp2i(k.b)}; }
+inline vf2 scale2(vf2 p, vf2 t) { return {scale2(p.a, t.a), scale2(p.b, t.b)}; }
 inline vf2 round_bf16(vf2 x) { return {round_bf16(x.a), round_bf16(x.b)}; }
+inline vf2 load2(const float* p) { return {load(p), load(p + W)}; }
+#if defined(JN_AVX512)
+inline vf2 load2(const bf16* p) {  // one permutation for each half instead of a conversion and a shift
+  alignas(64) static const uint16_t low[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
+                                               0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15};
+  const __m512i line = _mm512_loadu_si512(p), at = _mm512_load_si512(low);
+  const auto spread = [&](__m512i i) { return vf{_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, i, line))}; };
+  return {spread(at), spread(_mm512_add_epi16(at, _mm512_set1_epi16(16)))};
+}
+#else
+inline vf2 load2(const bf16* p) { return {load(p), load(p + W)}; }
+#endif
 // Sums along a row: s += x y; a tail of one vector goes to the first half.
 inline void add_product(vf2& s, vf2 x, vf2 y) { s = fma(x, y, s); }
 inline void add_product(vf2& s, vf x, vf y) { s.a = fma(x, y, s.a); }
 inline float sum(vf2 s) { return sum(s.a + s.b); }
 
-// exp, relative error 2e-7; the argument is clamped to [-87.3, 88.3], NaN stays NaN (min and max return their second
-// operand then).
+// e^-x, relative error 2e-7; x is clamped to [-88.3, 87.3]. NaN gives something, so multiply by x.
 template <class V>
-inline V exp(V x) {
-  x = min(set(88.3f), max(set(-87.3f), x));
-  const V k = round(x * set(1.44269504f));
-  const V f = fnma(k, set(-2.12194440e-4f), fnma(k, set(0.693359375f), x));  // x - k ln 2, ln 2 in two parts
-  V p = set(1.9875691500e-4f);  // Cephes expf: minimax on |f| <= ln 2 / 2
-  p = fma(p, f, set(1.3981999507e-3f));
-  p = fma(p, f, set(8.3334519073e-3f));
-  p = fma(p, f, set(4.1665795894e-2f));
-  p = fma(p, f, set(1.6666665459e-1f));
-  p = fma(p, f, set(5.0000001201e-1f));
-  return fma(p, f * f, f + set(1.0f)) * exp2i(k);
+inline V exp_minus(V x) {
+  x = min(set(87.3f), max(set(-88.3f), x));
+  const V t = fnma(x, set(1.44269504f), set(12582912.0f)), k = t - set(12582912.0f);
+  const V g = fma(k, set(0.693147181f), x);
+  V p = set(-0x1.10625p-7f);  // minimax of e^-g on |g| <= ln 2 / 2, relative error 1.1e-7
+  p = fma(p, g, set(0x1.572a64p-5f));
+  p = fma(p, g, set(-0x1.5557bp-3f));
+  p = fma(p, g, set(0x1.fffdfcp-2f));
+  p = fma(p, g, set(-1.0f));
+  return scale2(fma(p, g, set(1.0f)), t);
 }
 
-// One step of a loop over a row: at(p) loads, at.put(p, v) stores, at.add(p, v) accumulates p[j] += v.
+// One step of a loop over a row: at(p) loads, at.put(p, v) stores, at.add(p, v) and at.add_product(p, x, y) accumulate,
+// at.prefetch(p) brings its bytes into the cache.
 struct Whole {
   int64_t j;
   template <class T>
@@ -258,7 +270,12 @@ struct Whole {
   void put(T* p, vf v) const {
     store(p + j, v);
   }
+  template <class T>
+  void prefetch(const T* p) const {
+    __builtin_prefetch(p + j);
+  }
   void add(float* p, vf v) const { store(p + j, load(p + j) + v); }
+  void add_product(float* p, vf x, vf y) const { store(p + j, fma(x, y, load(p + j))); }
 };
 struct Tail {
   int64_t j, n;
@@ -270,7 +287,12 @@ struct Tail {
   void put(T* p, vf v) const {
     store(p + j, v, n);
   }
+  template <class T>
+  void prefetch(const T* p) const {
+    __builtin_prefetch(p + j);
+  }
   void add(float* p, vf v) const { store(p + j, load(p + j, n) + v, n); }
+  void add_product(float* p, vf x, vf y) const { store(p + j, fma(x, y, load(p + j, n)), n); }
 };
 template <class F>
 inline void each(int64_t begin, int64_t end, const F& f) {
@@ -286,7 +308,7 @@ struct Pair {
   bool streamed;
   template <class T>
   vf2 operator()(const T* p) const {
-    return {load(p + j), load(p + j + W)};
+    return load2(p + j);
   }
   template <class T>
   void put(T* p, vf2 v) const {
@@ -295,7 +317,15 @@ struct Pair {
     else
       store2(p + j, v.a, v.b);
   }
+  template <class T>
+  void prefetch(const T* p) const {
+    __builtin_prefetch(p + j);
+    if (2 * W * sizeof(T) > 64) __builtin_prefetch(p + j + W);
+  }
   void add(float* p, vf2 v) const { store2(p + j, load(p + j) + v.a, load(p + j + W) + v.b); }
+  void add_product(float* p, vf2 x, vf2 y) const {
+    store2(p + j, fma(x.a, y.a, load(p + j)), fma(x.b, y.b, load(p + j + W)));
+  }
 };
 template <class F>
 inline void pairs(int64_t begin, int64_t end, bool streamed, const F& f) {

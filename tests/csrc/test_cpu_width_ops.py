@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
+from jointnas_kernels.ops import _cpu
 from tests.comparison import compare
 from tests.ops import naive
 
@@ -117,6 +118,35 @@ def test_masked_rope(b: int, t: int, heads: int, kv: int, d: int, per_token: boo
 
     for wanted in ([0, 1], [0, 1, 2], [0, 1, 3], [0, 1, 2, 3]):
         compare(op, tensors, wanted, "cpu", reference=plain)
+
+
+@pytest.mark.parametrize("width", [4096, 4112], ids=["lines", "odd"])
+def test_beyond_the_cache(width: int) -> None:
+    """Outputs of 8 MiB and more go past the cache, as whole lines: the same bits as of a few rows at a time."""
+    rows, few = 1030, 103
+    a, b, c = (rand(rows, width, dtype=torch.bfloat16) for _ in range(3))
+    mask, gate, sizes = masks(width), torch.tensor(0.3), [width, 1000, 33]
+    alpha, cos, head_mask = masks(3), torch.randn(1, rows, width // 8), masks(8, width // 8)
+
+    def rope(i: slice) -> Tensor:
+        q = a[i].view(1, -1, 8, width // 8)
+        out = ops.masked_rope(q, q, cos[:, i], cos[:, i], head_mask, head_mask, "cpu")
+        return out[0].transpose(1, 2)[0]
+
+    calls = {
+        "channel_mask": lambda i: ops.channel_mask(a[i], mask, "cpu"),
+        "gated_residual": lambda i: ops.gated_residual(a[i], b[i], mask, gate, c[i], "cpu"),
+        "its backward": lambda i: torch.cat(
+            _cpu.gated_residual_backward(a[i], b[i], c[i], mask, gate, c[i], False, False)[:3], -1
+        ),
+        "masked_swiglu": lambda i: ops.masked_swiglu(a[i], b[i], mask, mask, "cpu"),
+        "mixed_rmsnorm": lambda i: ops.mixed_rmsnorm(a[i], mask, alpha, sizes, 1e-5, mask, "cpu"),
+        "act_quant_mix": lambda i: ops.act_quant_mix(a[i], (2, 4, 8), alpha, backend="cpu"),
+        "masked_rope": rope,
+    }
+    for name, call in calls.items():
+        parts = [call(slice(begin, begin + few)) for begin in range(0, rows, few)]
+        assert torch.equal(call(slice(0, rows)), torch.cat(parts)), name
 
 
 @DTYPES
