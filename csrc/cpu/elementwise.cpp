@@ -91,21 +91,30 @@ void swiglu_rows(const T* gate, const T* up, const float* r, const float* rc, T*
 }
 
 // With rc = r c and rrc = r r c: dgate, dup, and (if given) dr / c and dc / r summed over the rows, then times c and r.
+// The sigmoids of a block come first: both in one loop are a chain too long for the scheduler (1,024 x 14336 bf16 with dr
+// and dc: 6.3 ms instead of 5.8).
 template <class T>
 void swiglu_backward_rows(const T* g, const T* gate, const T* up, const float* r, const float* c, const float* rc,
                           const float* rrc, T* dgate, T* dup, float* dr, float* dc, int64_t rows, int64_t N,
                           bool streamed) {
+  constexpr int64_t kBlock = 512;
+  alignas(64) float memory[kBlock];
+  float* const sigmoids = memory;
   zero(dr, N);
   zero(dc, N);
-  for (int64_t i = 0; i < rows; ++i, g += N, gate += N, up += N, dgate += N, dup += N)
-    pairs(0, N, streamed, [=](auto at) {
-      const auto d = at(g), h = d * at(up), a = at(r) * at(gate);
-      const auto s = set(1.0f) / (set(1.0f) + exp_minus(a)), f = a * s, slope = fma(f, set(1.0f) - s, s);
-      at.put(dgate, h * at(rrc) * slope);
-      at.put(dup, d * at(rc) * f);
-      if (dr) at.add_product(dr, h, fma(a, slope, f));
-      if (dc) at.add_product(dc, h, f);
-    });
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t b = 0; b < N; b += kBlock) {
+      const int64_t n = std::min(kBlock, N - b), o = row * N + b;
+      pairs(0, n, [=](auto at) { at.put(sigmoids, set(1.0f) / (set(1.0f) + exp_minus(at(r + b) * at(gate + o)))); });
+      pairs(0, n, streamed, [=](auto at) {
+        const auto d = at(g + o), h = d * at(up + o), a = at(r + b) * at(gate + o), s = at(sigmoids), f = a * s;
+        const auto slope = fma(f, set(1.0f) - s, s);
+        at.put(dgate + o, h * at(rrc + b) * slope);
+        at.put(dup + o, d * at(rc + b) * f);
+        if (dr) at.add_product(dr + b, h, fma(a, slope, f));
+        if (dc) at.add_product(dc + b, h, f);
+      });
+    }
   if (dr) each(0, N, [=](auto at) { at.put(dr, at(dr) * at(c)); });
   if (dc) each(0, N, [=](auto at) { at.put(dc, at(dc) * at(r)); });
   if (streamed) stream_end();
