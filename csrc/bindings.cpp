@@ -53,11 +53,13 @@ py::dict cpu_features() {
   const uint32_t f = jnk::cpu_features();
   py::dict d;
   d["avx2"] = (f & jnk::kHasAvx2) != 0;
+  d["avx_vnni"] = (f & jnk::kHasAvxVnni) != 0;
   d["avx512f"] = (f & jnk::kHasAvx512) != 0;
   d["avx512_bf16"] = (f & jnk::kHasBf16) != 0;
   d["avx512_vnni"] = (f & jnk::kHasVnni) != 0;
   d["avx512_vbmi"] = (f & jnk::kHasVbmi) != 0;
   d["avx512_vpopcntdq"] = (f & jnk::kHasVpopcnt) != 0;
+  d["amx"] = (f & jnk::kHasAmx) != 0;
   return d;
 }
 

@@ -17,65 +17,75 @@
 #include "lowbit_block.h"
 #include "lowbit_tokens.h"
 #include "lowbit_gemm.h"
+#if defined(JN_AVX512EXT)
+#include "lowbit_amx.h"
+#endif
 
 namespace jnk {
 namespace JN_ISA {
 
-// Rows [lane, lane + V W) of a block times tokens [token, token + MB).
-template <class Op, int V, int MB>
+// Rows [lane, lane + V W) of S successive blocks times tokens [token, token + MB).
+template <class Op, int V, int MB, int S>
 void gemv(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t lane, int64_t token) {
   const LowbitLayout& l = plan.layout;
   const LowbitTokens& t = plan.tokens;
-  vf total[V][MB];
-  for (int v = 0; v < V; ++v)
+  constexpr int R = S * V;  // vectors of rows
+  const int64_t stride = l.block_words();
+  const auto of_row = [&](const uint32_t* at, int v) { return at + v / V * stride + v % V * W; };
+  // One stream: 4 KiB ahead, beyond the page where the processor's own prefetching ends. It costs a load per line, which integer
+  // products, done with a line sooner, feel on AMD: without, W8A8 and W4A8 took 336 and 169 instead of 394 and 218 us
+  // (Zen 4, 60 GB/s), W4A16 196 instead of 186.
+  constexpr int kAhead = S > 1 ? 512 : 1024;
+  const auto prefetch = [&](const uint32_t* at) {
+    if (!Op::kInteger || S > 1)
+      for (int v = 0; v < R; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(of_row(at, v) + kAhead);
+  };
+  vf total[R][MB];
+  for (int v = 0; v < R; ++v)
     for (int m = 0; m < MB; ++m) total[v][m] = set(0.0f);
   const uint32_t* w = data + lane;
   for (int64_t g = 0; g < l.groups; ++g) {
     const uint32_t* meta = w;
     const uint32_t* a[MB];
-    typename Op::Acc acc[V][MB];
-#pragma GCC unroll 8
+    typename Op::Acc acc[R][MB];
+#pragma GCC unroll 16
     for (int m = 0; m < MB; ++m) {
       a[m] = t.table + (g * t.M + token + m) * t.entries;
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
+#pragma GCC unroll 16
+      for (int v = 0; v < R; ++v) {
         if constexpr (Op::kInteger)
           acc[v][m] = seti(t.offset[g * t.M + token + m]);
         else
           acc[v][m] = set(0.0f);
       }
     }
-    w += l.meta * kBlock;
+    for (int64_t i = 0; i < l.meta; ++i, w += kBlock) prefetch(w);
     for (int64_t c = 0; c < l.words; ++c, w += kBlock) {
-      vi words[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) words[v] = loadi(w + v * W);
-      // 4 KiB ahead, beyond the page where the processor's own prefetching ends. It costs a load per line, which integer
-      // products, done with a line sooner, feel: without, W8A8 and W4A8 took 336 and 169 instead of 394 and 218 us
-      // (Zen 4, 60 GB/s), W4A16 196 instead of 186.
-      if constexpr (!Op::kInteger)
-        for (int v = 0; v < V; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(w + 1024 + v * W);
+      vi words[R];
+#pragma GCC unroll 16
+      for (int v = 0; v < R; ++v) words[v] = loadi(of_row(w, v));
+      prefetch(w);
       fields<Op::kFields>([&](auto f) {
-        vi u[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) u[v] = Op::template operand<f()>(words[v]);
-#pragma GCC unroll 8
+        vi u[R];
+#pragma GCC unroll 16
+        for (int v = 0; v < R; ++v) u[v] = Op::template operand<f()>(words[v]);
+#pragma GCC unroll 16
         for (int m = 0; m < MB; ++m) {
-          const vi am = seti(a[m][c * Op::kFields + f()]);
-#pragma GCC unroll 8
-          for (int v = 0; v < V; ++v) acc[v][m] = Op::mul(acc[v][m], u[v], am);
+          const vi am = Op::activation(a[m], c * Op::kFields + f());
+#pragma GCC unroll 16
+          for (int v = 0; v < R; ++v) acc[v][m] = Op::mul(acc[v][m], u[v], am);
         }
       });
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      const Meta of(plan, meta + v * W);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
+    for (int v = 0; v < R; ++v) {
+      const Meta of(plan, of_row(meta, v));
+#pragma GCC unroll 16
       for (int m = 0; m < MB; ++m) total[v][m] = of.add(acc[v][m], seti(t.zero[token + m]), total[v][m]);
     }
   }
-  for (int v = 0; v < V; ++v)
-    for (int m = 0; m < MB; ++m) put_rows(plan, token + m, block * kBlock + lane + v * W, total[v][m]);
+  for (int v = 0; v < R; ++v)
+    for (int m = 0; m < MB; ++m) put_rows(plan, token + m, (block + v / V) * kBlock + lane + v % V * W, total[v][m]);
 }
 
 // Products of W <= 4 bit-planes with A <= 4: a pair of planes (i, j) weighs 2^(i + j).
@@ -106,25 +116,36 @@ void popcounts(const LowbitPlan& plan, const uint32_t* data, int64_t block, int6
   put_rows(plan, token, block * kBlock + lane, total);
 }
 
-template <class Op, int MB>
+template <class Op, int MB, int S = 1>
 void gemv_rows(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t token) {
   constexpr int V = MB <= 2 || W == 16 ? kTileVectors : std::max(1, kTileVectors / 2);
-  for (int64_t lane = 0; lane < kBlock; lane += V * W) gemv<Op, V, MB>(plan, data, block, lane, token);
+  for (int64_t lane = 0; lane < kBlock; lane += V * W) gemv<Op, V, MB, S>(plan, data, block, lane, token);
 }
 
 template <class Op>
-void multiply(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
-  const auto few = plan.tokens.M == 1   ? gemv_rows<Op, 1>
-                   : plan.tokens.M == 2 ? gemv_rows<Op, 2>
-                   : plan.tokens.M == 3 ? gemv_rows<Op, 3>
-                                        : gemv_rows<Op, 4>;
-  plan.tokens.M <= 4 ? few(plan, data, block, 0) : gemm<Op>(plan, data, block, scratch);
+void one_token(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t blocks) {
+#if defined(JN_AVX512)
+  if (blocks > 1) return (blocks == 4 ? gemv_rows<Op, 1, 4> : gemv_rows<Op, 1, 2>)(plan, data, block, 0);
+#endif
+  gemv_rows<Op, 1>(plan, data, block, 0);
+}
+
+template <class Op>
+void multiply(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t blocks, uint32_t* scratch) {
+  const int64_t M = plan.tokens.M;
+  if (M == 1 && !plan.amx) return one_token<Op>(plan, data, block, blocks);
+#if defined(JN_AVX512EXT)
+  if constexpr (Op::kInteger || std::is_same_v<typename Op::Product, PairProduct>)
+    if (plan.amx) return gemm_amx<Op>(plan, data, block, scratch);
+#endif
+  if (M > 4) return gemm<Op>(plan, data, block, scratch);
+  (M == 2 ? gemv_rows<Op, 2> : M == 3 ? gemv_rows<Op, 3> : gemv_rows<Op, 4>)(plan, data, block, 0);
 }
 
 template <int B>
-void multiply_bits(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
+void multiply_bits(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t blocks, uint32_t* scratch) {
   const LowbitTokens& t = plan.tokens;
-  if (t.kind == kBytes) return multiply<Bytes<B>>(plan, data, block, scratch);
+  if (t.kind == kBytes) return multiply<Bytes<B>>(plan, data, block, blocks, scratch);
   if constexpr (B < 8)
     if (t.kind == kPlanes) {
       for (int64_t m = 0; m < t.M; ++m)
@@ -132,14 +153,19 @@ void multiply_bits(const LowbitPlan& plan, const uint32_t* data, int64_t block, 
           (t.a_bits == 2 ? popcounts<B, 2> : popcounts<B, 4>)(plan, data, block, lane, m);
       return;
     }
-#if defined(JN_AVX512EXT)
-  if (t.kind == kPairs) return multiply<Pairs<B>>(plan, data, block, scratch);
+#if defined(JN_AVX512)
+  if constexpr (B == 2)
+    if (t.kind == kSums) return one_token<Sums>(plan, data, block, blocks);
 #endif
-  multiply<Floats<B>>(plan, data, block, scratch);
+#if defined(JN_AVX512EXT)
+  if (t.kind == kPairs) return multiply<Pairs<B>>(plan, data, block, blocks, scratch);
+#endif
+  multiply<Floats<B>>(plan, data, block, blocks, scratch);
 }
 
-// One block; with `packed` its weights come from the storage layout and are laid out in `scratch` first.
-inline void multiply_block(const LowbitPlan& plan, int64_t block, uint32_t* scratch) {
+// One block, or 2 or 4 that are prepared; with `packed` its weights come from the storage layout and are laid out in
+// `scratch` first.
+inline void multiply_blocks(const LowbitPlan& plan, int64_t block, int64_t blocks, uint32_t* scratch) {
   const uint32_t* data = plan.data + block * plan.layout.block_words();
   if (plan.packed) {
     pack_block(plan.layout, plan.packed, plan.scale, plan.scale_groups, plan.layout.meta == 1, block, scratch);
@@ -147,7 +173,7 @@ inline void multiply_block(const LowbitPlan& plan, int64_t block, uint32_t* scra
     scratch += plan.layout.block_words();
   }
   const auto f = plan.layout.w_bits == 2 ? multiply_bits<2> : plan.layout.w_bits == 4 ? multiply_bits<4> : multiply_bits<8>;
-  f(plan, data, block, scratch);
+  f(plan, data, block, blocks, scratch);
 }
 
 }  // namespace JN_ISA
@@ -180,6 +206,7 @@ struct LowbitPlan {
   int64_t sums;  // words from a scale to its sum
   void* y;
   int dtype;
+  bool amx, streams;
 };
 
 }  // namespace jnk
@@ -188,11 +215,14 @@ struct LowbitPlan {
 #define JN_THIS_FILE "../cpu/lowbit.cpp"
 #include "each_isa.h"
 
-// As JN_DISPATCH, with the fourth pass at level 4.
+// As JN_DISPATCH, with the passes of JN_EXTENSION.
 #if defined(__x86_64__)
 #define DISPATCH(level, ...)         \
-  if ((level) == kAvx512Ext) {       \
+  if ((level) >= kAvx512Ext) {       \
     using namespace jnk::avx512ext;  \
+    __VA_ARGS__;                     \
+  } else if ((level) == kAvxVnni) {  \
+    using namespace jnk::avxvnni;    \
     __VA_ARGS__;                     \
   } else                             \
     JN_DISPATCH(level, __VA_ARGS__)
@@ -211,13 +241,24 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   if (M == 0 || l.O == 0) return kOk;
   LowbitTokens& t = plan.tokens;
   t.M = M, t.a_bits = a_bits, t.symmetric = symmetric;
-  t.kind = l.planes ? kPlanes : integer ? kBytes : bf16_input && level == kAvx512Ext ? kPairs : kFloats;
+  const auto tiles = [&](Kind kind) {
+    const int64_t entries = entries_per_group(l.group(), kind, a_bits);
+    return level == kAmx && M > (kind == kBytes ? 4 : 1) && (entries % 16 == 0 || entries == 8);
+  };
+  // Per cycle Intel multiplies and adds 16 bf16 by vdpbf16ps, 32 fp32 by FMA, 512 bf16 by tiles, and has 1 permutation.
+  const bool intel = cpu_features() & kIsIntel, pairs = bf16_input && level >= kAvx512Ext && (!intel || tiles(kPairs));
+  const bool sums = intel && level >= kAvx512 && M == 1 && l.w_bits == 2;
+  t.kind = l.planes ? kPlanes : integer ? kBytes : pairs ? kPairs : sums ? kSums : kFloats;
   t.entries = entries_per_group(l.group(), t.kind, a_bits);
+  plan.amx = (t.kind == kBytes || t.kind == kPairs) && tiles(t.kind);
+  // Several streams are more for the processor's own prefetching, share the loads of activations and give the multipliers
+  // more independent sums. Four: W4A8 331 instead of 470 us, W2A8 191 instead of 300 (Emerald Rapids, 30 GB/s).
+  plan.streams = intel && level >= kAvx512 && M == 1 && !plan.packed && !l.planes;
   plan.scale_mask = l.meta == 1 ? 0xffff0000u : ~0u;
   plan.sums = (l.meta - 1) * kBlock;
 
   const int64_t groups = l.groups * M;
-  const Memory memory = allocate((groups * (t.entries + 1) + 2 * M) * 4 + (integer ? M * l.I : 0));
+  const Memory memory = allocate((groups * (t.entries + 1) + 2 * M + 16 * t.entries) * 4 + (integer ? M * l.I : 0));
   if (!memory) return kNoMemory;
   t.table = static_cast<uint32_t*>(memory.get());
   t.offset = t.table + groups * t.entries;
@@ -233,19 +274,22 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
     }
   });
 
-  const int64_t panel = M > 4 ? (t.entries + kTokens) * kBlock : 0;
+  const int64_t panel = M > 4 || plan.amx ? (t.entries + kTokens) * kBlock : 0;
   const int64_t scratch = (panel + (plan.packed ? l.block_words() : 0)) * 4;
   std::atomic<int> error{kOk};
-  // A pass at the speed of memory wants long contiguous runs; a few per thread even out their speeds.
-  const int64_t runs = M > 4 ? l.blocks() : std::min<int64_t>(l.blocks(), 4 * threads);
+  // A pass at the speed of memory wants long contiguous runs; some per thread even out their speeds.
+  const int64_t each = plan.streams ? 4 : 1, most = std::min<int64_t>(l.blocks() / each, 16 * threads);
+  const int64_t runs = M > 4 ? l.blocks() : std::max(most, std::min<int64_t>(l.blocks(), threads));
   parallel_for(runs, threads, [&](int64_t i) {
     const Memory buffer = allocate(scratch);
     if (!buffer) {
       error = kNoMemory;
       return;
     }
-    for (int64_t block = l.blocks() * i / runs; block < l.blocks() * (i + 1) / runs; ++block){
-      DISPATCH(level, multiply_block(plan, block, static_cast<uint32_t*>(buffer.get())));
+    const int64_t end = l.blocks() * (i + 1) / runs;
+    for (int64_t block = l.blocks() * i / runs, count; block < end; block += count) {
+      count = !plan.streams || end - block < 2 ? 1 : end - block < 4 ? 2 : 4;
+      DISPATCH(level, multiply_blocks(plan, block, count, static_cast<uint32_t*>(buffer.get())));
     }
   });
   return error;

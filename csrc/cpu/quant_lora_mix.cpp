@@ -406,7 +406,7 @@ MixPlan make_plan(const void* w, const void* lora_b, const float* probs, const f
   level = choose_isa(isa, dtype == kBf16 ? kHasBf16 : kNone);
   plan.w = w, plan.lora_b = lora_b, plan.probs = probs, plan.clip = clip, plan.bits = bits;
   plan.O = O, plan.I = I, plan.P = P, plan.rank = rank, plan.g = g, plan.scaling = scaling;
-  plan.dot = dtype == kBf16 && level == kAvx512Ext;
+  plan.dot = dtype == kBf16 && level >= kAvx512Ext;
   plan.K = plan.dot ? (rank + 1) / 2 : rank;
   plan.tile = std::max(g, kColumns / g * g);
   plan.ld = (plan.tile + 15) / 16 * 16;

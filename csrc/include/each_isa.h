@@ -3,7 +3,8 @@
 //     #include "each_isa.h"
 // and is then included three times with JN_ISA = scalar, avx2, avx512 (a namespace; code between its own
 // `#ifdef JN_ISA` and `#else`), each time with vec.h for that instruction set and the matching target options.
-// Level 4 kernels sit in the avx512 pass behind their own target attribute, or in a fourth pass (JN_EXTENSION).
+// What a kernel has beyond these sits in the avx512 pass behind its own target attribute, or in two more passes
+// (JN_EXTENSION): avxvnni, and avx512ext with VNNI, BF16 and VPOPCNTDQ, each used only by kernels that ask for it.
 // Everything these passes use must be included before: inline functions of the standard library that were first
 // seen under a target option could otherwise be emitted with instructions the CPU lacks.
 #pragma once
@@ -33,6 +34,17 @@
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
+#ifdef JN_EXTENSION
+#define JN_AVXVNNI 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avxvnni")
+#define JN_ISA avxvnni
+#include "vec.h"
+#include JN_THIS_FILE
+#undef JN_ISA
+#pragma GCC pop_options
+#undef JN_AVXVNNI
+#endif
 #undef JN_AVX2
 
 #define JN_AVX512 1
@@ -43,8 +55,6 @@
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
-// A fourth pass, avx512ext, for a file that defines JN_EXTENSION: VNNI, BF16 and VPOPCNTDQ on top, each
-// used only by kernels that ask for it.
 #ifdef JN_EXTENSION
 #define JN_AVX512EXT 1
 #pragma GCC push_options
@@ -59,15 +69,15 @@
 #undef JN_AVX512
 #endif
 
-// JN_DISPATCH(level, call): the variant of a call `f(args)`, or of an assignment `x = f(args)`, for that level; levels
-// 3 and 4 share avx512. The using-directive reaches the call alone; no name of a kernel may exist elsewhere.
+// JN_DISPATCH(level, call): the variant of a call `f(args)`, or of an assignment `x = f(args)`, for that level, without
+// the passes of JN_EXTENSION. The using-directive reaches the call alone; no name of a kernel may exist elsewhere.
 #if defined(__x86_64__)
 #define JN_DISPATCH(level, ...)             \
   do {                                      \
     if ((level) >= jnk::kAvx512) {          \
       using namespace jnk::avx512;          \
       __VA_ARGS__;                          \
-    } else if ((level) == jnk::kAvx2) {     \
+    } else if ((level) >= jnk::kAvx2) {     \
       using namespace jnk::avx2;            \
       __VA_ARGS__;                          \
     } else {                                \

@@ -24,8 +24,9 @@ struct LowbitLayout {
   int64_t block_words() const { return groups * height() * kBlock; }
 };
 
-// How activations meet weights: as 4 bytes, 2 bf16, 1 fp32 or 32 bits of a plane per 32-bit entry.
-enum Kind : int { kBytes = 4, kPairs = 2, kFloats = 1, kPlanes = 32 };
+// How activations meet weights: as 4 bytes, 2 bf16, 1 fp32 or 32 bits of a plane per 32-bit entry; or two of them as the
+// 16 sums that 2-bit weights can make of them.
+enum Kind : int { kBytes = 4, kPairs = 2, kFloats = 1, kPlanes = 32, kSums = 0 };
 
 // Activations in the order in which the kernels read them.
 struct LowbitTokens {
@@ -40,7 +41,7 @@ struct LowbitTokens {
 };
 
 inline int64_t entries_per_group(int64_t group, Kind kind, int a_bits) {
-  return group / kind * (kind == kPlanes ? a_bits : 1);
+  return kind == kSums ? group / 2 * 16 : group / kind * (kind == kPlanes ? a_bits : 1);
 }
 
 using Memory = std::unique_ptr<void, void (*)(void*)>;

@@ -89,6 +89,28 @@ void gemm_tile(const LowbitPlan& plan, const uint32_t* meta, const uint32_t* pan
   }
 }
 
+// The panel [entries][kBlock] of a group: unpacked to scratch, or where nothing is packed the words themselves.
+template <class Op>
+const uint32_t* unpack_group(const LowbitLayout& l, const uint32_t* meta, bool prefetch, uint32_t* scratch) {
+  const uint32_t* words = meta + l.meta * kBlock;
+  if constexpr (Op::kFields == 1) return words;
+  uint32_t* out = scratch;
+  for (int64_t c = 0; c < l.words; ++c, words += kBlock) {
+    if (prefetch)  // the next group, while this one is multiplied
+      for (int64_t r = 0; r < kBlock; r += 16) __builtin_prefetch(words + l.height() * kBlock + r);
+    fields<Op::kFields>([&](auto f) {
+      for (int64_t r = 0; r < kBlock; r += W) storei(out + r, Op::template operand<f()>(loadi(words + r)));
+      out += kBlock;
+    });
+  }
+  return scratch;
+}
+
+inline void put_block(const LowbitPlan& plan, const float* total, int64_t block, int64_t first, int64_t count) {
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t r = 0; r < kBlock; r += W) put_rows(plan, first + m, block * kBlock + r, load(total + m * kBlock + r));
+}
+
 // A block times all tokens. scratch: a group's panel [entries][kBlock], then totals [kTokens][kBlock].
 template <class Op>
 void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
@@ -102,19 +124,7 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
     std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
     for (int64_t g = 0; g < l.groups; ++g) {
       const uint32_t* meta = data + g * l.height() * kBlock;
-      const uint32_t* panel = meta + l.meta * kBlock;
-      if constexpr (Op::kFields > 1) {
-        // the next group, while this one is multiplied
-        if (first == 0)
-          for (int64_t i = 0; i < l.height() * kBlock; i += 16) __builtin_prefetch(meta + l.height() * kBlock + i, 0, 2);
-        uint32_t* out = scratch;
-        for (int64_t c = 0; c < l.words; ++c, panel += kBlock)
-          fields<Op::kFields>([&](auto f) {
-            for (int64_t r = 0; r < kBlock; r += W) storei(out + r, Op::template operand<f()>(loadi(panel + r)));
-            out += kBlock;
-          });
-        panel = scratch;
-      }
+      const uint32_t* panel = unpack_group<Op>(l, meta, first == 0, scratch);
       for (int64_t lane = 0; lane < kBlock; lane += kTileVectors * W) {
         const auto tile = [&](auto mb, int64_t m) {
           const auto f = Op::kFields == 1 && first + m == 0 ? gemm_tile<Product, kTileVectors, mb(), Op::kFields == 1>
@@ -131,8 +141,7 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
         }
       }
     }
-    for (int64_t m = 0; m < count; ++m)
-      for (int64_t r = 0; r < kBlock; r += W) put_rows(plan, first + m, block * kBlock + r, load(total + m * kBlock + r));
+    put_block(plan, total, block, first, count);
   }
 }
 

@@ -79,6 +79,8 @@ inline int32_t planes_of(const int8_t* a, int64_t g, int a_bits, uint32_t* out) 
   return sum;
 }
 
+constexpr uint32_t kNibbles[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 template <class T, int B>
 void token_bits(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m, int8_t* levels) {
   const int64_t g = l.group();
@@ -109,6 +111,14 @@ void token_bits(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m, i
         continue;
       }
     float* out = reinterpret_cast<float*>(row(i));
+#if defined(JN_AVX512)
+    if (t.kind == kSums) {
+      const vf first = as_float(Floats<2>::operand<0>(loadi(kNibbles))), second = as_float(Floats<2>::operand<1>(loadi(kNibbles)));
+      for (int64_t k = 0; k < g; k += 2, out += 16)
+        store(out, fma(set(to_float(a[k + 1])), second, set(to_float(a[k])) * first));
+      continue;
+    }
+#endif
     each(0, g, [&](auto at) { at.put(out, at(a)); });
   }
 }

@@ -155,6 +155,8 @@ template <bool kSmall>
 inline vi dot(vi acc, vi u, vi s) {
 #if defined(JN_AVX512EXT)
   return {_mm512_dpbusd_epi32(acc.v, u.v, s.v)};
+#elif defined(JN_AVXVNNI)
+  return {_mm256_dpbusd_avx_epi32(acc.v, u.v, s.v)};
 #elif defined(JN_AVX512) || defined(JN_AVX2)
   if constexpr (kSmall) return acc + madd(maddubs(u, s), seti(0x00010001u));
   const vi even = madd(u & seti(0x00ff00ffu), sar16(shl16(s))), odd = madd(shr<8>(u) & seti(0x00ff00ffu), sar16(s));
@@ -170,6 +172,8 @@ inline vi dot(vi acc, vi u, vi s) {
 inline vi dot16(vi acc, vi a, vi b) {
 #if defined(JN_AVX512EXT)
   return {_mm512_dpwssd_epi32(acc.v, a.v, b.v)};
+#elif defined(JN_AVXVNNI)
+  return {_mm256_dpwssd_avx_epi32(acc.v, a.v, b.v)};
 #elif defined(JN_AVX512) || defined(JN_AVX2)
   return acc + madd(a, b);
 #else

@@ -1,3 +1,3 @@
-from tests.csrc.kernels import kernels
+from tests.csrc.kernels import kernels, lowbit_kernels
 
-__all__ = ["kernels"]
+__all__ = ["kernels", "lowbit_kernels"]

@@ -7,13 +7,15 @@ import pytest
 from jointnas_kernels._ext import load
 from jointnas_kernels.ops import _cpu
 
-LEVELS = {"scalar": 1, "avx2": 2, "avx512": 3, "avx512ext": 4}
+LEVELS = {"scalar": 1, "avx2": 2, "avx512": 4, "avx512ext": 5}
+LOWBIT_LEVELS = LEVELS | {"avxvnni": 3, "amx": 6}  # what only the low-bit products have variants for
+_EXTENSION = ("avx512f", "avx512_bf16", "avx512_vnni", "avx512_vpopcntdq")
+_NEEDS = ((), (), ("avx2",), ("avx_vnni",), ("avx512f",), _EXTENSION, (*_EXTENSION, "amx"))
 
 
 def supported(isa: int) -> bool:
     features = load().cpu_features()
-    needs = ((), (), ("avx2",), ("avx512f",), ("avx512f", "avx512_bf16", "avx512_vnni", "avx512_vpopcntdq"))[isa]
-    return all(features[name] for name in needs)
+    return all(features[name] for name in _NEEDS[isa])
 
 
 def force(monkeypatch: pytest.MonkeyPatch, isa: int, threads: int) -> None:
@@ -24,9 +26,12 @@ def force(monkeypatch: pytest.MonkeyPatch, isa: int, threads: int) -> None:
     monkeypatch.setattr(_cpu, "call", lambda name, *args: real(name, *args, threads=threads, isa=isa))
 
 
-@pytest.fixture(params=LEVELS.items(), ids=lambda item: item[0])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Each instruction set in turn, with 1, 2, 3, 1 threads."""
+def _forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Each instruction set in turn, with 1, 2 or 3 threads."""
     isa = request.param[1]
     force(monkeypatch, isa, (isa - 1) % 3 + 1)
     return isa
+
+
+kernels = pytest.fixture(_forced, params=LEVELS.items(), ids=lambda item: item[0])
+lowbit_kernels = pytest.fixture(_forced, params=LOWBIT_LEVELS.items(), ids=lambda item: item[0])

@@ -12,7 +12,7 @@ from jointnas_kernels.ops.lowbit_linear import quantize_tokens
 from jointnas_kernels.ops.pack import pack_weight, unpack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
-pytestmark = pytest.mark.usefixtures("kernels")
+pytestmark = pytest.mark.usefixtures("lowbit_kernels")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 A_BITS = pytest.mark.parametrize("a_bits", [2, 4, 8, 16], ids=lambda a: f"A{a}")
 W_BITS = pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda w: f"W{w}")

@@ -49,8 +49,9 @@ def test_shares_the_threads_of_torch() -> None:
 def test_features_are_those_of_the_system() -> None:
     flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
     features = load().cpu_features()
-    for name in ("avx2", "avx512_bf16", "avx512_vnni"):
+    for name in ("avx2", "avx_vnni", "avx512_bf16", "avx512_vnni"):
         assert features[name] == (name in flags)
+    assert features["amx"] <= ({"avx512f", "amx_tile", "amx_int8", "amx_bf16"} <= flags)  # less where Linux refuses
 
 
 def test_unknown_instruction_set_is_refused() -> None:
