@@ -1,15 +1,18 @@
 """Predictions of a latency table against the measured latency of whole models that its overhead was not fitted to.
 
-python -m benchmarks.bench_calibration [--device cpu] [--modes prefill decode] [--choices 24] [--table FILE]
+python -m benchmarks.bench_calibration [--device cpu] [--modes prefill decode] [--choices 24] [--rounds 5]
 
-The `tiny` space with bits on the embedded model's sizes: prefill of 4 x 128 tokens, one decoded token after 128. The
-table is profiled and calibrated on `--fit` random choices, then `--choices` other random ones are predicted, and
-measured with the kernels that the table names. What a busy machine disturbs is measured again, then left out, counted.
+The `tiny` space with bits on the embedded model's sizes: prefill of 4 x 128 tokens, one decoded token after 128. Every
+round profiles a table anew and measures whole models with the kernels it names: `--fit` random choices, to which the
+overhead is fitted, and `--choices` other random ones, which are predicted. Nothing is left out: a machine may change
+its speed between table and models (virtual ones were seen to, every few minutes), so the error of each round is a row
+of its own, the result is their median, and a model's figures are medians over rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -20,52 +23,78 @@ import torch
 from benchmarks.harness import Recorder, Timing, arguments, guarded
 from jointnas.config import ModelConfig
 from jointnas.models import model_config
-from jointnas_kernels.latency import LatencyTable, Workload, calibrate, feasible_choices, measure_choices, profile
-from jointnas_kernels.space import SearchSpace
+from jointnas_kernels.latency import Workload, feasible_choices, measure_choices, profile
+from jointnas_kernels.latency.measure import fit
+from jointnas_kernels.latency.watch import Watch
+from jointnas_kernels.space import Choice, SearchSpace
 
 WORKLOADS = {"prefill": Workload("prefill", 4, 128), "decode": Workload("decode", 1, 128)}
-FULL_REPEATS = 2  # resumed profiles, while operations are marked as disturbed
 
 
-def compare(rec: Recorder, mode: str, args: argparse.Namespace, folder: Path) -> None:
-    workload, config = WORKLOADS[mode], model_config(ModelConfig())
-    whole, path = SearchSpace.named("tiny"), Path(args.table or folder / f"{mode}.jsonl")
-    for _ in range(FULL_REPEATS):
-        table = profile(whole, config, path, workload=workload, device=rec.device, seconds=0.02, progress=False)
-        if not table.caution:
-            break
-    space, _ = table.restrict(whole)
-    seconds = 0.02 if args.tiny else 0.3
-    watch = table.watch(patience=0.5 if args.tiny else args.patience)
-    fitted = calibrate(table, space, config, 4 if args.tiny else args.fit, seed=1, seconds=seconds, watch=watch)
-    fitted.save(path)
-    calibration = fitted.calibration
-    assert calibration is not None
-    seen = set(feasible_choices(table, space, args.fit, 1))
-    count = 2 if args.tiny else args.choices
-    choices = [c for c in feasible_choices(table, space, count + args.fit, 0) if c not in seen][:count]
-    bound, plain = fitted.bind(space), LatencyTable(table.header, table.rows).bind(space)
-    errors, before, disturbed = [], [], 0
-    measured = measure_choices(fitted, space, config, choices, seconds=seconds, watch=watch)
-    for index, (choice, found) in enumerate(zip(choices, measured, strict=True)):
-        predicted, operations = bound.predict(choice), plain.predict(choice)
-        extra: dict[str, Any] = {"predicted": predicted * 1e-3, "operations": operations * 1e-3}
-        extra |= {"blocks": choice.blocks, "contended": found.contended, "choice": choice.to_dict()}
-        timing = Timing(found.median * 1e-3, found.p10 * 1e-3, found.p90 * 1e-3, found.samples)
-        rec.row("model", timing, extra=extra, mode=mode, index=index)
-        disturbed += found.contended
-        if not found.contended:
-            errors.append(abs(predicted / found.median - 1))
-            before.append(abs(operations / found.median - 1))
-    if not errors:
-        raise RuntimeError("every model was measured on a busy machine; stop other processes and run again")
+class Round:
+    """One table, and whole models measured right after it: milliseconds by index of the choice."""
+
+    def __init__(self, choices: list[Choice], fitted: int, args: argparse.Namespace, device: str, mode: str) -> None:
+        seconds = (0.002, 0.02) if args.tiny else (0.02, 0.2)
+        config, space = model_config(ModelConfig()), SearchSpace.named("tiny")
+        watch = Watch.on(torch.device(device), patience=0)  # the speed of the moment is the one to be measured
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "table.jsonl"
+            table = profile(
+                space, config, path, workload=WORKLOADS[mode], device=device, seconds=seconds[0], progress=False,
+                watch=watch,
+            )  # fmt: skip
+        self.space, _ = table.restrict(space)
+        # the device decides what is feasible, not the round: the first one draws
+        self.choices = choices or feasible_choices(table, self.space, fitted + args.choices, seed=0)
+        bound = table.bind(self.space)
+        self.operations = [bound.predict(choice) for choice in self.choices]
+        found = measure_choices(table, self.space, config, self.choices, seconds=seconds[1], watch=watch)
+        self.disturbed = sum(one.contended for one in found)
+        self.measured = [one.median for one in found]
+        points = zip(self.operations, (c.blocks for c in self.choices), self.measured, strict=True)
+        self.overhead = fit(list(points)[:fitted])
+        fixed, per_block = self.overhead.fixed, self.overhead.per_block
+        self.predicted = [o + fixed + per_block * c.blocks for o, c in zip(self.operations, self.choices, strict=True)]
+
+    def errors(self, of: list[float], fitted: int) -> list[float]:
+        """Of the models that the overhead was not fitted to."""
+        return [p / m - 1 for p, m in zip(of, self.measured, strict=True)][fitted:]
+
+
+def mean(errors: list[float]) -> float:
+    return statistics.fmean(map(abs, errors))
+
+
+def compare(rec: Recorder, mode: str, args: argparse.Namespace) -> None:
+    workload, fitted = WORKLOADS[mode], args.fit
+    rounds: list[Round] = []
+    for index in range(args.rounds):
+        one = Round(rounds[0].choices if rounds else [], fitted, args, rec.device, mode)
+        rounds.append(one)
+        extra = {"worst": max(map(abs, one.errors(one.predicted, fitted))), "disturbed": one.disturbed}
+        extra |= {"operations_only": mean(one.errors(one.operations, fitted))}
+        rec.row("round", mean(one.errors(one.predicted, fitted)), "", mode=mode, index=index, extra=extra)
+    errors = [mean(one.errors(one.predicted, fitted)) for one in rounds]
+    middle = lambda of, i: statistics.median(getattr(one, of)[i] for one in rounds)  # noqa: E731
+    for i, choice in list(enumerate(rounds[0].choices))[fitted:]:
+        rec.row(
+            "model", Timing.of([one.measured[i] * 1e-3 for one in rounds]), mode=mode, index=i - fitted,
+            extra={
+                "predicted": middle("predicted", i) * 1e-3, "operations": middle("operations", i) * 1e-3,
+                "blocks": choice.blocks, "choice": choice.to_dict(),
+                "error": statistics.median(one.predicted[i] / one.measured[i] - 1 for one in rounds),
+            },
+        )  # fmt: skip
+    overhead = lambda of: statistics.median(getattr(one.overhead, of) for one in rounds)  # noqa: E731
     rec.row(
-        "mape", sum(errors) / len(errors), "", mode=mode,
+        "mape", Timing(statistics.median(errors), min(errors), max(errors), len(errors)), "", mode=mode,
         extra={
-            "worst": max(errors), "operations_only": sum(before) / len(before), "models": len(errors),
-            "disturbed": disturbed, "fitted_on": len(calibration.points), "fixed_ms": calibration.fixed,
-            "per_block_ms": calibration.per_block, "batch": workload.batch, "seq": workload.seq,
-            "threads": torch.get_num_threads(), "caution": bool(fitted.caution),
+            "worst": statistics.median(max(map(abs, one.errors(one.predicted, fitted))) for one in rounds),
+            "operations_only": statistics.median(mean(one.errors(one.operations, fitted)) for one in rounds),
+            "models": len(rounds[0].choices) - fitted, "fitted_on": fitted, "rounds": len(rounds),
+            "fixed_ms": overhead("fixed"), "per_block_ms": overhead("per_block"), "batch": workload.batch,
+            "seq": workload.seq, "threads": torch.get_num_threads(),
         },
     )  # fmt: skip
 
@@ -75,13 +104,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--modes", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--choices", type=int, default=24, help="whole models that are predicted")
     parser.add_argument("--fit", type=int, default=10, help="other whole models that the overhead is fitted to")
-    parser.add_argument("--table", default=None, help="table file to use and continue (one mode only)")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a quiet machine, per mode")
+    parser.add_argument("--rounds", type=int, default=5, help="of a new table and all models")
     args = parser.parse_args(argv)
+    if args.tiny:
+        args.choices, args.fit, args.rounds = 2, 4, 2
     rec = Recorder("calibration", args.device, args.out, args.commit)
-    with tempfile.TemporaryDirectory() as folder:
-        for mode in args.modes:
-            guarded(mode, partial(compare, rec, mode, args, Path(folder)))
+    for mode in args.modes:
+        guarded(mode, partial(compare, rec, mode, args))
     return rec.rows
 
 

@@ -20,21 +20,22 @@ from torch import Tensor
 
 from benchmarks.harness import Recorder, Timing, gate, guarded, rotation, time_interleaved, time_rotated
 from jointnas_kernels._ext import load
+from jointnas_kernels.latency.timing import cache_bytes
 from jointnas_kernels.ops import _cpu, lowbit_matmul, lowbit_pack, pack_weight
 from jointnas_kernels.ops.lowbit_linear import quantize_tokens
 
 GROUP = 128
 CALLS = {1: 96, 16: 24, 256: 6}  # about; by tokens
-READ_BYTES = 512 << 20
 Product = Callable[..., Tensor]  # (weight copy, x)
 
 
 def read_bandwidth() -> Timing:
     """Bytes per second of loads alone, by all threads of torch."""
-    data = _cpu.empty_like(torch.empty(()).expand(READ_BYTES // 4)).fill_(1.0)
-    call = partial(load().cpu_read, data.data_ptr(), READ_BYTES, torch.get_num_threads(), 0)
+    size = max(512 << 20, 4 * cache_bytes(torch.device("cpu")))
+    data = _cpu.empty_like(torch.empty(()).expand(size // 4)).fill_(1.0)
+    call = partial(load().cpu_read, data.data_ptr(), size, torch.get_num_threads(), 0)
     times = time_interleaved({"read": call}, rounds=9)["read"]
-    return Timing(READ_BYTES / times.median, READ_BYTES / times.p90, READ_BYTES / times.p10, times.n)
+    return Timing(size / times.median, size / times.p90, size / times.p10, times.n)
 
 
 class Weights:

@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointnas_kernels.latency.timing import cpu_name
+from jointnas_kernels.latency.timing import cache_bytes, cpu_name
 from jointnas_kernels.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,9 +212,9 @@ def _once(call: Callable[[], Any], device: str) -> float:
     return first.elapsed_time(last) / 1e3
 
 
-def rotation(make: Callable[[], Any], nbytes: int, device: str, most: int = 64) -> list[Any]:
+def rotation(make: Callable[[], Any], nbytes: int, device: str, most: int = 256) -> list[Any]:
     """Input sets whose total size exceeds twice the last-level cache; ``nbytes`` is the traffic of one set."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 64 << 20
+    cache = cache_bytes(torch.device(device))
     return [make() for _ in range(max(2, min(most, -(-2 * cache // max(1, nbytes)) + 1)))]
 
 

@@ -27,6 +27,7 @@ from jointnas_kernels.latency.watch import Measured, Watch
 from jointnas_kernels.space import LINEARS, Choice, SearchSpace, count_params, kept_blocks
 
 ENOUGH = 4  # whole models for the two terms of a calibration
+TURNS = 5  # of measuring a whole model
 
 
 class BackendLinear(nn.Module):
@@ -162,24 +163,48 @@ def measure_choices(
     seconds: float = 0.3,
     watch: Watch | None = None,
 ) -> list[Measured]:
-    """Whole models of these choices, with random weights; those that were disturbed once more after all others."""
+    """Whole models of these choices, with random weights, each in several short turns and the middle one counts: a
+    machine that is slow for some seconds is so for one turn of many models, not for all of one model."""
     from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
     from jointnas_kernels.hf.families import build
 
     device = torch.device(table.header.device.type)
     watch = watch or table.watch(15 * seconds)
 
-    def run(choice: Choice) -> Measured:
+    dtype = getattr(torch, table.workload.dtype)
+
+    def deployed(choice: Choice) -> nn.Module:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = build(subnet_config(config, choice))
-        nn.Module.to(model, device, getattr(torch, table.workload.dtype))
-        deploy(model, choice, space, table)
-        threads = table.header.device.threads
-        return measure_model(model, table.workload, threads=threads, seconds=seconds, samples=9, watch=watch)
+        nn.Module.to(model, device, dtype)
+        return deploy(model, choice, space, table)
 
-    found = [run(choice) for choice in choices]
-    return [run(choice) if once.contended else once for choice, once in zip(choices, found, strict=True)]
+    def turn(model: nn.Module) -> Measured:
+        threads = table.header.device.threads
+        return measure_model(
+            model, table.workload, threads=threads, seconds=seconds / TURNS, samples=3, watch=watch
+        )  # fmt: skip
+
+    found: list[Measured] = []
+    sizes = [count_params(config, choice) * dtype.itemsize for choice in choices]
+    while len(found) < len(choices):
+        first, held, room = len(found), 0, _free_bytes(device.type) / 3
+        while first + held < len(choices) and (held == 0 or sum(sizes[first : first + held + 1]) < room):
+            held += 1
+        models = [deployed(choice) for choice in choices[first : first + held]]
+        turns = [[turn(model) for model in models] for _ in range(TURNS)]
+        found += [_middle(of_one) for of_one in zip(*turns, strict=True)]
+    return found
+
+
+def _middle(turns: Sequence[Measured]) -> Measured:
+    """The turn of median latency; disturbed if most were."""
+    middle = sorted(turns, key=lambda turn: turn.median)[len(turns) // 2]
+    return middle._replace(
+        p10=min(turn.p10 for turn in turns), p90=max(turn.p90 for turn in turns),
+        samples=sum(turn.samples for turn in turns), contended=2 * sum(turn.contended for turn in turns) > len(turns),
+    )  # fmt: skip
 
 
 def _free_bytes(device: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jointnas_kernels.latency import LatencyTable, Workload, profile
+from jointnas_kernels.latency import LatencyTable, Workload, feasible_choices, measure_choices, profile
 from jointnas_kernels.latency.measure import ENOUGH, calibrate
 from jointnas_kernels.latency.schema import read
 from jointnas_kernels.latency.timing import measure, private_cache_bytes, retain_memory
@@ -225,16 +225,43 @@ def test_calibration_leaves_disturbed_models_out(monkeypatch: pytest.MonkeyPatch
 
     def fake(model: object, *_: object, **__: object) -> Measured:
         seen.append(model)
-        slow = len(seen) % 8 == 2  # one model, both times
+        slow = len(seen) % 7 == 2  # one model, every time
         return Measured(1.0, 100.0 if slow else 1.0, 1.0, 9, slow)
 
     monkeypatch.setattr(module, "measure_model", fake)
     config = LlamaConfig(**vars(CONFIG))
     fitted = calibrate(table, space, config, 7, watch=calm())
     assert fitted.calibration is not None
-    assert len(seen) == 8
-    assert len(fitted.calibration.points) >= ENOUGH
-    assert fitted.calibration.contended is None or len(fitted.calibration.points) == 7
+    assert len(seen) == 7 * module.TURNS
+    assert len(fitted.calibration.points) == 6 >= ENOUGH
+    assert fitted.calibration.contended is None
+
+
+def test_whole_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow phase as long as all turns of one model costs several models one turn each, which their middle ignores."""
+    from transformers import LlamaConfig
+
+    from jointnas_kernels.latency import measure as module
+
+    space = SearchSpace((64, 128), (2, 4), (32,), (64, 192), (1, 2, 3))
+    table, models = synthetic(space), []
+
+    def fake(model: object, *_: object, **__: object) -> Measured:
+        models.append(model)
+        slow = 3 <= len(models) < 3 + module.TURNS
+        return Measured(1.0, 9.0 if slow else 1.0, 9.0 if slow else 1.0, 3, slow)
+
+    monkeypatch.setattr(module, "measure_model", fake)
+    config, choices = LlamaConfig(**vars(CONFIG)), feasible_choices(table, space, 4)
+    found = measure_choices(table, space, config, choices, watch=calm())
+    assert models == models[:4] * module.TURNS
+    assert [(one.median, one.contended) for one in found] == [(1.0, False)] * 4
+    assert found[2].p90 == 9.0
+    assert found[2].samples == 3 * module.TURNS
+    monkeypatch.setattr(module, "_free_bytes", lambda _: 0)  # room for one model at a time
+    models.clear()
+    assert len(measure_choices(table, space, config, choices, watch=calm())) == 4
+    assert models[: module.TURNS] == models[:1] * module.TURNS
 
 
 def test_result_tables_mark_what_was_measured_on_a_busy_machine() -> None:
