@@ -1,17 +1,22 @@
 """The CPU half of bench_gemm: low-bit products of this package against torch's, on weights that come from memory.
 
-Every call reads the next of several weight copies, together more than twice the last-level cache. extra.share is the
-achieved part of the read bandwidth of the same run (row "read" of topic ceilings: all threads, nothing but loads, huge
-pages): bytes of levels and scales over time. extra.rate counts two operations per product. For activations of 8 bits or
-less the quantization of x is part of the call; its own time, with that of a call on 64 rows, is row "ours, quantize x".
-torch's int8pack and _int_mm know one scale per row or none at all, and `_int_mm` gets quantized operands: both do less
-than the others.
+All contenders take turns, round by round, so that a machine that changes its speed does so for all of them; every call
+reads the next of several weight copies, together more than twice the last-level cache. extra.share is the achieved part
+of the read bandwidth, bytes of levels and scales over time, against loads and nothing else of the 8-bit weights in the
+same round (name "read", huge pages); extra.over_int_mm, at many tokens, the speed over torch's `_int_mm` in the same
+round. Both are medians over rounds. extra.rate counts two operations per product. For activations of 8 bits or less the
+quantization of x is part of the call; its own time, with that of a call on 64 rows, is row "ours, quantize x". torch's
+int8pack and _int_mm know one scale per row or none at all, and `_int_mm` gets quantized operands: both do less than the
+others.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -25,7 +30,8 @@ from jointnas_kernels.ops import _cpu, lowbit_matmul, lowbit_pack, pack_weight
 from jointnas_kernels.ops.lowbit_linear import quantize_tokens
 
 GROUP = 128
-CALLS = {1: 96, 16: 24, 256: 6}  # about; by tokens
+ROUNDS = {1: 40, 16: 15, 256: 8}  # about; by tokens
+SECONDS = 2e-3  # of each contender per round, at least one call
 Product = Callable[..., Tensor]  # (weight copy, x)
 
 
@@ -91,55 +97,61 @@ def copied(weight: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return weight[0].clone(), weight[1].clone()
 
 
+@dataclass
+class Contender:
+    """One product on copies of its weights, and the dtype of its inputs."""
+
+    name: str
+    scheme: str
+    sets: list[Any]
+    call: Product
+    nbytes: int
+    dtype: torch.dtype = torch.bfloat16
+    expected: Callable[[Tensor], Tensor] | None = None  # of the first 256 outputs
+    position: int = 0
+    samples: list[float] = field(default_factory=list)  # seconds per call, one per round
+
+    def check(self, x: Tensor) -> dict[str, float]:
+        if self.expected is None:
+            return {}
+        return {"error": gate(self.name, {"y": (self.call(self.sets[0], x)[:, :256], self.expected(x))}, 1e-2)}
+
+    def turn(self, x: Tensor) -> None:
+        times: list[float] = []
+        while sum(times) < SECONDS:
+            weight = self.sets[self.position % len(self.sets)]
+            self.position += 1
+            start = time.perf_counter()
+            self.call(weight, x)
+            times.append(time.perf_counter() - start)
+        self.samples.append(statistics.median(times))
+
+
+def read_weight(weight: Any, x: Tensor) -> None:
+    load().cpu_read(weight.data.data_ptr(), weight.data.numel() * 4, torch.get_num_threads(), 0)
+
+
 class Bench:
     def __init__(self, rec: Recorder, args: argparse.Namespace) -> None:
-        self.rec, self.rows, self.inputs, self.tokens = rec, args.rows, args.inputs, args.tokens
-        self.read = read_bandwidth()
-        self.ceiling(self.read)
+        self.rec, self.rows, self.inputs = rec, args.rows, args.inputs
+        self.contenders: list[Contender] = []
 
-    def ceiling(self, read: Timing) -> None:
-        Recorder("ceilings", "cpu", self.rec.folder, self.rec.commit).row("read", read, "B/s")
-
-    def time(
-        self,
-        name: str,
-        scheme: str,
-        sets: list[Any],
-        call: Product,
-        x: Tensor,
-        nbytes: int,
-        extra: dict[str, Any] | None = None,
-    ) -> None:
-        tokens = x.shape[0]
-        calls = next((n for limit, n in CALLS.items() if tokens <= limit), 4)
-        used = sets if tokens <= 16 else sets[:2]  # many tokens: bound by arithmetic
-        with torch.inference_mode():
-            time = time_rotated(partial(call, x=x), used, "cpu", calls=calls)
-        found = {
-            "share": nbytes / time.median / self.read.median,
-            "rate": 2 * tokens * self.rows * self.inputs / time.median,
-            **(extra or {}),
-        }
-        self.rec.row(
-            name, time, extra=found, scheme=scheme, m=tokens, n=self.rows, k=self.inputs, dtype=str(x.dtype)[6:]
-        )
-
-    def low_bits(self, bits: int, a_bits: list[int], planes: bool) -> None:
+    def low_bits(self, bits: int) -> None:
         weights = Weights(self.rows, self.inputs, bits)
-        sets = rotation(partial(weights.ours, planes), weights.nbytes, "cpu")
-        for tokens in self.tokens:
-            x = torch.randn(tokens, self.inputs).bfloat16()
-            for a in a_bits:
-                error = gate("ours", {"y": (ours(sets[0], x, a)[:, :256], weights.expected(x, a))}, 1e-2)
-                self.time(
-                    "ours, popcount" if planes else "ours",
-                    f"w{bits}a{a}",
-                    sets,
-                    partial(ours, a_bits=a),
-                    x,
-                    weights.nbytes,
-                    {"error": error},
-                )
+        sets = rotation(weights.ours, weights.nbytes, "cpu")
+        if bits == 8:
+            self.contenders.append(Contender("read", "w8", sets, read_weight, weights.nbytes))
+        for a in (8, 16, *((2, 4) if bits < 8 else ())):
+            self.ours(weights, a, "ours", sets)
+        if bits < 8:
+            sets = rotation(partial(weights.ours, True), weights.nbytes, "cpu")
+            for a in (2, 4):
+                self.ours(weights, a, "ours, popcount", sets)
+
+    def ours(self, weights: Weights, a_bits: int, name: str, sets: list[Any]) -> None:
+        call, expected = partial(ours, a_bits=a_bits), partial(weights.expected, a_bits=a_bits)
+        scheme = f"w{weights.bits}a{a_bits}"
+        self.contenders.append(Contender(name, scheme, sets, call, weights.nbytes, expected=expected))
 
     def torch_low_bits(self) -> None:
         for bits, name, make, call in (
@@ -147,43 +159,64 @@ class Bench:
             (8, "torch, int8pack", Weights.int8pack, int8pack),
         ):
             weights = Weights(self.rows, self.inputs, bits)
-            one = make(weights)
-            sets = rotation(partial(copied, one), weights.nbytes, "cpu")
-            for tokens in self.tokens:
-                x = torch.randn(tokens, self.inputs).bfloat16()
-                if bits == 4:
-                    gate(name, {"y": (call(one, x)[:, :256], weights.expected(x, 16))}, 1e-2)
-                self.time(name, f"w{bits}a16", sets, call, x, weights.nbytes)
-                if bits == 8:
-                    levels = torch.randint(-128, 128, (tokens, self.inputs), dtype=torch.int8)
-                    self.time("torch, _int_mm", "w8a8", sets, int_mm, levels, weights.nbytes)
+            sets = rotation(partial(copied, make(weights)), weights.nbytes, "cpu")
+            expected = partial(weights.expected, a_bits=16) if bits == 4 else None
+            self.contenders.append(Contender(name, f"w{bits}a16", sets, call, weights.nbytes, expected=expected))
+            if bits == 8:
+                self.contenders.append(
+                    Contender("torch, _int_mm", "w8a8", sets, int_mm, weights.nbytes, dtype=torch.int8)
+                )
 
     def dense(self, dtype: torch.dtype) -> None:
         nbytes = self.rows * self.inputs * dtype.itemsize
         sets = rotation(lambda: torch.randn(self.rows, self.inputs).to(dtype), nbytes, "cpu")
-        for tokens in self.tokens:
-            self.time("torch", "16", sets, dense, torch.randn(tokens, self.inputs).to(dtype), nbytes)
+        self.contenders.append(Contender("torch", "16", sets, dense, nbytes, dtype=dtype))
 
-    def quantization(self) -> None:
-        """One row of a weight block: what is left is quantizing x and the call itself."""
+    @torch.inference_mode()
+    def measure(self, tokens: int) -> None:
+        """All contenders at this number of tokens."""
+        x = torch.randn(tokens, self.inputs)
+        levels = torch.randint(-128, 128, (tokens, self.inputs), dtype=torch.int8)
+        inputs = {torch.int8: levels, torch.bfloat16: x.bfloat16(), torch.float32: x}
+        errors = []
+        for one in self.contenders:
+            one.samples.clear()
+            errors.append(one.check(inputs[one.dtype]))
+        for _ in range(next((n for limit, n in ROUNDS.items() if tokens <= limit), 4)):
+            for one in self.contenders:
+                one.turn(inputs[one.dtype])
+        per_byte = {one.name: [s / one.nbytes for s in one.samples] for one in self.contenders if one.name == "read"}
+        int_mm = [one.samples for one in self.contenders if one.name == "torch, _int_mm"]
+        for one, extra in zip(self.contenders, errors, strict=True):
+            found: dict[str, Any] = {"rate": 2 * tokens * self.rows * self.inputs / statistics.median(one.samples)}
+            if "read" in per_byte:
+                pairs = zip(per_byte["read"], one.samples, strict=True)
+                found["share"] = statistics.median(r * one.nbytes / s for r, s in pairs)
+            if int_mm and tokens > 16:
+                found["over_int_mm"] = statistics.median(t / s for t, s in zip(int_mm[0], one.samples, strict=True))
+            params = {"scheme": one.scheme, "m": tokens, "n": self.rows, "k": self.inputs, "dtype": str(one.dtype)[6:]}
+            if one.name == "read":
+                found = {"bandwidth": one.nbytes / statistics.median(one.samples)}
+            self.rec.row(one.name, Timing.of(one.samples), extra=found | extra, **params)
+
+    def quantization(self, tokens: int) -> None:
+        """One block of rows: what is left is quantizing x and the call itself."""
         weights = Weights(64, self.inputs, 8)
-        for tokens in self.tokens:
-            x = torch.randn(tokens, self.inputs).bfloat16()
-            time = time_rotated(partial(ours, x=x, a_bits=8), [weights.ours()], "cpu", calls=50)
-            self.rec.row(
-                "ours, quantize x", time, scheme="w8a8", m=tokens, n=self.rows, k=self.inputs, dtype="bfloat16"
-            )
+        x = torch.randn(tokens, self.inputs).bfloat16()
+        taken = time_rotated(partial(ours, x=x, a_bits=8), [weights.ours()], "cpu", calls=50)
+        self.rec.row("ours, quantize x", taken, scheme="w8a8", m=tokens, n=self.rows, k=self.inputs, dtype="bfloat16")
 
 
 def run(rec: Recorder, args: argparse.Namespace) -> None:
     bench = Bench(rec, args)
+    ceilings = Recorder("ceilings", "cpu", rec.folder, rec.commit)
+    ceilings.row("read", read_bandwidth(), "B/s")
     for bits in (8, 4, 2):
-        guarded(f"ours w{bits}", partial(bench.low_bits, bits, [8, 16], False))
-    for bits in (2, 4):
-        guarded(f"popcount w{bits}", partial(bench.low_bits, bits, [2, 4], True))
-        guarded(f"ours w{bits}", partial(bench.low_bits, bits, [2, 4], False))
-    guarded("quantization", bench.quantization)
+        guarded(f"ours w{bits}", partial(bench.low_bits, bits))
     guarded("torch, low bits", bench.torch_low_bits)
     for dtype in (torch.bfloat16, torch.float32):
         guarded(f"torch {dtype}", partial(bench.dense, dtype))
-    bench.ceiling(read_bandwidth())  # did it drift?
+    for tokens in args.tokens:
+        guarded(f"{tokens} tokens", partial(bench.measure, tokens))
+        guarded("quantization", partial(bench.quantization, tokens))
+    ceilings.row("read", read_bandwidth(), "B/s")  # did it drift?

@@ -277,17 +277,17 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   const int64_t panel = M > 4 || plan.amx ? (t.entries + kTokens) * kBlock : 0;
   const int64_t scratch = (panel + (plan.packed ? l.block_words() : 0)) * 4;
   std::atomic<int> error{kOk};
-  // A pass at the speed of memory wants long contiguous runs; some per thread even out their speeds.
-  const int64_t each = plan.streams ? 4 : 1, most = std::min<int64_t>(l.blocks() / each, 16 * threads);
-  const int64_t runs = M > 4 ? l.blocks() : std::max(most, std::min<int64_t>(l.blocks(), threads));
+  // A pass at the speed of memory wants long contiguous runs; a few per thread even out their speeds.
+  const int64_t unit = plan.streams && l.blocks() >= 4 * threads ? 4 : 1, units = (l.blocks() + unit - 1) / unit;
+  const int64_t runs = M > 4 ? units : std::min<int64_t>(units, 4 * threads);
   parallel_for(runs, threads, [&](int64_t i) {
     const Memory buffer = allocate(scratch);
     if (!buffer) {
       error = kNoMemory;
       return;
     }
-    const int64_t end = l.blocks() * (i + 1) / runs;
-    for (int64_t block = l.blocks() * i / runs, count; block < end; block += count) {
+    const int64_t end = std::min(l.blocks(), units * (i + 1) / runs * unit);
+    for (int64_t block = units * i / runs * unit, count; block < end; block += count) {
       count = !plan.streams || end - block < 2 ? 1 : end - block < 4 ? 2 : 4;
       DISPATCH(level, multiply_blocks(plan, block, count, static_cast<uint32_t*>(buffer.get())));
     }
