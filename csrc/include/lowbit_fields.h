@@ -39,16 +39,20 @@ struct Bytes : ByteProduct<(B < 8)> {
   }
 };
 
+#if defined(JN_AVX2) || defined(JN_AVX512)
+// q = u - 2^(B-1) of B-bit field F as fp32, exact: u becomes low bits of the mantissa of 2^(23-p), p its place in the word.
+// No shift but for the upper half of a word.
+template <int B, int F>
+inline vf level(vi w) {
+  constexpr int kShift = B * F < 16 ? 0 : 16, kPlace = B * F - kShift;
+  constexpr uint32_t mask = ((1u << B) - 1) << kPlace, exponent = (150u - kPlace) << 23;
+  const vi at = kShift ? shr<16>(w) : w;
 #if defined(JN_AVX512)
-// q of 8-bit field F as fp32, exact: its byte becomes the low bits of an integer's mantissa in fp32, 2^23 + u or, from the
-// second byte, 2^15 + u. Two instructions, neither of them a shift, for the first two bytes of a word.
-template <int F>
-inline vf byte_level(vi w) {
-  constexpr int kPlace = F % 2 ? 8 : 0;
-  constexpr uint32_t exponent = (150u - kPlace) << 23;
-  const vi at = F < 2 ? w : shr<16>(w);
-  const __m512i u = _mm512_ternarylogic_epi32(at.v, _mm512_set1_epi32(0xff << kPlace), _mm512_set1_epi32(exponent), 0xea);
-  return {_mm512_sub_ps(_mm512_castsi512_ps(u), _mm512_set1_ps((1 << (23 - kPlace)) + 128))};
+  const vi u = {_mm512_ternarylogic_epi32(at.v, seti(mask).v, seti(exponent).v, 0xea)};
+#else
+  const vi u = {_mm256_or_si256((at & seti(mask)).v, seti(exponent).v)};
+#endif
+  return as_float(u) - set(static_cast<float>((1 << (23 - kPlace)) + (1 << (B - 1))));
 }
 #endif
 
@@ -68,10 +72,18 @@ struct Floats : FloatProduct {
       const float* table = B == 4 ? table4 : F % 2 ? high2 : low2;
       return {_mm512_castps_si512(_mm512_permutexvar_ps(shr<4 * (B * F / 4)>(w).v, _mm512_load_ps(table)))};
     }
-    if constexpr (B == 8) return bits_of(byte_level<F>(w));
+#elif defined(JN_AVX2)
+    if constexpr (B == 2) {  // here it looks at 3 bits
+      alignas(32) static constexpr float table[8] = {-2, -1, 0, 1, -2, -1, 0, 1};
+      return {_mm256_castps_si256(_mm256_permutevar8x32_ps(_mm256_load_ps(table), shr<2 * F>(w).v))};
+    }
 #endif
+#if defined(JN_AVX2) || defined(JN_AVX512)
+    return bits_of(level<B, F>(w));
+#else
     constexpr uint32_t flip = B == 8 ? 0x80808080u : B == 4 ? 0x88888888u : 0xaaaaaaaau;  // offset to two's complement
     return bits_of(convert(sar<32 - B>(shl<32 - B * (F + 1)>(w ^ seti(flip)))));
+#endif
   }
 };
 
@@ -109,7 +121,7 @@ struct Pairs : PairProduct {
   static vi operand(vi w) {
     if constexpr (B == 8) {
       // two bytes per word to two bf16: an integer of 8 bits is exact in the upper half of its fp32
-      return shr<16>(bits_of(byte_level<F>(w))) ^ bits_of(byte_level<F + 2>(w));
+      return shr<16>(bits_of(level<8, F>(w))) ^ bits_of(level<8, F + 2>(w));
     } else {
       // vpermw looks at 5 bits of each half: as above, as bf16, repeated for the fifth bit
       alignas(64) static constexpr uint16_t table4[32] = {
