@@ -2,7 +2,8 @@
 
 Each line is on disk before the next measurement starts, so a killed profile resumes where it stopped. Every backend
 that claims an operation is first checked against the dequantised reference; one that fails or disagrees gets a
-`rejected` row with the reason and is not timed. An operation nobody can run gets an `infeasible` row.
+`rejected` row with the reason and is not timed. An operation nobody can run gets an `infeasible` row. So whoever claims
+an operation and has no row was not there when it was measured: `--resume` tries it, and times nobody else again.
 
 What another process disturbed is measured again: at once, for a bounded time (`watch.py`), then after everything else,
 then by the next `--resume`. What still is disturbed is marked, counted and warned about once.
@@ -67,8 +68,9 @@ def profile(
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
     Args:
-        out: the table file. An unfinished or smaller one for the same device, model and workload is continued when
-            `resume` is set; anything else there is an error, never overwritten silently.
+        out: the table file. One for the same device, model and workload is continued when `resume` is set: with what is
+            missing, was disturbed, or can be run by a backend that was not there then. Anything else there is an error,
+            never overwritten silently.
         threads: CPU threads to pin; default: what torch uses now.
         backends: names to try; default: all registered ones.
         seconds: time spent on each (operation, backend).
@@ -111,12 +113,16 @@ def profile(
         writer, header, rows, calibration = _open(out, header, resume)
         readings: dict[OpSpec, Reading] = {}
 
-        def disturbed(spec: OpSpec) -> bool:
-            return any(rows[spec, name].contended for name in names if (spec, name) in rows)
+        def due(spec: OpSpec) -> list[str]:
+            """Backends that claim it and have no row, or a disturbed one. By operation, not by file: a killed resume
+            leaves a new backend's rows for the first operations only."""
+            asked = [name for name in names if (spec, name) not in rows or rows[spec, name].contended]
+            return [name for name in asked if registry.get(name).unsupported(spec, target) is None]
 
         def run(spec: OpSpec) -> None:
-            again = [name for name in names if (spec, name) in rows and rows[spec, name].contended]
-            for row in time_operation(spec, target, again or names, store, seconds, watch, metric):
+            known = [rows[spec, name].median for name in names if metric == "latency" and (spec, name) in rows]
+            fastest = min((ms for ms in known if ms is not None), default=math.inf)
+            for row in time_operation(spec, target, due(spec) or names, store, seconds, watch, metric, fastest):
                 before = rows.get((spec, row.backend))
                 if before is not None and _slower(row, before):
                     continue
@@ -128,14 +134,14 @@ def profile(
         began = time.perf_counter()
         done = {spec for spec, _ in rows}
         try:
-            todo = [spec for spec in specs if spec not in done or disturbed(spec)]
+            todo = [spec for spec in specs if spec not in done or due(spec)]
             for spec in _bar(todo, f"profile {device}", progress, pace):
                 run(spec)
             # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
             for spec, reading in readings.items():
                 if reading and watch.drift(reading) > DRIFT[1]:
                     _mark(rows, [key for key in rows if key[0] == spec])
-            todo = [spec for spec in todo if disturbed(spec)]
+            todo = [spec for spec in todo if due(spec)]
             if todo:
                 stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
                 watch.patience = max(watch.patience, stop - time.perf_counter())
@@ -144,8 +150,11 @@ def profile(
                         run(spec)
         finally:
             writer.close()
-    header = header.model_copy(update={"reference": [b * 1e3 for b in watch.baseline]})
-    table = LatencyTable(header, list(rows.values()), None if readings else calibration)
+    if readings:  # otherwise the file's rows are still those of its own reference
+        header = header.model_copy(update={"reference": [b * 1e3 for b in watch.baseline]})
+    claimed = {spec for (spec, _), row in rows.items() if row.status != "infeasible"}  # some of them only now
+    kept = [row for row in rows.values() if row.status != "infeasible" or row.spec not in claimed]
+    table = LatencyTable(header, kept, None if readings else calibration)
     table.save(out)
     if table.caution:
         warn_once(table.caution)
@@ -229,8 +238,9 @@ def time_operation(
     seconds: float,
     watch: Watch | None = None,
     metric: str = "latency",
+    fastest: float = math.inf,
 ) -> list[Row]:
-    """One row per backend that claims `spec`, or one `infeasible` row."""
+    """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
     linear = spec.op in ("linear", "lm_head")
     weight = store.of(spec) if linear else None
     # the input stays the same in all calls: a layer's input was just written by the layer before
@@ -253,7 +263,7 @@ def time_operation(
         if first is None or reason is not None:
             rows.append(Row(**identity, status="rejected", reason=reason or ""))
             continue
-        best = min(speeds, default=math.inf)
+        best = min([fastest, *speeds])
         try:
             with torch.inference_mode():
                 once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
@@ -262,6 +272,7 @@ def time_operation(
                     calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
                     result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
                 elif metric != "latency":
+                    rows.append(Row(**identity, status="rejected", reason="over 10 times slower than another backend"))
                     continue
         except JointNASError:  # of the meter
             raise

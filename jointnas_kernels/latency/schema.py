@@ -8,8 +8,8 @@
 
 A row with "contended": true was measured while the machine was busy; one with "again": true takes an earlier row's
 place (only in a file that is being written: a finished one has every row once). status `infeasible` (no backend can
-run it, with the reason) and `rejected` (a backend failed or disagreed with the reference) rows carry no numbers; they
-keep a resumed profile from trying again.
+run it, with the reason) and `rejected` (a backend failed, disagreed with the reference, or was too slow to measure its
+energy or memory) rows carry no numbers; they keep a resumed profile from trying again, except what has become feasible.
 Values are in the header's unit; energy or memory tables are the same file with another metric.
 """
 
@@ -205,7 +205,7 @@ def _record(line: bytes, where: str) -> _Record:
 def read(path: str | Path, recover: bool = False) -> Contents:
     """Parses and validates a table file.
 
-    recover: for resuming. A missing end line and a cut last line are accepted; anything else that is wrong
+    recover: for resuming and looking. A missing end line and a cut last line are accepted; anything else that is wrong
     still is an error, because then the file is not the prefix of one that was being written.
 
     Raises:
@@ -261,6 +261,8 @@ def read(path: str | Path, recover: bool = False) -> Contents:
             contents.valid_bytes = offset
     if contents is None:
         raise JointNASError(f"latency table {path} is {'truncated inside its header' if cut else 'empty'}")
+    if not contents.complete:
+        contents.calibration = None  # rows were written after it
     if recover:
         return contents
     if cut or not contents.complete:

@@ -74,8 +74,10 @@ class Coverage(NamedTuple):
 
 
 class LatencyTable:
-    def __init__(self, header: Header, rows: Sequence[Row], calibration: Calibration | None = None) -> None:
-        self.header, self.rows, self.calibration = header, list(rows), calibration
+    def __init__(
+        self, header: Header, rows: Sequence[Row], calibration: Calibration | None = None, finished: bool = True
+    ) -> None:
+        self.header, self.rows, self.calibration, self.finished = header, list(rows), calibration, finished
         self._best: dict[OpSpec, Row] = {}
         for row in self.rows:
             known = self._best.get(row.spec)
@@ -86,16 +88,19 @@ class LatencyTable:
     # ---- files ------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load(cls, path: str | Path, device: str | Device | None = "cpu", force: bool = False) -> LatencyTable:
+    def load(
+        cls, path: str | Path, device: str | Device | None = "cpu", force: bool = False, recover: bool = False
+    ) -> LatencyTable:
         """Reads a finished table.
 
         device: what it is going to be used for ("cpu", "cuda", or an identity); a table from another device is
             refused unless `force`. None: no check, for looking at or merging tables of other machines.
+        recover: also an unfinished one, as far as it goes, for looking at it.
 
         Raises:
             JointNASError: missing, truncated, edited or invalid file; another device.
         """
-        contents = read(path)
+        contents = read(path, recover)
         if device is not None and not force:
             here = describe(device, contents.header.device.threads) if isinstance(device, str) else device
             if here != contents.header.device:
@@ -103,7 +108,7 @@ class LatencyTable:
                     f"latency table {path} was measured on {contents.header.device}, this device is {here}; profile it "
                     "here, or force its use"
                 )
-        return cls(contents.header, contents.rows, contents.calibration)
+        return cls(contents.header, contents.rows, contents.calibration, contents.complete)
 
     def save(self, path: str | Path) -> None:
         save(path, self.header, self.rows, self.calibration)
@@ -178,6 +183,8 @@ class LatencyTable:
         best = self._best.values()
         measured = sum(r.status == "ok" and r.backend != INTERPOLATED for r in best)
         lines = [f"{measured} of {len(best)} operations measured"]
+        if not self.finished:
+            lines.append("the table is unfinished; run `jointnas profile --resume` on the same file")
         if self.caution:
             lines.append(self.caution)
         for row in best:
@@ -245,8 +252,9 @@ class LatencyTable:
         }
 
 
-def _rank(row: Row) -> tuple[bool, float]:
-    return (row.status != "ok", row.median if row.median is not None else 0.0)
+def _rank(row: Row) -> tuple[bool, bool, float]:
+    """Smallest first. A profile that takes the place of interpolated rows leaves both until it has finished."""
+    return (row.status != "ok", row.backend == INTERPOLATED, row.median if row.median is not None else 0.0)
 
 
 class Bound:

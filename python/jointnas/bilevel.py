@@ -159,10 +159,13 @@ def load_table(config: RunConfig, space: SearchSpace, model_config: Any) -> Late
     return measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
 
 
-def measure_table(config: RunConfig, space: SearchSpace, model_config: Any, out: Path) -> LatencyTable:
-    """Profiles the device and calibrates the table; a finished one is taken as it is."""
+def measure_table(
+    config: RunConfig, space: SearchSpace, model_config: Any, out: Path, renew: bool = False
+) -> LatencyTable:
+    """Profiles the device and calibrates the table; a finished one is taken as it is, unless it is to be renewed where
+    a busy machine disturbed it or a backend was installed since."""
     options = config.latency
-    if out.is_file():
+    if out.is_file() and not renew:
         try:
             table = LatencyTable.load(out, config.model.device.partition(":")[0])
             held = table.coverage(space, model_config)
@@ -175,7 +178,8 @@ def measure_table(config: RunConfig, space: SearchSpace, model_config: Any, out:
         backends=options.backends, progress=config.progress, seconds=options.seconds, seed=config.seed,
         metric=options.metric,
     )  # fmt: skip
-    if options.calibrate and options.metric == "latency":
+    fitted = table.calibration is not None and not table.calibration.contended
+    if options.calibrate and options.metric == "latency" and not fitted:
         restricted, _ = table.restrict(space)
         table = calibrate(table, restricted, model_config, options.calibrate, seed=config.seed)
         table.save(out)

@@ -70,19 +70,21 @@ def profile(
         model: whose sizes. The embedded model stands for Llama-3.1-8B where the space is `llama3` or `qllama3`.
         latency: workload and how to measure.
         device: cpu or cuda.
-        resume: continue an unfinished or smaller table in `out`; what a busy machine disturbed is measured again.
+        resume: continue an unfinished or smaller table in `out`; what a busy machine disturbed is measured again, and
+            backends that were installed since are tried.
         progress: show a progress bar.
         force: accept tables of another device.
         compare: two tables; prints what changed from the first to the second, largest change first.
         merge: two or more tables of one device and workload, into `out`; of rows they share the last file's are taken.
-        coverage: a table; prints which operations and precisions of the space it holds, lacks, and why.
+        coverage: a table, unfinished or not; prints which operations and precisions of the space it holds, lacks, and
+            why.
         heatmap: a table; draws its speed-ups over 16 bit into `out` (PNG).
         interpolate: a table; writes it into `out` with those sizes of the space that lie between measured ones.
     """
     from jointnas import bilevel, models
 
-    def table(path: str) -> LatencyTable:
-        return LatencyTable.load(path, None if force else device)
+    def table(path: str, recover: bool = False) -> LatencyTable:
+        return LatencyTable.load(path, None if force else device, recover=recover)
 
     if compare is not None:
         from jointnas_kernels.latency import compare as changes
@@ -94,7 +96,7 @@ def profile(
     eight_billion = space.base in ("llama3", "qllama3") and model.source == "embedded"
     model = model.model_copy(update={"device": device} | ({"source": "llama-3.1-8b"} if eight_billion else {}))
     if coverage is not None:
-        loaded = table(coverage)
+        loaded = table(coverage, recover=True)
         return f"{loaded.summary()}\nfor this space: {loaded.coverage(built, models.model_config(model))}"
     if not out:
         raise JointNASError("profile needs --out FILE")
@@ -127,7 +129,7 @@ def profile(
     if path.exists() and not resume:
         raise JointNASError(f"{out} exists; pass --resume true to continue or complete it, or choose another file")
     run = RunConfig(model=model, space=space, latency=latency, progress=progress)
-    return bilevel.measure_table(run, built, config, path)
+    return bilevel.measure_table(run, built, config, path, renew=True)
 
 
 def search(config: RunConfig) -> Path:

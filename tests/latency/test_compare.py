@@ -85,6 +85,37 @@ def test_coverage_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "W2A8 infeasible: not on this device" in out
     assert "for this space: 9 of 215 operations measured, 206 not yet tried" in out
+    assert "unfinished" not in out
+
+
+def test_coverage_of_an_unfinished_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is there is told, and the file is left as it is; one that is damaged otherwise, or of another device, is
+    refused as ever, and whatever uses a table still wants it whole."""
+    path = tmp_path / "t.jsonl"
+    synthetic(feasible=lambda s: (s.wbits, s.abits) != (2, 8)).save(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    cut = b"".join(lines[:-20]) + lines[-20][:25]
+    path.write_bytes(cut)
+    assert cli.main(["profile", "--coverage", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"of {len(lines) - 21} operations measured" in out
+    assert "the table is unfinished; run `jointnas profile --resume`" in out
+    assert "for this space: 6 of 215 operations measured, 209 not yet tried" in out
+    path.write_bytes(lines[0])
+    assert cli.main(["profile", "--coverage", str(path)]) == 0
+    assert "0 of 0 operations measured" in capsys.readouterr().out
+    path.write_bytes(cut)
+    for used in (["--heatmap", str(path)], ["--merge", str(path), str(path)], ["--interpolate", str(path)]):
+        assert cli.main(["profile", "--out", str(tmp_path / "o"), *used]) == 2
+        assert "is truncated" in capsys.readouterr().err
+    assert path.read_bytes() == cut
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_bytes(lines[0].replace(b'"type":"cpu"', b'"type":"cuda"') + b"".join(lines[1:9]))
+    assert cli.main(["profile", "--coverage", str(path)]) == 2
+    assert "was measured on cuda" in capsys.readouterr().err
+    path.write_bytes(lines[0] + b"garbage\n" + lines[1])
+    assert cli.main(["profile", "--coverage", str(path)]) == 2
+    assert "line 2: not valid JSON" in capsys.readouterr().err
 
 
 def test_heatmap(tmp_path: Path, table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +183,34 @@ LINE = [
     "--space.weight_bits=[8]", "--space.act_bits=[8]", "--latency.seq=4", "--latency.seconds=1e-4",
     '--latency.backends=["torch","torch-int8"]', "--latency.threads=1", "--latency.calibrate=0",
 ]  # fmt: skip
+
+
+def test_measured_beside_interpolated() -> None:
+    """Both stand in the file of a profile that takes interpolated rows' place and was killed."""
+    filled = interpolate(synthetic(ENDS), WIDE, CONFIG)
+    (first, *_) = (r for r in filled.rows if r.backend == INTERPOLATED)
+    slower = first.model_copy(update={"backend": "torch", "median": 2 * first.median, "p90": 3 * first.median})  # type: ignore[operator]
+    both = LatencyTable(filled.header, [*filled.rows, slower])
+    assert both.best(first.spec) == slower
+    assert both.coverage(WIDE, CONFIG).interpolated == filled.coverage(WIDE, CONFIG).interpolated - 1
+
+
+def test_resuming_a_finished_table_on_the_command_line(tmp_path: Path) -> None:
+    """What was disturbed and what is new is measured, then the whole models."""
+    path = tmp_path / "t.jsonl"
+    line = ["profile", "--out", str(path), *LINE, "--latency.calibrate=2"]
+    assert cli.main([*line, '--latency.backends=["torch","ours-cpu"]']) == 0
+    first = LatencyTable.load(path)
+    assert first.calibration is not None
+    busy = {"contended": True, "p10": 1e3, "median": 1e3, "p90": 1e3}
+    rows = [r.model_copy(update=busy) if r.op == "norm" else r for r in first.rows]
+    LatencyTable(first.header, rows, first.calibration).save(path)
+    backends = '--latency.backends=["torch","ours-cpu","torch-int8"]'
+    assert cli.main([*line, backends, "--resume"]) == 0
+    second = LatencyTable.load(path)
+    assert second.calibration not in (None, first.calibration)
+    assert {r.backend for r in second.rows} == {"torch", "ours-cpu", "torch-int8"}
+    assert not [r for r in second.rows if r.median == 1e3]
 
 
 def test_interpolation_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
