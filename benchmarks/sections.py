@@ -272,10 +272,11 @@ def calibration(rows: list[Row], device: str) -> str:
     body, pictures = [], []
     for row in pick(rows, "mape"):
         mode, extra = row["params"]["mode"], row["extra"]
-        models = [r for r in pick(rows, "model", mode=mode) if not r["extra"]["contended"]]
+        models = [r for r in pick(rows, "model", mode=mode) if not r["extra"].get("contended")]
+        rounds = f" ({row['p10']:.1%} to {row['p90']:.1%} in {row['n']} rounds)" if row["n"] > 1 else ""
         body.append([
             f"{mode} {extra['batch']} × {extra['seq']}", f"{extra['models']} (fitted on {extra['fitted_on']} others)",
-            f"{row['median']:.1%}", f"{extra['worst']:.1%}", f"{extra['operations_only']:.1%}",
+            f"{row['median']:.1%}{rounds}", f"{extra['worst']:.1%}", f"{extra['operations_only']:.1%}",
             f"{extra['fixed_ms']:.2f} ms + {extra['per_block_ms']:.2f} ms per block",
         ])  # fmt: skip
         points = [(r["extra"]["operations"] * 1e3, r["extra"]["blocks"], r["median"] * 1e3) for r in models]
