@@ -35,10 +35,10 @@ unit: setup
 
 # own processes: the interpreter must be switched on before Triton is imported, and must be off to compile
 interpret: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton_interpret
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton_interpret
 
 aot: setup
-	$(BIN)/python -m pytest tests/aot
+	$(BIN)/python -m pytest -n 2 tests/aot
 
 bench: setup ## benchmarks on this machine, raw rows into benchmarks/results, tables and plots from them
 	$(BIN)/jointnas bench all

@@ -15,7 +15,7 @@ namespace {
 
 // AMX has to be asked for: Linux gives a process the room for the tiles of a context only then.
 bool may_use_tiles(uint32_t edx) {
-  constexpr uint32_t kBf16Tiles = 1u << 22, kTiles = 1u << 24, kInt8Tiles = 1u << 25, kAll = kBf16Tiles | kTiles | kInt8Tiles;
+  constexpr uint32_t kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTiles | kInt8;
   if ((edx & kAll) != kAll) return false;
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

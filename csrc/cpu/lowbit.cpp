@@ -4,7 +4,7 @@
 // Weights come in the prepared layout (lowbit_cpu.h): lanes are output rows, so an activation entry is broadcast, there
 // is nothing to add up across lanes, and a block of 64 rows is one stream. Few tokens: fields are cut from the words
 // in registers, and the product is one pass over the weights at the speed of memory. Many: a group of a block is
-// unpacked once into the first-level cache and multiplied with all tokens.
+// unpacked once into the first-level cache and multiplied with all tokens (lowbit_gemm.h; in AMX tiles: lowbit_amx.h).
 //
 // Integers: u = q + 2^(b-1) is unsigned and a signed, as VNNI wants them. With S = sum of q over the group,
 //     sum q (a - z) = [sum u a - 2^(b-1) sum a] - z S
@@ -32,9 +32,9 @@ void gemv(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t l
   constexpr int R = S * V;  // vectors of rows
   const int64_t stride = l.block_words();
   const auto of_row = [&](const uint32_t* at, int v) { return at + v / V * stride + v % V * W; };
-  // One stream: 4 KiB ahead, beyond the page where the processor's own prefetching ends. It costs a load per line, which integer
-  // products, done with a line sooner, feel on AMD: without, W8A8 and W4A8 took 336 and 169 instead of 394 and 218 us
-  // (Zen 4, 60 GB/s), W4A16 196 instead of 186.
+  // One stream: 4 KiB ahead, beyond the page where the processor's own prefetching ends. It costs a load per line, which
+  // integer products, done with a line sooner, feel on AMD: without, W8A8 and W4A8 took 336 and 169 instead of 394 and
+  // 218 us (Zen 4, 60 GB/s), W4A16 196 instead of 186.
   constexpr int kAhead = S > 1 ? 512 : 1024;
   const auto prefetch = [&](const uint32_t* at) {
     if (!Op::kInteger || S > 1)
@@ -251,8 +251,9 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   t.kind = l.planes ? kPlanes : integer ? kBytes : pairs ? kPairs : sums ? kSums : kFloats;
   t.entries = entries_per_group(l.group(), t.kind, a_bits);
   plan.amx = (t.kind == kBytes || t.kind == kPairs) && tiles(t.kind);
-  // Several streams are more for the processor's own prefetching, share the loads of activations and give the multipliers
-  // more independent sums. Four: W4A8 331 instead of 470 us, W2A8 191 instead of 300 (Emerald Rapids, 30 GB/s).
+  // Several streams are more for the processor's own prefetching, share the loads of activations and give the
+  // multipliers more independent sums. Four: W4A8 331 instead of 470 us, W2A8 191 instead of 300 (Emerald Rapids,
+  // 30 GB/s). Not measured on AMD.
   plan.streams = intel && level >= kAvx512 && M == 1 && !plan.packed && !l.planes;
   plan.scale_mask = l.meta == 1 ? 0xffff0000u : ~0u;
   plan.sums = (l.meta - 1) * kBlock;

@@ -113,7 +113,8 @@ void token_bits(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m, i
     float* out = reinterpret_cast<float*>(row(i));
 #if defined(JN_AVX512)
     if (t.kind == kSums) {
-      const vf first = as_float(Floats<2>::operand<0>(loadi(kNibbles))), second = as_float(Floats<2>::operand<1>(loadi(kNibbles)));
+      const vi nibbles = loadi(kNibbles);
+      const vf first = as_float(Floats<2>::operand<0>(nibbles)), second = as_float(Floats<2>::operand<1>(nibbles));
       for (int64_t k = 0; k < g; k += 2, out += 16)
         store(out, fma(set(to_float(a[k + 1])), second, set(to_float(a[k])) * first));
       continue;
