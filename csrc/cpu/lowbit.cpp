@@ -243,7 +243,7 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   t.M = M, t.a_bits = a_bits, t.symmetric = symmetric;
   const auto tiles = [&](Kind kind) {
     const int64_t entries = entries_per_group(l.group(), kind, a_bits);
-    return level == kAmx && M > (kind == kBytes ? 4 : 1) && (entries % 16 == 0 || entries == 8);
+    return level == kAmx && M > (kind == kBytes ? 4 : 1) && tile_entries(entries) > 0;
   };
   // Per cycle Intel multiplies and adds 16 bf16 by vdpbf16ps, 32 fp32 by FMA, 512 bf16 by tiles, and has 1 permutation.
   const bool intel = cpu_features() & kIsIntel, pairs = bf16_input && level >= kAvx512Ext && (!intel || tiles(kPairs));
@@ -259,7 +259,8 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   plan.sums = (l.meta - 1) * kBlock;
 
   const int64_t groups = l.groups * M;
-  const Memory memory = allocate((groups * (t.entries + 1) + 2 * M + 16 * t.entries) * 4 + (integer ? M * l.I : 0));
+  const int64_t beyond = plan.amx ? 2 * kTileRows * t.entries : 0;  // what tiles read after the last token, at most
+  const Memory memory = allocate((groups * (t.entries + 1) + 2 * M + beyond) * 4 + (integer ? M * l.I : 0));
   if (!memory) return kNoMemory;
   t.table = static_cast<uint32_t*>(memory.get());
   t.offset = t.table + groups * t.entries;

@@ -8,11 +8,6 @@
 namespace jnk {
 namespace JN_ISA {
 
-constexpr int64_t kTileRows = 16;
-
-// Entries of a group per product; 0 where a group does not divide into tiles.
-inline int64_t tile_entries(int64_t entries) { return entries % 16 == 0 ? 16 : entries == 8 ? 8 : 0; }
-
 inline amx::Config tile_config(int64_t tokens, int64_t entries) {
   amx::Config c;
   for (int i = 0; i < 8; ++i) {  // 0 to 3: C, 4 and 5: A, 6 and 7: B
@@ -81,7 +76,8 @@ void gemm_tiles(const LowbitPlan& plan, const uint32_t* data, int64_t first, int
   using Product = typename Op::Product;
   const LowbitLayout& l = plan.layout;
   const LowbitTokens& t = plan.tokens;
-  // As even as possible, so that one configuration serves all tiles: 17 tokens are 9 + 8, the last tile reads beyond.
+  // As even as possible, so that one configuration serves all tiles: 17 tokens are 9 + 8. The last ones read beyond, by
+  // less than a whole tile for an odd number of them and a token for each: the table is followed by that much.
   const int64_t tiles = (count + kTileRows - 1) / kTileRows, height = (count + tiles - 1) / tiles;
   const amx::Config config = tile_config(height, tile_entries(t.entries));
   amx::configure(config);
@@ -100,17 +96,11 @@ void gemm_tiles(const LowbitPlan& plan, const uint32_t* data, int64_t first, int
   amx::release();
 }
 
-// A block times all tokens; scratch as in gemm.
 template <class Op>
 void gemm_amx(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
-  float* total = reinterpret_cast<float*>(scratch + plan.tokens.entries * kBlock);
-  const int64_t passes = (plan.tokens.M + kTokens - 1) / kTokens, each = (plan.tokens.M + passes - 1) / passes;
-  for (int64_t first = 0; first < plan.tokens.M; first += each) {
-    const int64_t count = std::min(each, plan.tokens.M - first);
-    std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
+  passes(plan, block, scratch, [&](int64_t first, int64_t count, float* total) {
     (count <= kTileRows ? gemm_tiles<Op, 1, 4> : gemm_tiles<Op, 2, 2>)(plan, data, first, count, scratch, total);
-    put_block(plan, total, block, first, count);
-  }
+  });
 }
 
 }  // namespace JN_ISA

@@ -12,18 +12,20 @@
 namespace jnk {
 namespace JN_ISA {
 
+struct Broadcast {
+  static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
+};
+
 template <bool kSmall>  // u < 128
-struct ByteProduct {
+struct ByteProduct : Broadcast {
   using Acc = vi;
   static constexpr bool kInteger = true;
-  static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
   static Acc mul(Acc acc, vi u, vi a) { return dot<kSmall>(acc, u, a); }
 };
 
-struct FloatProduct {
+struct FloatProduct : Broadcast {
   using Acc = vf;
   static constexpr bool kInteger = false;
-  static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
   static Acc mul(Acc acc, vi q, vi a) { return fma(as_float(q), as_float(a), acc); }
 };
 
@@ -104,10 +106,9 @@ struct Sums {
 #endif
 
 #if defined(JN_AVX512EXT)
-struct PairProduct {
+struct PairProduct : Broadcast {
   using Acc = vf;
   static constexpr bool kInteger = false;
-  static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
   static Acc mul(Acc acc, vi q, vi a) {
     return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(q.v), reinterpret_cast<__m512bh>(a.v))};
   }

@@ -106,22 +106,27 @@ const uint32_t* unpack_group(const LowbitLayout& l, const uint32_t* meta, bool p
   return scratch;
 }
 
-inline void put_block(const LowbitPlan& plan, const float* total, int64_t block, int64_t first, int64_t count) {
-  for (int64_t m = 0; m < count; ++m)
-    for (int64_t r = 0; r < kBlock; r += W) put_rows(plan, first + m, block * kBlock + r, load(total + m * kBlock + r));
+// A block times all tokens: f(first, count, total [count][kBlock]) adds up the products of at most kTokens at a time.
+// scratch: a group's panel [entries][kBlock], then the totals.
+template <class F>
+void passes(const LowbitPlan& plan, int64_t block, uint32_t* scratch, const F& f) {
+  float* total = reinterpret_cast<float*>(scratch + plan.tokens.entries * kBlock);
+  const int64_t M = plan.tokens.M, number = (M + kTokens - 1) / kTokens, each = (M + number - 1) / number;
+  for (int64_t first = 0; first < M; first += each) {
+    const int64_t count = std::min(each, M - first);
+    std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
+    f(first, count, total);
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t r = 0; r < kBlock; r += W) put_rows(plan, first + m, block * kBlock + r, load(total + m * kBlock + r));
+  }
 }
 
-// A block times all tokens. scratch: a group's panel [entries][kBlock], then totals [kTokens][kBlock].
 template <class Op>
 void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
   using Product = typename Op::Product;
   const LowbitLayout& l = plan.layout;
-  const int64_t entries = plan.tokens.entries;
-  float* total = reinterpret_cast<float*>(scratch + entries * kBlock);
-  const int64_t passes = (plan.tokens.M + kTokens - 1) / kTokens, each = (plan.tokens.M + passes - 1) / passes;
-  for (int64_t first = 0; first < plan.tokens.M; first += each) {
-    const int64_t count = std::min(each, plan.tokens.M - first), tiles = (count + kTileTokens - 1) / kTileTokens;
-    std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
+  passes(plan, block, scratch, [&](int64_t first, int64_t count, float* total) {
+    const int64_t tiles = (count + kTileTokens - 1) / kTileTokens;
     for (int64_t g = 0; g < l.groups; ++g) {
       const uint32_t* meta = data + g * l.height() * kBlock;
       const uint32_t* panel = unpack_group<Op>(l, meta, first == 0, scratch);
@@ -141,8 +146,7 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
         }
       }
     }
-    put_block(plan, total, block, first, count);
-  }
+  });
 }
 
 }  // namespace JN_ISA

@@ -19,8 +19,8 @@ W_BITS = pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda w: f"W{w}")
 # tokens, outputs, inputs, group: one row, odd rows, one and several blocks of 64, odd groups, groups stored as several
 SHAPES = [(1, 1, 32, 32), (1, 37, 384, 128), (3, 65, 256, 64), (4, 33, 512, 256), (2, 7, 96, 32), (1, 19, 240, 48),
           (5, 19, 256, 128), (17, 130, 128, 128), (13, 9, 480, 96), (63, 3, 1024, 512),
-          # one token times runs of blocks; tiles of tokens, three of them and two passes of five
-          (1, 330, 256, 128), (40, 70, 128, 64), (131, 66, 64, 32)]
+          # one token times runs of blocks; tiles of tokens, an odd number of them and two passes of five
+          (1, 330, 256, 128), (40, 70, 128, 64), (99, 5, 128, 128), (131, 66, 64, 32)]
 
 
 @pytest.fixture(autouse=True)
