@@ -44,12 +44,12 @@ class Round:
                 space, config, path, workload=WORKLOADS[mode], device=device, seconds=seconds[0], progress=False,
                 watch=watch,
             )  # fmt: skip
-        self.space, _ = table.restrict(space)
+        space, _ = table.restrict(space)
         # the device decides what is feasible, not the round: the first one draws
-        self.choices = choices or feasible_choices(table, self.space, fitted + args.choices, seed=0)
-        bound = table.bind(self.space)
+        self.choices = choices or feasible_choices(table, space, fitted + args.choices, seed=0)
+        bound = table.bind(space)
         self.operations = [bound.predict(choice) for choice in self.choices]
-        found = measure_choices(table, self.space, config, self.choices, seconds=seconds[1], watch=watch)
+        found = measure_choices(table, space, config, self.choices, seconds=seconds[1], watch=watch)
         self.disturbed = sum(one.contended for one in found)
         self.measured = [one.median for one in found]
         points = zip(self.operations, (c.blocks for c in self.choices), self.measured, strict=True)

@@ -253,7 +253,8 @@ def test_a_slower_repetition_does_not_replace_a_row() -> None:
 
 
 def test_whole_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow phase as long as all turns of one model costs several models one turn each, which their middle ignores."""
+    """A slow phase as long as all turns of one model costs several models a turn or two, which their
+    lower quartile ignores."""
     from transformers import LlamaConfig
 
     from jointnas_kernels.latency import measure as module
