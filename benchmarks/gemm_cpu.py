@@ -26,8 +26,9 @@ from torch import Tensor
 from benchmarks.harness import Recorder, Timing, gate, guarded, rotation, time_interleaved, time_rotated
 from jointnas_kernels._ext import load
 from jointnas_kernels.latency.timing import cache_bytes
-from jointnas_kernels.ops import _cpu, lowbit_matmul, lowbit_pack, pack_weight
-from jointnas_kernels.ops.lowbit_linear import quantize_tokens
+from jointnas_kernels.ops import lowbit_matmul, lowbit_pack, pack_weight
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.lowbit.linear import quantize_tokens
 
 GROUP = 128
 ROUNDS = {1: 40, 16: 15, 256: 8}  # about; by tokens
@@ -38,7 +39,7 @@ Product = Callable[..., Tensor]  # (weight copy, x)
 def read_bandwidth() -> Timing:
     """Bytes per second of loads alone, by all threads of torch."""
     size = max(512 << 20, 4 * cache_bytes(torch.device("cpu")))
-    data = _cpu.empty_like(torch.empty(()).expand(size // 4)).fill_(1.0)
+    data = cpu.empty_like(torch.empty(()).expand(size // 4)).fill_(1.0)
     call = partial(load().cpu_read, data.data_ptr(), size, torch.get_num_threads(), 0)
     times = time_interleaved({"read": call}, rounds=9)["read"]
     return Timing(size / times.median, size / times.p90, size / times.p10, times.n)

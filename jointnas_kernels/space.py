@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import JointNASError, unknown
+from jointnas_kernels.errors import JointNASError, unknown
 
 WIDTHS = ("hidden", "heads", "head_dim", "intermediate")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

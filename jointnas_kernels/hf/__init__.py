@@ -1,12 +1,12 @@
 """Hugging Face models as supernets, and back: Llama, Mistral, Qwen2 and Qwen3."""
 
-from .adapters import load_adapters, save_adapters
-from .convert import convert
-from .extract import extract, shrink, subnet_config
-from .importance import Importance, importance_scores
-from .load import load
-from .reorder import Order, reorder
-from .supernet import Supernet
+from jointnas_kernels.hf.adapters import load_adapters, save_adapters
+from jointnas_kernels.hf.convert import convert
+from jointnas_kernels.hf.extract import extract, shrink, subnet_config
+from jointnas_kernels.hf.importance import Importance, importance_scores
+from jointnas_kernels.hf.load import load
+from jointnas_kernels.hf.reorder import Order, reorder
+from jointnas_kernels.hf.supernet import Supernet
 
 __all__ = [
     "Importance",

@@ -23,14 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import JointNASError
-from ..space import LINEARS
-from .families import PATHS
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf.families import PATHS
+from jointnas_kernels.space import LINEARS
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from .supernet import Supernet
+    from jointnas_kernels.hf.supernet import Supernet
 
 WEIGHTS = "adapter_model.safetensors"
 READ = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules", "lora_dropout")

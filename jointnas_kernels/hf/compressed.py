@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError
-from ..nn.linear import FakeQuantLinear
-from ..ops.grid import integers
-from ..ops.lowbit_linear import ACT_BITS
-from ..ops.pack import WEIGHT_BITS, pack_weight
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.nn.linear import FakeQuantLinear
+from jointnas_kernels.ops.lowbit.linear import ACT_BITS
+from jointnas_kernels.ops.lowbit.pack import WEIGHT_BITS, pack_weight
+from jointnas_kernels.ops.quant.grid import integers
 
 METHOD, PACKED, NAIVE = "compressed-tensors", "pack-quantized", "naive-quantized"
 SUPPORTED = (

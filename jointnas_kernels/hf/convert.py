@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError
-from ..nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
-from ..nn.choices import ArchParameters
-from ..nn.linear import SupernetLinear
-from ..ops.masks import strided_pair_index
-from ..space import SearchSpace, extras, original_sizes, sliding_windows
-from .adapters import lora_options
-from .families import FAMILIES, PATHS, rotary
-from .importance import Importance, importance_scores
-from .reorder import identity_order, reorder
-from .supernet import Supernet
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf.adapters import lora_options
+from jointnas_kernels.hf.families import FAMILIES, PATHS, rotary
+from jointnas_kernels.hf.importance import Importance, importance_scores
+from jointnas_kernels.hf.reorder import identity_order, reorder
+from jointnas_kernels.hf.supernet import Supernet
+from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from jointnas_kernels.nn.choices import ArchParameters
+from jointnas_kernels.nn.linear import SupernetLinear
+from jointnas_kernels.ops.width.masks import strided_pair_index
+from jointnas_kernels.space import SearchSpace, extras, original_sizes, sliding_windows
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
-from ..nn.choices import ArchParameters
-from ..nn.linear import FakeQuantLinear, SupernetLinear
-from ..ops import grid
-from ..ops.masks import strided_pair_index
-from ..space import LINEARS, Choice, SearchSpace, kept_blocks, original_sizes
-from .families import ATTENTION, build, rotary
-from .reorder import Order
-from .supernet import Supernet
+from jointnas_kernels.hf.families import ATTENTION, build, rotary
+from jointnas_kernels.hf.reorder import Order
+from jointnas_kernels.hf.supernet import Supernet
+from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from jointnas_kernels.nn.choices import ArchParameters
+from jointnas_kernels.nn.linear import FakeQuantLinear, SupernetLinear
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.width.masks import strided_pair_index
+from jointnas_kernels.space import LINEARS, Choice, SearchSpace, kept_blocks, original_sizes
 
 
 def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> PreTrainedConfig:

@@ -23,8 +23,8 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm, Mistral
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from ..errors import JointNASError
-from ..space import LINEARS
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.space import LINEARS
 
 
 class Family(NamedTuple):

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError
-from ..nn.block import Step
-from ..nn.choices import ArchSample, BlockSample
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.nn.block import Step
+from jointnas_kernels.nn.choices import ArchSample, BlockSample
 
 if TYPE_CHECKING:
-    from .supernet import Supernet
+    from jointnas_kernels.hf.supernet import Supernet
 
 
 class Replay(NamedTuple):

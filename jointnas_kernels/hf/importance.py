@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import JointNASError
-from ..space import original_sizes
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.space import original_sizes
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from ..errors import JointNASError, unknown
-from ..nn.linear import FakeQuantLinear
-from ..nn.packed import BACKENDS, PackedLinear
-from .compressed import Scheme, read_schemes
-from .families import build, family, rotary
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.hf.compressed import Scheme, read_schemes
+from jointnas_kernels.hf.families import build, family, rotary
+from jointnas_kernels.nn.linear import FakeQuantLinear
+from jointnas_kernels.nn.packed import BACKENDS, PackedLinear
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError
-from ..space import original_sizes
-from .families import PATHS
-from .importance import Importance
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf.families import PATHS
+from jointnas_kernels.hf.importance import Importance
+from jointnas_kernels.space import original_sizes
 
 
 @dataclass(frozen=True)

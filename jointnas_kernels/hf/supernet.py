@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
-from ..errors import JointNASError, unknown
-from ..nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
-from ..nn.choices import ArchParameters, ArchSample, BlockSample, Masks
-from ..nn.linear import MODES, SupernetLinear
-from ..nn.loss import linear_cross_entropy
-from ..ops.channel_mask import channel_mask
-from ..space import Choice, SearchSpace, extras, original_sizes, sliding_windows
-from .graphs import BlockGraphs
-from .reorder import Order
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.hf.graphs import BlockGraphs
+from jointnas_kernels.hf.reorder import Order
+from jointnas_kernels.nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
+from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks
+from jointnas_kernels.nn.linear import MODES, SupernetLinear
+from jointnas_kernels.nn.loss import linear_cross_entropy
+from jointnas_kernels.ops.width.channel import channel_mask
+from jointnas_kernels.space import Choice, SearchSpace, extras, original_sizes, sliding_windows
 
 
 class Supernet(nn.Module):

@@ -1,10 +1,10 @@
 """Supernet layers: each holds parameters and calls one op per step of the computation."""
 
-from .block import SupernetBlock
-from .choices import ArchParameters, ArchSample, BlockSample, Masks
-from .linear import FakeQuantLinear, SupernetLinear
-from .loss import linear_cross_entropy
-from .packed import PackedLinear
+from jointnas_kernels.nn.block import SupernetBlock
+from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks
+from jointnas_kernels.nn.linear import FakeQuantLinear, SupernetLinear
+from jointnas_kernels.nn.loss import linear_cross_entropy
+from jointnas_kernels.nn.packed import PackedLinear
 
 __all__ = [
     "ArchParameters",

@@ -17,16 +17,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.act_quant_mix import act_quant_mix
-from ..ops.channel_mask import channel_mask
-from ..ops.gated_residual import gated_residual
-from ..ops.head_rmsnorm import head_rmsnorm
-from ..ops.masked_rope import masked_rope
-from ..ops.masked_swiglu import masked_swiglu
-from ..ops.mixed_linear_group import mixed_linear_group
-from ..ops.mixed_rmsnorm import mixed_rmsnorm
-from .choices import BlockSample, Masks
-from .linear import SupernetLinear
+from jointnas_kernels.nn.choices import BlockSample, Masks
+from jointnas_kernels.nn.linear import SupernetLinear
+from jointnas_kernels.ops.norm.heads import head_rmsnorm
+from jointnas_kernels.ops.norm.rms import mixed_rmsnorm
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.width.channel import channel_mask
+from jointnas_kernels.ops.width.group import mixed_linear_group
+from jointnas_kernels.ops.width.residual import gated_residual
+from jointnas_kernels.ops.width.rope import masked_rope
+from jointnas_kernels.ops.width.swiglu import masked_swiglu
 
 
 class Step(NamedTuple):

@@ -30,10 +30,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError, unknown
-from ..ops.masks import membership, strided_pair_mask
-from ..ops.reinmax import reinmax
-from ..space import WIDTHS, Choice, SearchSpace, extras, keep_matrix, original_sizes
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.ops.width.categorical import reinmax
+from jointnas_kernels.ops.width.masks import membership, strided_pair_mask
+from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, extras, keep_matrix, original_sizes
 
 RELAXATIONS = ("dirichlet", "reinmax", "gumbel")
 BIT_RELAXATIONS = ("softmax", *RELAXATIONS)

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError, unknown
-from ..ops.act_quant_mix import act_quant_mix
-from ..ops.grid import Grid
-from ..ops.mixed_linear import mixed_linear
-from ..ops.quant_lora_linear import quant_lora_linear
-from ..ops.quant_lora_mix import quant_lora_mix
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.grid import Grid
+from jointnas_kernels.ops.quant.linear import quant_lora_linear
+from jointnas_kernels.ops.quant.mixture import quant_lora_mix
+from jointnas_kernels.ops.width.linear import mixed_linear
 
 MODES = ("weight", "arch", "full")
 INITS = ("kaiming", "gaussian")

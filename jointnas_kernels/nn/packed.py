@@ -20,13 +20,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import JointNASError
-from ..ops._dispatch import resolve, why_not
-from ..ops.lowbit_cuda import DTYPES as CUDA_DTYPES
-from ..ops.lowbit_cuda import CudaWeight, packed_matmul
-from ..ops.lowbit_linear import lowbit_linear
-from ..ops.lowbit_prepared import PreparedWeight, lowbit_matmul, lowbit_pack
-from ..ops.pack import TILE_INPUTS
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core.dispatch import resolve, why_not
+from jointnas_kernels.ops.lowbit.cuda import DTYPES as CUDA_DTYPES
+from jointnas_kernels.ops.lowbit.cuda import CudaWeight, packed_matmul
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear
+from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS
+from jointnas_kernels.ops.lowbit.prepared import PreparedWeight, lowbit_matmul, lowbit_pack
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
 

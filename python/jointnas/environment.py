@@ -14,7 +14,7 @@ from jointnas import assets
 from jointnas_kernels import _ext
 from jointnas_kernels.latency import survey
 from jointnas_kernels.latency.timing import cache_bytes, describe
-from jointnas_kernels.ops import lowbit_check
+from jointnas_kernels.ops.lowbit import check as lowbit_check
 
 PACKAGES = (
     "jointnas-kernels", "torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "jsonargparse",

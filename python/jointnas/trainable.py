@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.ops import grid
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 
 class TrainableQuantLinear(nn.Linear):

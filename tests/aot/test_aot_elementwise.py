@@ -4,16 +4,16 @@ fits, and loads and stores are 16 bytes wide."""
 import pytest
 import torch
 
-from jointnas_kernels.ops._columns import STAGES, column_sums_kernel
-from jointnas_kernels.ops.act_quant_mix_triton import constants
-from jointnas_kernels.ops.channel_mask import channel_mask_kernel
-from jointnas_kernels.ops.gated_residual import residual_backward_kernel, residual_forward_kernel
-from jointnas_kernels.ops.head_rmsnorm import head_rmsnorm_backward_kernel, head_rmsnorm_kernel
-from jointnas_kernels.ops.masked_rope import rope_kernel
-from jointnas_kernels.ops.masked_swiglu import swiglu_backward_kernel, swiglu_forward_kernel
-from jointnas_kernels.ops.mixed_rmsnorm import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
-from jointnas_kernels.ops.mixed_rmsnorm_quant_triton import norm_quant_backward_kernel, norm_quant_forward_kernel
-from jointnas_kernels.ops.mixed_weight import factored_backward_kernel, factored_kernel, loop_kernel, masks_kernel
+from jointnas_kernels.ops.core.columns import STAGES, column_sums_kernel
+from jointnas_kernels.ops.norm.heads import head_rmsnorm_backward_kernel, head_rmsnorm_kernel
+from jointnas_kernels.ops.norm.rms import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
+from jointnas_kernels.ops.norm.rms_quant_triton import norm_quant_backward_kernel, norm_quant_forward_kernel
+from jointnas_kernels.ops.quant.activations_triton import constants
+from jointnas_kernels.ops.width.channel import channel_mask_kernel
+from jointnas_kernels.ops.width.residual import residual_backward_kernel, residual_forward_kernel
+from jointnas_kernels.ops.width.rope import rope_kernel
+from jointnas_kernels.ops.width.swiglu import swiglu_backward_kernel, swiglu_forward_kernel
+from jointnas_kernels.ops.width.weight import factored_backward_kernel, factored_kernel, loop_kernel, masks_kernel
 from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
 ARCH = pytest.mark.parametrize("arch", ARCHES, ids=lambda a: f"sm_{a}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jointnas_kernels.ops import lowbit_triton
+from jointnas_kernels.ops.lowbit import portable as lowbit_triton
 from tests.aot.harness import ARCHES, compile_kernel
 
 

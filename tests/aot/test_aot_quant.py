@@ -6,10 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.act_quant_mix_triton import act_backward_kernel, act_forward_kernel, constants, row_config
-from jointnas_kernels.ops.act_quant_mix_triton import backward_config as act_backward_config
-from jointnas_kernels.ops.fake_quant_weight import TINY_SCALE, fake_quant_kernel
-from jointnas_kernels.ops.quant_lora_mix_triton import (
+from jointnas_kernels.ops.quant.activations_triton import act_backward_kernel, act_forward_kernel, constants, row_config
+from jointnas_kernels.ops.quant.activations_triton import backward_config as act_backward_config
+from jointnas_kernels.ops.quant.mixture_triton import (
     backward_config,
     bit_constants,
     forward_config,
@@ -17,6 +16,7 @@ from jointnas_kernels.ops.quant_lora_mix_triton import (
     mix_forward_kernel,
     tile_config,
 )
+from jointnas_kernels.ops.quant.weights import TINY_SCALE, fake_quant_kernel
 from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
 ARCH = pytest.mark.parametrize("arch", ARCHES, ids=lambda a: f"sm_{a}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jointnas_kernels._ext import load
-from jointnas_kernels.ops import _cpu
+from jointnas_kernels.ops.core import cpu
 
 LEVELS = {"scalar": 1, "avx2": 2, "avx512": 4, "avx512ext": 5}
 LOWBIT_LEVELS = LEVELS | {"avxvnni": 3, "amx": 6}  # what only the low-bit products have variants for
@@ -21,9 +21,9 @@ def supported(isa: int) -> bool:
 def force(monkeypatch: pytest.MonkeyPatch, isa: int, threads: int) -> None:
     """All kernels called from now on use this instruction set and thread count."""
     if not supported(isa):
-        pytest.skip(f"this processor lacks {_cpu.ISAS[isa]}")
-    real = _cpu.call
-    monkeypatch.setattr(_cpu, "call", lambda name, *args: real(name, *args, threads=threads, isa=isa))
+        pytest.skip(f"this processor lacks {cpu.ISAS[isa]}")
+    real = cpu.call
+    monkeypatch.setattr(cpu, "call", lambda name, *args: real(name, *args, threads=threads, isa=isa))
 
 
 def _forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:

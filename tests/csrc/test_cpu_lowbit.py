@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import _cpu, lowbit_linear, lowbit_matmul, lowbit_pack
-from jointnas_kernels.ops.lowbit_linear import quantize_tokens
-from jointnas_kernels.ops.pack import pack_weight, unpack_weight
+from jointnas_kernels.ops import lowbit_linear, lowbit_matmul, lowbit_pack
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.lowbit.linear import quantize_tokens
+from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("lowbit_kernels")
@@ -54,7 +55,7 @@ def test_values(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
             want = exact(x, q, scales, group, a_bits, symmetric)
             prepared = lowbit_pack(packed, scales, w_bits, group)
             with poisoned():
-                out = _cpu.lowbit_linear(x, packed, scales, w_bits, a_bits, group, symmetric)
+                out = cpu.lowbit_linear(x, packed, scales, w_bits, a_bits, group, symmetric)
                 again = lowbit_matmul(x, prepared, a_bits, symmetric)
             assert_close(out, want, what=f"{(m, o, i, group)}")
             assert torch.equal(out, again)
@@ -72,7 +73,7 @@ def test_bit_planes(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
         for symmetric in (False, True):
             with poisoned():
                 out = lowbit_matmul(x, prepared, a_bits, symmetric)
-            assert torch.equal(out, _cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group, symmetric))
+            assert torch.equal(out, cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group, symmetric))
 
 
 @W_BITS
@@ -107,7 +108,7 @@ def test_integer_part_is_exact(w_bits: int) -> None:
         x = torch.randint(-128, 128, (m, i)).float()
         x[:, 0], x[:, 1] = -128, 127  # the range is exactly that of 8 bits: scale 1, zero point 0
         x[m // 2] += 128  # here zero point -128, levels from -128 to 127
-        out = _cpu.lowbit_linear(x, packed, torch.ones(o, i // group), w_bits, 8, group, False)
+        out = cpu.lowbit_linear(x, packed, torch.ones(o, i // group), w_bits, 8, group, False)
         assert torch.equal(out, x @ q.float().T)
 
 
@@ -120,7 +121,7 @@ def test_extreme_levels_do_not_saturate() -> None:
         for m in (1, 8):
             x = torch.full((m, 512), 127.0)
             x[:, ::128] = -128.0
-            out = _cpu.lowbit_linear(x, packed, torch.ones(4, 4), w_bits, 8, 128, False)
+            out = cpu.lowbit_linear(x, packed, torch.ones(4, 4), w_bits, 8, 128, False)
             assert torch.equal(out, x @ q.float().T)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops import _cpu_norm
+from jointnas_kernels.ops.norm import cpu as cpu_norm
 from jointnas_kernels.testing import poisoned
 from tests.ops.norm_quant import ALPHA, MASK, PROBS, WEIGHT, X, check, inputs
 
@@ -45,8 +45,8 @@ def test_every_output_is_written(dtype: torch.dtype) -> None:
     """inv and levels too, which no gradient of a weight step reads; and the channels that no size keeps."""
     x, weight, alpha, mask, probs = inputs((9, 131), 2, BITS, True, dtype)
     with poisoned():
-        y, inv, levels = _cpu_norm.mixed_rmsnorm_quant(x, weight, alpha, [7, 100], 1e-5, mask, BITS, probs, False)
-        grads = _cpu_norm.mixed_rmsnorm_quant_backward(
+        y, inv, levels = cpu_norm.mixed_rmsnorm_quant(x, weight, alpha, [7, 100], 1e-5, mask, BITS, probs, False)
+        grads = cpu_norm.mixed_rmsnorm_quant_backward(
             x, x, weight, alpha, inv, levels, [7, 100], mask, BITS, probs, True, True, True, True
         )
     assert all(t.isfinite().all() for t in (y, inv, levels, *grads))

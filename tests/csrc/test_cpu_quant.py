@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops import _cpu, quant_lora_mix
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix_backward_reference, act_quant_mix_reference
-from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix_reference, rounded_lora
+from jointnas_kernels.ops import quant_lora_mix
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.quant.activations import act_quant_mix_backward_reference, act_quant_mix_reference
+from jointnas_kernels.ops.quant.mixture import quant_lora_mix_reference, rounded_lora
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -36,12 +37,12 @@ def test_act_quant_mix(shape: tuple[int, int], masked: bool, symmetric: bool, dt
     for one_hot in (0, 1, 2, 3, 4):
         probs = torch.nn.functional.one_hot(torch.tensor(one_hot), 5).float()
         with poisoned():
-            out = _cpu.act_quant_mix(x, probs, mask, bits, symmetric)
+            out = cpu.act_quant_mix(x, probs, mask, bits, symmetric)
         assert torch.equal(out, act_quant_mix_reference(x, bits, probs, symmetric, mask))
     probs = torch.rand(5).softmax(0)
     with poisoned():
-        out = _cpu.act_quant_mix(x, probs, mask, bits, symmetric)
-        grads = _cpu.act_quant_mix_backward(g, x, probs, mask, bits, symmetric, (True, True, True))
+        out = cpu.act_quant_mix(x, probs, mask, bits, symmetric)
+        grads = cpu.act_quant_mix_backward(g, x, probs, mask, bits, symmetric, (True, True, True))
     assert_close(out, act_quant_mix_reference(x, bits, probs, symmetric, mask))
     expected = act_quant_mix_backward_reference(g, x, probs, mask, bits, symmetric, (True, True, True))
     # the reference sums in fp32 too, in another order: 2e-5 for sums over all tokens
@@ -59,7 +60,7 @@ def test_every_bf16_value_of_a_token(symmetric: bool) -> None:
         x = torch.cat([-values, values]).clamp(-ratio * most, most).to(torch.bfloat16)
         for one_hot, bits in enumerate((2, 4, 8)):
             probs = torch.eye(3)[one_hot]
-            out = _cpu.act_quant_mix(x, probs, None, (2, 4, 8), symmetric)
+            out = cpu.act_quant_mix(x, probs, None, (2, 4, 8), symmetric)
             assert torch.equal(out, act_quant_mix_reference(x, (bits,), torch.ones(1), symmetric))
 
 
@@ -75,7 +76,7 @@ def test_tokens_at_the_ends_of_the_range(symmetric: bool, dtype: torch.dtype) ->
     bits = [2, 4, 8, 16]
     for one_hot in range(4):
         probs = torch.eye(4)[one_hot]
-        out = _cpu.act_quant_mix(x, probs, None, bits, symmetric)
+        out = cpu.act_quant_mix(x, probs, None, bits, symmetric)
         expected = act_quant_mix_reference(x, [bits[one_hot]], torch.ones(1), symmetric)
         torch.testing.assert_close(out[:-1], expected[:-1], rtol=0, atol=0)
         assert not out[-1].isfinite().all()
@@ -85,7 +86,7 @@ def test_nan_stays_where_it_is() -> None:
     for dtype, where in itertools.product((torch.float32, torch.bfloat16), (0, 16, 40, 66)):
         x = torch.randn(3, 67).to(dtype)
         x[1, where] = float("nan")
-        out = _cpu.act_quant_mix(x, torch.tensor([0.5, 0.5]), None, [4, 8], False)
+        out = cpu.act_quant_mix(x, torch.tensor([0.5, 0.5]), None, [4, 8], False)
         assert out[1, where].isnan()
         assert out[[0, 2]].isfinite().all()
 
@@ -145,7 +146,7 @@ def test_quant_lora_mix(shape: tuple[int, int, int, int, bool], dtype: torch.dty
         a_, b_ = a.to(lora), b.to(lora)
         sure = ~undecided(w, a_, b_, clip, g)
         with poisoned():
-            out = _cpu.quant_lora_mix(w, a_, b_, probs, clip, 0.5, BITS, g)
+            out = cpu.quant_lora_mix(w, a_, b_, probs, clip, 0.5, BITS, g)
         ref = quant_lora_mix_reference(w, a_, b_, 0.5, BITS, probs, g, clip)
         # one-hot: level times scale, the same bits in fp32 up to the scale's last place, which the sum's order moves
         assert out.isfinite().all()
@@ -159,7 +160,7 @@ def test_quant_lora_mix_without_lora_is_the_plain_quantizer() -> None:
         w[0] = 0
         a, b = torch.zeros(3, 4, i), torch.zeros(3, o, 4)
         for p in range(3):
-            out = _cpu.quant_lora_mix(w, a, b, torch.eye(3)[p], None, 1.0, BITS, g)
+            out = cpu.quant_lora_mix(w, a, b, torch.eye(3)[p], None, 1.0, BITS, g)
             assert torch.equal(out, quant_lora_mix_reference(w, a, b, 1.0, BITS, torch.eye(3)[p], g))
 
 
@@ -168,7 +169,7 @@ def test_quant_lora_mix_beyond_the_cache() -> None:
     w = torch.randn(1100, 4096).to(torch.bfloat16)
     a, b = torch.randn(3, 2, 4096) * 0.1, torch.randn(3, 1100, 2) * 0.1
     probs = torch.tensor([0.2, 0.3, 0.5])
-    out = _cpu.quant_lora_mix(w, a, b, probs, None, 0.5, BITS, 128)
+    out = cpu.quant_lora_mix(w, a, b, probs, None, 0.5, BITS, 128)
     assert_close(out, quant_lora_mix_reference(w, a, b, 0.5, BITS, probs, 128))
 
 
@@ -178,7 +179,7 @@ def test_quant_lora_mix_beyond_the_cache() -> None:
 def test_quant_lora_mix_gradients(
     shape: tuple[int, int, int, int, bool], ste: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cpu, "ROW_TILE", 16)  # several tiles, the last one smaller
+    monkeypatch.setattr(cpu, "ROW_TILE", 16)  # several tiles, the last one smaller
     w, a, b, _, g = mix_arguments(shape, dtype)
     clip = torch.rand(3, w.shape[0], w.shape[1] // g) * 0.5 + 0.45  # clips some, and keeps ties at the absmax away
     tensors = {"lora_a": a, "lora_b": b, "probs": torch.rand(3).softmax(0), "clip": clip}

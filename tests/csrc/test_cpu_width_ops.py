@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops import _cpu
+from jointnas_kernels.ops.core import cpu
 from tests.comparison import compare
 from tests.ops import naive
 
@@ -137,7 +137,7 @@ def test_beyond_the_cache(width: int) -> None:
         "channel_mask": lambda i: ops.channel_mask(a[i], mask, "cpu"),
         "gated_residual": lambda i: ops.gated_residual(a[i], b[i], mask, gate, c[i], "cpu"),
         "its backward": lambda i: torch.cat(
-            _cpu.gated_residual_backward(a[i], b[i], c[i], mask, gate, c[i], False, False)[:3], -1
+            cpu.gated_residual_backward(a[i], b[i], c[i], mask, gate, c[i], False, False)[:3], -1
         ),
         "masked_swiglu": lambda i: ops.masked_swiglu(a[i], b[i], mask, mask, "cpu"),
         "mixed_rmsnorm": lambda i: ops.mixed_rmsnorm(a[i], mask, alpha, sizes, 1e-5, mask, "cpu"),

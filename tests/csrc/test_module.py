@@ -14,7 +14,8 @@ import torch
 from jointnas_kernels import ops
 from jointnas_kernels._ext import load
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import _cpu, _cpu_norm
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.norm import cpu as cpu_norm
 from tests.csrc.kernels import LEVELS, force, supported
 
 MODULE = Path(str(load().__file__))
@@ -58,13 +59,13 @@ def test_unknown_instruction_set_is_refused() -> None:
     x = torch.ones(4)
     assert load().cpu_channel_mask(x.data_ptr(), 0, x.data_ptr(), x.data_ptr(), 0, 1, 4, 1, 0, 1, 9) == 2
     with pytest.raises(JointNASError, match="lacks the instructions"):
-        _cpu.call("channel_mask", x, None, x, x, None, 1, 4, 1, 0, isa=-1)
+        cpu.call("channel_mask", x, None, x, x, None, 1, 4, 1, 0, isa=-1)
 
 
 @pytest.mark.parametrize("isa", LEVELS.values(), ids=list(LEVELS))
 def test_results_do_not_depend_on_the_thread_count(isa: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not supported(isa):
-        pytest.skip(f"this processor lacks {_cpu.ISAS[isa]}")
+        pytest.skip(f"this processor lacks {cpu.ISAS[isa]}")
     torch.manual_seed(0)
     x, g, mask = torch.randn(300, 257), torch.randn(300, 257), torch.rand(257)
     w, a, b = torch.randn(50, 256), torch.randn(3, 8, 256) * 0.1, torch.randn(3, 50, 8) * 0.1
@@ -74,11 +75,11 @@ def test_results_do_not_depend_on_the_thread_count(isa: int, monkeypatch: pytest
         with monkeypatch.context() as patch:
             force(patch, isa, threads)
             results.append([
-                *_cpu.masked_swiglu_backward(g, x, x, mask, mask, True, True),
-                *_cpu_norm.mixed_rmsnorm_backward(g, x, mask, mask[:2], half, [100, 257], mask, True, True, True),
-                *_cpu_norm.mixed_rmsnorm_quant_backward(g, x, mask, mask[:2], half, levels, [100, 257], mask, [4, 16],
+                *cpu.masked_swiglu_backward(g, x, x, mask, mask, True, True),
+                *cpu_norm.mixed_rmsnorm_backward(g, x, mask, mask[:2], half, [100, 257], mask, True, True, True),
+                *cpu_norm.mixed_rmsnorm_quant_backward(g, x, mask, mask[:2], half, levels, [100, 257], mask, [4, 16],
                                                         mask[:2], True, True, True, True),
-                _cpu.quant_lora_mix(w, a, b, torch.tensor([0.2, 0.3, 0.5]), None, 0.5, [2, 4, 8], 64),
+                cpu.quant_lora_mix(w, a, b, torch.tensor([0.2, 0.3, 0.5]), None, 0.5, [2, 4, 8], 64),
             ])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
@@ -109,7 +110,7 @@ def test_never_writes_beyond_the_output(offset: int) -> None:
     start = 16 + offset // 4
     out = memory[start : start + rows * width].view(rows, width)
     w, r, c = torch.randn(rows, width), torch.rand(rows), torch.rand(width)
-    _cpu.call("mixed_weight", w, r, c, out, rows, width, 0)
+    cpu.call("mixed_weight", w, r, c, out, rows, width, 0)
     assert torch.equal(out, w * (r[:, None] * c))
     assert (memory[:start] == 7).all()
     assert (memory[start + rows * width :] == 7).all()

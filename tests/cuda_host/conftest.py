@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from jointnas_kernels.ops import lowbit_cuda, quant_lora_mix_cuda
+from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
+from jointnas_kernels.ops.quant import mixture_cuda as quant_lora_mix_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [

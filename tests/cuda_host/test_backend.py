@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jointnas_kernels.latency.backends.ours import Ours
-from jointnas_kernels.ops import _dispatch
+from jointnas_kernels.ops.core import dispatch
 from tests.latency.matrix import cases, check
 
 
@@ -13,5 +13,5 @@ from tests.latency.matrix import cases, check
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_width(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of 128 are the only ones it claims."""
-    monkeypatch.setattr(_dispatch, "why_not", lambda backend, tensor: None)
+    monkeypatch.setattr(dispatch, "why_not", lambda backend, tensor: None)
     check(Ours("cuda", "cpu"), dtype, cases(outputs=1), lambda spec: spec.group == 128)

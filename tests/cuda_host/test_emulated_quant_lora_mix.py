@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from jointnas_kernels.ops import quant_lora_mix_cuda
-from jointnas_kernels.ops.quant_lora_mix import MixGradients, quant_lora_mix_reference
-from jointnas_kernels.ops.quant_lora_mix_cuda import WARPS, Mix, mix_forward_cuda, most_columns, plan
+from jointnas_kernels.ops.quant import mixture_cuda as quant_lora_mix_cuda
+from jointnas_kernels.ops.quant.mixture import MixGradients, quant_lora_mix_reference
+from jointnas_kernels.ops.quant.mixture_cuda import WARPS, Mix, mix_forward_cuda, most_columns, plan
 from jointnas_kernels.testing import poisoned
 from tests.ops.test_quant_lora_mix import tiny_weights
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops import lowbit_cuda
-from jointnas_kernels.ops.lowbit_linear import dequantize, quantize_tokens, reference
-from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
+from jointnas_kernels.ops.lowbit.linear import dequantize, quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")

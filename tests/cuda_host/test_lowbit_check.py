@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import lowbit_check, lowbit_cuda
-from jointnas_kernels.ops.lowbit_linear import quantize_tokens, reference
-from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.ops.lowbit import check as lowbit_check
+from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
+from jointnas_kernels.ops.lowbit.linear import quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")

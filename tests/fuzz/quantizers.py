@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops import pack
+from jointnas_kernels.ops.lowbit import pack
 from tests.fuzz.check import EXACT, SUMMED, Bounds, Case, Named, limit
 from tests.fuzz.levels import Mixture, clip_slope, constant, dequantize, quantize, to, token_levels, wide
 from tests.fuzz.source import Source

@@ -60,7 +60,7 @@ def lowbit_linear() -> None:
 
 
 def lowbit_kernels() -> None:
-    from jointnas_kernels.ops import lowbit_check
+    from jointnas_kernels.ops.lowbit import check as lowbit_check
 
     if not (_ext.available() and _ext.load().has_cuda):
         return

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import _ext
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix, act_quant_mix_reference
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight, fake_quant_weight_reference
-from jointnas_kernels.ops.quant_lora_linear import quant_lora_linear
-from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix, quant_lora_mix_reference
-from jointnas_kernels.ops.quant_lora_mix_cuda import mix_forward_cuda, unsupported
+from jointnas_kernels.ops.quant.activations import act_quant_mix, act_quant_mix_reference
+from jointnas_kernels.ops.quant.linear import quant_lora_linear
+from jointnas_kernels.ops.quant.mixture import quant_lora_mix, quant_lora_mix_reference
+from jointnas_kernels.ops.quant.mixture_cuda import mix_forward_cuda, unsupported
+from jointnas_kernels.ops.quant.weights import fake_quant_weight, fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close
 
 pytestmark = pytest.mark.usefixtures("poison")

@@ -20,7 +20,7 @@ from jointnas import artifact, assets
 from jointnas_kernels import hf
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn import FakeQuantLinear, PackedLinear
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix
+from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.space import Choice, SearchSpace, model_bytes
 from tests.hf.exported import SPACE, exported, quantized_linears, supernet, uniform
 from tests.hf.hf_models import ids

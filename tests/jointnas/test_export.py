@@ -20,8 +20,8 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract
 from jointnas_kernels.hf.families import rotary
 from jointnas_kernels.nn import FakeQuantLinear
-from jointnas_kernels.ops import grid
-from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant import grid
 from jointnas_kernels.space import LINEARS, model_bytes
 from tests.hf.exported import SPACE, exported, quantized_linears, supernet, uniform
 from tests.hf.hf_models import ids, tiny_model

@@ -23,9 +23,9 @@ from jointnas.initialise.problem import Problem
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import convert, extract
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.ops import grid
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.space import Choice
 from tests.jointnas import tiny
 

@@ -15,7 +15,7 @@ from jointnas.initialise.clip import RATIOS, mse_clip
 from jointnas.objective import Feasibility, Limits, Objective, entropies
 from jointnas.peers import canonical, hypervolume, pareto, random_peers
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, count_params
 from tests.jointnas import tiny
 from tests.latency.tables import CONFIG, SPACE, synthetic

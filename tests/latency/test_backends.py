@@ -29,7 +29,7 @@ from jointnas_kernels.latency.backends.base import disagreement, quantize_weight
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
 from jointnas_kernels.latency.measure import BackendLinear
 from jointnas_kernels.latency.timing import copies, measure
-from jointnas_kernels.ops.lowbit_linear import quantize_tokens
+from jointnas_kernels.ops.lowbit.linear import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency.matrix import OUTPUTS, TOKENS, cases, check
 from tests.latency.tables import CONFIG, calm
@@ -80,7 +80,7 @@ def test_dense_and_low_bit_torch_work_here() -> None:
 
 
 def test_quantize_weight_is_the_ops_quantizer() -> None:
-    from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+    from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
     weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
     for bits in (2, 4, 8):
@@ -188,7 +188,7 @@ def test_whole_models(tmp_path: Path, mode: str) -> None:
 
 def test_deployed_model_computes_the_quantized_model() -> None:
     """Deploying changes the kernels, not the function."""
-    from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
+    from jointnas_kernels.ops.quant.weights import fake_quant_weight
     from tests.latency.tables import synthetic
 
     space = SearchSpace((128,), (4,), (32,), (192,), (3,), (8,), (16,), group_size=64)

@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight_reference
+from jointnas_kernels.ops.quant.weights import fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import grid
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight
-from jointnas_kernels.ops.quant_lora_mix import quant_lora_mix
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.mixture import quant_lora_mix
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CASES = [

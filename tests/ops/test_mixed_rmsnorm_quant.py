@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import mixed_rmsnorm_quant  # noqa: F401  registers the op
+from jointnas_kernels.ops.norm import rms_quant  # noqa: F401  registers the op
 from tests.ops.norm_quant import ALPHA, MASK, PROBS, WEIGHT, X, check, inputs
 
 BITS = (2, 4, 8, 16)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops.mixed_weight import IMPLS
+from jointnas_kernels.ops.width.weight import IMPLS
 from jointnas_kernels.testing import relative_error
 from tests.comparison import compare
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import pack
+from jointnas_kernels.ops.lowbit import pack
 
 BITS = pack.WEIGHT_BITS
 

@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.quant_lora_mix import ROW_TILE, MixGradients, quant_lora_mix_reference, tiles
+from jointnas_kernels.ops.quant.mixture import ROW_TILE, MixGradients, quant_lora_mix_reference, tiles
 from jointnas_kernels.testing import assert_close, poisoned
 
 BITS = (2, 4, 8)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix_reference
-from jointnas_kernels.ops.fake_quant_weight import fake_quant_weight_reference
+from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
+from jointnas_kernels.ops.quant.weights import fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close, poisoned
 from tests.ops.test_act_quant_mix import tokens
 from tests.ops.test_fake_quant_weight import weights

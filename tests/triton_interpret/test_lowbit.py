@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.lowbit_linear import lowbit_linear, quantize_tokens, reference
-from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear, quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.testing import assert_close, poisoned
 
 DTYPES = [torch.float16, torch.float32]  # bf16 is broken in the interpreter

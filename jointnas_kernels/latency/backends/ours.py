@@ -11,10 +11,10 @@ import jointnas_kernels
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.backends.base import LinearWeight, Target
 from jointnas_kernels.latency.spec import DENSE, OpSpec
-from jointnas_kernels.ops import lowbit_cuda
-from jointnas_kernels.ops.lowbit_linear import lowbit_linear
-from jointnas_kernels.ops.lowbit_prepared import lowbit_matmul, lowbit_pack
-from jointnas_kernels.ops.pack import pack_weight
+from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear
+from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.lowbit.prepared import lowbit_matmul, lowbit_pack
 
 BITS = (2, 4, 8)
 

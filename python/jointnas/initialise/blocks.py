@@ -17,8 +17,8 @@ from torch.func import functional_call
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.linear import SupernetLinear
-from jointnas_kernels.ops.act_quant_mix import act_quant_mix
-from jointnas_kernels.ops.fake_quant_weight import compute_dtype
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.weights import compute_dtype
 from jointnas_kernels.space import LINEARS
 
 # linears that read the same input, in the order they run

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops.fake_quant_weight import compute_dtype, fake_quant_weight
+from jointnas_kernels.ops.quant.weights import compute_dtype, fake_quant_weight
 
 RATIOS = tuple(1 - 0.05 * i for i in range(13))
 

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from jointnas.initialise.clip import mse_clip
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import grid
-from jointnas_kernels.ops.fake_quant_weight import check_quantizer, compute_dtype
-from jointnas_kernels.ops.grid import Grid
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.grid import Grid
+from jointnas_kernels.ops.quant.weights import check_quantizer, compute_dtype
 
 log = logging.getLogger(__name__)
 BLOCK = 128  # columns whose errors are carried on together; rounded up to whole groups

@@ -36,8 +36,8 @@ from jointnas.logs import Progress
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.ops import grid
-from jointnas_kernels.ops.grid import Grid
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.grid import Grid
 from jointnas_kernels.space import Choice, SearchSpace, kept_blocks, original_sizes
 
 METHODS: tuple[Method, ...] = get_args(Method)

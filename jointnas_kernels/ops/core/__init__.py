@@ -1,0 +1,1 @@
+"""Machinery of operators: registration, backend choice, calls of compiled kernels."""

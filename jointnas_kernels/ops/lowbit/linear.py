@@ -1,0 +1,120 @@
+"""lowbit_linear: y = x_hat @ (q * scale)^T with packed W{2,4,8} weights and A{2,4,8,16} activations.
+
+    x [..., I] any float, packed int32 [O, I*w_bits/32] (ops/pack.py), scale [O, I/group_size]  ->  y [..., O] as x
+
+a_bits = 16: x_hat = x. Otherwise each token is quantized dynamically, asymmetric unless ``symmetric``:
+
+    mn = min(x, 0)   mx = max(x, 0)   s = (mx - mn) / (2^b - 1)   z = round(clamp(qmin - mn / s))
+    a = round(clamp(x / s + z))       x_hat = s * (a - z)
+
+every step rounded to x's dtype: this is what compressed-tensors executes, and ``a`` and ``z`` match it bit for bit.
+The product is then  y[m, n] = s[m] * sum_g scale[n, g] * (sum_{k in g} q[n, k] * (a[m, k] - z[m])): the inner sum is an
+integer, exact in every backend; the outer one is fp32 (fp64 in the fp64 reference). Inference only: no gradients.
+
+A runtime that multiplies the same weights again and again lays them out once: on the CPU ``lowbit_pack`` and
+``lowbit_matmul`` (ops/lowbit_prepared.py), on CUDA ``lowbit_cuda.CudaWeight``. From the storage layout the CPU kernels
+lay out each block on the way, which costs a second pass over the weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.dispatch import bad, check, compute_dtype, custom_op, resolve, rows
+from jointnas_kernels.ops.lowbit.cuda import DTYPES, CudaWeight, matmul
+from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
+
+ACT_BITS = (2, 4, 8, 16)
+NAME = "lowbit_linear"
+
+
+def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """(a int8 [..., I], s [..., 1] in x's dtype, z int8 [..., 1]); see the module docstring."""
+    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    tiny = torch.finfo(x.dtype).eps  # stands in for a zero scale: an all-zero token
+    if symmetric:
+        s = torch.maximum(-low, high) / ((qmax - qmin) / 2)
+        s = torch.where(s == 0, tiny, s)
+        z = torch.zeros_like(s)
+    else:
+        s = (high - low) / float(qmax - qmin)
+        s = torch.where(s == 0, tiny, s)
+        z = (qmin - low / s).clamp(qmin, qmax).round()
+    a = (x / s + z).clamp(qmin, qmax).round()
+    return a.to(torch.int8), s, z.to(torch.int8)
+
+
+def dequantize(packed: Tensor, scale: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """q * scale as [O, I] in ``dtype``."""
+    outputs, groups = scale.shape
+    q = unpack_weight(packed, bits, (outputs, groups * group_size)).to(dtype)
+    return (q.view(outputs, groups, group_size) * scale.to(dtype)[:, :, None]).view(outputs, -1)
+
+
+def reference(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
+              symmetric: bool) -> Tensor:
+    acc = compute_dtype(x)
+    if a_bits < 16:
+        a, s, z = quantize_tokens(x, a_bits, symmetric)
+        x_hat = (a.to(acc) - z.to(acc)) * s.to(acc)
+    else:
+        x_hat = x.to(acc)
+    return (x_hat @ dequantize(packed, scale, w_bits, group_size, acc).t()).to(x.dtype)
+
+
+SCHEMA = (
+    "(Tensor x, Tensor packed, Tensor scale, int w_bits, int a_bits, int group_size, bool symmetric, str? backend)"
+    " -> Tensor"
+)
+
+
+@custom_op("lowbit_linear", SCHEMA)
+def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
+                   symmetric: bool, backend: str | None) -> Tensor:
+    # the CUDA kernels take one layout only; asked for by name they say so, chosen automatically they are passed over
+    fits = group_size == TILE_INPUTS and x.dtype in DTYPES and scale.dtype == x.dtype
+    first = ("cuda",) if fits or backend == "cuda" else ()
+    # the CPU kernels need groups of whole words
+    second = ("cpu",) if group_size % (32 // w_bits) == 0 or backend == "cpu" else ()
+    chosen = resolve(NAME, backend, x, (*first, "triton", *second, "reference"))
+    if chosen == "reference" or x.numel() == 0:
+        return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
+    if chosen == "cpu":
+        if group_size % (32 // w_bits):
+            raise bad(NAME, f"backend 'cpu' needs a group_size multiple of {32 // w_bits} at {w_bits} bits; it is "
+                            f"{group_size}")
+        return cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric)
+    if chosen == "cuda":
+        check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")
+        return matmul(x, CudaWeight.build(packed, scale, w_bits), a_bits, symmetric)
+    from jointnas_kernels.ops.lowbit import portable as lowbit_triton
+
+    y = lowbit_triton.run(rows(x), packed.contiguous(), scale.contiguous(), w_bits, a_bits, group_size, symmetric)
+    return y.view(*x.shape[:-1], -1)
+
+
+@_lowbit_linear.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int, symmetric: bool,
+      backend: str | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
+                  backend: str | None = "auto", symmetric: bool = False) -> Tensor:
+    """y = x_hat @ (q * scale)^T; see the module docstring."""
+    check_bits(w_bits, WEIGHT_BITS, f"{NAME}: w_bits")
+    check_bits(a_bits, ACT_BITS, f"{NAME}: a_bits")
+    inputs = x.shape[-1]
+    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] * 32 != inputs * w_bits:
+        raise bad(NAME, f"x has {inputs} inputs, so {w_bits}-bit packed weights are int32 [O, {inputs * w_bits / 32:g}]"
+                        f"; got {packed.dtype} {tuple(packed.shape)}")
+    if group_size < 1 or inputs % group_size:
+        raise bad(NAME, f"group_size must divide the input size {inputs}, got {group_size}")
+    if scale.shape != (packed.shape[0], inputs // group_size):
+        raise bad(NAME, f"scale must be {(packed.shape[0], inputs // group_size)}, got {tuple(scale.shape)}")
+    if not x.device == packed.device == scale.device:
+        raise bad(NAME, f"x, packed and scale must be on one device, got {x.device}, {packed.device}, {scale.device}")
+    return _lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric, backend)

@@ -1,0 +1,1 @@
+"""RMSNorm in expectation over sizes."""

@@ -1,0 +1,1 @@
+"""Operators of searched sizes: width masks, depth gates, weight mixing."""

@@ -1,0 +1,300 @@
+"""masked_rope: rotary embedding of masked queries and keys, written where SDPA wants them.
+
+    q [B, T, H, D], k [B, T, Hkv, D] any float; cos, sin [B or 1, T, D]; q_mask [H, D], k_mask [Hkv, D] fp32
+    p = mask * q;  out = p cos + rot(p) sin,  rot(p)_i = -p_{i+D/2} for i < D/2, p_{i-D/2} else   (rotate-half)
+
+The inner op keeps [B, T, heads, D] in memory (one contiguous read, one contiguous write); the public function returns
+the transposed views [B, heads, T, D]. Queries and keys share one launch. The attention scale is folded into q_mask by
+the caller, so SDPA runs with scale=1. Backward, with halves 1, 2 and G = dL/dout:
+
+    dp1 = G1 cos1 + G2 sin2     dp2 = G2 cos2 - G1 sin1     dq = mask dp     dmask = sum over B, T of q dp
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.columns import STAGES, column_sums
+from jointnas_kernels.ops.core.dispatch import (
+    bad,
+    compute_dtype,
+    custom_op,
+    no_grad_slot,
+    power_of_two,
+    processors,
+    resolve,
+)
+
+
+def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = p.chunk(2, dim=-1)
+    return p * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _rotate_transposed(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = (g * sin).chunk(2, dim=-1)
+    return g * cos + torch.cat([second, -first], dim=-1)
+
+
+def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> tuple[Tensor, Tensor]:
+    acc = compute_dtype(q)
+    c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)  # [B or 1, T, 1, D]
+    q_out = _rotate(q.to(acc) * q_mask.to(acc), c, s).to(q.dtype)
+    return q_out, _rotate(k.to(acc) * k_mask.to(acc), c, s).to(k.dtype)
+
+
+def reference_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
+    need_q_mask: bool, need_k_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    acc = compute_dtype(dq_out)
+    c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)
+    dp, dr = _rotate_transposed(dq_out.to(acc), c, s), _rotate_transposed(dk_out.to(acc), c, s)
+    dq, dk = (dp * q_mask.to(acc)).to(dq_out.dtype), (dr * k_mask.to(acc)).to(dk_out.dtype)
+    dqm = (q.to(acc) * dp).sum((0, 1)).to(q_mask.dtype) if need_q_mask else no_grad_slot(dq_out)
+    dkm = (k.to(acc) * dr).sum((0, 1)).to(k_mask.dtype) if need_k_mask else no_grad_slot(dq_out)
+    return dq, dk, dqm, dkm
+
+
+@triton.jit
+def load_halves(ptr, head_stride, H, half, HP: tl.constexpr, HALF: tl.constexpr):
+    """Both halves [HP, HALF] of all heads at ``ptr`` in fp32; zero beyond H heads or half the head dim."""
+    head = tl.arange(0, HP)
+    d = tl.arange(0, HALF)
+    at = head[:, None] * head_stride + d[None, :]
+    ok = (head < H)[:, None] & (d < half)[None, :]
+    first = tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + at + half, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_halves(ptr, first, second, H, half, HP: tl.constexpr, HALF: tl.constexpr):
+    """Write both halves to contiguous [H, 2 half] memory."""
+    head = tl.arange(0, HP)
+    d = tl.arange(0, HALF)
+    at = head[:, None] * (2 * half) + d[None, :]
+    ok = (head < H)[:, None] & (d < half)[None, :]
+    tl.store(ptr + at, first, mask=ok)
+    tl.store(ptr + at + half, second, mask=ok)
+
+
+@triton.jit
+def rope_kernel(
+    q_ptr, k_ptr, xq_ptr, xk_ptr, cos_ptr, sin_ptr, q_mask_ptr, k_mask_ptr, q_out_ptr, k_out_ptr, dqm_ptr, dkm_ptr,
+    tokens, T, H, HKV, half, q_sb, q_st, q_sh, k_sb, k_st, k_sh, xq_sb, xq_st, xq_sh, xk_sb, xk_st, xk_sh,
+    cos_sb, cos_st, sin_sb, sin_st, per_program,
+    BACKWARD: tl.constexpr, NEED_Q: tl.constexpr, NEED_K: tl.constexpr, LOOP_STAGES: tl.constexpr,
+    HP: tl.constexpr, KP: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """``per_program`` tokens, all heads. Forward: rope(mask * q). BACKWARD: mask * rope^T(q) for incoming gradients q,
+    with xq the forward's input for the mask gradients."""
+    pid = tl.program_id(0)
+    d = tl.arange(0, HALF)
+    qm1, qm2 = load_halves(q_mask_ptr, 2 * half, H, half, HP, HALF)
+    km1, km2 = load_halves(k_mask_ptr, 2 * half, HKV, half, KP, HALF)
+    dqm1 = tl.zeros([HP, HALF], tl.float32)
+    dqm2 = tl.zeros([HP, HALF], tl.float32)
+    dkm1 = tl.zeros([KP, HALF], tl.float32)
+    dkm2 = tl.zeros([KP, HALF], tl.float32)
+    for i in tl.range(0, per_program, num_stages=LOOP_STAGES):
+        token = (pid * per_program + i).to(tl.int64)
+        live = (token < tokens).to(tl.int32)  # past the last token no head is loaded or stored
+        q_heads, k_heads = live * H, live * HKV
+        b = token // T
+        t = token % T
+        at = cos_ptr + b * cos_sb + t * cos_st + d
+        c1 = tl.load(at, mask=d < live * half, other=0.0).to(tl.float32)[None, :]  # [1, HALF]
+        c2 = tl.load(at + half, mask=d < live * half, other=0.0).to(tl.float32)[None, :]
+        at = sin_ptr + b * sin_sb + t * sin_st + d
+        s1 = tl.load(at, mask=d < live * half, other=0.0).to(tl.float32)[None, :]
+        s2 = tl.load(at + half, mask=d < live * half, other=0.0).to(tl.float32)[None, :]
+        q1, q2 = load_halves(q_ptr + b * q_sb + t * q_st, q_sh, q_heads, half, HP, HALF)
+        k1, k2 = load_halves(k_ptr + b * k_sb + t * k_st, k_sh, k_heads, half, KP, HALF)
+        q_out = q_out_ptr + token * H * (2 * half)
+        k_out = k_out_ptr + token * HKV * (2 * half)
+        if BACKWARD:
+            p1, p2 = q1 * c1 + q2 * s2, q2 * c2 - q1 * s1
+            r1, r2 = k1 * c1 + k2 * s2, k2 * c2 - k1 * s1
+            store_halves(q_out, qm1 * p1, qm2 * p2, q_heads, half, HP, HALF)
+            store_halves(k_out, km1 * r1, km2 * r2, k_heads, half, KP, HALF)
+            if NEED_Q:
+                x1, x2 = load_halves(xq_ptr + b * xq_sb + t * xq_st, xq_sh, q_heads, half, HP, HALF)
+                dqm1 += x1 * p1
+                dqm2 += x2 * p2
+            if NEED_K:
+                y1, y2 = load_halves(xk_ptr + b * xk_sb + t * xk_st, xk_sh, k_heads, half, KP, HALF)
+                dkm1 += y1 * r1
+                dkm2 += y2 * r2
+        else:
+            p1, p2 = qm1 * q1, qm2 * q2
+            r1, r2 = km1 * k1, km2 * k2
+            store_halves(q_out, p1 * c1 - p2 * s1, p2 * c2 + p1 * s2, q_heads, half, HP, HALF)
+            store_halves(k_out, r1 * c1 - r2 * s1, r2 * c2 + r1 * s2, k_heads, half, KP, HALF)
+    if NEED_Q:
+        store_halves(dqm_ptr + pid * H * (2 * half), dqm1, dqm2, H, half, HP, HALF)
+    if NEED_K:
+        store_halves(dkm_ptr + pid * HKV * (2 * half), dkm1, dkm2, HKV, half, KP, HALF)
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _launch(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, xq: Tensor | None = None,
+    xk: Tensor | None = None, backward: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Outputs like q and k and, given the forward's inputs xq, xk, the mask gradients."""
+    q, k, cos, sin = _unit(q), _unit(k), _unit(cos), _unit(sin)
+    xq, xk = None if xq is None else _unit(xq), None if xk is None else _unit(xk)
+    batch, length, heads, dim = q.shape
+    kv_heads, tokens = k.shape[2], batch * length
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    # the fp32 masks weigh as much as one token's queries: keep them in registers over up to 8 tokens
+    per_program = max(1, min(8, tokens // (2 * processors(q))))
+    if xq is not None or xk is not None:  # two programs per processor bound the partial mask gradients
+        per_program = max(1, -(-tokens // (2 * processors(q))))
+    programs = -(-tokens // per_program)
+    dqm = None if xq is None else torch.empty(programs, heads, dim, dtype=torch.float32, device=q.device)
+    dkm = None if xk is None else torch.empty(programs, kv_heads, dim, dtype=torch.float32, device=q.device)
+    hp, kp, half = power_of_two(heads), power_of_two(kv_heads), power_of_two(dim // 2)
+
+    def strides(x: Tensor | None) -> tuple[int, ...]:
+        return (0, 0, 0) if x is None else x.stride()[:3]
+
+    def table(x: Tensor) -> tuple[int, int]:
+        return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
+
+    if programs > 0:
+        with torch.cuda.device_of(q):
+            rope_kernel[(programs,)](
+                q, k, xq, xk, cos, sin, q_mask.contiguous(), k_mask.contiguous(), q_out, k_out, dqm, dkm, tokens,
+                length, heads, kv_heads, dim // 2, *strides(q), *strides(k), *strides(xq), *strides(xk), *table(cos),
+                *table(sin), per_program, BACKWARD=backward, NEED_Q=xq is not None, NEED_K=xk is not None,
+                LOOP_STAGES=STAGES if per_program > 1 else 1, HP=hp, KP=kp, HALF=half,
+                num_warps=4 if hp * half < 2048 else 8 if dqm is None and dkm is None else 16,
+            )  # fmt: skip
+    sums: list[Tensor | None] = [None, None]
+    if dqm is not None:
+        sums = list(column_sums(dqm.flatten(1), None if dkm is None else dkm.flatten(1)))
+    elif dkm is not None:
+        sums[1] = column_sums(dkm.flatten(1))[0]
+    return (q_out, k_out, None if sums[0] is None else sums[0].view(heads, dim),
+            None if sums[1] is None else sums[1].view(kv_heads, dim))
+
+
+@custom_op(
+    "masked_rope",
+    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, str? backend) "
+    "-> (Tensor, Tensor)",
+)
+def _masked_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    how = resolve("masked_rope", backend, q)
+    if how == "triton":
+        return _launch(q, k, cos, sin, q_mask, k_mask)[:2]
+    if how == "cpu":
+        return cpu.masked_rope(q, k, cos, sin, q_mask, k_mask)
+    q_out, k_out = reference(q, k, cos, sin, q_mask, k_mask)
+    return q_out.contiguous(), k_out.contiguous()
+
+
+@_masked_rope.register_fake
+def _(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+
+
+@custom_op(
+    "masked_rope_backward",
+    "(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, "
+    "bool need_q_mask, bool need_k_mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _masked_rope_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
+    need_q_mask: bool, need_k_mask: bool, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dq_mask, dk_mask. Without the mask flags q and k are not read (any tensor may stand for them)."""
+    how = resolve("masked_rope", backend, dq_out)
+    if how == "cpu":
+        return cpu.masked_rope_backward(
+            dq_out, dk_out, q, k, cos, sin, q_mask, k_mask, need_q_mask, need_k_mask
+        )
+    if how == "triton":
+        dq, dk, from_q, from_k = _launch(
+            dq_out, dk_out, cos, sin, q_mask, k_mask, q if need_q_mask else None, k if need_k_mask else None, True
+        )
+        return (dq, dk, no_grad_slot(dq) if from_q is None else from_q.to(q_mask.dtype),
+                no_grad_slot(dk) if from_k is None else from_k.to(k_mask.dtype))
+    dq, dk, dqm, dkm = reference_backward(
+        dq_out, dk_out, q, k, cos, sin, q_mask, k_mask, need_q_mask, need_k_mask
+    )
+    return dq.contiguous(), dk.contiguous(), dqm, dkm
+
+
+@_masked_rope_backward.register_fake
+def _(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
+    need_q_mask: bool, need_k_mask: bool, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device)
+    dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device)
+    dqm = torch.empty_like(q_mask) if need_q_mask else no_grad_slot(dq_out)
+    dkm = torch.empty_like(k_mask) if need_k_mask else no_grad_slot(dq_out)
+    return dq, dk, dqm, dkm
+
+
+def _setup(ctx, inputs, output):
+    q, k, cos, sin, q_mask, k_mask, backend = inputs
+    need = ctx.needs_input_grad
+    ctx.save_for_backward(q if need[4] else None, k if need[5] else None, cos, sin, q_mask, k_mask)
+    ctx.backend = backend
+
+
+def _backward(ctx, dq_out, dk_out):
+    q, k, cos, sin, q_mask, k_mask = ctx.saved_tensors
+    need_q_mask, need_k_mask = ctx.needs_input_grad[4:6]
+    dq, dk, dqm, dkm = _masked_rope_backward(
+        dq_out, dk_out, dq_out if q is None else q, dk_out if k is None else k, cos, sin, q_mask, k_mask,
+        need_q_mask, need_k_mask, ctx.backend,
+    )
+    return dq, dk, None, None, dqm if need_q_mask else None, dkm if need_k_mask else None, None
+
+
+_masked_rope.register_autograd(_backward, setup_context=_setup)
+
+
+def masked_rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """rope(q * q_mask), rope(k * k_mask) as [B, H, T, D] and [B, Hkv, T, D]; gradients to q, k and the masks.
+
+    The results are transposed views of [B, T, heads, D] memory, the layout fused attention reads fastest. cos and sin
+    follow Hugging Face (both halves filled) and get no gradient.
+    """
+    op = "masked_rope"
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or (q.shape[-1] != k.shape[-1]):
+        raise bad(op, f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, T, heads, D] with equal B, T, D")
+    if q.shape[-1] % 2 != 0:
+        raise bad(op, f"head_dim {q.shape[-1]} must be even")
+    if q.dtype != k.dtype:
+        raise bad(op, f"q is {q.dtype}, k is {k.dtype}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if (
+            table.dim() != 3
+            or table.shape[0] not in (1, q.shape[0])
+            or table.shape[1] != q.shape[1]
+            or table.shape[2] != q.shape[3]
+        ):
+            raise bad(op, f"{name} {tuple(table.shape)} must be [B or 1, T, D] for q " f"{tuple(q.shape)}")
+    if q_mask.shape != q.shape[2:]:
+        raise bad(op, f"q_mask {tuple(q_mask.shape)} must be {tuple(q.shape[2:])}")
+    if k_mask.shape != k.shape[2:]:
+        raise bad(op, f"k_mask {tuple(k_mask.shape)} must be {tuple(k.shape[2:])}")
+    q_out, k_out = _masked_rope(q, k, cos, sin, q_mask, k_mask, backend)
+    return q_out.transpose(1, 2), k_out.transpose(1, 2)
