@@ -27,7 +27,7 @@ from benchmarks.harness import Recorder, Timing, gate, guarded, rotation, time_i
 from jointnas_kernels._ext import load
 from jointnas_kernels.latency.timing import cache_bytes
 from jointnas_kernels.ops import lowbit_matmul, lowbit_pack, pack_weight
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.lowbit.linear import quantize_tokens
 
 GROUP = 128

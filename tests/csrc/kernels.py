@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jointnas_kernels._ext import load
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 
 LEVELS = {"scalar": 1, "avx2": 2, "avx512": 4, "avx512ext": 5}
 LOWBIT_LEVELS = LEVELS | {"avxvnni": 3, "amx": 6}  # what only the low-bit products have variants for

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops import quant_lora_mix
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.quant.activations import act_quant_mix_backward_reference, act_quant_mix_reference
 from jointnas_kernels.ops.quant.mixture import quant_lora_mix_reference, rounded_lora
 from jointnas_kernels.testing import assert_close, poisoned

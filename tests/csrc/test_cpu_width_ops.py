@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from tests.comparison import compare
 from tests.ops import naive
 

@@ -14,7 +14,7 @@ import torch
 from jointnas_kernels import ops
 from jointnas_kernels._ext import load
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.norm import cpu as cpu_norm
 from tests.csrc.kernels import LEVELS, force, supported
 

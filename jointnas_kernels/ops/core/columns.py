@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core.dispatch import power_of_two, processors
+from jointnas_kernels.ops.core.tensors import power_of_two, processors
 
 STAGES = 3  # rows in flight per program where it walks down rows: cp.async hides the ~1 us a load takes
 
@@ -72,8 +72,12 @@ def column_sums_kernel(
         _sum_rows(b_ptr, None, b_out_ptr, b_count, b_width, pid - a_blocks, False, BLOCK_M, BLOCK_N)
 
 
-def column_sums(a: Tensor, b: Tensor | None = None, scale: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """scale * a.sum(0), b.sum(0) of contiguous fp32 partial sums [programs, width], in one launch."""
+def column_sums(
+    a: Tensor | None, b: Tensor | None = None, scale: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """scale * a.sum(0), b.sum(0) of contiguous fp32 partial sums [programs, width], in one launch; None of None."""
+    if a is None:
+        return (None, None) if b is None else column_sums(b)[::-1]
     block_n = 32
     a_out = torch.empty(a.shape[1], dtype=torch.float32, device=a.device)
     b_out = None if b is None else torch.empty(b.shape[1], dtype=torch.float32, device=a.device)
@@ -86,3 +90,8 @@ def column_sums(a: Tensor, b: Tensor | None = None, scale: Tensor | None = None)
             BLOCK_N=block_n, num_warps=8,
         )  # fmt: skip
     return a_out, b_out
+
+
+def partial_sums(need: bool, programs: int, width: int, device: torch.device) -> Tensor | None:
+    """Room for the partial column sums of so many programs."""
+    return torch.empty(programs, width, dtype=torch.float32, device=device) if need else None

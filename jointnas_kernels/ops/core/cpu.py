@@ -1,13 +1,12 @@
-"""Calls of the compiled CPU kernels (csrc/cpu): torch tensors in and out. RMSNorm's are in cpu_norm.py.
+"""Calling the compiled CPU kernels (csrc/cpu), torch tensors in and out.
 
-One function per kernel, with the arguments and results of its op's reference: it makes the tensors dense, allocates the
-results and passes pointers and sizes. Shapes were checked by the op; tensors are float32 or bfloat16, vectors become
-float32. A gradient nobody asked for is an empty tensor.
+Each op has a function with the arguments and results of its reference that makes tensors dense, allocates the results
+and passes addresses and sizes. Shapes were checked by the op; tensors are float32 or bfloat16, vectors become float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -59,11 +58,14 @@ def integers(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
 
 
 def vector(tensor: Tensor) -> Tensor:
-    """A dense fp32 copy or view."""
+    """A dense fp32 view or copy."""
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():  # saves three calls, 1 us
+        return tensor
     return tensor.detach().to(torch.float32).contiguous()
 
 
 def optional(tensor: Tensor | None) -> Tensor | None:
+    """`vector` of what may be absent."""
     return None if tensor is None else vector(tensor)
 
 
@@ -81,285 +83,11 @@ def chunking(rows: int, width: int, reduces: bool = False) -> tuple[int, int]:
     return per_chunk, -(-rows // per_chunk)
 
 
-def total(partial: Tensor | None, like: Tensor | None) -> Tensor:
-    """The sum over chunks in the dtype of ``like``."""
-    return floats(0) if partial is None or like is None else partial.sum(0).to(like.dtype)
+def partial_sums(need: bool, chunks: int, *shape: int) -> Tensor | None:
+    """Room for the sums of each chunk, if they are wanted."""
+    return floats(chunks, *shape) if need else None
 
 
-def wanted(tensor: Tensor | None) -> Tensor:
-    return floats(0) if tensor is None else tensor
-
-
-# ---- mixed_weight ----
-
-
-def mixed_weight(weight: Tensor, r: Tensor, c: Tensor) -> Tensor:
-    """weight [M, N] * r[M, 1] * c[N]."""
-    w = weight.contiguous()
-    out = empty_like(w)
-    call("mixed_weight", w, vector(r), vector(c), out, *w.shape, DTYPES[w.dtype])
-    return out
-
-
-def mixed_weight_backward(
-    grad: Tensor, weight: Tensor, r: Tensor, c: Tensor, need_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dweight, dc [N] and dr [M], the vectors in fp32."""
-    g, w = grad.contiguous(), weight.contiguous()
-    rows, width = w.shape
-    per_chunk, chunks = chunking(rows, width, True)
-    dw = empty_like(w) if need_weight else None
-    dr, partial = floats(rows), floats(chunks, width)
-    call("mixed_weight_backward", g, w, vector(r), vector(c), dw, dr, partial, rows, width, per_chunk, DTYPES[w.dtype])
-    return wanted(dw), partial.sum(0), dr
-
-
-# ---- elementwise with masks ----
-
-
-def channel_mask(x: Tensor, mask: Tensor) -> Tensor:
-    x = x.contiguous()
-    rows, width = matrix(x)
-    y = empty_like(x)
-    call("channel_mask", x, None, vector(mask), y, None, rows, width, chunking(rows, width)[0], DTYPES[x.dtype])
-    return y
-
-
-def channel_mask_backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool) -> tuple[Tensor, Tensor]:
-    g = grad.contiguous()
-    rows, width = matrix(g)
-    per_chunk, chunks = chunking(rows, width, need_mask)
-    dx, partial = empty_like(g), floats(chunks, width) if need_mask else None
-    source = x.contiguous() if need_mask else None
-    call("channel_mask", g, source, vector(mask), dx, partial, rows, width, per_chunk, DTYPES[g.dtype])
-    return dx, total(partial, mask)
-
-
-def gated_residual(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
-    h, y, x = h.contiguous(), y.contiguous(), None if x is None else x.contiguous()
-    rows, width = matrix(h)
-    out = empty_like(h)
-    call("gated_residual", h, y, optional(mask), optional(gate), x, out, rows, width, chunking(rows, width)[0],
-         DTYPES[h.dtype])
-    return out
-
-
-def gated_residual_backward(
-    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool, need_gate: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dh, dy, dx, dmask, dgate."""
-    g, h, y, x = grad.contiguous(), h.contiguous(), y.contiguous(), x.contiguous()
-    rows, width = matrix(g)
-    need_mask = need_mask and mask is not None
-    per_chunk, chunks = chunking(rows, width, need_mask)
-    dh, dx, dy = empty_like(g), empty_like(g), None if mask is None else empty_like(g)
-    partial, dgate = floats(chunks, width) if need_mask else None, floats(chunks) if need_gate else None
-    call("gated_residual_backward", g, h, y, optional(mask), vector(gate), x, dh, dy, dx, partial, dgate, rows, width,
-         per_chunk, DTYPES[g.dtype])
-    return dh, wanted(dy), dx, total(partial, mask), total(dgate, gate)
-
-
-def masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
-    rows, width = matrix(gate)
-    out = empty_like(gate)
-    call("masked_swiglu", gate, up, vector(out_mask), vector(in_mask), out, rows, width, chunking(rows, width)[0],
-         DTYPES[gate.dtype])
-    return out
-
-
-def masked_swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dgate, dup, dout_mask, din_mask."""
-    g, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    rows, width = matrix(g)
-    per_chunk, chunks = chunking(rows, width, need_out or need_in)
-    dgate, dup = empty_like(g), empty_like(g)
-    dr, dc = (floats(chunks, width) if need else None for need in (need_out, need_in))
-    call("masked_swiglu_backward", g, gate, up, vector(out_mask), vector(in_mask), dgate, dup, dr, dc, rows, width,
-         per_chunk, DTYPES[g.dtype])
-    return dgate, dup, total(dr, out_mask), total(dc, in_mask)
-
-
-# ---- masked_rope ----
-
-
-def tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
-    """cos and sin as [period, D] fp32, and the period: all positions, or all tokens where the batch has its own."""
-    if cos.shape[0] != sin.shape[0]:
-        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
-    return vector(cos), vector(sin), cos.shape[0] * cos.shape[1]
-
-
-def masked_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    cosine, sine, period = tables(cos, sin, q.shape[0])
-    out = []
-    for x, mask in ((q.contiguous(), q_mask), (k.contiguous(), k_mask)):
-        y = empty_like(x)
-        tokens, (heads, dim) = x.shape[0] * x.shape[1], x.shape[2:]
-        call("masked_rope", x, vector(mask), cosine, sine, y, tokens, period, heads, dim,
-             chunking(tokens, heads * dim)[0], DTYPES[x.dtype])
-        out.append(y)
-    return out[0], out[1]
-
-
-def masked_rope_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
-    need_q_mask: bool, need_k_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dq_mask, dk_mask."""
-    cosine, sine, period = tables(cos, sin, dq_out.shape[0])
-    grads, masks = [], []
-    for out, x, mask, need in ((dq_out, q, q_mask, need_q_mask), (dk_out, k, k_mask, need_k_mask)):
-        g, source = out.contiguous(), x.contiguous() if need else None
-        tokens, (heads, dim) = g.shape[0] * g.shape[1], g.shape[2:]
-        per_chunk, chunks = chunking(tokens, heads * dim, need)
-        dx, partial = empty_like(g), floats(chunks, heads, dim) if need else None
-        call("masked_rope_backward", g, source, vector(mask), cosine, sine, dx, partial, tokens, period, heads, dim,
-             per_chunk, DTYPES[g.dtype])
-        grads.append(dx)
-        masks.append(total(partial, mask))
-    return grads[0], grads[1], masks[0], masks[1]
-
-
-# ---- quantizers ----
-
-
-def act_quant_mix(x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool) -> Tensor:
-    x = x.contiguous()
-    rows, width = matrix(x)
-    y = empty_like(x)
-    call("act_quant_mix", x, vector(probs), optional(mask), integers(bits), y, rows, width, len(bits), symmetric,
-         chunking(rows, width)[0], DTYPES[x.dtype])
-    return y
-
-
-def act_quant_mix_backward(
-    grad: Tensor, x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool,
-    want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dprobs, dmask, as ``want`` says."""
-    g, x = grad.contiguous(), x.contiguous()
-    rows, width = matrix(g)
-    need_mask = want[2] and mask is not None
-    per_chunk, chunks = chunking(rows, width, need_mask)
-    dx, dprobs = empty_like(g) if want[0] else None, floats(rows, len(bits)) if want[1] else None
-    partial = floats(chunks, width) if need_mask else None
-    weight = float(probs.float().sum())
-    call("act_quant_mix_backward", g, x, optional(mask), integers(bits), dx, dprobs, partial, rows, width, len(bits),
-         symmetric, weight, per_chunk, DTYPES[g.dtype])
-    return wanted(dx), total(dprobs, probs), total(partial, mask) * weight
-
-
-def lora_pair(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Both in one dtype the kernel reads, and its code."""
-    dtype = torch.bfloat16 if lora_a.dtype == lora_b.dtype == torch.bfloat16 else torch.float32
-    return lora_a.to(dtype).contiguous(), lora_b.to(dtype).contiguous(), DTYPES[dtype]
-
-
-def quant_lora_mix(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
-    bits: Sequence[int], group_size: int,
-) -> Tensor:
-    """sum_p probs[p] Q_p(weight + scaling lora_b[p] lora_a[p])."""
-    w, (a, b, lora) = weight.contiguous(), lora_pair(lora_a, lora_b)
-    out = empty_like(w)
-    call("quant_lora_mix", w, a, b, vector(probs), optional(clip), integers(bits), out, *w.shape, len(bits), a.shape[1],
-         group_size, float(scaling), DTYPES[w.dtype], lora)
-    return out
-
-
-def quant_lora_mix_backward(
-    gradient_rows: Callable[[slice], Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor,
-    clip: Tensor | None, scaling: float, bits: Sequence[int], group_size: int, ste: str, want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """da, db, dprobs, dclip, as ``want`` (lora, probs, clip) says.
-
-    ``gradient_rows`` gives some rows of G = dL/dout, ROW_TILE at a time: 512 x 14336 bf16 are 14 MB; each tile costs
-    one packing of A (0.4 ms at rank 32, 4096 inputs) against 30 ms for the product that makes the tile.
-    """
-    w, (a, b, lora) = weight.contiguous(), lora_pair(lora_a, lora_b)
-    rows, width = w.shape
-    want_lora, want_probs, want_clip = want
-    dclip = floats(*clip.shape) if want_clip and clip is not None else None
-    sums, da, db = floats(len(bits)).zero_(), floats(*a.shape).zero_(), floats(*b.shape)
-    pi, clips, widths = vector(probs), optional(clip), integers(bits)
-    factor = pi.view(-1, 1, 1)
-    for begin in range(0, rows, ROW_TILE):
-        tile = slice(begin, min(begin + ROW_TILE, rows))
-        g = gradient_rows(tile).contiguous()
-        count = g.shape[0]
-        masked = None
-        if want_probs or ste == "clip":
-            if want_lora and ste == "clip":
-                masked = torch.empty((len(bits), count, width), dtype=g.dtype, device=g.device)
-            partial = floats(-(-count // 12), len(bits))
-            call("quant_lora_mix_backward", w, a, b, pi, clips, widths, g, masked, partial, dclip, begin, count, rows,
-                 width, len(bits), a.shape[1], group_size, float(scaling), DTYPES[w.dtype], lora, DTYPES[g.dtype])
-            sums += partial.sum(0)
-        if want_lora:
-            of_each = g.expand(len(bits), -1, -1) if masked is None else masked
-            right, left = a.to(w.dtype).to(g.dtype), (b[:, tile].float() * scaling).to(w.dtype).to(g.dtype)
-            db[:, tile] = (of_each @ right.mT).float() * (factor * scaling)
-            da += (left.mT @ of_each).float() * factor
-    return (
-        da.to(lora_a.dtype) if want_lora else floats(0),
-        db.to(lora_b.dtype) if want_lora else floats(0),
-        sums.to(probs.dtype) if want_probs else floats(0),
-        floats(0) if dclip is None or clip is None else dclip.to(clip.dtype),
-    )
-
-
-# ---- low-bit linear ----
-
-LOWBIT_BLOCK = 64  # output rows of a block of prepared weights (csrc/include/lowbit_cpu.h)
-
-
-def stored_group(group_size: int, w_bits: int, planes: bool = False) -> int:
-    """The group of prepared weights: the largest divisor of ``group_size`` that is whole words and whose sums of levels
-    fit 16 bits."""
-    word = 32 if planes else 32 // w_bits
-    most = min(group_size, 1 << (16 - w_bits))
-    return next(g for g in range(most // word * word, 0, -word) if group_size % g == 0)
-
-
-def lowbit_pack(packed: Tensor, scale: Tensor, w_bits: int, group_size: int, planes: bool) -> Tensor:
-    """Prepared weights (ops/lowbit_prepared.py) from the storage layout."""
-    packed = packed.contiguous()
-    scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
-    outputs, inputs = packed.shape[0], packed.shape[1] * 32 // w_bits
-    stored = stored_group(group_size, w_bits, planes)
-    height = (1 if scale.dtype == torch.bfloat16 else 2) + stored * w_bits // 32
-    shape = (-(-outputs // LOWBIT_BLOCK), inputs // stored, height, LOWBIT_BLOCK)
-    data = empty_like(packed.new_empty(()).expand(shape))
-    call("lowbit_pack", packed, scale, data, outputs, inputs, w_bits, group_size, stored, planes, DTYPES[scale.dtype])
-    return data
-
-
-def lowbit_matmul(x: Tensor, data: Tensor, outputs: int, w_bits: int, a_bits: int, symmetric: bool, planes: bool
-                  ) -> Tensor:
-    """x [..., I] times prepared weights."""
-    x = x.contiguous()
-    rows, inputs = matrix(x)
-    stored = inputs // data.shape[1]
-    bf16 = data.shape[2] == 1 + stored * w_bits // 32
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
-    call("lowbit_matmul", x, data, y, rows, outputs, inputs, w_bits, a_bits, stored, symmetric, planes, DTYPES[x.dtype],
-         bf16)
-    return y
-
-
-def lowbit_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int, symmetric: bool
-) -> Tensor:
-    """x [..., I] times packed weights [O, I w_bits/32], laid out anew on every call."""
-    x, packed = x.contiguous(), packed.contiguous()
-    scale = (scale if scale.dtype in DTYPES else scale.float()).contiguous()
-    rows, width = matrix(x)
-    y = torch.empty((*x.shape[:-1], packed.shape[0]), dtype=x.dtype, device=x.device)
-    call("lowbit_linear", x, packed, scale, y, rows, packed.shape[0], width, w_bits, a_bits, group_size,
-         stored_group(group_size, w_bits), symmetric, DTYPES[x.dtype], DTYPES[scale.dtype])
-    return y
+def total(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """The sum over chunks in the dtype of ``like``; None of None."""
+    return None if partial is None or like is None else partial.sum(0).to(like.dtype)

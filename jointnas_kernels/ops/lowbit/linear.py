@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import bad, check, compute_dtype, custom_op, resolve, rows
 from jointnas_kernels.ops.lowbit.cuda import DTYPES, CudaWeight, matmul
 from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight

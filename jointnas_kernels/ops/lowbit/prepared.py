@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import check, custom_op
 from jointnas_kernels.ops.lowbit.linear import ACT_BITS, reference
 from jointnas_kernels.ops.lowbit.pack import WEIGHT_BITS, check_bits, pack_weight

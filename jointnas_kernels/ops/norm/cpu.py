@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.ops.core.cpu import DTYPES, chunking, empty_like, floats, integers, matrix, total, vector
+from jointnas_kernels.ops.core import cpu_calls as cpu
+from jointnas_kernels.ops.core.cpu_calls import DTYPES, chunking, empty_like, floats, integers, matrix, total, vector
 
 
 def segments(sizes: Sequence[int]) -> tuple[Tensor, Tensor]:

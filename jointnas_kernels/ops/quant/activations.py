@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import custom_op, no_grad_slot, resolve
 from jointnas_kernels.ops.quant.activations_triton import act_backward_triton, act_forward_triton
 from jointnas_kernels.ops.quant.weights import _ste, compute_dtype

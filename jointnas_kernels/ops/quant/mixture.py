@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import custom_op, no_grad_slot, resolve, without_autocast
 from jointnas_kernels.ops.quant.mixture_cuda import (
     mix_forward_cuda,

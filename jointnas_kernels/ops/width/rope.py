@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.columns import STAGES, column_sums
 from jointnas_kernels.ops.core.dispatch import (
     bad,

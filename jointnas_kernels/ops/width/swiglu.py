@@ -1,12 +1,16 @@
 """masked_swiglu: the MLP's gate, with the intermediate OUT mask and down_proj's IN mask folded in.
 
-    a = r * gate,  v = r * up,  out = silu(a) * v * c         gate, up [..., I] any float; r, c [I] fp32
-    with s = sigmoid(a), f = a s, f' = s (1 + a (1 - s)) and g = dL/dout:
+Backward, with a = r * gate, v = r * up, s = sigmoid(a), f = a s, f' = s (1 + a (1 - s)) and g = dL/dout:
+
     dgate = g c v f' r      dup = g c f r
     dc = sum g f v          dr = sum g c (v f' gate + f up)    (sums over rows; only when asked for)
 
 Nothing but gate and up is saved: the backward recomputes the sigmoid.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,29 +18,31 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, row_tiles
-from jointnas_kernels.ops.core.dispatch import bad, compute_dtype, custom_op, no_grad_slot, resolve, rows
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, in_dtype_of, rows
+
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dgate, dup, dr, dc
 
 
 def reference(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
-    acc = compute_dtype(gate)
+    acc = compute_dtype(gate.dtype)
     r, c = out_mask.to(acc), in_mask.to(acc)
     return (torch.nn.functional.silu(r * gate.to(acc)) * (r * up.to(acc)) * c).to(gate.dtype)
 
 
 def reference_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = compute_dtype(gate)
-    width = gate.shape[-1]
+    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need: Sequence[bool]
+) -> Gradients:
+    acc = compute_dtype(gate.dtype)
     g, x, u, r, c = grad.to(acc), gate.to(acc), up.to(acc), out_mask.to(acc), in_mask.to(acc)
     a, v = r * x, r * u
     s = torch.sigmoid(a)
     f, slope = a * s, s * (1 + a * (1 - s))
     gc = g * c
     dgate, dup = (gc * v * slope * r).to(gate.dtype), (gc * f * r).to(up.dtype)
-    dr = (gc * (v * slope * x + f * u)).reshape(-1, width).sum(0).to(out_mask.dtype) if need_out else no_grad_slot(gate)
-    dc = (g * f * v).reshape(-1, width).sum(0).to(in_mask.dtype) if need_in else no_grad_slot(gate)
+    dr = rows(gc * (v * slope * x + f * u)).sum(0).to(out_mask.dtype) if need[2] else None
+    dc = rows(g * f * v).sum(0).to(in_mask.dtype) if need[3] else None
     return dgate, dup, dr, dc
 
 
@@ -98,7 +104,7 @@ def swiglu_backward_kernel(
         tl.store(dc_ptr + chunk * width + col, tl.sum(dc, axis=0), mask=col_ok)
 
 
-def _launch_forward(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
+def _launch(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
     x, u, out_mask, in_mask = rows(gate), rows(up), out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -113,106 +119,75 @@ def _launch_forward(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor)
 
 
 def _launch_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need: Sequence[bool]
+) -> Gradients:
     g, x, u = rows(grad), rows(gate), rows(up)
     out_mask, in_mask = out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty_like(dgate)
-    grid, column_blocks, per_program, block_m, block_n = row_tiles(gate, count, width, need_out or need_in)
-
-    def partials(need: bool) -> Tensor | None:
-        if not need:
-            return None
-        return torch.empty(grid // column_blocks, width, dtype=torch.float32, device=gate.device)
-
-    dr, dc = partials(need_out), partials(need_in)
+    _, _, need_out, need_in = need
+    reduce = need_out or need_in
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(gate, count, width, reduce)
+    dr, dc = (partial_sums(n, grid // column_blocks, width, gate.device) for n in (need_out, need_in))
     if grid > 0:
         with torch.cuda.device_of(gate):
             swiglu_backward_kernel[(grid,)](
                 g, x, u, out_mask, in_mask, dgate, dup, dr, dc, count, width, column_blocks, per_program,
                 g.stride(0), x.stride(0), u.stride(0), NEED_OUT=need_out, NEED_IN=need_in,
-                LOOP_STAGES=STAGES if need_out or need_in else 1, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+                LOOP_STAGES=STAGES if reduce else 1, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    slot = no_grad_slot(gate)
-    if dr is None:
-        return dgate, dup, slot, no_grad_slot(gate) if dc is None else column_sums(dc)[0].to(in_mask.dtype)
-    first, second = column_sums(dr, dc)
-    return dgate, dup, first.to(out_mask.dtype), slot if second is None else second.to(in_mask.dtype)
+    of_out, of_in = column_sums(dr, dc)
+    return dgate, dup, in_dtype_of(of_out, out_mask), in_dtype_of(of_in, in_mask)
 
 
-@custom_op(
+def _cpu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    count, width = cpu.matrix(gate)
+    out = cpu.empty_like(gate)
+    cpu.call("masked_swiglu", gate, up, cpu.vector(out_mask), cpu.vector(in_mask), out, count, width,
+             cpu.chunking(count, width)[0], cpu.DTYPES[gate.dtype])
+    return out
+
+
+def _cpu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need: Sequence[bool]
+) -> Gradients:
+    g, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
+    count, width = cpu.matrix(g)
+    per_chunk, chunks = cpu.chunking(count, width, need[2] or need[3])
+    dgate, dup = cpu.empty_like(g), cpu.empty_like(g)
+    dr, dc = cpu.partial_sums(need[2], chunks, width), cpu.partial_sums(need[3], chunks, width)
+    cpu.call("masked_swiglu_backward", g, gate, up, cpu.vector(out_mask), cpu.vector(in_mask), dgate, dup, dr, dc,
+             count, width, per_chunk, cpu.DTYPES[g.dtype])
+    return dgate, dup, cpu.total(dr, out_mask), cpu.total(dc, in_mask)
+
+
+_op = Op(
     "masked_swiglu",
-    "(Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, str? backend) -> Tensor",
+    {"triton": _launch, "cpu": _cpu, "reference": reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": reference_backward},
 )
-def _masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None) -> Tensor:
-    how = resolve("masked_swiglu", backend, gate)
-    if how == "triton":
-        return _launch_forward(gate, up, out_mask, in_mask)
-    if how == "cpu":
-        return cpu.masked_swiglu(gate, up, out_mask, in_mask)
-    return reference(gate, up, out_mask, in_mask).contiguous()
-
-
-@_masked_swiglu.register_fake
-def _(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None) -> Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-
-
-@custom_op(
-    "masked_swiglu_backward",
-    "(Tensor grad, Tensor gate, Tensor up, Tensor out_mask, Tensor in_mask, bool need_out, bool need_in, "
-    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _masked_swiglu_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    how = resolve("masked_swiglu", backend, gate)
-    if how == "triton":
-        return _launch_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
-    if how == "cpu":
-        return cpu.masked_swiglu_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
-    dgate, dup, dr, dc = reference_backward(grad, gate, up, out_mask, in_mask, need_out, need_in)
-    return dgate.contiguous(), dup.contiguous(), dr, dc
-
-
-@_masked_swiglu_backward.register_fake
-def _(
-    grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need_out: bool, need_in: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    dr = torch.empty_like(out_mask) if need_out else no_grad_slot(gate)
-    dc = torch.empty_like(in_mask) if need_in else no_grad_slot(gate)
-    return dgate, dup, dr, dc
-
-
-def _setup(ctx, inputs, output):
-    gate, up, out_mask, in_mask, backend = inputs
-    ctx.save_for_backward(gate, up, out_mask, in_mask)
-    ctx.backend = backend
-
-
-def _backward(ctx, grad):
-    gate, up, out_mask, in_mask = ctx.saved_tensors
-    need_out, need_in = ctx.needs_input_grad[2:4]
-    dgate, dup, dr, dc = _masked_swiglu_backward(
-        grad, gate, up, out_mask, in_mask, need_out, need_in, ctx.backend
-    )
-    return dgate, dup, dr if need_out else None, dc if need_in else None, None
-
-
-_masked_swiglu.register_autograd(_backward, setup_context=_setup)
 
 
 def masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, backend: str | None = None) -> Tensor:
-    """silu(out_mask * gate) * (out_mask * up) * in_mask along the last dim; gradients to all four."""
+    """The gate of an MLP with masked neurons, silu(r * gate) * (r * up) * c along the last dim.
+
+    Args:
+        gate, up: [..., I] in any floating dtype, both alike.
+        out_mask, in_mask: r and c, [I], fp32: the OUT mask of gate_proj and up_proj, the IN mask of down_proj.
+        backend: "triton", "cpu" or "reference"; None: by device and dtype.
+
+    Returns:
+        [..., I] in the dtype of gate; computed in fp32 (fp64 for fp64) and rounded once. Gradients to all four.
+
+    Raises:
+        JointNASError: shapes or dtypes that do not fit, or a backend that cannot run.
+    """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise bad("masked_swiglu", f"gate {gate.dtype} {tuple(gate.shape)} and up {up.dtype} {tuple(up.shape)} differ")
     for name, mask in (("out_mask", out_mask), ("in_mask", in_mask)):
         if mask.shape != gate.shape[-1:]:
             raise bad("masked_swiglu", f"{name} {tuple(mask.shape)} does not match gate {tuple(gate.shape)}")
-    return _masked_swiglu(gate, up, out_mask, in_mask, backend)
+    out: Tensor = _op(gate, up, out_mask, in_mask, backend)
+    return out

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import unknown
-from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import (
     bad,
     compute_dtype,

@@ -1,0 +1,189 @@
+"""An operator declared once: the annotated signature of its reference gives schema, fake and autograd.
+
+    swiglu = Op(
+        "masked_swiglu",
+        {"triton": launch, "cpu": call, "reference": reference},                            # forward, best first
+        {"triton": launch_backward, "cpu": call_backward, "reference": reference_backward},
+    )
+    y = swiglu(gate, up, out_mask, in_mask, backend)
+
+* Forward implementations take tensors first, then plain values: (x, mask, sizes, eps). They return one tensor, or a
+  tuple: the results, then what is saved for the backward pass. Callers add the backend as last argument.
+* Backward implementations take the gradients of the results, the tensors, what was saved, the plain values, and `need`:
+  which gradients are wanted. They return one gradient per tensor that is neither `frozen` nor `identity`, in order;
+  unwanted ones may be None. `need` has their order.
+* The reference is the specification. It also runs on fake tensors, so that shapes, dtypes and devices are said once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.core.tensors import empty_slot
+
+Implementations = Mapping[str, Callable[..., Any]]
+
+
+def _dense(output: Any) -> Any:
+    """Outputs of a reference as kernels write them."""
+    if isinstance(output, tuple):
+        return tuple(None if part is None else part.contiguous() for part in output)
+    return output.contiguous()
+
+
+class Registered:
+    """``jointnas::NAME`` in ``torch.library``, its implementations chosen by the first tensor and the last argument.
+
+    The dispatcher's Python layers cost about 25 us per call, as much as a kernel over 8 x 128 tokens. Plain tensors in
+    eager mode therefore go straight to the implementation; tracing, tensor subclasses and dispatch modes see the
+    registered op.
+    """
+
+    function: type[torch.autograd.Function] | None = None
+
+    def __init__(
+        self, name: str, schema: str, implementations: Implementations, choose: Callable[..., str] | None = None
+    ) -> None:
+        self.name, self.implementations, self.choose = name, implementations, choose
+        self.available = tuple(implementations)
+        reference = implementations["reference"]
+
+        def without_none(output: Any, args: Sequence[Any]) -> Any:  # the dispatcher knows no absent tensor in outputs
+            if not isinstance(output, tuple):
+                return output
+            like = next(a for a in args if isinstance(a, Tensor))
+            return tuple(empty_slot(like) if part is None else part for part in output)
+
+        def run(*args: Any) -> Any:
+            return without_none(self.run(*args), args)
+
+        definition = torch.library.custom_op(f"jointnas::{name}", run, mutates_args=(), schema=schema)
+        definition.register_fake(lambda *args: without_none(_dense(reference(*args[:-1])), args))
+        self.definition, self.registered = definition, getattr(torch.ops.jointnas, name).default
+
+    def run(self, *args: Any) -> Any:
+        """The outputs by the backend that the last argument asks for, or that fits; below autograd."""
+        if self.choose is None:
+            how = resolve(self.name, args[-1], args[0], self.available)
+        else:
+            how = self.choose(*args)
+        output = self.implementations[how](*args[:-1])
+        return _dense(output) if how == "reference" else output
+
+    def __call__(self, *args: Any) -> Any:
+        """The outputs for positional arguments, a tensor first, the backend last."""
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return self.registered(*args)
+        if type(args[0]) is not Tensor and type(args[0]) is not torch.nn.Parameter:
+            return self.registered(*args)
+        if self.function is not None and torch.is_grad_enabled():
+            return self.function.apply(*args)
+        return self.run(*args)
+
+
+class Op(Registered):
+    """An operator with gradients (module docstring).
+
+    Args:
+        name: registered as ``jointnas::NAME`` and ``jointnas::NAME_backward``; also the name in messages.
+        forward, backward: implementations by backend, best first; without a backward there are no gradients.
+        results: how many outputs are results; further ones are saved for the backward pass.
+        frozen: tensors that never get a gradient.
+        identity: tensors whose gradient is that of the first result itself.
+        read_for: tensor, or saved output ("saved0", "saved1", ..), -> the tensors whose gradients read it. It is kept
+            for the backward pass, and not None there, only if one of them is wanted.
+        choose: (the arguments) -> backend, where more than the first tensor decides. The backward pass calls it with
+            the same tensors, of which those dropped are None, and values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Implementations,
+        backward: Implementations | None = None,
+        *,
+        results: int = 1,
+        frozen: Collection[str] = (),
+        identity: Collection[str] = (),
+        read_for: Mapping[str, Sequence[str]] | None = None,
+        choose: Callable[..., str] | None = None,
+    ) -> None:
+        schema = torch.library.infer_schema(forward["reference"], mutates_args=())
+        parameters, returned = schema[1:].split(") -> ")
+        names, kinds = list(inspect.signature(forward["reference"]).parameters), parameters.split(", ")
+        count = sum(kind.startswith("Tensor") for kind in kinds)
+        if not all(kind.startswith("Tensor") for kind in kinds[:count]):
+            raise TypeError(f"{name}: tensors come first, then plain values; got {schema}")
+        super().__init__(name, f"({parameters}, str? backend) -> {returned}", forward, choose)
+        if backward is None:
+            return
+        saved = [f"saved{i}" for i in range(returned.count("Tensor") - results)]
+        trained = [i for i in range(count) if names[i] not in frozen and names[i] not in identity]
+        given = [*(f"Tensor grad{i}" for i in range(results)), *(f"Tensor? {n}" for n in (*names[:count], *saved))]
+        arguments = ", ".join([*given, *kinds[count:], "bool[] need", "str? backend"])
+        tensors = ", ".join(["Tensor"] * len(trained))
+
+        def choose_backward(*args: Any) -> str:
+            assert choose is not None
+            return choose(*args[results : results + count], *args[len(given) : -2], args[-1])
+
+        self.backward = Registered(
+            f"{name}_backward", f"({arguments}) -> ({tensors})" if len(trained) > 1 else f"({arguments}) -> {tensors}",
+            backward, None if choose is None else choose_backward,
+        )  # fmt: skip
+        self.backward.name = name
+        kept = [*names[:count], *saved]
+        readers = [(kept.index(k), [names.index(n) for n in of]) for k, of in (read_for or {}).items()]
+        self._differentiate(count, results, trained, [names.index(n) for n in identity], readers)
+
+    def _differentiate(
+        self, count: int, results: int, trained: list[int], identity: list[int], readers: list[tuple[int, list[int]]]
+    ) -> None:
+        backward, single, everything = self.backward, len(trained) == 1, trained == list(range(count))
+
+        def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+            kept = inputs[:count]
+            if isinstance(output, tuple) and len(output) > results:
+                kept = (*kept, *output[results:])
+                ctx.mark_non_differentiable(*[t for t in output[results:] if t is not None])
+            if readers:
+                need, kept = ctx.needs_input_grad, list(kept)
+                for i, of in readers:
+                    if not any([need[j] for j in of]):
+                        kept[i] = None
+            ctx.save_for_backward(*kept)
+            ctx.values, ctx.backend = inputs[count:-1], inputs[-1]
+            ctx.set_materialize_grads(results > 1)  # of one result it would only fill gradients of saved outputs
+
+        def back(ctx: Any, *grads: Any) -> Any:
+            needs = ctx.needs_input_grad
+            if grads[0] is None:
+                return (None,) * len(needs)
+            need = needs[:count] if everything else [needs[i] for i in trained]
+            if everything:
+                found = backward(*grads[:results], *ctx.saved_tensors, *ctx.values, need, ctx.backend)
+                return *((found,) if single else found), *(None,) * (len(needs) - count)
+            all_of: list[Tensor | None] = [None] * len(needs)
+            if any(need):
+                found = backward(*grads[:results], *ctx.saved_tensors, *ctx.values, need, ctx.backend)
+                for i, gradient in zip(trained, (found,) if single else found, strict=True):
+                    all_of[i] = gradient
+            for i in identity:
+                all_of[i] = grads[0]
+            return tuple(all_of)
+
+        def forward(ctx: Any, *args: Any) -> Any:  # a separate setup_context costs a signature binding per call, 30 us
+            output = self.run(*args)
+            setup(ctx, args, output)
+            return output
+
+        self.definition.register_autograd(back, setup_context=setup)
+        members = {"forward": staticmethod(forward), "backward": staticmethod(back)}
+        self.function = type("Direct", (torch.autograd.Function,), members)

@@ -1,0 +1,70 @@
+"""What operators do to tensors around their kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jointnas_kernels.errors import JointNASError
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that math on inputs of ``dtype`` runs in: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off inside an op. Where it is off already nothing is entered: the context costs as much as a launch."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta has no autocast, and asking is an error
+        return _NOTHING
+    return torch.autocast(kind, enabled=False)
+
+
+def bad(op: str, message: str) -> JointNASError:
+    """The error of bad input to ``op``. Raised by the caller, so that a good call builds no message."""
+    return JointNASError(f"{op}: {message}")
+
+
+def check(condition: bool, op: str, message: str) -> None:
+    """Raise one clear error naming the op unless ``condition`` holds; for ops whose calls are not counted in us."""
+    if not condition:
+        raise bad(op, message)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """``tensor`` as [rows, last dim] with unit stride along the last dim; a view whenever the layout allows it."""
+    flat = tensor.reshape(-1, tensor.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def empty_slot(tensor: Tensor) -> Tensor:
+    """What a registered op returns in place of an absent output (the dispatcher knows no None among outputs)."""
+    return torch.empty(0, dtype=torch.float32, device=tensor.device)
+
+
+@functools.cache
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def processors(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's GPU; 2 in the interpreter, so that loops over rows are exercised."""
+    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 2
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << (n - 1).bit_length()
+
+
+def in_dtype_of(total: Tensor | None, like: Tensor | None) -> Tensor | None:
+    """A gradient summed in fp32, in the dtype of its input; None of None."""
+    return None if total is None or like is None else total.to(like.dtype)
