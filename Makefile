@@ -3,42 +3,63 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+STAGE  := .ci/stage build/test
+SETUP  := .ci/stage build/setup
+PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test lint unit interpret aot bench gpu clean
+.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu clean
 
 help:
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(STAMP) ## virtual environment in .venv with everything, extension built
-	@$(BIN)/python setup.py -q build_ext --inplace
+	@$(SETUP) extension sh -c '$(BIN)/python setup.py -q build_ext --inplace && echo "built in build/"'
 
-# With an NVIDIA driver the default (CUDA) build of torch; without, the CPU build, which is gigabytes smaller.
+# With an NVIDIA driver the default (CUDA) build of torch; without, the CPU build, which is gigabytes smaller, where its index
+# can be reached.
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+ifneq ($(shell command -v nvidia-smi),)
+TORCH := $(BIN)/pip install "torch>=2.11"
+else
+TORCH := $(BIN)/pip install --retries 1 --extra-index-url $(CPU_INDEX) "torch==2.13.0+cpu" || $(BIN)/pip install "torch>=2.11"
+endif
+
 $(STAMP): pyproject.toml setup.py
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
-	@if command -v nvidia-smi >/dev/null 2>&1; then $(BIN)/pip install -q "torch>=2.11"; \
-	else $(BIN)/pip install -q --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"; fi
-	$(BIN)/pip install -q -e ".[dev]"
+	@echo "setting up $(VENV), once, in about 5 minutes"
+	@$(SETUP) venv sh -c '$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --upgrade pip && $(BIN)/python --version'
+	@$(SETUP) torch sh -c '($(TORCH)) && $(BIN)/python -c "import torch; print(torch.__version__)"'
+	@$(SETUP) packages sh -c '$(BIN)/pip install -e ".[dev]" && echo "$$($(BIN)/pip list | wc -l) packages"'
 	@touch $(STAMP)
 
 demo: setup ## the whole mission on the embedded small model: profile, search, prune, distil, export, evaluate
-	$(BIN)/jointnas demo
+	@$(BIN)/jointnas demo
 
-test: lint unit interpret aot ## everything that needs no GPU
+test: lint types contracts docs examples unit interpret aot ## everything that needs no GPU
 
-lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+lint: setup ## ruff
+	@$(STAGE) lint $(BIN)/ruff check .
 
-unit: setup
-	$(BIN)/python -m pytest tests --ignore=tests/triton_interpret --ignore=tests/aot --ignore=tests/gpu
+types: setup ## mypy, strict
+	@$(STAGE) types $(BIN)/mypy
+
+contracts: setup ## layers, circles, private names, docstrings
+	@$(STAGE) contracts $(PYTEST) tests/contracts
+
+docs: setup ## the API site, into site/
+	@$(STAGE) docs .ci/site $(BIN)
+
+examples: setup ## the scripts of examples/
+	@$(STAGE) examples $(PYTEST) tests/examples
+
+unit: setup ## everything else under tests/
+	@$(STAGE) unit $(PYTEST) tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
 
 # own processes: the interpreter must be switched on before Triton is imported, and must be off to compile
-interpret: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 tests/triton_interpret
+interpret: setup ## Triton kernels in its interpreter
+	@TRITON_INTERPRET=1 $(STAGE) interpret $(PYTEST) -n 2 tests/triton_interpret
 
-aot: setup
-	$(BIN)/python -m pytest -n 2 tests/aot
+aot: setup ## Triton kernels compiled for GPUs that are not there
+	@$(STAGE) aot $(PYTEST) -n 2 tests/aot
 
 bench: setup ## benchmarks on this machine, raw rows into benchmarks/results, tables and plots from them
 	$(BIN)/jointnas bench all
@@ -48,4 +69,4 @@ gpu: ## on a machine with a GPU: build, correctness, sanitizer, benchmarks, in u
 	$(PYTHON) benchmarks/gpu_run.py
 
 clean: ## remove build products (keeps .venv)
-	rm -rf build dist *.egg-info jointnas_kernels/*.so .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info jointnas_kernels/*.so .mypy_cache .ruff_cache .cache

@@ -97,7 +97,8 @@ class NinjaBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(target, build_dir))
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", build_dir], check=True)
+        # quiet: the commands and output of what fails, nothing else
+        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", build_dir], check=True)
 
 
 setup(ext_modules=[Extension("jointnas_kernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

@@ -165,10 +165,13 @@ def check_and_time(
     tokens = x.shape[0]
     time = time_rotated(call, weights, "cuda", calls=per_graph(tokens))
     share = (case.nbytes + 2 * tokens * (case.inputs + case.rows)) / time.median / args.peak
+    extra: dict[str, Any] = {"share": share, "error": error, "copies": len(weights)}
+    if label == "ours":
+        extra["kernel"] = lowbit_cuda.choose(tokens, weights[0], scheme_bits(scheme)[1], x.device)
     rec.row(
         label,
         time,
-        extra={"share": share, "error": error, "copies": len(weights)},
+        extra=extra,
         scheme=scheme,
         m=tokens,
         n=case.rows,

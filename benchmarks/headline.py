@@ -1,13 +1,14 @@
-"""The table README opens its results with: each line one of our times beside the peer's of the same run."""
+"""What a user asks first of a machine, for README: each line one of our times beside the peer's of the same run."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
 
-from benchmarks.sections import Row, seconds
+from benchmarks.sections import Row, chosen_today, seconds
 
 Line = list[str]
+MOST = 12  # lines per machine
 
 
 def headline(rows: Mapping[str, list[Row]]) -> list[Line]:
@@ -15,92 +16,103 @@ def headline(rows: Mapping[str, list[Row]]) -> list[Line]:
     lines: list[Line] = []
     for topic, make in (
         ("step", step_lines), ("masks", mask_lines), ("kernels", kernel_lines), ("gemm", gemm_lines),
-        ("decode", decode_lines), ("search", search_lines),
+        ("decode", decode_lines), ("calibration", calibration_lines), ("search", search_lines),
     ):  # fmt: skip
         lines += make(rows.get(topic, []))
+    assert len(lines) <= MOST, f"{len(lines)} lines: {[line[0] for line in lines]}"
     return lines
 
 
 def step_lines(rows: list[Row]) -> Iterable[Line]:
-    """Supernet steps over the fastest plain PEFT LoRA step of their panel; captured ones over captured PEFT."""
-    for panel, how in (("graph", ", CUDA graphs on both sides"), ("main", ", eager")):
-        here = [r for r in rows if r["params"]["panel"] == panel and r["name"].endswith("graph") == (panel == "graph")]
-        lora = [r for r in here if r["name"].startswith("PEFT") and "dropout" not in r["name"]]
-        if not lora:
-            continue
-        peer = min(lora, key=lambda r: r["median"])
+    """Supernet steps over the fastest plain PEFT LoRA step of their panel; captured ones, with eager ratios beside."""
+    panels = {panel: ratios(rows, panel) for panel in ("graph", "main")}
+    best, eager = panels["graph"] or panels["main"], panels["main"]
+    how = "CUDA graphs on both sides" if panels["graph"] else "eager"
+    for kind, (row, peer, ratio) in best.items():
         p = peer["params"]
         blocks = f"{p['layers']} block{'s' if p['layers'] > 1 else ''} of Llama-3.1-8B, {p['batch']} × {p['tokens']}"
-        for kind in ("llama3 weight", "llama3 arch", "qllama3 weight", "qllama3 arch"):
-            found = [r for r in here if r["name"].startswith(f"{kind} step")]
-            if found:
-                best = min(found, key=lambda r: r["median"])
-                ratio = best["median"] / peer["median"]
-                what = f"`{kind.split()[0]}` {kind.split()[1]} step, {blocks}{how}"
-                yield [what, seconds(best["median"]), f"PEFT LoRA step {seconds(peer['median'])}", f"{ratio:.2f}×"]
+        beside = f" (eager {eager[kind][2]:.2f}×)" if panels["graph"] and kind in eager else ""
+        yield [
+            f"`{kind.split()[0]}` {kind.split()[1]} step, {blocks}, {how}", seconds(row["median"]),
+            f"PEFT LoRA step {seconds(peer['median'])}", f"{ratio:.2f}×{beside}",
+        ]  # fmt: skip
+
+
+def ratios(rows: list[Row], panel: str) -> dict[str, tuple[Row, Row, float]]:
+    """By kind of step: our fastest, the fastest plain PEFT, and ours over PEFT."""
+    here = [r for r in rows if r["params"]["panel"] == panel and r["name"].endswith("graph") == (panel == "graph")]
+    lora = [r for r in here if r["name"].startswith("PEFT") and "dropout" not in r["name"]]
+    found = {}
+    for kind in ("llama3 weight", "llama3 arch", "qllama3 weight", "qllama3 arch"):
+        ours = [r for r in here if r["name"].startswith(f"{kind} step")]
+        if ours and lora:
+            best, peer = (min(group, key=lambda r: r["median"]) for group in (ours, lora))
+            found[kind] = best, peer, best["median"] / peer["median"]
+    return found
 
 
 def mask_lines(rows: list[Row]) -> Iterable[Line]:
-    """At the largest space that ours and the peer were both timed at. Each was timed beside LoRA: ratio of ratios."""
-    peers = {
-        "loop": "loops over sub-matrices", "loop-best": "improved loops", "masks": "stored masks (Eq. 9)",
-        "gemv": "stored masks, best version",
-    }  # fmt: skip
-    for name, label in peers.items():
-        for row in sorted((r for r in rows if r["name"] == name), key=lambda r: -r["params"]["candidates"]):
-            count = row["params"]["candidates"]
-            ours = [r for r in rows if r["name"].startswith("ours") and r["params"]["candidates"] == count]
-            if ours:
-                best = min(ours, key=lambda r: r["extra"]["ratio"])
-                ratio = best["extra"]["ratio"] / row["extra"]["ratio"]
-                own, other = (f"{seconds(r['median'])}, +{r['extra']['memory'] / 1e9:.1f} GB" for r in (best, row))
-                yield [
-                    f"search iteration, {count:,} candidates (ratio: over LoRA steps beside each)",
-                    own,
-                    f"{label} {other}",
-                    f"{ratio:.3f}×",
-                ]
-                break
+    """The best loops and the best masks at the largest space. Each was timed beside LoRA: ratio of ratios."""
+    largest = max((r["params"]["candidates"] for r in rows), default=0)
+    here = [r for r in rows if r["params"]["candidates"] == largest]
+    ours = min((r for r in here if r["name"].startswith("ours")), key=lambda r: r["extra"]["ratio"], default=None)
+    for names in (
+        {"loop": "loops over sub-matrices", "loop-best": "improved loops over sub-matrices"},
+        {"masks": "stored masks (Eq. 9)", "gemv": "stored masks, best version"},
+    ):
+        row = min((r for r in here if r["name"] in names), key=lambda r: r["extra"]["ratio"], default=None)
+        if ours and row:
+            own, other = (f"{seconds(r['median'])}, +{r['extra']['memory'] / 1e9:.1f} GB" for r in (ours, row))
+            yield [
+                f"search iteration, {largest:,} candidates (ratio: over LoRA steps beside each)", own,
+                f"{names[row['name']]} {other}", f"{ours['extra']['ratio'] / row['extra']['ratio']:.3f}×",
+            ]  # fmt: skip
 
 
 def kernel_lines(rows: list[Row]) -> Iterable[Line]:
+    """The mixture of quantized weights over the fastest other way to compute it."""
     peers = [r for r in rows if r["name"] == "quant_lora_mix_peers"]
     ours = [r for r in peers if r["params"]["contender"] == "ours"]
-    for row in peers:
-        if row not in ours:
-            t = ours[-1]["median"]
-            peer = f"{row['params']['contender'].replace('eager', 'eager torch')} {seconds(row['median'])}"
-            what = f"`quant_lora_mix` {row['params']['shape']}, 3 precisions"
-            yield [what, seconds(t), peer, f"{t / row['median']:.2f}×"]
+    others = [r for r in peers if r["params"]["contender"] != "ours"]
+    if ours and others:
+        peer, t = min(others, key=lambda r: r["median"]), ours[-1]["median"]
+        name = f"{peer['params']['contender'].replace('eager', 'eager torch')} {seconds(peer['median'])}"
+        what = f"`quant_lora_mix` {peer['params']['shape']}, 3 precisions"
+        yield [what, seconds(t), name, f"{t / peer['median']:.2f}×"]
 
 
 def gemm_lines(rows: list[Row]) -> Iterable[Line]:
-    """Ours as chosen automatically over the fastest other library of the same scheme, at one and at many tokens."""
+    """Ours as chosen automatically over the fastest other library of the same scheme, at one token and at hundreds."""
     smallest = min((r["params"]["n"] for r in rows), default=0)
-    rows = [r for r in rows if r["params"]["n"] == smallest]
-    counts = sorted({r["params"]["m"] for r in rows})
-    for m in [c for c in counts if c == 1] + counts[-2:]:
-        for scheme in ("w4a16", "w8a16", "w4a8", "w8a8"):
-            here = [r for r in rows if r["params"].get("scheme") == scheme and r["params"]["m"] == m]
-            ours = [r for r in here if r["name"] == "ours"]
-            others = [r for r in here if not r["name"].startswith("ours") and r["name"] != "plan"]
-            if ours and others:
-                peer, t = min(others, key=lambda r: r["median"]), ours[-1]["median"]
-                shape = f"{peer['params']['n']}×{peer['params']['k']}, M = {m}"
-                ratio = f"{t / peer['median']:.2f}×"
-                name = f"{peer['name']} {seconds(peer['median'])}"
-                yield [f"{scheme.upper()} linear {shape}", seconds(t), name, ratio]
+    rows = [r for r in chosen_today(rows) if r["params"]["n"] == smallest]
+    many = max((r["params"]["m"] for r in rows if r["params"]["m"] < 1000), default=0)
+    for scheme, m in (("w4a16", 1), ("w4a16", many), ("w8a8", many)):
+        here = [r for r in rows if r["params"].get("scheme") == scheme and r["params"]["m"] == m]
+        ours = [r for r in here if r["name"] == "ours"]
+        others = [r for r in here if not r["name"].startswith("ours") and r["name"] != "plan"]
+        if ours and others:
+            peer, t = min(others, key=lambda r: r["median"]), ours[-1]["median"]
+            shape = f"{peer['params']['n']}×{peer['params']['k']}, M = {m}"
+            name = f"{peer['name']} {seconds(peer['median'])}"
+            yield [f"{scheme.upper()} linear {shape}", seconds(t), name, f"{t / peer['median']:.2f}×"]
 
 
 def decode_lines(rows: list[Row]) -> Iterable[Line]:
     """Packed blocks of Llama-3.1-8B over the same blocks in 16 bit."""
     here = {r["name"]: r for r in rows if r["params"]["panel"] == "blocks"}
-    dense = here.pop("16 bit", None)
-    for name, row in here.items():
-        if dense is not None and name in ("W4A16", "W2A16", "W4A8"):
-            what = f"decoding one token, two blocks of Llama-3.1-8B, {name}"
-            peer = f"16 bit {seconds(dense['median'])}"
-            yield [what, seconds(row["median"]), peer, f"{row['median'] / dense['median']:.2f}×"]
+    dense, row = here.get("16 bit"), here.get("W4A8")
+    if dense and row:
+        what = "decoding one token, two blocks of Llama-3.1-8B, W4A8"
+        ratio = f"{row['median'] / dense['median']:.2f}×"
+        yield [what, seconds(row["median"]), f"16 bit {seconds(dense['median'])}", ratio]
+
+
+def calibration_lines(rows: list[Row]) -> Iterable[Line]:
+    """How far a latency table is off for whole models that it was not fitted to."""
+    for row in (r for r in rows if r["name"] == "mape" and r["params"]["mode"] == "decode"):
+        extra = row["extra"]
+        what = f"latency table, decode {extra['batch']} × {extra['seq']}: error of whole models"
+        yield [what, f"{row['median']:.1%}", f"{extra['models']} models measured", f"worst {extra['worst']:.1%}"]
 
 
 def search_lines(rows: list[Row]) -> Iterable[Line]:

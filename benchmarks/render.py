@@ -2,10 +2,10 @@
 
     python benchmarks/render.py [--add FILE.jsonl ...] [--check]
 
-All tables go into benchmarks/RESULTS.md, one short table per device between <!-- results:begin --> and
-<!-- results:end --> in README.md, plots into benchmarks/plots. Of several rows with the same name and parameters the
-newest counts. ``--add`` first files the rows of a GPU run under
-benchmarks/results/<device>; ``--check`` only says whether README.md is up to date.
+All tables go into docs/results.md, the dozen a user would ask for, by machine, between <!-- results:begin --> and
+<!-- results:end --> in README.md, plots into docs/plots. Of several rows with the same name and parameters the newest
+counts. ``--add`` first files the rows of a GPU run under benchmarks/results/<device>; ``--check`` only says whether
+README.md and docs/results.md are up to date, and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.headline import headline
-from benchmarks.sections import SECTIONS, Row, slug, table
+from benchmarks.overview import overview
+from benchmarks.sections import DRAWN, SECTIONS, Row, slug, table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -79,8 +80,6 @@ def summary() -> str:
         if lines:
             body = table(["what", "ours", "peer, same run", "ours / peer"], lines)
             parts.append(f"### {device}\n\ntorch {', '.join(torches)}; {' to '.join(dates)}\n\n{body}")
-        if len({r["params"]["candidates"] for r in topics.get("masks", [])}) > 1:
-            parts.append(f"![time and memory over the candidates](benchmarks/plots/masks-{slug(device)}.png)")
     return "\n\n".join(parts)
 
 
@@ -89,31 +88,49 @@ def sections() -> str:
     parts = []
     for device, topics in devices().items():
         texts = [render(topics[t], device) for t, render in SECTIONS.items() if t in topics]
-        parts.append(f"### {device}\n\n" + "\n\n".join(t for t in texts if t))
+        parts.append(f"## {device}\n\n" + "\n\n".join(t for t in texts if t))
     return "\n\n".join(parts)
+
+
+def draw() -> None:
+    """All plots."""
+    found = devices()
+    for device, topics in found.items():
+        for topic, plot in DRAWN.items():
+            if topic in topics:
+                plot(topics[topic], device)
+    overview(found)
+
+
+def texts() -> dict[Path, str]:
+    """The files that hold results, as they should be."""
+    readme = ROOT / "README.md"
+    before, begin, rest = readme.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"README.md has no {BEGIN} … {END}")
+    intro = "# Results\n\nWritten by `benchmarks/render.py` from the rows in `benchmarks/results`.\n\n"
+    return {
+        readme: f"{before}{BEGIN}\n{summary()}\n{END}{after}",
+        ROOT / "docs" / "results.md": f"{intro}{sections()}\n",
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--add", nargs="*", type=Path, default=[], help="rows.jsonl files of other machines")
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is not up to date; write nothing")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a text is not up to date; write nothing")
     args = parser.parse_args(argv)
     if args.add:
         print(f"{add(args.add)} new rows")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        print(f"README.md has no {BEGIN} … {END}", file=sys.stderr)
-        return 1
-    before, rest = text.split(BEGIN, 1)
-    new = f"{before}{BEGIN}\n{summary()}\n{END}{rest.split(END, 1)[1]}"
-    report = ROOT / "benchmarks" / "RESULTS.md"
-    tables = sections().replace("benchmarks/plots", "plots")
-    full = f"# Results\n\nWritten by `render.py` from `results/`.\n\n{tables}"
+    stale = {path: text for path, text in texts().items() if not path.exists() or path.read_text() != text}
     if args.check:
-        return 0 if new == text and report.exists() and report.read_text() == full + "\n" else 1
-    readme.write_text(new)
-    report.write_text(full + "\n")
+        for path in stale:
+            print(f"{path.name} is not what benchmarks/render.py writes", file=sys.stderr)
+        return 1 if stale else 0
+    for path, text in stale.items():
+        path.write_text(text)
+    draw()
     return 0
 
 

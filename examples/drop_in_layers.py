@@ -23,7 +23,7 @@ optimizers = {
     "arch": torch.optim.Adam(supernet.arch_parameters(), lr=3e-3),
 }
 generator = torch.Generator().manual_seed(0)
-for mode, optimizer in optimizers.items():
+for mode, optimizer in optimizers.items():  # a search alternates the two
     supernet.mode(mode).draw(generator)  # whose gradients; one sampled architecture for this step
     loss = supernet(input_ids, labels=input_ids).loss
     loss.backward()

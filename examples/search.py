@@ -16,6 +16,6 @@ config = RunConfig(
 folder = search(config)  # table, search, prune, distil, export, evaluate, report
 
 for row in json.loads((folder / "eval.json").read_text()):
-    print(f"{row['name']}: {row['params']:,} parameters, {row['predicted_ms']:.2f} ms, perplexity {row['perplexity']:.1f}")
+    print("{name}: {params:,} parameters, {predicted_ms:.2f} ms, perplexity {perplexity:.1f}".format(**row))
 print(f"found {json.loads((folder / 'choice.json').read_text())['choice']}")
 print(f"model in {folder / 'final'}, report in {folder / 'report.html'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from benchmarks import (
 from benchmarks.harness import Recorder, Timing, WrongResult
 from jointnas import bench
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency.timing import cache_bytes
 
 
 def rows_of(folder: Path, topic: str) -> list[dict]:
@@ -57,7 +59,7 @@ def test_peak_memory_sees_temporaries() -> None:
 
 
 def test_rotation_exceeds_the_cache() -> None:
-    assert len(harness.rotation(lambda: 0, 32 << 20, "cpu")) * (32 << 20) > 2 * (64 << 20)
+    assert len(harness.rotation(lambda: 0, 32 << 20, "cpu")) * (32 << 20) > 2 * cache_bytes(torch.device("cpu"))
 
 
 def test_interleaved_runs_every_contender_equally_often() -> None:
@@ -111,8 +113,35 @@ def test_every_benchmark_runs_and_renders(
     assert "stored masks (Eq. 9)" in text
     assert "qllama3 arch step" in text
     assert "| W4A4 | learned |" in text
+    render.draw()
     assert len(list((tmp_path / "plots").glob("masks-*.png"))) == 1
     assert "loops over sub-matrices" in render.summary()
+
+
+def test_texts_are_up_to_date() -> None:
+    """`python benchmarks/render.py` would change neither README.md nor docs/results.md."""
+    assert render.main(["--check"]) == 0
+
+
+def test_every_picture_is_there() -> None:
+    pages = [*render.ROOT.glob("*.md"), *render.ROOT.glob("docs/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())]
+    assert len(links) > 8
+    assert [link for page, link in links if not (page.resolve().parent / link).is_file()] == []
+
+
+def test_kernels_that_are_no_longer_chosen_are_not_ours() -> None:
+    def row(name: str, scheme: str, m: int, us: int, **extra: str) -> dict:
+        return {"name": name, "params": {"scheme": scheme, "m": m}, "median": us, "device": "GPU", "extra": extra}
+
+    old = [row("ours", "w4a16", 512, 149), row("ours, wgmma", "w4a16", 512, 149), row("ours, dense", "w4a16", 512, 129)]
+    found = sections.pick(sections.chosen_today(old), "ours")
+    assert [r["median"] for r in found] == [129], "the kernel of today, timed in the same run"
+    assert sections.pick(sections.chosen_today(old[:2]), "ours") == [], "no row of today's kernel: no row of ours"
+    named = [row("ours", "w4a16", 512, 149, kernel="dense"), row("ours", "w4a16", 4096, 800)]
+    assert sections.chosen_today(named) == named
+    cpu = [row("ours", "w4a16", 512, 149) | {"device": "AMD EPYC 2 cores"}]
+    assert sections.chosen_today(cpu) == cpu
 
 
 def test_newest_row_wins(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LATE = [
     ("jointnas.verbs", "jointnas", "the command line reads every verb's signature before it loads one of them"),
     ("benchmarks", "peft", "optional: the peer"),
     ("benchmarks", "matplotlib", "optional: plots"),
-    ("benchmarks", "jointnas.plots", "likewise"),
+    ("benchmarks.bench_against", "", "imports whichever checkout its process measures"),
 ]
 
 
