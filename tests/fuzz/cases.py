@@ -336,3 +336,9 @@ OPS: dict[str, Builder] = {
 
 # Ops whose one implementation torch provides: they take no backend and run on either device.
 LIBRARY = ("mixed_linear_group", "reinmax", "pack_weight")
+
+# Ops that have a C++ kernel.
+CPU_KERNELS = (
+    "mixed_weight_factored", "mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "channel_mask",
+    "quant_lora_mix", "quant_lora_linear", "act_quant_mix", "mixed_rmsnorm_quant", "lowbit_linear",
+)  # fmt: skip

@@ -15,16 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jointnas_kernels import _ext
-from tests.fuzz.cases import LIBRARY, OPS
+from tests.fuzz.cases import CPU_KERNELS, LIBRARY, OPS
 from tests.fuzz.check import Case, check
 from tests.fuzz.shrinking import Shrinking
 from tests.fuzz.source import LIMITS, Seeded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-CPU_KERNELS = (
-    "mixed_weight_factored", "mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "channel_mask",
-    "quant_lora_mix", "quant_lora_linear", "act_quant_mix", "mixed_rmsnorm_quant", "lowbit_linear",
-)  # fmt: skip
 CASES = [pytest.param(op, "reference", id=f"{op}-{'torch' if op in LIBRARY else 'reference'}") for op in OPS]
 CASES += [pytest.param(op, "cpu", id=f"{op}-cpu") for op in CPU_KERNELS]
 
