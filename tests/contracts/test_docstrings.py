@@ -24,8 +24,7 @@ PUBLIC = [
 ]
 # a shape, a dtype, a unit, or that of another argument
 SAYS = re.compile(
-    r"\[[^\]]*\]|\b(u?int\d*|bf16|fp\d+|b?float\d*|bool|scalar|shapes?|dtypes?|bytes?|seconds?|ms|µs|probabilit\w+|bits?)\b"
-    r"|\b(like|as|of) `*\w+"
+    r"\[[^\]]*\]|\b(u?int\d*|bf16|fp\d+|b?float\d*|bool|scalar|shapes?|dtypes?|bytes?|seconds?|ms|µs|probabilit\w+|bits?|a?like)\b"
 )
 
 
