@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -162,24 +163,19 @@ def _measure_cpu(
     runs[-1]()
     once = time.perf_counter() - start
     if once * 1e3 > hopeless_ms:
-        return _summary([once], 1e3)
+        return _summary([once * 1e3])
     inner = max(1, min(50, int(20e-6 / max(once, 1e-7))))
-    samples = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
-    times: list[float] = []
-    position, ticked = 0, time.perf_counter()
-    stop = ticked + seconds
-    while len(times) < samples or (time.perf_counter() < stop and len(times) < maximum):
-        batch = [runs[(position + i) % len(runs)] for i in range(inner)]
-        position += inner
+    forever = itertools.cycle(runs)
+
+    def sample() -> float:
+        batch = list(itertools.islice(forever, inner))
         start = time.perf_counter()
         for run in batch:
             run()
-        end = time.perf_counter()
-        times.append((end - start) / inner)
-        if end - ticked > TICK:
-            tick()
-            ticked = time.perf_counter()
-    return _summary(times, 1e3)
+        return (time.perf_counter() - start) * 1e3 / inner
+
+    least = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
+    return _collect(sample, seconds, least, maximum, tick)
 
 
 def _measure_cuda(
@@ -200,22 +196,31 @@ def _measure_cuda(
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     torch.cuda.synchronize(device)
-    times: list[float] = []
-    ticked = time.perf_counter()
-    stop = ticked + seconds
-    while len(times) < samples or (time.perf_counter() < stop and len(times) < maximum):
-        if time.perf_counter() - ticked > TICK:
-            tick()
-            ticked = time.perf_counter()
+
+    def sample() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return _summary(times, 1.0)
+        return float(begin.elapsed_time(end)) / calls
+
+    return _collect(sample, seconds, samples, maximum, tick)
 
 
-def _summary(times: list[float], scale: float) -> Measured:
+def _collect(sample: Callable[[], float], seconds: float, least: int, maximum: int, tick: Run) -> Measured:
+    """Samples (milliseconds) until `seconds` have passed, at least `least` of them, with ticks between."""
+    times: list[float] = []
+    ticked = time.perf_counter()
+    stop = ticked + seconds
+    while len(times) < least or (time.perf_counter() < stop and len(times) < maximum):
+        times.append(sample())
+        if time.perf_counter() - ticked > TICK:
+            tick()
+            ticked = time.perf_counter()
+    return _summary(times)
+
+
+def _summary(times: list[float]) -> Measured:
     ordered = sorted(times)
-    pick = lambda q: max(ordered[min(len(ordered) - 1, int(q * len(ordered)))] * scale, 1e-9)  # noqa: E731
-    return Measured(pick(0.1), pick(0.5), pick(0.9), len(ordered))
+    p10, median, p90 = (max(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1e-9) for q in (0.1, 0.5, 0.9))
+    return Measured(p10, median, p90, len(ordered))

@@ -95,6 +95,12 @@ def waited_seconds() -> float:
     return total
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what was launched; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def reference_kernels(device: torch.device) -> Callable[[], Reading]:
     """Reads the reference once: median seconds of a few calls of each kernel."""
     # CPU: 34 MFLOP; 1 MiB, half of an L2. GPU: a few tenths of a millisecond each, much longer than a launch
@@ -107,12 +113,10 @@ def reference_kernels(device: torch.device) -> Callable[[], Reading]:
         kernels.append(lambda: (whole.add_(1), half.sub_(1)))
 
     def seconds(kernel: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         kernel()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     return lambda: tuple(sorted(seconds(kernel) for _ in range(CALLS))[CALLS // 2] for kernel in kernels)

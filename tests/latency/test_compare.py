@@ -10,7 +10,7 @@ from jointnas import cli, models, plots
 from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, OpSpec, compare, interpolate, measure_choices
-from jointnas_kernels.latency.compare import between, measured_by
+from jointnas_kernels.latency.interpolation import between, measured_by
 from jointnas_kernels.latency.schema import INTERPOLATED, Device
 from jointnas_kernels.space import Choice, SearchSpace
 from tests.latency.tables import CONFIG, calm, cost, synthetic
