@@ -288,7 +288,8 @@ def save(path: str | Path, header: Header, rows: list[Row], calibration: Calibra
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = b"".join(map(_dump, (header, *rows, *([calibration] if calibration is not None else []))))
+    records: list[Record] = [header, *rows, *([calibration] if calibration is not None else [])]
+    body = b"".join(_dump(record) for record in records)
     with open(temporary, "wb") as f:
         f.write(body + _dump(End(rows=len(rows), sha256=hashlib.sha256(body).hexdigest())))
         f.flush()

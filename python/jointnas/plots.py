@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jointnas.results import pareto
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.schema import Calibration
@@ -44,32 +45,29 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, x: str, y: str, titles: tuple[str, str]) -> Path:
+def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[str, str]) -> Path:
     """Points with `name`, `x` and `y`, optional `y_error` and `x_predicted` (hollow); small is good on both axes."""
-    from jointnas.peers import pareto
-
     figure, axes = _figure()
     axis = axes[0, 0]
-    front = pareto([(p[x], p[y]) for p in points])
-    line = [points[i] for i in front]
-    axis.plot([p[x] for p in line], [p[y] for p in line], color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
+    places = [(p["x"], p["y"]) for p in points]
+    line = [places[i] for i in pareto(places)]
+    axis.plot(*zip(*line, strict=True), color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
     seen: set[str] = set()
-    for p in points:
-        kind = p.get("kind", p["name"])
+    for p, (x, y) in zip(points, places, strict=True):
+        name = p["name"]
+        kind = name if name in ("found", "original") else "random" if name.startswith("random") else "baseline"
         color = {"found": RED, "original": BLUE, "random": GREY}.get(kind, GREEN)
         marker = {"found": "*", "original": "s"}.get(kind, "o")
         label = kind if kind not in seen else None
         seen.add(kind)
-        axis.scatter(
-            [p[x]], [p[y]], color=color, marker=marker, s=130 if kind == "found" else 36, zorder=3, label=label
-        )
+        axis.scatter([x], [y], color=color, marker=marker, s=130 if kind == "found" else 36, zorder=3, label=label)
         predicted = p.get("x_predicted")
         if predicted is not None:
-            axis.scatter([predicted], [p[y]], edgecolors=color, facecolors="none", marker=marker, s=30, zorder=2)
-            axis.plot([predicted, p[x]], [p[y], p[y]], color=color, lw=0.6, zorder=2)
+            axis.scatter([predicted], [y], edgecolors=color, facecolors="none", marker=marker, s=30, zorder=2)
+            axis.plot([predicted, x], [y, y], color=color, lw=0.6, zorder=2)
         if p.get("y_error"):
-            axis.errorbar([p[x]], [p[y]], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
-        axis.annotate(p["name"], (p[x], p[y]), textcoords="offset points", xytext=(6, 5), fontsize=7)
+            axis.errorbar([x], [y], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=7)
     axis.set_xlabel(titles[0])
     axis.set_ylabel(titles[1])
     axis.legend(fontsize=7, frameon=False)

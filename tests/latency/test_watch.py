@@ -281,7 +281,7 @@ def test_whole_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_result_tables_mark_what_was_measured_on_a_busy_machine() -> None:
-    from jointnas.reporting import BUSY, html_table, text_table
+    from jointnas.results import BUSY, html_table, text_table
 
     row = {"name": "found", "params": 1, "bytes": 2e6, "measured_ms": 1.0, "predicted_ms": 1.1, "perplexity": 9.0}
     quiet, busy = {**row, "tasks": {}}, {**row, "tasks": {}, "contended": True}

@@ -32,7 +32,7 @@ from jointnas.initialise.gptq import accumulate, gptq
 from jointnas.initialise.omniquant import learn
 from jointnas.initialise.problem import Clips, Parameters, Problem
 from jointnas.initialise.store import Store
-from jointnas.logs import Progress
+from jointnas.progress import Progress
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.linear import FakeQuantLinear
