@@ -26,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ from jointnas import loading
 from jointnas.baselines.random_choices import random_choices
 from jointnas.bilevel import optimise
 from jointnas.config import RunConfig, build
+from jointnas.metrics import read_metrics
 from jointnas.pipeline import score
 from jointnas.preparation import prepare
-from jointnas.progress import read_metrics
 from jointnas.results import hypervolume, pareto
 from jointnas.run_folder import Run
 from jointnas_kernels.latency import LatencyTable
@@ -128,7 +128,7 @@ def work(settings: Settings, job: Job) -> dict[str, Any]:
         row |= run_search(here, config)
     else:
         assert job.choice is not None
-        row |= score(here.prepare(config), job.choice, job.seed).to_dict()
+        row |= asdict(score(here.prepare(config), job.choice, job.seed))
     return {**row, "seconds": time.monotonic() - began}
 
 
@@ -139,7 +139,7 @@ def run_search(here: Context, config: RunConfig) -> dict[str, Any]:
         rows = read_metrics(Path(folder))
     gaps = [r["gap"] for r in rows if "gap" in r]
     return {
-        **found.to_dict(), "block_rank": list(run.supernet.block_rank), "gap_first": gaps[0], "gap_last": gaps[-1],
+        **asdict(found), "block_rank": list(run.supernet.block_rank), "gap_first": gaps[0], "gap_last": gaps[-1],
         "entropy_last": rows[-1]["entropy_max"],
     }  # fmt: skip
 

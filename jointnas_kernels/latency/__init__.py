@@ -10,26 +10,7 @@ from jointnas_kernels.latency.table import Coverage, Expected, LatencyTable
 from jointnas_kernels.latency.timing import describe
 
 __all__ = [
-    "Backend",
-    "Comparison",
-    "Coverage",
-    "Expected",
-    "LatencyTable",
-    "LinearWeight",
-    "OpSpec",
-    "Target",
-    "Workload",
-    "calibrate",
-    "compare",
-    "deploy",
-    "describe",
-    "enumerate_ops",
-    "feasible_choices",
-    "interpolate",
-    "measure_choices",
-    "measure_model",
-    "profile",
-    "register",
-    "survey",
-    "unregister",
-]
+    "Backend", "Comparison", "Coverage", "Expected", "LatencyTable", "LinearWeight", "OpSpec", "Target", "Workload",
+    "calibrate", "compare", "deploy", "describe", "enumerate_ops", "feasible_choices", "interpolate", "measure_choices",
+    "measure_model", "profile", "register", "survey", "unregister",
+]  # fmt: skip

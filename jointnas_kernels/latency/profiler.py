@@ -14,7 +14,6 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
@@ -34,6 +32,7 @@ from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, en
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
 from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
+from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import SearchSpace
 
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
@@ -118,12 +117,11 @@ def profile(
                 writer.write(row if before is None else row.model_copy(update={"again": True}))
             readings[spec] = watch.reading
 
-        pace = 0.1 if sys.stderr.isatty() else 15.0  # seconds between updates of the bar
         began = time.perf_counter()
         done = {spec for spec, _ in rows}
         try:
             todo = [spec for spec in specs if spec not in done or due(spec)]
-            for spec in _bar(todo, f"profile {device}", progress, pace):
+            for spec in _with_progress(todo, f"profile {device}", progress):
                 run(spec)
             # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
             for spec, reading in readings.items():
@@ -132,7 +130,7 @@ def profile(
             todo = [spec for spec in todo if due(spec)]
             stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
             watch.patience = max(watch.patience, stop - time.perf_counter())
-            for spec in _bar(todo, "disturbed, again", progress and bool(todo), pace):
+            for spec in _with_progress(todo, "disturbed, again", progress and bool(todo)):
                 if time.perf_counter() < stop:
                     run(spec)
         finally:
@@ -189,15 +187,14 @@ def _weight_bytes(space: SearchSpace, workload: Workload, dims: ModelDims, targe
     return int(total * target.dtype.itemsize)
 
 
-def _bar(specs: Sequence[OpSpec], title: str, progress: bool, pace: float) -> Iterator[OpSpec]:
-    """The specs, with a bar whose remaining time goes by size: of 8B shapes the last take 1000 times the first."""
+def _with_progress(specs: Sequence[OpSpec], what: str, enabled: bool) -> Iterator[OpSpec]:
+    """The specs; the time that is left goes by size: of 8B shapes the last take 1000 times the first."""
     work = [0.05 + spec.n * max(spec.k, 1) * (1 + spec.m / 64) * 1e-7 for spec in specs]
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
-    with tqdm(total=sum(work), desc=title, disable=not progress, mininterval=pace, bar_format=layout) as bar:
-        for done, (spec, share) in enumerate(zip(specs, work, strict=True)):
-            bar.set_postfix_str(f"{done} of {len(specs)} operations ", refresh=False)
-            yield spec
-            bar.update(share)
+    progress = Progress(what, sum(work), enabled=enabled)
+    for done, (spec, share) in enumerate(zip(specs, work, strict=True), 1):
+        yield spec
+        progress.step(share, operations=f"{done} of {len(specs)}")
+    progress.close()
 
 
 class Weights:

@@ -80,6 +80,7 @@ def pinned_threads(threads: int) -> Iterator[None]:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 TICK = 0.02  # seconds between two readings of the reference kernel
+SAMPLES = 2000  # at most, of one measurement
 
 
 @functools.cache
@@ -136,7 +137,6 @@ def measure(
     device: torch.device,
     seconds: float = 0.04,
     samples: int = 15,
-    maximum: int = 2000,
     hopeless_ms: float = float("inf"),
     watch: Watch | None = None,
 ) -> Measured:
@@ -148,15 +148,13 @@ def measure(
 
     def attempt() -> Measured:
         if device.type == "cuda":
-            return _measure_cuda(runs, device, seconds, samples, maximum, tick)
-        return _measure_cpu(runs, seconds, samples, maximum, hopeless_ms, tick)
+            return _measure_cuda(runs, device, seconds, samples, tick)
+        return _measure_cpu(runs, seconds, samples, hopeless_ms, tick)
 
     return attempt() if watch is None else watch.settle(attempt)
 
 
-def _measure_cpu(
-    runs: Sequence[Run], seconds: float, samples: int, maximum: int, hopeless_ms: float, tick: Run
-) -> Measured:
+def _measure_cpu(runs: Sequence[Run], seconds: float, samples: int, hopeless_ms: float, tick: Run) -> Measured:
     retain_memory()
     runs[0]()
     start = time.perf_counter()
@@ -175,12 +173,10 @@ def _measure_cpu(
         return (time.perf_counter() - start) * 1e3 / inner
 
     least = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
-    return _collect(sample, seconds, least, maximum, tick)
+    return _collect(sample, seconds, least, tick)
 
 
-def _measure_cuda(
-    runs: Sequence[Run], device: torch.device, seconds: float, samples: int, maximum: int, tick: Run
-) -> Measured:
+def _measure_cuda(runs: Sequence[Run], device: torch.device, seconds: float, samples: int, tick: Run) -> Measured:
     calls = max(10, len(runs))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -204,15 +200,15 @@ def _measure_cuda(
         end.synchronize()
         return float(begin.elapsed_time(end)) / calls
 
-    return _collect(sample, seconds, samples, maximum, tick)
+    return _collect(sample, seconds, samples, tick)
 
 
-def _collect(sample: Callable[[], float], seconds: float, least: int, maximum: int, tick: Run) -> Measured:
+def _collect(sample: Callable[[], float], seconds: float, least: int, tick: Run) -> Measured:
     """Samples (milliseconds) until `seconds` have passed, at least `least` of them, with ticks between."""
     times: list[float] = []
     ticked = time.perf_counter()
     stop = ticked + seconds
-    while len(times) < least or (time.perf_counter() < stop and len(times) < maximum):
+    while len(times) < least or (time.perf_counter() < stop and len(times) < SAMPLES):
         times.append(sample())
         if time.perf_counter() - ticked > TICK:
             tick()

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jointnas.data import Batches, seeded
+from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies
-from jointnas.progress import Metrics, Progress
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
 from jointnas_kernels.hf import Supernet
+from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import count_params
 
 log = logging.getLogger(__name__)
@@ -31,7 +33,7 @@ WEIGHT, ARCH, GAP = range(3)  # lanes of random numbers
 def optimise(run: Run) -> Found:
     """Runs, or resumes, the bilevel loop. Checkpoints and metrics go to the run's folder."""
     config, options, supernet = run.config, run.config.search, run.supernet
-    objective = run.objective
+    objective = Objective(config, run.model_config, run.bound)
     weight_optimizer = torch.optim.AdamW(
         supernet.lora_parameters(), lr=options.lr_weight, betas=(0.9, 0.95), weight_decay=0.0,
         fused=True if supernet.device.type == "cuda" else None,
@@ -59,7 +61,7 @@ def optimise(run: Run) -> Found:
         largest = max(entropy.values(), default=0.0)
         converged = step >= options.min_steps and largest < options.entropy_stop
         last = converged or step == options.steps
-        shown: dict[str, float] = {}
+        shown: dict[str, float | str] = {}
         if step % options.log_every == 0 or last:
             row = {k: loss.item() for k, loss in losses.items()} | logs | {"entropy": entropy, "entropy_max": largest}
             if step % options.gap_every == 0 or last:
@@ -67,7 +69,8 @@ def optimise(run: Run) -> Found:
             row["probs"] = {k: p.detach().tolist() for k, p in probs.items()}
             row["seconds"] = time.monotonic() - began
             metrics.write(step, **row)
-            shown = {"ce": row["ce_weight"], "entropy": largest, "ms": logs.get("latency_ms", 0.0)}
+            shown = {"step": f"{step} of {options.steps}", "ce": row["ce_weight"], "entropy": largest}
+            shown["ms"] = logs.get("latency_ms", 0.0)
         progress.step(**shown)
         if step % options.save_every == 0 or last:
             save(run, optimizers, step, time.monotonic() - began, converged)
@@ -165,5 +168,5 @@ def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds:
         choice, argmax, violations, converged, step, run.bound.predict(choice), count_params(run.model_config, choice),
         seconds,
     )  # fmt: skip
-    write_json(run.folder / "choice.json", found.to_dict())
+    write_json(run.folder / "choice.json", asdict(found))
     return found

@@ -163,7 +163,7 @@ def normalise(arguments: list[str]) -> list[str]:
 
 def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
     """Unknown options and unknown keys of configuration files, with the nearest known one."""
-    from jointnas.config import RunConfig, check_keys, read_yaml
+    from jointnas.config import load
 
     known = [o for o in parser._option_string_actions if o.startswith("--")]
     for i, argument in enumerate(arguments):
@@ -173,8 +173,7 @@ def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
             near = [o for o in known if o.rpartition(".")[0] == section] or [o for o in known if "." not in o]
             raise unknown("option", name, near, where=f"jointnas {verb}")
         if name == "--config" and verb == "search":
-            path = value if equals else arguments[i + 1] if i + 1 < len(arguments) else ""
-            check_keys(RunConfig, read_yaml(path), where=path)
+            load(value if equals else arguments[i + 1] if i + 1 < len(arguments) else "")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ class Objective:
         self.config, self.model_config, self.bound = config.search, model_config, bound
         self.limits = Limits.of(config, model_config)
         self.latency_original = bound.original()
-        self.params = structure_params(model_config, bound.space)  # [*WIDTHS, blocks]
+        counts = [count_params(model_config, structure) for structure in structures(bound.space)]
+        sizes = [len(bound.space.sizes(k)) for k in (*WIDTHS, "blocks")]
+        self.params = torch.tensor(counts, dtype=torch.float64).view(sizes)  # [*WIDTHS, blocks]
 
     def violation(self, params: Tensor, latency: Tensor) -> Tensor:
         """Relative violations of the limits, added up."""
@@ -125,11 +127,10 @@ class Objective:
         }
 
 
-def structure_params(model_config: Any, space: SearchSpace) -> Tensor:
-    """Parameters of every structure, [*WIDTHS, blocks], fp64."""
-    sizes = [space.sizes(k) for k in (*WIDTHS, "blocks")]
-    counts = [count_params(model_config, Choice(h, n, d, i, l)) for h, n, d, i, l in itertools.product(*sizes)]
-    return torch.tensor(counts, dtype=torch.float64).view([len(s) for s in sizes])
+def structures(space: SearchSpace) -> list[Choice]:
+    """Every combination of widths and depth, without bits, in the order of the elements of [*WIDTHS, blocks]."""
+    sizes = (space.sizes(k) for k in (*WIDTHS, "blocks"))
+    return [Choice(h, n, d, i, l) for h, n, d, i, l in itertools.product(*sizes)]
 
 
 def entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> dict[str, float]:
@@ -158,6 +159,7 @@ class Feasibility:
 
     def __init__(self, model_config: Any, bound: Bound, limits: Limits) -> None:
         self.model_config, self.bound, self.limits, self.space = model_config, bound, limits, bound.space
+        self.structures = structures(bound.space)
 
     def violations(self, choice: Choice) -> list[str]:
         """What the choice breaks, in words; empty if nothing."""
@@ -180,21 +182,22 @@ class Feasibility:
 
         Structures (widths and depth) are tried from the most probable on, until none that is left can win. Each takes
         the most probable bits that fit into its latency (`knapsack`).
+
+        Raises:
+            JointNASError: there is none.
         """
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
         total = p["hidden"]
         for key in (*WIDTHS[1:], "blocks"):
             total = total[..., None] + p[key]
-        order, shape = total.flatten().argsort(descending=True).tolist(), total.shape
         bits = self._bit_scores(p)
         most = bits.flatten(1).amax(1).sum().item()  # of any bits
         best: tuple[float, Choice] | None = None
-        for flat in order:
-            score = total.flatten()[flat].item()
+        values, order = total.flatten().sort(descending=True)
+        for score, index in zip(values.tolist(), order.tolist(), strict=True):
             if best is not None and score + most <= best[0]:
                 break
-            index = torch.unravel_index(torch.tensor(flat), shape)
-            structure = self._structure([int(i) for i in index])
+            structure = self.structures[index]
             params = count_params(self.model_config, structure)
             if not self.limits.params_min <= params <= self.limits.params_max:
                 continue
@@ -206,24 +209,18 @@ class Feasibility:
         return best[1]
 
     def _nothing(self) -> str:
-        sizes = [count_params(self.model_config, self._structure([i] * 5)) for i in (0, -1)]
+        sizes = [count_params(self.model_config, self.structures[i]) for i in (0, -1)]
         text = (
             f"no choice of the space satisfies the limits (parameters {self.limits.params_min:,.0f} to "
             f"{self.limits.params_max:,.0f}, latency up to {self.limits.latency_max:g} ms); the space spans "
             f"{sizes[0]:,} to {sizes[1]:,} parameters"
         )
-        fastest = self._fastest()
-        return text + (f" and its fastest choice takes {fastest:.3f} ms" if fastest is not None else "")
-
-    def _structure(self, index: Sequence[int]) -> Choice:
-        sizes: dict[str, Any] = {k: self.space.sizes(k)[i] for k, i in zip((*WIDTHS, "blocks"), index, strict=True)}
-        return Choice(**sizes)
-
-    def _fastest(self) -> float | None:
-        smallest = self._structure([0] * 5)
-        fixed, linear = self.bound.structure(smallest)
+        fixed, linear = self.bound.structure(self.structures[0])
         finite = linear[linear.isfinite()]
-        return fixed + smallest.blocks * finite.min().item() if len(finite) else None
+        if not len(finite):
+            return text
+        fastest = fixed + self.structures[0].blocks * finite.min().item()
+        return f"{text} and its fastest choice takes {fastest:.3f} ms"
 
     def _bit_scores(self, p: Mapping[str, Tensor]) -> Tensor:
         """Log-probability [blocks, W, A] of every pair."""

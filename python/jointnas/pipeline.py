@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,8 @@ def evaluate_found(run: Run) -> list[dict[str, Any]]:
     """Rows of the original and the finished model of a run, written to its `eval.json`."""
     found = reloaded(run)
     rows = [
-        evaluated("original", loading.load_model(run.config.model), None, run).to_dict(),
-        evaluated("found", found, found_choice(run.folder), run).to_dict(),
+        asdict(evaluated("original", loading.load_model(run.config.model), None, run)),
+        asdict(evaluated("found", found, found_choice(run.folder), run)),
     ]
     write_json(run.folder / "eval.json", rows)
     return rows
@@ -129,13 +129,12 @@ class Scored:
     params: int
     predicted_ms: float
     ce: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "choice": self.choice.to_dict(), "perplexity": math.exp(self.ce)}
+    perplexity: float
 
 
 def score(run: Run, choice: Choice, seed: int) -> Scored:
     """Fine-tunes a choice from the run's supernet as it is, and measures its held-out cross-entropy."""
     model = distilled(run, choice, seed=seed)
     perplexity = evaluation.perplexity(model, run.streams.held_out, max_tokens=run.config.eval.tokens)
-    return Scored(choice, count_params(run.model_config, choice), run.bound.predict(choice), math.log(perplexity))
+    params = count_params(run.model_config, choice)
+    return Scored(choice, params, run.bound.predict(choice), math.log(perplexity), perplexity)

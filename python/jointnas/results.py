@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 BUSY = "measured while the machine was slower than when its latency table was made; the prediction does not apply"
@@ -22,9 +22,6 @@ class Row:
     perplexity: float
     tasks: dict[str, float]  # accuracy by task, and their mean
     contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

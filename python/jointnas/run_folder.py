@@ -1,10 +1,12 @@
-"""What a search works with, and the folder in which it leaves everything.
+"""What a search works with, and the folder in which it leaves everything:
 
     config.yaml, env.json      configuration, versions, device and space of the run
     checkpoints/step-N/        the supernet's trained parameters, optimizers and random state
     metrics.jsonl              one line per logged step
     choice.json                the found choice
-    final/                     its fine-tuned model; eval.json, plots/ and report.html: what is known of it
+    final/                     its fine-tuned model
+
+Whatever is known of the result is in eval.json, plots/ and report.html.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from jointnas import checkpoint
 from jointnas.config import RunConfig, dump, load
 from jointnas.data import Streams
-from jointnas.objective import Objective, original_params
+from jointnas.objective import original_params
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Importance, Supernet
 from jointnas_kernels.latency import LatencyTable
@@ -57,10 +59,6 @@ class Run:
     def bound(self) -> Bound:
         return self.table.bind(self.space, self.supernet.block_rank)
 
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.config, self.model_config, self.bound)
-
 
 @dataclass(frozen=True)
 class Found:
@@ -74,9 +72,6 @@ class Found:
     predicted_ms: float
     params: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "choice": self.choice.to_dict(), "argmax": self.argmax.to_dict()}
 
 
 def write_start(run: Run) -> None:

@@ -11,7 +11,7 @@ import torch
 from jointnas import exporting
 from jointnas.config import FinetuneConfig
 from jointnas.distillation import bake, distil, distillation_loss, learning_rate, original_logits, trainable
-from jointnas.progress import read_metrics
+from jointnas.metrics import read_metrics
 from jointnas.results import html_table, text_table
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError

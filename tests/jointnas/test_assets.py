@@ -109,7 +109,7 @@ def test_task_is_well_formed(name: str, tokenizer) -> None:
     items = [json.loads(line) for line in (assets.task_dir() / f"{name}.jsonl").read_text().splitlines()]
     assert 200 <= len(items) <= 400
     assert len({json.dumps(i, sort_keys=True) for i in items}) == len(items)
-    held_out = assets.text("test").replace("\n", " ")
+    held_out = "\n\n".join(assets.documents("test")).replace("\n", " ")
     for item in items:
         assert set(item) == {"query", "choices", "answer"}
         assert len(item["choices"]) == 4

@@ -107,11 +107,6 @@ def documents(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> lis
     return [d for source in sources for d in _all_documents(source) if _split_of(d) == split]
 
 
-def text(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> str:
-    """The documents of a split, separated by blank lines."""
-    return "\n\n".join(documents(split, sources))
-
-
 @functools.cache
 def token_documents(split: Split = "train") -> tuple[np.ndarray, ...]:
     """Documents as int64 token arrays, each led by ``<|endoftext|>`` (id 0)."""

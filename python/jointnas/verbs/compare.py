@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 from jointnas.baselines.random_choices import random_choices
@@ -29,7 +30,7 @@ def compare(run: str, count: int = 8, seed: int = 0, width: float = 0.1) -> dict
     opened = open_run(run, searched=False)
     found = found_choice(opened.folder)
     others = random_choices(found, opened.bound, opened.model_config, count, seed, width)
-    own, *rows = [score(opened, choice, seed).to_dict() for choice in (found, *others)]
+    own, *rows = [asdict(score(opened, choice, seed)) for choice in (found, *others)]
     result = {
         "found": own,
         "random": rows,

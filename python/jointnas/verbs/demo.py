@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ def demo(
     done = {r["name"] for r in rows}
     for name, of in candidates(run, choice, randoms, seed):
         if name not in done:
-            rows.append(evaluated(name, candidate(run, name, of), of, run).to_dict())
+            rows.append(asdict(evaluated(name, candidate(run, name, of), of, run)))
             write_json(path, rows)
             say(f"{name}: perplexity {rows[-1]['perplexity']:.2f}")
     say(f"report: {report(out)}, plots in {run.folder / 'plots'}")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jointnas import plots
+from jointnas.metrics import read_metrics
 from jointnas.objective import absolute
-from jointnas.progress import read_metrics
 from jointnas.results import html_table, pareto_points
 from jointnas.run_folder import read_config, read_json
 from jointnas_kernels.errors import JointNASError

@@ -1,4 +1,8 @@
-"""`table`: latency tables, measured, put together, compared, completed, described and drawn."""
+"""`table`: latency tables, measured, put together, compared, completed, described and drawn.
+
+Tables are files. One of another device than this machine's `device` (cpu or cuda) is refused unless `force`; to look at
+what changed between two, no device is needed. Whatever is written is a new file.
+"""
 
 from __future__ import annotations
 
@@ -46,13 +50,7 @@ def measure(
 
 
 def merge(tables: list[str], out: str, device: str = "cpu", force: bool = False) -> LatencyTable:
-    """Puts tables of one device and workload together; of rows they share the last file's are taken.
-
-    Args:
-        tables: two or more table files.
-        out: new table file.
-        device: of the tables, cpu or cuda.
-        force: accept tables of another device.
+    """Puts two or more tables of one device and workload together; of rows they share the last file's are taken.
 
     Raises:
         JointNASError: fewer than two tables, or they do not belong together, or `out` exists.
@@ -68,11 +66,7 @@ def merge(tables: list[str], out: str, device: str = "cpu", force: bool = False)
 
 
 def diff(first: str, second: str) -> Comparison:
-    """What changed from the first table to the second, largest change first; of whatever devices.
-
-    Args:
-        first: table file.
-        second: table file.
+    """What changed from the first table to the second, largest change first.
 
     Raises:
         JointNASError: they hold different metrics.
@@ -90,16 +84,7 @@ def fill(
 ) -> Coverage:
     """Writes a table with those sizes of a space that lie between measured ones, interpolated.
 
-    Args:
-        table: table file.
-        out: new table file.
-        space: search space.
-        model: whose sizes (see `measure`).
-        device: of the table, cpu or cuda.
-        force: accept a table of another device.
-
-    Returns:
-        What of the space the new table holds.
+    Returns what of the space the new table holds; `model` is as in `measure`.
 
     Raises:
         JointNASError: `out` exists, or the table cannot be used.
@@ -117,14 +102,9 @@ def show(
     device: str = "cpu",
     force: bool = False,
 ) -> str:
-    """Which operations and precisions of a space a table holds, lacks, and why.
+    """Which operations and precisions of a space a table, unfinished or not, holds, lacks, and why.
 
-    Args:
-        table: table file, unfinished or not.
-        space: search space.
-        model: whose sizes (see `measure`).
-        device: of the table, cpu or cuda.
-        force: accept a table of another device.
+    `model` is as in `measure`.
 
     Raises:
         JointNASError: the table cannot be read.
@@ -135,13 +115,7 @@ def show(
 
 
 def draw(table: str, out: str, device: str = "cpu", force: bool = False) -> Path:
-    """Draws the speed-ups of a table's precisions over 16 bit.
-
-    Args:
-        table: table file.
-        out: picture (PNG).
-        device: of the table, cpu or cuda.
-        force: accept a table of another device.
+    """Draws the speed-ups of a table's precisions over 16 bit into a PNG.
 
     Raises:
         JointNASError: the table cannot be used, or holds nothing to draw.
