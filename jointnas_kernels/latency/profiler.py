@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
@@ -281,7 +282,10 @@ def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_byt
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
     count = copies(spec.n * spec.k * bits // 8, model_bytes, target.device)
-    clone = lambda t: None if t is None else t.clone()  # noqa: E731
+
+    def clone(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
     return [
         replace(weight, dense=clone(weight.dense), levels=clone(weight.levels), scale=clone(weight.scale))
         for _ in range(count - 1)

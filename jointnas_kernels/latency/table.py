@@ -53,7 +53,12 @@ from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
 
 
 class Expected(NamedTuple):
-    """`latency` over the feasible choices; `infeasible`: mean probability, over the kept blocks, of infeasible bits."""
+    """An expectation; fp64, a scalar or, of every structure, [*WIDTHS, blocks].
+
+    Attributes:
+        latency: over the feasible choices, in the table's unit; a scalar or [*WIDTHS, blocks].
+        infeasible: mean probability, over the kept blocks, of infeasible bits; likewise.
+    """
 
     latency: Tensor
     infeasible: Tensor
@@ -124,7 +129,11 @@ class LatencyTable:
         save(path, self.header, self.rows, self.calibration)
 
     def merge(self, other: LatencyTable) -> LatencyTable:
-        """Both tables' rows; where both have one, `other`'s. The calibration is dropped: it fits one set of rows."""
+        """Both tables' rows; where both have one, `other`'s. The calibration is dropped: it fits one set of rows.
+
+        Raises:
+            JointNASError: they differ in metric, device, workload or model.
+        """
         difference = self.header.differs_from(other.header)
         if difference:
             raise JointNASError(f"latency tables cannot be merged: different {difference}")
@@ -216,7 +225,7 @@ class LatencyTable:
     def expected(
         self, space: SearchSpace, probs: Mapping[str, Tensor], block_rank: Sequence[int] | None = None
     ) -> Expected:
-        """Differentiable expectation under independent `probs` (keyed by dimension, bits [blocks, choices])."""
+        """Differentiable expectation under independent `probs`: by dimension [choices], of bits [blocks, choices]."""
         return self.bind(space, block_rank).expected(probs)
 
     def bind(self, space: SearchSpace, block_rank: Sequence[int] | None = None) -> Bound:
@@ -229,7 +238,11 @@ class LatencyTable:
         return self._bound[key]
 
     def restrict(self, space: SearchSpace) -> tuple[SearchSpace, list[str]]:
-        """The space without bit values that no feasible combination uses, and one line per removal."""
+        """The space without bit values that no feasible combination uses, and one line per removal.
+
+        Raises:
+            JointNASError: the table lacks operations of the space, or nothing is left.
+        """
         wbits, abits = bit_choices(space)
         feasible = self.bind(space).feasible.flatten(0, -3).all(0)  # [W, A]: at every width
         keep_w = [w for w, ok in zip(wbits, feasible.any(1).tolist(), strict=True) if ok]

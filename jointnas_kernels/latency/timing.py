@@ -31,7 +31,11 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe(device: str | torch.device = "cpu", threads: int | None = None) -> Device:
-    """The identity written into a table's header."""
+    """The identity written into a table's header.
+
+    Raises:
+        JointNASError: there is no such device here, or it cannot be profiled.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
