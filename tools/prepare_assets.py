@@ -228,6 +228,7 @@ def tasks() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("corpus", "tokenizer", "tasks"))
     parser.add_argument("source_dir", type=Path, nargs="?")

@@ -124,6 +124,7 @@ class Batches:
 
 
 def autocast(device: str) -> torch.autocast:
+    """Mixed precision of all forward passes."""
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
 
 
@@ -166,12 +167,14 @@ class Run:
         }  # fmt: skip
 
     def log(self, **row: Any) -> None:
+        """A line of the curve."""
         row["seconds"] = round(time.time() - self.began, 1)
         self.curve.write(json.dumps(row) + "\n")
         self.curve.flush()
         print(row, flush=True)
 
     def write_record(self) -> None:
+        """record.json, as far as it is known."""
         self.record["seconds"] = round(time.time() - self.began, 1)
         partial = self.out / "record.json.part"
         partial.write_text(json.dumps(self.record, indent=1) + "\n")
@@ -338,6 +341,7 @@ def install(source: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=7.0, help="wall-clock budget of all stages together")

@@ -20,6 +20,7 @@ class Change(NamedTuple):
 
     @property
     def ratio(self) -> float:
+        """How many times as much it is afterwards."""
         return self.after / self.before
 
 

@@ -207,6 +207,7 @@ class Weights:
         self._weight = LinearWeight()
 
     def of(self, spec: OpSpec) -> LinearWeight:
+        """The weight of an operation."""
         key = (spec.n, spec.k, spec.wbits, spec.group)
         if key != self._key:
             self._weight = LinearWeight()  # the old one's memory first

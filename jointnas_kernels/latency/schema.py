@@ -124,10 +124,12 @@ class Row(_Record):
 
     @property
     def spec(self) -> OpSpec:
+        """What was measured."""
         return OpSpec(self.op, self.m, self.n, self.k, self.wbits, self.abits, self.group)
 
     @property
     def bits(self) -> str:
+        """Such as W4A16."""
         return f"W{self.wbits}A{self.abits}"
 
 
@@ -275,11 +277,13 @@ class Writer:
             self._file.seek(contents.valid_bytes)
 
     def write(self, record: Record) -> None:
+        """Appends a line."""
         self._file.write(_dump(record))
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Closes the file, unfinished."""
         self._file.close()
 
 

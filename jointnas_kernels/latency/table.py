@@ -126,6 +126,7 @@ class LatencyTable:
         return cls(contents.header, contents.rows, contents.calibration, contents.complete)
 
     def save(self, path: str | Path) -> None:
+        """Writes a finished table file."""
         save(path, self.header, self.rows, self.calibration)
 
     def merge(self, other: LatencyTable) -> LatencyTable:
@@ -144,10 +145,12 @@ class LatencyTable:
 
     @property
     def workload(self) -> Workload:
+        """What was timed."""
         return self.header.workload
 
     @property
     def dims(self) -> ModelDims:
+        """Sizes of the model that the space does not say."""
         return self.header.model
 
     @property

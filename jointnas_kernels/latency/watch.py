@@ -68,14 +68,17 @@ class Signs(NamedTuple):
 
     @property
     def disturbed(self) -> bool:
+        """Worth another attempt."""
         return self.drift > DRIFT[0] or self.waited > WAITED[0] or self.spread > SPREAD
 
     @property
     def contended(self) -> bool:
+        """Not to be trusted."""
         return self.drift > DRIFT[1] or self.waited > WAITED[1]
 
     @property
     def badness(self) -> float:
+        """For comparing attempts."""
         return max(self.drift / DRIFT[1], self.waited / WAITED[1], self.spread / (2 * SPREAD))
 
 
@@ -152,6 +155,7 @@ class Watch:
         self.baseline = tuple(map(min, now, self.baseline)) if self.baseline else now
 
     def begin(self) -> None:
+        """Before the samples."""
         self._readings.clear()
         self.tick()
         self._start = (self.clock(), self.waited())
@@ -161,6 +165,7 @@ class Watch:
         self._readings.append(self.reference())
 
     def end(self, spread: float = 0.0) -> Signs:
+        """After the samples, which differ by `spread`."""
         seconds, waited = self.clock() - self._start[0], self.waited() - self._start[1]
         self.tick()
         middle = _typical(self._readings)

@@ -30,6 +30,7 @@ class Metrics:
                 self._board.add_scalar(f"{self._phase}/{key}", value, step)
 
     def close(self) -> None:
+        """Closes the files."""
         self._file.close()
         if self._board is not None:
             self._board.close()

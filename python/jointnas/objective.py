@@ -101,6 +101,7 @@ class Objective:
         return total
 
     def penalty_weight(self, step: int) -> float:
+        """λ(t)."""
         ramp = self.config.lambda_ramp * self.config.steps
         return self.config.lambda_budget * (min(1.0, step / ramp) if ramp else 1.0)
 

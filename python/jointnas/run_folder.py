@@ -1,4 +1,4 @@
-"""What a search works with, and the folder in which it leaves everything:
+"""What a search works with, and the folder in which it leaves everything.
 
     config.yaml, env.json      configuration, versions, device and space of the run
     checkpoints/step-N/        the supernet's trained parameters, optimizers and random state
@@ -53,10 +53,12 @@ class Run:
 
     @property
     def model_config(self) -> Any:
+        """The original model's config."""
         return self.supernet.config
 
     @property
     def bound(self) -> Bound:
+        """The table over the run's space and ranked blocks."""
         return self.table.bind(self.space, self.supernet.block_rank)
 
 
@@ -136,6 +138,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes plain values; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1))
 

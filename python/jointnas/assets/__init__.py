@@ -38,14 +38,17 @@ def root() -> Path:
 
 
 def model_dir() -> Path:
+    """The Hugging Face folder."""
     return root() / "model"
 
 
 def corpus_dir() -> Path:
+    """The texts."""
     return root() / "corpus"
 
 
 def task_dir() -> Path:
+    """The multiple-choice tasks."""
     return root() / "tasks"
 
 

@@ -42,6 +42,7 @@ def compare(run: str, count: int = 8, seed: int = 0, width: float = 0.1) -> dict
 
 
 def text(result: dict[str, Any]) -> str:
+    """What the command prints."""
     return (
         f"found: {result['found']['ce']:.4f} nats per token; better than {result['better_than']} of "
         f"{len(result['random'])} random architectures of its cost (median {result['median_random']:.4f})"

@@ -63,6 +63,7 @@ def doctor(device: str = "cpu") -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
+    """What the command prints."""
     lines = []
     for section in ("system", "packages"):
         lines.append(section)

@@ -98,4 +98,5 @@ def image(path: Path) -> str:
 
 
 def preformatted(text: str) -> str:
+    """Text as it is."""
     return f"<pre>{html.escape(text)}</pre>"

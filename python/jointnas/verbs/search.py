@@ -38,5 +38,6 @@ def search(config: RunConfig) -> Path:
 
 
 def text(folder: Path) -> str:
+    """What the command prints."""
     rows = text_table(read_json(folder / "eval.json"))
     return f"{rows}\n\nmodel: {folder / 'final'}\nreport: {folder / 'report.html'}"

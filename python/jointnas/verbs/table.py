@@ -124,6 +124,7 @@ def draw(table: str, out: str, device: str = "cpu", force: bool = False) -> Path
 
 
 def text(result: LatencyTable | Comparison | Coverage | Path | str) -> str:
+    """What the command prints."""
     if isinstance(result, Comparison):
         return result.text()
     if isinstance(result, Coverage):
