@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.harness import Recorder, Timing, arguments, guarded
 from jointnas.config import ModelConfig
-from jointnas.models import model_config
+from jointnas.loading import model_config
 from jointnas_kernels.latency import Workload, feasible_choices, measure_choices, profile
 from jointnas_kernels.latency.measure import fit
 from jointnas_kernels.latency.watch import Watch

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness import Recorder, Timing, arguments, gate, guarded, time_interleaved
-from jointnas import artifact, assets
+from jointnas import assets, exporting
 from jointnas_kernels import hf
 from jointnas_kernels.latency import Workload, profile
 from jointnas_kernels.latency.measure import fit
@@ -82,7 +82,7 @@ def small_models(device: str, dtype: torch.dtype) -> Iterator[tuple[str, nn.Modu
                 yield name, assets.load_model(dtype).to(device)
                 continue
             fake = hf.extract(net, choice)
-            artifact.export(fake, Path(folder) / "model", choice, net.block_rank)
+            exporting.export_model(fake, Path(folder) / "model", choice, net.block_rank)
             run = hf.load(Path(folder) / "model", device, dtype)
             gate(name, {"logits": (run(ids.to(device)).logits.float().cpu(), fake(ids).logits.float())}, 0.05)
             yield name, run

@@ -19,8 +19,8 @@ import torch
 from benchmarks.harness import Recorder, Timing, arguments
 from jointnas import assets
 from jointnas.config import InitOptions
+from jointnas.evaluation import perplexity
 from jointnas.initialise import Bits, calibration_windows, initialise
-from jointnas.quality import perplexity
 
 SCHEMES = {"w4a16": (4, 16), "w2a16": (2, 16), "w4a4": (4, 4), "w8a8": (8, 8)}
 METHODS = ("16bit", "rtn", "clip", "gptq", "omniquant")

@@ -18,6 +18,7 @@ answers is not computed again.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import multiprocessing
@@ -25,20 +26,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import RESULTS, environment, slug
-from jointnas import data, models
-from jointnas.bilevel import optimise, prepare
-from jointnas.config import ModelConfig, RunConfig, build
-from jointnas.peers import fresh_supernet, hypervolume, pareto, random_peers, score
-from jointnas_kernels.hf import importance_scores
+from jointnas import loading
+from jointnas.baselines.random_choices import random_choices
+from jointnas.bilevel import optimise
+from jointnas.config import RunConfig, build
+from jointnas.metrics import read_metrics
+from jointnas.pipeline import score
+from jointnas.preparation import prepare
+from jointnas.results import hypervolume, pareto
+from jointnas.run_folder import Run
 from jointnas_kernels.latency import LatencyTable
-from jointnas_kernels.space import Choice, SearchSpace
+from jointnas_kernels.space import Choice
 
 EXHAUSTIVE = {"heads": [4], "head_dim": [64], "weight_bits": "none", "act_bits": "none"}
 
@@ -95,15 +100,14 @@ class Context:
 
     def __init__(self, settings: Settings) -> None:
         torch.set_num_threads(settings.threads)
-        self.model = models.load_model(ModelConfig(source=settings.model, device=settings.device))
-        tokenizer = None if settings.model == "embedded" else models.load_tokenizer(ModelConfig(source=settings.model))
-        self.streams = data.load(settings.config("joint", 0).data, tokenizer, seed=0)
+        config = settings.config("joint", 0)
+        self.model = loading.load_model(config.model)
+        self.streams = loading.load_streams(config.data, config.model, seed=0)
         self.table = LatencyTable.load(settings.table, device=None)
-        batches = data.Batches(self.streams.weight, settings.batch, settings.seq, 0)
-        self.importance = importance_scores(self.model, [batches.at(i) for i in range(8)])
 
-    def space(self, config: RunConfig) -> SearchSpace:
-        return self.table.restrict(config.space.build())[0]
+    def prepare(self, config: RunConfig) -> Run:
+        """A supernet on a copy of the original weights, LoRA at zero: where every search and comparison starts."""
+        return prepare(config, copy.deepcopy(self.model), self.streams, self.table)
 
 
 @functools.cache
@@ -124,28 +128,18 @@ def work(settings: Settings, job: Job) -> dict[str, Any]:
         row |= run_search(here, config)
     else:
         assert job.choice is not None
-        space = here.space(config)
-        supernet = fresh_supernet(here.model, space, here.importance)
-        bound = here.table.bind(space, supernet.block_rank)
-
-        def teacher(ids: torch.Tensor) -> torch.Tensor:
-            return here.model(input_ids=ids, use_cache=False).logits
-
-        row |= score(supernet, teacher, job.choice, here.streams, config, bound, job.seed).to_dict()
+        row |= asdict(score(here.prepare(config), job.choice, job.seed))
     return {**row, "seconds": time.monotonic() - began}
 
 
 def run_search(here: Context, config: RunConfig) -> dict[str, Any]:
-    import copy
-
     with tempfile.TemporaryDirectory() as folder:
-        config = config.model_copy(update={"out": folder})
-        run = prepare(config, copy.deepcopy(here.model), here.streams, here.table)
+        run = here.prepare(config.model_copy(update={"out": folder}))
         found = optimise(run)
-        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        rows = read_metrics(Path(folder))
     gaps = [r["gap"] for r in rows if "gap" in r]
     return {
-        **found.to_dict(), "block_rank": list(run.supernet.block_rank), "gap_first": gaps[0], "gap_last": gaps[-1],
+        **asdict(found), "block_rank": list(run.supernet.block_rank), "gap_first": gaps[0], "gap_last": gaps[-1],
         "entropy_last": rows[-1]["entropy_max"],
     }  # fmt: skip
 
@@ -214,9 +208,9 @@ def joint(bench: Bench, seeds: int, randoms: int, budget: float, etas: list[floa
         seed, found = row["seed"], Choice.from_dict(row["choice"])
         config = bench.settings.config("joint", seed)
         bound = table.bind(table.restrict(config.space.build())[0], row["block_rank"])
-        peers = random_peers(found, bound, models.model_config(config.model), randoms, seed)
+        others = random_choices(found, bound, loading.model_config(config.model), randoms, seed)
         scores.append(Job("score", "joint", seed, "found", choice=found))
-        scores += [Job("score", "joint", seed, "random", choice=c) for c in peers]
+        scores += [Job("score", "joint", seed, "random", choice=c) for c in others]
     rows = bench.run(scores)
     summary: dict[str, Any] = {"seeds": {}}
     for seed in sorted({r["seed"] for r in rows}):

@@ -1,7 +1,8 @@
 """Latency tables: measure every operation of a search space on a device, predict and differentiate whole models."""
 
 from jointnas_kernels.latency.backends import Backend, LinearWeight, Target, register, survey, unregister
-from jointnas_kernels.latency.compare import compare, interpolate
+from jointnas_kernels.latency.changes import Comparison, compare
+from jointnas_kernels.latency.interpolation import interpolate
 from jointnas_kernels.latency.measure import calibrate, deploy, feasible_choices, measure_choices, measure_model
 from jointnas_kernels.latency.profiler import profile
 from jointnas_kernels.latency.spec import OpSpec, Workload, enumerate_ops
@@ -9,25 +10,7 @@ from jointnas_kernels.latency.table import Coverage, Expected, LatencyTable
 from jointnas_kernels.latency.timing import describe
 
 __all__ = [
-    "Backend",
-    "Coverage",
-    "Expected",
-    "LatencyTable",
-    "LinearWeight",
-    "OpSpec",
-    "Target",
-    "Workload",
-    "calibrate",
-    "compare",
-    "deploy",
-    "describe",
-    "enumerate_ops",
-    "feasible_choices",
-    "interpolate",
-    "measure_choices",
-    "measure_model",
-    "profile",
-    "register",
-    "survey",
-    "unregister",
-]
+    "Backend", "Comparison", "Coverage", "Expected", "LatencyTable", "LinearWeight", "OpSpec", "Target", "Workload",
+    "calibrate", "compare", "deploy", "describe", "enumerate_ops", "feasible_choices", "interpolate", "measure_choices",
+    "measure_model", "profile", "register", "survey", "unregister",
+]  # fmt: skip

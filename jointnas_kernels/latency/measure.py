@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import LinearWeight, Target, quantize_weight
-from jointnas_kernels.latency.compare import measured_by
+from jointnas_kernels.latency.interpolation import measured_by
 from jointnas_kernels.latency.schema import Calibration
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
 from jointnas_kernels.latency.table import LatencyTable

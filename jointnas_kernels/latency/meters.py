@@ -21,18 +21,19 @@ import torch
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency.backends.base import Target
+from jointnas_kernels.latency.schema import Metric
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 from jointnas_kernels.latency.timing import Run, measure
-from jointnas_kernels.latency.watch import Measured, Watch
+from jointnas_kernels.latency.watch import Measured, Watch, synchronize
 
-UNITS = {"latency": "ms", "energy": "mJ", "memory": "B"}
+UNITS: dict[Metric, str] = {"latency": "ms", "energy": "mJ", "memory": "B"}
 WINDOW, WINDOWS = 0.5, 3  # seconds of one energy sample, and how many
 POWERCAP = Path("/sys/class/powercap")
 # (operation, its calls on different copies of the weight, seconds, watch) -> value per call
 Meter = Callable[[OpSpec, Sequence[Run], float, Watch | None], Measured]
 
 
-def meter(metric: str, target: Target, powercap: Path = POWERCAP) -> Meter:
+def meter(metric: Metric, target: Target, powercap: Path = POWERCAP) -> Meter:
     """How to measure one metric on this device.
 
     Raises:
@@ -55,20 +56,16 @@ def meter(metric: str, target: Target, powercap: Path = POWERCAP) -> Meter:
 def _energy(
     runs: Sequence[Run], counter: Callable[[], float], device: torch.device, window: float = WINDOW
 ) -> Measured:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     values, forever = [], cycle(runs)
     next(forever)()  # warm
     for _ in range(WINDOWS):
-        wait()
+        synchronize(device)
         calls, before, stop = 0, counter(), time.perf_counter() + window
         while time.perf_counter() < stop:
             for _ in range(10):
                 next(forever)()
             calls += 10
-            wait()
+            synchronize(device)
         values.append(max((counter() - before) * 1e3 / calls, 1e-9))
     values.sort()
     return Measured(values[0], values[len(values) // 2], values[-1], len(values))
@@ -76,14 +73,13 @@ def _energy(
 
 def _rapl(folder: Path) -> Callable[[], float]:
     """Joules of all packages; their counters wrap around."""
+    why = ""
     packages = sorted(p for p in folder.glob("*-rapl:*") if re.fullmatch(r"\w+-rapl:\d+", p.name))
     try:
         ranges = [int((p / "max_energy_range_uj").read_text()) for p in packages]
         last = [int((p / "energy_uj").read_text()) for p in packages]
     except (OSError, ValueError) as error:
         packages, why = [], f" ({type(error).__name__})"
-    else:
-        why = ""
     if not packages:
         raise JointNASError(
             f"the energy of this CPU cannot be measured: {folder} has no readable RAPL counter{why}; virtual machines "
@@ -147,11 +143,11 @@ def _memory(spec: OpSpec, run: Run, target: Target) -> Measured:
 def _peak(run: Run, device: torch.device) -> int:
     """Bytes beyond what is held before the call. CPU: pages that become resident, so C++ scratch counts, too."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize(device)
+        synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM

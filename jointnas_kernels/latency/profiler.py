@@ -14,35 +14,27 @@ from __future__ import annotations
 import datetime
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import LinearWeight, Target, excuse, random_input, random_weight, verified
 from jointnas_kernels.latency.meters import UNITS, meter
-from jointnas_kernels.latency.schema import (
-    INTERPOLATED,
-    Calibration,
-    Header,
-    ModelRecord,
-    Row,
-    WorkloadRecord,
-    Writer,
-    read,
-)
-from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops
+from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
+from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops, groups, parts
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
 from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
+from jointnas_kernels.progress import Progress
+from jointnas_kernels.space import SearchSpace
 
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
 PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 9 s of a profile with 0.03 s each
@@ -50,7 +42,7 @@ AGAIN = 0.3  # share of the profile's time, at least half of that, that goes int
 
 
 def profile(
-    space: Any,
+    space: SearchSpace,
     config: Any,
     out: str | Path,
     *,
@@ -63,54 +55,50 @@ def profile(
     seconds: float = 0.04,
     seed: int = 0,
     watch: Watch | None = None,
-    metric: Literal["latency", "energy", "memory"] = "latency",
+    metric: Metric = "latency",
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
     Args:
+        space: the sizes and bits.
+        config: of the model, for what the space does not say.
         out: the table file. One for the same device, model and workload is continued when `resume` is set: with what is
             missing, was disturbed, or can be run by a backend that was not there then. Anything else there is an error,
             never overwritten silently.
+        workload: default: prefill of 128 tokens in float32.
+        device: cpu or cuda.
         threads: CPU threads to pin; default: what torch uses now.
         backends: names to try; default: all registered ones.
+        resume: continue what is in `out`.
+        progress: show a bar.
         seconds: time spent on each (operation, backend).
+        seed: of the weights and inputs.
         watch: what notices a busy machine; default: this machine's.
         metric: what is measured of every operation (`meters.py`).
+
+    Raises:
+        JointNASError: the space does not fit the model, an unknown backend, or a file that cannot be continued.
     """
     workload = workload or Workload()
     space.validate(config)
     names = list(registry.names() if backends is None else backends)
     for name in names:
         registry.get(name)
-    out = Path(out)
-    dims = ModelDims.of(config)
-    here = describe(device, threads)
+    dims, here = ModelDims.of(config), describe(device, threads)
     target = Target(torch.device(device), workload, dims.kv_heads)
-    model_bytes = _weight_bytes(space, dims, target)
     meter(metric, target)  # an error before the file is made
     with pinned_threads(here.threads):
-        if watch is None:
-            watch = Watch.on(target.device, patience=PATIENCE * seconds)
+        watch = watch or Watch.on(target.device, patience=PATIENCE * seconds)
         header = Header(
-            metric=metric,
-            unit=UNITS[metric],
-            device=here,
-            workload=WorkloadRecord(
-                mode=workload.mode,
-                batch=workload.batch,
-                seq=workload.seq,
-                dtype=workload.dtype,  # type: ignore[arg-type]
-            ),
-            model=ModelRecord(**vars(dims)),
-            torch=torch.__version__,
+            metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            reference=[b * 1e3 for b in watch.baseline],
-            load=round(os.getloadavg()[0], 2),
-        )
+            reference=[b * 1e3 for b in watch.baseline], load=round(os.getloadavg()[0], 2),
+        )  # fmt: skip
         # operations on the same weight next to each other: it is made, quantized and packed once
         specs = sorted(enumerate_ops(space, config, workload), key=lambda s: (s.op, s.m, s.n, s.k, s.wbits, s.group))
+        model_bytes = _weight_bytes(space, workload, dims, target)
         store = Weights(target, model_bytes, torch.Generator().manual_seed(seed))
-        writer, header, rows, calibration = _open(out, header, resume)
+        writer, header, rows, calibration = _open(Path(out), header, resume)
         readings: dict[OpSpec, Reading] = {}
 
         def due(spec: OpSpec) -> list[str]:
@@ -124,30 +112,28 @@ def profile(
             fastest = min((ms for ms in known if ms is not None), default=math.inf)
             for row in time_operation(spec, target, due(spec) or names, store, seconds, watch, metric, fastest):
                 before = rows.get((spec, row.backend))
-                if before is not None and _slower(row, before):
+                if before is not None and slower(row, before):
                     continue
                 rows[spec, row.backend] = row
                 writer.write(row if before is None else row.model_copy(update={"again": True}))
             readings[spec] = watch.reading
 
-        pace = 0.1 if sys.stderr.isatty() else 15.0  # seconds between updates of the bar
         began = time.perf_counter()
         done = {spec for spec, _ in rows}
         try:
             todo = [spec for spec in specs if spec not in done or due(spec)]
-            for spec in _bar(todo, f"profile {device}", progress, pace):
+            for spec in _with_progress(todo, f"profile {device}", progress):
                 run(spec)
             # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
             for spec, reading in readings.items():
                 if reading and watch.drift(reading) > DRIFT[1]:
                     _mark(rows, [key for key in rows if key[0] == spec])
             todo = [spec for spec in todo if due(spec)]
-            if todo:
-                stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
-                watch.patience = max(watch.patience, stop - time.perf_counter())
-                for spec in _bar(todo, "disturbed, again", progress, pace):
-                    if time.perf_counter() < stop:
-                        run(spec)
+            stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
+            watch.patience = max(watch.patience, stop - time.perf_counter())
+            for spec in _with_progress(todo, "disturbed, again", progress and bool(todo)):
+                if time.perf_counter() < stop:
+                    run(spec)
         finally:
             writer.close()
     if readings:  # otherwise the file's rows are still those of its own reference
@@ -161,7 +147,7 @@ def profile(
     return table
 
 
-def _slower(row: Row, before: Row) -> bool:
+def slower(row: Row, before: Row) -> bool:
     """Both disturbed, and the repetition more: nothing else makes a machine faster than it is."""
     both = row.contended and before.contended and row.median is not None and before.median is not None
     return bool(both) and row.median > before.median  # type: ignore[operator]
@@ -174,7 +160,7 @@ def _mark(rows: Rows, keys: Sequence[tuple[OpSpec, str]]) -> None:
 
 
 def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows, Calibration | None]:
-    """The writer; header, rows and calibration of the file. Forgets a spec whose rows may have been cut short."""
+    """The writer; header, rows and calibration of the file."""
     if not out.exists() or out.stat().st_size == 0:
         return Writer(out, header), header, {}, None
     if not resume:
@@ -185,33 +171,31 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows
         raise JointNASError(
             f"{out} cannot be continued: it was measured for another {difference}; choose another file or remove it"
         )
-    if not contents.complete and contents.rows:  # the last spec may lack a backend: drop its rows
-        last = contents.rows[-1].spec
-        contents.drop_tail(lambda row: row.spec == last)
     rows = {(row.spec, row.backend): row for row in contents.rows if row.backend != INTERPOLATED}
-    slower = zip(contents.header.reference or (), header.reference or (), strict=False)
-    if any(old > (1 + DRIFT[1]) * now for old, now in slower):  # the machine is faster than it was then
+    readings = zip(contents.header.reference or (), header.reference or (), strict=False)
+    if any(old > (1 + DRIFT[1]) * now for old, now in readings):  # the machine is faster than it was then
         _mark(rows, list(rows))
     return Writer(out, contents.header, contents), contents.header, rows, contents.calibration
 
 
-def _weight_bytes(space: Any, dims: ModelDims, target: Target) -> int:
-    """Weights of the largest model of the space: how much is touched between two uses of one weight."""
-    h, q = max(space.hidden), max(space.heads) * max(space.head_dim)
-    kv, i = dims.kv_heads * max(space.head_dim), max(space.intermediate)
-    per_block = 2 * h * q + 2 * h * kv + 3 * h * i
-    return (per_block * max(space.blocks) + dims.vocab * h) * target.dtype.itemsize
+def _weight_bytes(space: SearchSpace, workload: Workload, dims: ModelDims, target: Target) -> int:
+    """Linears of the largest model of the space: how much is touched between two uses of one weight."""
+    total = 0
+    for part in parts(workload, dims, *groups(space)):
+        spec = part.spec(*(space.sizes(d)[-1] for d in part.dims))
+        if spec.op in ("linear", "lm_head"):
+            total += spec.n * spec.k * part.count * (space.blocks[-1] if part.per_block else 1)
+    return int(total * target.dtype.itemsize)
 
 
-def _bar(specs: Sequence[OpSpec], title: str, progress: bool, pace: float) -> Iterator[OpSpec]:
-    """The specs, with a bar whose remaining time goes by size: of 8B shapes the last take 1000 times the first."""
+def _with_progress(specs: Sequence[OpSpec], what: str, enabled: bool) -> Iterator[OpSpec]:
+    """The specs; the time that is left goes by size: of 8B shapes the last take 1000 times the first."""
     work = [0.05 + spec.n * max(spec.k, 1) * (1 + spec.m / 64) * 1e-7 for spec in specs]
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {postfix}[{elapsed}<{remaining}]"
-    with tqdm(total=sum(work), desc=title, disable=not progress, mininterval=pace, bar_format=layout) as bar:
-        for done, (spec, share) in enumerate(zip(specs, work, strict=True)):
-            bar.set_postfix_str(f"{done} of {len(specs)} operations ", refresh=False)
-            yield spec
-            bar.update(share)
+    progress = Progress(what, sum(work), enabled=enabled)
+    for done, (spec, share) in enumerate(zip(specs, work, strict=True), 1):
+        yield spec
+        progress.step(share, operations=f"{done} of {len(specs)}")
+    progress.close()
 
 
 class Weights:
@@ -223,6 +207,7 @@ class Weights:
         self._weight = LinearWeight()
 
     def of(self, spec: OpSpec) -> LinearWeight:
+        """The weight of an operation."""
         key = (spec.n, spec.k, spec.wbits, spec.group)
         if key != self._key:
             self._weight = LinearWeight()  # the old one's memory first
@@ -237,7 +222,7 @@ def time_operation(
     store: Weights,
     seconds: float,
     watch: Watch | None = None,
-    metric: str = "latency",
+    metric: Metric = "latency",
     fastest: float = math.inf,
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
@@ -298,7 +283,10 @@ def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_byt
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
     count = copies(spec.n * spec.k * bits // 8, model_bytes, target.device)
-    clone = lambda t: None if t is None else t.clone()  # noqa: E731
+
+    def clone(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.clone()
+
     return [
         replace(weight, dense=clone(weight.dense), levels=clone(weight.levels), scale=clone(weight.scale))
         for _ in range(count - 1)

@@ -16,20 +16,19 @@ Values are in the header's unit; energy or memory tables are the same file with 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.spec import OPS, OpSpec, Workload
+from jointnas_kernels.latency.spec import OPS, ModelDims, OpSpec, Workload
 
-FORMAT, VERSION = "jointnas-latency", 1
-INTERPOLATED = "interpolated"  # backend of rows that were not measured (`compare.py`)
+Metric = Literal["latency", "energy", "memory"]
+INTERPOLATED = "interpolated"  # backend of rows that were not measured (`interpolation.py`)
 
 
 class _Record(BaseModel):
@@ -48,38 +47,33 @@ class Device(_Record):
         return f"{self.type} {self.name!r} {self.arch}" + (f", {self.threads} thread(s)" if self.threads else "")
 
 
-class WorkloadRecord(_Record):
-    mode: Literal["prefill", "decode"]
-    batch: int = Field(ge=1)
-    seq: int = Field(ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"]
-
-    def value(self) -> Workload:
-        return Workload(self.mode, self.batch, self.seq, self.dtype)
-
-
-class ModelRecord(_Record):
-    layers: int = Field(ge=1)
-    kv_heads: int = Field(ge=1)
-    vocab: int = Field(ge=1)
-    qk_norm: bool = False
-
-
 class Header(_Record):
+    """What was measured, of which model, on which device and when."""
+
     kind: Literal["header"] = "header"
     format: Literal["jointnas-latency"] = "jointnas-latency"
     version: Literal[1] = 1
-    metric: Literal["latency", "energy", "memory"] = "latency"
+    metric: Metric = "latency"
     unit: str = "ms"
     device: Device
-    workload: WorkloadRecord
-    model: ModelRecord
+    workload: Workload
+    model: ModelDims
     torch: str
     created: str
     reference: list[Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="ms of the reference kernels (`watch.py`) on the quiet machine"
     )
     load: float | None = Field(default=None, ge=0, description="load average when the profile began")
+
+    @model_validator(mode="after")
+    def _model(self) -> Header:
+        if min(self.model.layers, self.model.kv_heads, self.model.vocab) < 1:
+            raise ValueError(f"sizes of the model must be positive, got {self.model}")
+        return self
+
+    def __str__(self) -> str:
+        work = self.workload
+        return f"{self.device}; {work.mode} {work.batch}×{work.seq} {work.dtype}"
 
     def differs_from(self, other: Header) -> str:
         """Which part of what identifies a table differs, with both values; empty if none does."""
@@ -91,6 +85,8 @@ class Header(_Record):
 
 
 class Row(_Record):
+    """One operation on one backend."""
+
     kind: Literal["row"] = "row"
     op: Literal["linear", "lm_head", "embedding", "norm", "add", "rope", "attention", "swiglu"]
     m: int = Field(ge=1)
@@ -112,23 +108,29 @@ class Row(_Record):
 
     @model_validator(mode="after")
     def _numbers(self) -> Row:
-        values = (self.p10, self.median, self.p90)
+        values = [v for v in (self.p10, self.median, self.p90) if v is not None]
         if self.status != "ok":
-            if any(v is not None for v in values):
+            if values:
                 raise ValueError(f"a row with status {self.status!r} must not carry numbers")
             return self
-        if any(v is None for v in values):
+        if len(values) < 3:
             raise ValueError("median, p10 and p90 are required when status is 'ok'")
         for name, v in zip(("p10", "median", "p90"), values, strict=True):
-            if v is not None and (v <= 0 or not math.isfinite(v)):
+            if v <= 0 or not math.isfinite(v):
                 raise ValueError(f"{name} must be a positive finite number, got {v}")
-        if not values[0] <= values[1] <= values[2]:  # type: ignore[operator]
+        if values != sorted(values):
             raise ValueError(f"p10 <= median <= p90 does not hold: {values}")
         return self
 
     @property
     def spec(self) -> OpSpec:
+        """What was measured."""
         return OpSpec(self.op, self.m, self.n, self.k, self.wbits, self.abits, self.group)
+
+    @property
+    def bits(self) -> str:
+        """Such as W4A16."""
+        return f"W{self.wbits}A{self.abits}"
 
 
 class Calibration(_Record):
@@ -144,6 +146,8 @@ class Calibration(_Record):
 
 
 class End(_Record):
+    """The last line: how many rows there are, and the checksum of everything before it."""
+
     kind: Literal["end"] = "end"
     rows: int = Field(ge=0)
     sha256: str | None = None
@@ -151,62 +155,53 @@ class End(_Record):
 
 assert set(OPS) == set(Row.model_fields["op"].annotation.__args__)  # type: ignore[union-attr]
 
-_KINDS: dict[str, type[_Record]] = {"header": Header, "row": Row, "calibration": Calibration, "end": End}
+Record = Header | Row | Calibration | End
+_LINE: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator="kind")])
 
 
-def dump(record: BaseModel) -> str:
-    return json.dumps(record.model_dump(exclude_none=True), separators=(",", ":"), ensure_ascii=True)
+def _dump(record: Record) -> bytes:
+    return record.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        return _LINE.validate_json(line)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    place, message = [str(part) for part in first["loc"]], first["msg"].removeprefix("Value error, ")
+    if not place and first["type"] == "json_invalid":
+        message = f"not valid JSON ({message.removeprefix('Invalid JSON: ')})"
+    elif not place:
+        got = first.get("ctx", {}).get("tag")
+        message = f"'kind' must be one of header, row, calibration, end, got {got!r}"
+    elif place == ["header", "format"]:
+        message = f"format must be 'jointnas-latency', got {first['input']!r}"
+    elif place == ["header", "version"]:
+        message = f"version {first['input']!r} is not supported, this package reads 1"
+    else:
+        message = f"{place[0]} {'.'.join(place[1:])}{': ' if place[1:] else ''}{message}"
+    raise JointNASError(f"latency table {where}: {message}")
+
+
+@dataclass
 class Contents:
     """A parsed file."""
 
-    def __init__(self, header: Header) -> None:
-        self.header = header
-        self.rows: list[Row] = []
-        self.calibration: Calibration | None = None
-        self.complete = False
-        self.replaced = 0  # rows of a busy machine that later ones stand in for
-        self.settled = 0  # rows before the last such replacement: whole, whatever is cut
-        self.offsets: list[int] = []  # where the line of each row starts
-        self.valid_bytes = 0  # where a recovered file may be continued
-
-    def drop_tail(self, condition: Callable[[Row], bool]) -> None:
-        """Forgets the last rows for which the condition holds (and what follows them)."""
-        while len(self.rows) > self.settled and condition(self.rows[-1]):
-            self.rows.pop()
-            self.valid_bytes = self.offsets.pop()
-
-
-def _record(line: bytes, where: str) -> _Record:
-    try:
-        data: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise JointNASError(f"latency table {where}: not valid JSON ({error})") from None
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise JointNASError(f"latency table {where}: 'kind' must be one of {', '.join(_KINDS)}, got {kind!r}")
-    if kind == "header":
-        if data.get("format") != FORMAT:
-            raise JointNASError(f"latency table {where}: format must be {FORMAT!r}, got {data.get('format')!r}")
-        if data.get("version") != VERSION:
-            raise JointNASError(
-                f"latency table {where}: version {data.get('version')!r} is not supported, this package reads {VERSION}"
-            )
-    try:
-        return _KINDS[kind].model_validate(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(str(p) for p in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise JointNASError(f"latency table {where}: {kind} {field + ': ' if field else ''}{message}") from None
+    header: Header
+    rows: list[Row] = field(default_factory=list)
+    calibration: Calibration | None = None
+    complete: bool = False
+    replaced: int = 0  # rows of a busy machine that later ones stand in for
+    valid_bytes: int = 0  # where a recovered file may be continued
 
 
 def read(path: str | Path, recover: bool = False) -> Contents:
     """Parses and validates a table file.
 
-    recover: for resuming and looking. A missing end line and a cut last line are accepted; anything else that is wrong
-    still is an error, because then the file is not the prefix of one that was being written.
+    Args:
+        path: the file.
+        recover: for resuming and looking. A missing end line and a cut last line are accepted; anything else that is
+            wrong still is an error, because then the file is not the prefix of one that was being written.
 
     Raises:
         JointNASError: with file and line, on the first thing that is wrong.
@@ -222,40 +217,37 @@ def read(path: str | Path, recover: bool = False) -> Contents:
     cut = lines.pop()  # what follows the last newline: empty in a whole file
     for number, line in enumerate(lines, 1):
         where = f"{path} line {number}"
-        record = _record(line, where)
+        record = _parse(line, where)
+        problem = ""
         if contents is None:
             if not isinstance(record, Header):
-                raise JointNASError(f"latency table {where}: the first line must be the header, got {record.kind!r}")  # type: ignore[attr-defined]
+                raise JointNASError(f"latency table {where}: the first line must be the header, got {record.kind!r}")
             contents = Contents(record)
         elif contents.complete:
-            raise JointNASError(f"latency table {where}: text after the end line")
+            problem = "text after the end line"
         elif isinstance(record, Row):
             earlier = seen.get((record.spec, record.backend))
-            if earlier is not None and not record.again:
-                raise JointNASError(f"latency table {where}: second row for {record.spec} on {record.backend}")
-            if earlier is not None:
-                contents.rows[earlier] = record
-                contents.replaced += 1
-                contents.settled = len(contents.rows)
-            else:
+            if earlier is None:
                 seen[record.spec, record.backend] = len(contents.rows)
                 contents.rows.append(record)
-                contents.offsets.append(offset)
+            elif record.again:
+                contents.rows[earlier] = record
+                contents.replaced += 1
+            else:
+                problem = f"second row for {record.spec} on {record.backend}"
         elif isinstance(record, Calibration):
             contents.calibration = record
         elif isinstance(record, End):
             count = len(contents.rows) + contents.replaced
             if record.rows != count:
-                raise JointNASError(
-                    f"latency table {where}: the end line counts {record.rows} rows, the file has {count}"
-                )
-            if record.sha256 is not None and record.sha256 != hashlib.sha256(blob[:offset]).hexdigest():
-                raise JointNASError(
-                    f"latency table {where}: the checksum does not match, the file was changed after it was written"
-                )
+                problem = f"the end line counts {record.rows} rows, the file has {count}"
+            elif record.sha256 is not None and record.sha256 != hashlib.sha256(blob[:offset]).hexdigest():
+                problem = "the checksum does not match, the file was changed after it was written"
             contents.complete = True
         else:
-            raise JointNASError(f"latency table {where}: second header")
+            problem = "second header"
+        if problem:
+            raise JointNASError(f"latency table {where}: {problem}")
         offset += len(line) + 1
         if not contents.complete:
             contents.valid_bytes = offset
@@ -263,9 +255,7 @@ def read(path: str | Path, recover: bool = False) -> Contents:
         raise JointNASError(f"latency table {path} is {'truncated inside its header' if cut else 'empty'}")
     if not contents.complete:
         contents.calibration = None  # rows were written after it
-    if recover:
-        return contents
-    if cut or not contents.complete:
+    if not recover and (cut or not contents.complete):
         raise JointNASError(
             f"latency table {path} is truncated ({len(contents.rows)} whole rows, no end line); "
             "finish it with `jointnas profile --resume`"
@@ -279,27 +269,21 @@ class Writer:
     def __init__(self, path: Path, header: Header, contents: Contents | None = None) -> None:
         """Starts a file, or continues the one `contents` was recovered from (its cut last line is dropped)."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows = 0
+        self._file = open(path, "wb" if contents is None else "r+b")  # noqa: SIM115
         if contents is None:
-            self._file = open(path, "w+b")  # noqa: SIM115
-            self._hash = hashlib.sha256()
             self.write(header)
         else:
-            self._file = open(path, "r+b")  # noqa: SIM115
-            self._hash = hashlib.sha256(self._file.read(contents.valid_bytes))
             self._file.truncate(contents.valid_bytes)
             self._file.seek(contents.valid_bytes)
-            self._rows = len(contents.rows) + contents.replaced
 
-    def write(self, record: BaseModel) -> None:
-        line = dump(record).encode() + b"\n"
-        self._file.write(line)
+    def write(self, record: Record) -> None:
+        """Appends a line."""
+        self._file.write(_dump(record))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._hash.update(line)
-        self._rows += isinstance(record, Row)
 
     def close(self) -> None:
+        """Closes the file, unfinished."""
         self._file.close()
 
 
@@ -308,13 +292,10 @@ def save(path: str | Path, header: Header, rows: list[Row], calibration: Calibra
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records: list[BaseModel] = [header, *rows]
-    if calibration is not None:
-        records.append(calibration)
-    body = "".join(dump(r) + "\n" for r in records).encode()
-    end = dump(End(rows=len(rows), sha256=hashlib.sha256(body).hexdigest())).encode() + b"\n"
+    records: list[Record] = [header, *rows, *([calibration] if calibration is not None else [])]
+    body = b"".join(_dump(record) for record in records)
     with open(temporary, "wb") as f:
-        f.write(body + end)
+        f.write(body + _dump(End(rows=len(rows), sha256=hashlib.sha256(body).hexdigest())))
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)

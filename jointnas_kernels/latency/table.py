@@ -18,7 +18,10 @@ feasibility; the probability that the condition excludes is returned, for the ob
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
+import operator
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,13 +53,20 @@ from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
 
 
 class Expected(NamedTuple):
-    """`latency` over the feasible choices; `infeasible`: mean probability, over the kept blocks, of infeasible bits."""
+    """An expectation; fp64, a scalar or, of every structure, [*WIDTHS, blocks].
+
+    Attributes:
+        latency: over the feasible choices, in the table's unit; a scalar or [*WIDTHS, blocks].
+        infeasible: mean probability, over the kept blocks, of infeasible bits; likewise.
+    """
 
     latency: Tensor
     infeasible: Tensor
 
 
 class Coverage(NamedTuple):
+    """What of a space a table holds, in operations."""
+
     needed: int
     measured: int
     infeasible: dict[str, int]  # "W2A4" -> operations nobody can run
@@ -74,6 +84,8 @@ class Coverage(NamedTuple):
 
 
 class LatencyTable:
+    """Measured rows of one device, workload and model, and what follows from them (module docstring)."""
+
     def __init__(
         self, header: Header, rows: Sequence[Row], calibration: Calibration | None = None, finished: bool = True
     ) -> None:
@@ -93,9 +105,12 @@ class LatencyTable:
     ) -> LatencyTable:
         """Reads a finished table.
 
-        device: what it is going to be used for ("cpu", "cuda", or an identity); a table from another device is
-            refused unless `force`. None: no check, for looking at or merging tables of other machines.
-        recover: also an unfinished one, as far as it goes, for looking at it.
+        Args:
+            path: the file.
+            device: what it is going to be used for ("cpu", "cuda", or an identity); a table from another device is
+                refused unless `force`. None: no check, for looking at or merging tables of other machines.
+            force: take it whatever device it is from.
+            recover: also an unfinished one, as far as it goes, for looking at it.
 
         Raises:
             JointNASError: missing, truncated, edited or invalid file; another device.
@@ -111,10 +126,15 @@ class LatencyTable:
         return cls(contents.header, contents.rows, contents.calibration, contents.complete)
 
     def save(self, path: str | Path) -> None:
+        """Writes a finished table file."""
         save(path, self.header, self.rows, self.calibration)
 
     def merge(self, other: LatencyTable) -> LatencyTable:
-        """Both tables' rows; where both have one, `other`'s. The calibration is dropped: it fits one set of rows."""
+        """Both tables' rows; where both have one, `other`'s. The calibration is dropped: it fits one set of rows.
+
+        Raises:
+            JointNASError: they differ in metric, device, workload or model.
+        """
         difference = self.header.differs_from(other.header)
         if difference:
             raise JointNASError(f"latency tables cannot be merged: different {difference}")
@@ -125,16 +145,18 @@ class LatencyTable:
 
     @property
     def workload(self) -> Workload:
-        return self.header.workload.value()
+        """What was timed."""
+        return self.header.workload
+
+    @property
+    def dims(self) -> ModelDims:
+        """Sizes of the model that the space does not say."""
+        return self.header.model
 
     @property
     def specs(self) -> Iterable[OpSpec]:
         """Every operation that was tried."""
         return self._best.keys()
-
-    @property
-    def dims(self) -> ModelDims:
-        return ModelDims(**self.header.model.model_dump())
 
     @property
     def caution(self) -> str:
@@ -164,19 +186,14 @@ class LatencyTable:
     def coverage(self, space: SearchSpace, config: Any) -> Coverage:
         """What of a space the table holds."""
         needed = enumerate_ops(space, config, self.workload)
-        infeasible: Counter[str] = Counter()
-        reasons: dict[str, str] = {}
-        missing = []
-        for spec in needed:
-            row = self._best.get(spec)
-            if row is None:
-                missing.append(spec)
-            elif row.status != "ok":
-                infeasible[f"W{spec.wbits}A{spec.abits}"] += 1
-                reasons.setdefault(f"W{spec.wbits}A{spec.abits}", row.reason)
-        interpolated = sum((row := self.best(s)) is not None and row.backend == INTERPOLATED for s in needed)
-        measured = len(needed) - len(missing) - infeasible.total() - interpolated
-        return Coverage(len(needed), measured, dict(infeasible), missing, reasons, interpolated)
+        rows = [row for spec in needed if (row := self._best.get(spec)) is not None]
+        missing = [spec for spec in needed if spec not in self._best]
+        infeasible = [row for row in rows if row.status != "ok"]
+        interpolated = sum(row.backend == INTERPOLATED for row in rows)
+        reasons = {row.bits: row.reason for row in reversed(infeasible)}  # of the first of each
+        measured = len(rows) - len(infeasible) - interpolated
+        counts = Counter(row.bits for row in infeasible)
+        return Coverage(len(needed), measured, dict(counts), missing, reasons, interpolated)
 
     def summary(self) -> str:
         """How much was measured, which bits are infeasible, which backends were rejected, and why."""
@@ -187,10 +204,8 @@ class LatencyTable:
             lines.append("the table is unfinished; run `jointnas profile --resume` on the same file")
         if self.caution:
             lines.append(self.caution)
-        for row in best:
-            text = f"  W{row.wbits}A{row.abits} infeasible: {row.reason}"
-            if row.status == "infeasible" and text not in lines:
-                lines.append(text)
+        infeasible = (f"  {row.bits} infeasible: {row.reason}" for row in best if row.status == "infeasible")
+        lines += dict.fromkeys(infeasible)
         rejected: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             if row.status == "rejected":
@@ -213,7 +228,7 @@ class LatencyTable:
     def expected(
         self, space: SearchSpace, probs: Mapping[str, Tensor], block_rank: Sequence[int] | None = None
     ) -> Expected:
-        """Differentiable expectation under independent `probs` (keyed by dimension, bits [blocks, choices])."""
+        """Differentiable expectation under independent `probs`: by dimension [choices], of bits [blocks, choices]."""
         return self.bind(space, block_rank).expected(probs)
 
     def bind(self, space: SearchSpace, block_rank: Sequence[int] | None = None) -> Bound:
@@ -226,15 +241,18 @@ class LatencyTable:
         return self._bound[key]
 
     def restrict(self, space: SearchSpace) -> tuple[SearchSpace, list[str]]:
-        """The space without bit values that no feasible combination uses, and one line per removal."""
+        """The space without bit values that no feasible combination uses, and one line per removal.
+
+        Raises:
+            JointNASError: the table lacks operations of the space, or nothing is left.
+        """
         wbits, abits = bit_choices(space)
         feasible = self.bind(space).feasible.flatten(0, -3).all(0)  # [W, A]: at every width
         keep_w = [w for w, ok in zip(wbits, feasible.any(1).tolist(), strict=True) if ok]
         keep_a = [a for a, ok in zip(abits, feasible.any(0).tolist(), strict=True) if ok]
         if not keep_w:
-            raise JointNASError(
-                "the latency table has no feasible bits for this space: " + "; ".join(self._why(space).values())
-            )
+            why = {row.bits: f"{row.bits}: {row.reason}" for row in self._best.values() if row.status != "ok"}
+            raise JointNASError("the latency table has no feasible bits for this space: " + "; ".join(why.values()))
         values = space.to_dict()
         removed = [f"weight_bits {w}: infeasible on this device" for w in wbits if w not in keep_w]
         removed += [f"act_bits {a}: infeasible on this device" for a in abits if a not in keep_a]
@@ -243,13 +261,6 @@ class LatencyTable:
         if space.act_bits:
             values["act_bits"] = keep_a
         return SearchSpace.from_dict(values), removed
-
-    def _why(self, space: SearchSpace) -> dict[str, str]:
-        return {
-            f"W{r.wbits}A{r.abits}": f"W{r.wbits}A{r.abits}: {r.reason}"
-            for r in self._best.values()
-            if r.status != "ok"
-        }
 
 
 def _rank(row: Row) -> tuple[bool, bool, float]:
@@ -267,45 +278,41 @@ class Bound:
         self.keep = keep_matrix(space, self.rank)  # [blocks of the model, depth choices]
         self.wbits, self.abits = bit_choices(space)
         self.parts = parts(table.workload, table.dims, *groups(space))
-        self.values: dict[str, Tensor] = {}
         absent: list[OpSpec] = []
-        for part in self.parts:
-            self.values[part.name] = self._tensor(part, absent)
+        self.values = {part.name: self._tensor(part, absent) for part in self.parts}
         if absent:
             raise JointNASError(
                 f"the latency table lacks {len(absent)} operations of this space, first {absent[0]}; "
                 "measure them with `jointnas profile --resume`"
             )
         # [*WIDTHS, W, A]: whether all linears of a block exist at these widths and bits
-        spread = [_spread(self.values[p.name], p.dims) for p in self.parts if p.group]
-        self.feasible = torch.stack(torch.broadcast_tensors(*spread)).isfinite().all(0)
+        linears = (_spread(self.values[p.name], p.dims).isfinite() for p in self.parts if p.group)
+        self.feasible = functools.reduce(operator.and_, linears)
         self._finite = {n: v.nan_to_num(0.0) for n, v in self.values.items()}
 
     def _tensor(self, part: Part, absent: list[OpSpec]) -> Tensor:
         """fp64, one axis per width of the part, then [W, A] for linears; NaN where infeasible."""
+        shape, values = [len(self.space.sizes(d)) for d in part.dims], list[float]()
+        if part.group:
+            shape += [len(self.wbits), len(self.abits)]
         pairs = list(itertools.product(self.wbits, self.abits)) if part.group else [(DENSE, DENSE)]
-        values: list[float] = []
         for sizes in combinations(self.space, part.dims):
             for w, a in pairs:
-                spec = with_bits(part.spec(*sizes), w, a, part.group) if part.group else part.spec(*sizes)
+                spec = with_bits(part.spec(*sizes), w, a, part.group)
                 row = self.table._best.get(spec)
                 if row is None or (row.status != "ok" and not part.group):
                     absent.append(spec)
-                ok = row is not None and row.median is not None
-                values.append(row.median * part.count if ok else float("nan"))  # type: ignore[union-attr, operator]
-        shape = [len(getattr(self.space, d)) for d in part.dims]
-        return torch.tensor(values, dtype=torch.float64).view(
-            *shape, *((len(self.wbits), len(self.abits)) if part.group else ())
-        )
+                values.append(math.nan if row is None or row.median is None else row.median * part.count)
+        return torch.tensor(values, dtype=torch.float64).view(shape)
 
-    def to(self, device: torch.device) -> Bound:
+    def to(self, device: torch.device) -> None:
+        """Moves the tensors, in place."""
         for store in (self.values, self._finite):
-            for name in store:
-                store[name] = store[name].to(device)
+            store.update({name: value.to(device) for name, value in store.items()})
         self.keep, self.feasible = self.keep.to(device), self.feasible.to(device)
-        return self
 
     def expected(self, probs: Mapping[str, Tensor]) -> Expected:
+        """Latency in expectation over structures and bits, and P(infeasible bits); fp64 scalars."""
         latency, infeasible = self.structures(probs)
         p = joint(probs)
         return Expected((p * latency).sum(), (p * infeasible).sum())
@@ -335,9 +342,6 @@ class Bound:
 
     # ---- one choice -------------------------------------------------------------------------------------------------
 
-    def _index(self, choice: Choice, dims: Sequence[str]) -> tuple[int, ...]:
-        return tuple(getattr(self.space, d).index(getattr(choice, d)) for d in dims)
-
     def predict(self, choice: Choice) -> float:
         """Latency of the choice.
 
@@ -345,8 +349,7 @@ class Bound:
             JointNASError: it is outside the space, or needs an operation this device cannot run.
         """
         self.space.check(choice)
-        structure, linear = self.structure(choice)
-        total = structure
+        total, linear = self.structure(choice)
         for b in kept_blocks(self.rank, choice.blocks):
             w = choice.weight_bits[b] if choice.weight_bits else DENSE
             a = choice.act_bits[b] if choice.act_bits else DENSE
@@ -361,7 +364,7 @@ class Bound:
         total = self.fixed + self.per_block * choice.blocks
         linear = torch.zeros(len(self.wbits), len(self.abits), dtype=torch.float64)
         for part in self.parts:
-            value = self.values[part.name][self._index(choice, part.dims)]
+            value = self.values[part.name][tuple(self.space.sizes(d).index(getattr(choice, d)) for d in part.dims)]
             if part.group:
                 linear = linear + value.cpu()
             else:

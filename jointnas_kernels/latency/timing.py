@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,11 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def describe(device: str | torch.device = "cpu", threads: int | None = None) -> Device:
-    """The identity written into a table's header."""
+    """The identity written into a table's header.
+
+    Raises:
+        JointNASError: there is no such device here, or it cannot be profiled.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -79,6 +84,7 @@ def pinned_threads(threads: int) -> Iterator[None]:
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 TICK = 0.02  # seconds between two readings of the reference kernel
+SAMPLES = 2000  # at most, of one measurement
 
 
 @functools.cache
@@ -135,7 +141,6 @@ def measure(
     device: torch.device,
     seconds: float = 0.04,
     samples: int = 15,
-    maximum: int = 2000,
     hopeless_ms: float = float("inf"),
     watch: Watch | None = None,
 ) -> Measured:
@@ -147,44 +152,35 @@ def measure(
 
     def attempt() -> Measured:
         if device.type == "cuda":
-            return _measure_cuda(runs, device, seconds, samples, maximum, tick)
-        return _measure_cpu(runs, seconds, samples, maximum, hopeless_ms, tick)
+            return _measure_cuda(runs, device, seconds, samples, tick)
+        return _measure_cpu(runs, seconds, samples, hopeless_ms, tick)
 
     return attempt() if watch is None else watch.settle(attempt)
 
 
-def _measure_cpu(
-    runs: Sequence[Run], seconds: float, samples: int, maximum: int, hopeless_ms: float, tick: Run
-) -> Measured:
+def _measure_cpu(runs: Sequence[Run], seconds: float, samples: int, hopeless_ms: float, tick: Run) -> Measured:
     retain_memory()
     runs[0]()
     start = time.perf_counter()
     runs[-1]()
     once = time.perf_counter() - start
     if once * 1e3 > hopeless_ms:
-        return _summary([once], 1e3)
+        return _summary([once * 1e3])
     inner = max(1, min(50, int(20e-6 / max(once, 1e-7))))
-    samples = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
-    times: list[float] = []
-    position, ticked = 0, time.perf_counter()
-    stop = ticked + seconds
-    while len(times) < samples or (time.perf_counter() < stop and len(times) < maximum):
-        batch = [runs[(position + i) % len(runs)] for i in range(inner)]
-        position += inner
+    forever = itertools.cycle(runs)
+
+    def sample() -> float:
+        batch = list(itertools.islice(forever, inner))
         start = time.perf_counter()
         for run in batch:
             run()
-        end = time.perf_counter()
-        times.append((end - start) / inner)
-        if end - ticked > TICK:
-            tick()
-            ticked = time.perf_counter()
-    return _summary(times, 1e3)
+        return (time.perf_counter() - start) * 1e3 / inner
+
+    least = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
+    return _collect(sample, seconds, least, tick)
 
 
-def _measure_cuda(
-    runs: Sequence[Run], device: torch.device, seconds: float, samples: int, maximum: int, tick: Run
-) -> Measured:
+def _measure_cuda(runs: Sequence[Run], device: torch.device, seconds: float, samples: int, tick: Run) -> Measured:
     calls = max(10, len(runs))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -200,22 +196,31 @@ def _measure_cuda(
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     torch.cuda.synchronize(device)
-    times: list[float] = []
-    ticked = time.perf_counter()
-    stop = ticked + seconds
-    while len(times) < samples or (time.perf_counter() < stop and len(times) < maximum):
-        if time.perf_counter() - ticked > TICK:
-            tick()
-            ticked = time.perf_counter()
+
+    def sample() -> float:
         begin.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / calls)
-    return _summary(times, 1.0)
+        return float(begin.elapsed_time(end)) / calls
+
+    return _collect(sample, seconds, samples, tick)
 
 
-def _summary(times: list[float], scale: float) -> Measured:
+def _collect(sample: Callable[[], float], seconds: float, least: int, tick: Run) -> Measured:
+    """Samples (milliseconds) until `seconds` have passed, at least `least` of them, with ticks between."""
+    times: list[float] = []
+    ticked = time.perf_counter()
+    stop = ticked + seconds
+    while len(times) < least or (time.perf_counter() < stop and len(times) < SAMPLES):
+        times.append(sample())
+        if time.perf_counter() - ticked > TICK:
+            tick()
+            ticked = time.perf_counter()
+    return _summary(times)
+
+
+def _summary(times: list[float]) -> Measured:
     ordered = sorted(times)
-    pick = lambda q: max(ordered[min(len(ordered) - 1, int(q * len(ordered)))] * scale, 1e-9)  # noqa: E731
-    return Measured(pick(0.1), pick(0.5), pick(0.9), len(ordered))
+    p10, median, p90 = (max(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1e-9) for q in (0.1, 0.5, 0.9))
+    return Measured(p10, median, p90, len(ordered))

@@ -68,14 +68,17 @@ class Signs(NamedTuple):
 
     @property
     def disturbed(self) -> bool:
+        """Worth another attempt."""
         return self.drift > DRIFT[0] or self.waited > WAITED[0] or self.spread > SPREAD
 
     @property
     def contended(self) -> bool:
+        """Not to be trusted."""
         return self.drift > DRIFT[1] or self.waited > WAITED[1]
 
     @property
     def badness(self) -> float:
+        """For comparing attempts."""
         return max(self.drift / DRIFT[1], self.waited / WAITED[1], self.spread / (2 * SPREAD))
 
 
@@ -95,6 +98,12 @@ def waited_seconds() -> float:
     return total
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU has done what was launched; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def reference_kernels(device: torch.device) -> Callable[[], Reading]:
     """Reads the reference once: median seconds of a few calls of each kernel."""
     # CPU: 34 MFLOP; 1 MiB, half of an L2. GPU: a few tenths of a millisecond each, much longer than a launch
@@ -107,12 +116,10 @@ def reference_kernels(device: torch.device) -> Callable[[], Reading]:
         kernels.append(lambda: (whole.add_(1), half.sub_(1)))
 
     def seconds(kernel: Callable[[], object]) -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         kernel()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     return lambda: tuple(sorted(seconds(kernel) for _ in range(CALLS))[CALLS // 2] for kernel in kernels)
@@ -148,6 +155,7 @@ class Watch:
         self.baseline = tuple(map(min, now, self.baseline)) if self.baseline else now
 
     def begin(self) -> None:
+        """Before the samples."""
         self._readings.clear()
         self.tick()
         self._start = (self.clock(), self.waited())
@@ -157,6 +165,7 @@ class Watch:
         self._readings.append(self.reference())
 
     def end(self, spread: float = 0.0) -> Signs:
+        """After the samples, which differ by `spread`."""
         seconds, waited = self.clock() - self._start[0], self.waited() - self._start[1]
         self.tick()
         middle = _typical(self._readings)

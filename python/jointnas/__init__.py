@@ -1,8 +1,7 @@
 """jointnas: joint search of architecture and precision of LLMs under a latency objective.
 
-Every verb of the command line is a function of the same name here (`eval` is `evaluate`, `bench` is
-`jointnas.bench.main`). Names load on first use, so that `import jointnas` costs nothing and `jointnas.train_base` runs
-where only torch and transformers are installed.
+Every verb of the command line is a function of the same name here (`eval` is `evaluate`; `table` holds its verbs:
+`table.merge`, ..). Names load on first use, so that `import jointnas` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,20 +9,21 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+_VERBS = ("bench", "compare", "demo", "doctor", "evaluate", "export", "finetune", "quantize", "report", "search")
 _WHERE = {
-    "SearchSpace": "jointnas_kernels.space",
-    "Choice": "jointnas_kernels.space",
-    "count_params": "jointnas_kernels.space",
-    "expected_params": "jointnas_kernels.space",
+    **dict.fromkeys(("SearchSpace", "Choice", "count_params", "expected_params"), "jointnas_kernels.space"),
     "LatencyTable": "jointnas_kernels.latency",
     "RunConfig": "jointnas.config",
-    **dict.fromkeys(("search", "finetune", "export", "evaluate", "compare", "report", "profile"), "jointnas.verbs"),
-    **dict.fromkeys(("demo", "doctor", "quantize"), "jointnas.verbs"),
+    **{name: f"jointnas.verbs.{name}" for name in _VERBS},
 }
-__all__ = sorted(_WHERE)
+__all__ = sorted([*_WHERE, "profile", "table"])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "table":
+        return importlib.import_module("jointnas.verbs.table")
+    if name == "profile":
+        return __getattr__("table").measure
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'jointnas' has no attribute {name!r}")

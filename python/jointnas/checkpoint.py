@@ -11,12 +11,13 @@ So a folder `step-N` is whole, unless the disk lied; COMPLETE and the manifest f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,18 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 def save(folder: str | Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int | None = None) -> Path:
     """Writes `folder/step-N` and removes all but the newest `keep` checkpoints."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*.tmp"):  # of a killed run
+    for left in folder.glob(".step-*"):  # of a killed run
         shutil.rmtree(left, ignore_errors=True)
-    temporary, final = folder / f".step-{step}.tmp", folder / f"step-{step}"
-    temporary.mkdir()
-    for name, group in tensors.items():
-        # clones: tensors that share memory (tied weights) cannot be saved, and non-contiguous ones neither
-        save_file(
-            {k: v.detach().cpu().clone().contiguous() for k, v in group.items()}, temporary / f"{name}.safetensors"
-        )
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-    manifest = {f.name: _sha256(f) for f in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    (temporary / "COMPLETE").write_text(_sha256(temporary / "manifest.json"))
-    for file in temporary.iterdir():
-        fsync(file)
-    fsync(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    fsync(folder)
+    final = folder / f"step-{step}"
+    with replacing(final) as temporary:
+        for name, group in tensors.items():
+            # clones: tensors that share memory (tied weights) cannot be saved, and non-contiguous ones neither
+            plain = {k: v.detach().cpu().clone().contiguous() for k, v in group.items()}
+            save_file(plain, temporary / f"{name}.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+        manifest = {f.name: _sha256(f) for f in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / "COMPLETE").write_text(_sha256(temporary / "manifest.json"))
     if keep is not None:
         for old in steps(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{old}")
@@ -135,6 +127,28 @@ def unpack_optimizer(
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            fsync(file)
+        fsync(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(temporary, folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:

@@ -11,10 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import Workload
+from jointnas_kernels.latency.schema import Metric
 from jointnas_kernels.space import SearchSpace
 
 
 class Section(BaseModel):
+    """A part of the configuration: no unknown keys."""
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -60,6 +63,11 @@ class SpaceConfig(Section):
     group_size: int | None = None
 
     def build(self) -> SearchSpace:
+        """The space.
+
+        Raises:
+            JointNASError: unknown name, missing file, or sizes that are not possible.
+        """
         is_file = self.base.endswith((".yaml", ".yml")) or "/" in self.base
         base = SearchSpace.from_yaml(self.base) if is_file else SearchSpace.named(self.base)
         values = base.to_dict()
@@ -81,10 +89,11 @@ class LatencyConfig(Section):
     threads: int | None = Field(default=None, ge=1)
     backends: list[str] | None = Field(default=None, description="which to try; none: all")
     seconds: float = Field(default=0.03, gt=0, description="time spent on each measurement")
-    metric: Literal["latency", "energy", "memory"] = Field(default="latency", description="what a profile measures")
+    metric: Metric = Field(default="latency", description="what a profile measures")
     calibrate: int = Field(default=6, ge=0, description="whole models measured to fit the overhead; 0: none")
 
     def value(self) -> Workload:
+        """The workload alone."""
         return Workload(self.workload, self.batch, self.seq, self.dtype)
 
 
@@ -212,46 +221,44 @@ S = TypeVar("S", bound=Section)
 
 
 def build(schema: type[S], values: Mapping[str, Any], where: str = "configuration") -> S:
-    """Validates plain values: unknown keys with the nearest allowed one, everything else with its dotted name."""
-    check_keys(schema, values, where)
+    """Validates plain values.
+
+    Raises:
+        JointNASError: an unknown key, with the nearest allowed one; or a bad value, with its dotted name.
+    """
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise JointNASError(f"{where}: {name}: {first['msg']}, got {first['input']!r}") from None
-
-
-def check_keys(schema: type[BaseModel], values: Mapping[str, Any], where: str, prefix: str = "") -> None:
-    """Raises on the first key, at any depth, that the schema does not have."""
-    for key, value in values.items():
-        field = schema.model_fields.get(str(key))
-        if field is None:
-            raise unknown("key", f"{prefix}{key}", [f"{prefix}{name}" for name in schema.model_fields], where)
-        inner = field.annotation
-        if isinstance(value, Mapping) and isinstance(inner, type) and issubclass(inner, BaseModel):
-            check_keys(inner, value, where, f"{prefix}{key}.")
+        errors = error.errors(include_url=False)
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    places = [str(part) for part in first["loc"]]
+    if first["type"] != "extra_forbidden":
+        raise JointNASError(f"{where}: {'.'.join(places)}: {first['msg']}, got {first['input']!r}")
+    section: Any = schema
+    for part in places[:-1]:
+        section = section.model_fields[part].annotation
+    allowed = [".".join([*places[:-1], name]) for name in section.model_fields]
+    raise unknown("key", ".".join(places), allowed, where)
 
 
 def load(path: str | Path) -> RunConfig:
-    """A run configuration from YAML."""
-    return build(RunConfig, read_yaml(path), where=str(path))
+    """A run configuration from a YAML file.
 
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
+    Raises:
+        JointNASError: it is not there, no YAML, or not valid.
+    """
     path = Path(path)
     if not path.is_file():
         raise JointNASError(f"configuration file {str(path)!r} does not exist")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise JointNASError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if data is None:
-        return {}
     if not isinstance(data, dict):
         raise JointNASError(f"{path}: expected a mapping, found {type(data).__name__}")
-    return data
+    return build(RunConfig, data, where=str(path))
 
 
 def dump(config: BaseModel) -> str:
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """A configuration as YAML."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))

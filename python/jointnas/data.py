@@ -29,6 +29,7 @@ class Streams:
 
     @property
     def all(self) -> Tensor:
+        """Weight and architecture part, int64 [N]."""
         return torch.cat((self.weight, self.arch))
 
 
@@ -49,6 +50,7 @@ class Batches:
         return torch.randperm(self.windows, generator=seeded(self._seed, epoch))
 
     def at(self, step: int, device: torch.device | str = "cpu") -> Tensor:
+        """The batch of a step, int64 [batch, length]."""
         per_epoch = self.windows // self._batch
         epoch, index = divmod(step, per_epoch)
         chosen = self._order(epoch)[index * self._batch : (index + 1) * self._batch]
@@ -70,7 +72,11 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def load(config: DataConfig, tokenizer: Any = None, seed: int = 0) -> Streams:
-    """The streams a configuration describes. `tokenizer` is needed for everything but the embedded text."""
+    """The streams a configuration describes. `tokenizer` is needed for everything but the embedded text.
+
+    Raises:
+        JointNASError: the data cannot be read, or are too few.
+    """
     if config.source == "embedded":
         tokens, held_out = assets.train_tokens(seed), assets.held_out_tokens()
     else:
@@ -85,6 +91,11 @@ def load(config: DataConfig, tokenizer: Any = None, seed: int = 0) -> Streams:
 
 
 def split(tokens: Tensor, held_out: Tensor, config: DataConfig) -> Streams:
+    """Training tokens, int64 [N], divided between weights and architecture.
+
+    Raises:
+        JointNASError: one of the two would not fill a batch.
+    """
     border = int(len(tokens) * (1 - config.arch_fraction))
     least = config.batch_size * config.seq_len
     if min(border, len(tokens) - border) < least:

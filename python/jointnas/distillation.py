@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
 from jointnas.data import Batches
-from jointnas.logs import Metrics, Progress
+from jointnas.metrics import Metrics
 from jointnas.trainable import TrainableQuantLinear
 from jointnas_kernels.hf import Supernet, extract, shrink
+from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import LINEARS, Choice
 
 Teacher = Callable[[Tensor], Tensor]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,28 +48,45 @@ class Limits:
 
     @staticmethod
     def of(config: RunConfig, model_config: Any) -> Limits:
-        """A budget below 2 is a share of the original model's parameters."""
-        full = original_params(model_config)
+        """Those of a configuration.
 
-        def absolute(value: float | None, default: float) -> float:
-            return default if value is None else value * full if value < 2 else value
-
-        low, high = absolute(config.search.budget_min, 0.0), absolute(config.search.budget_max, math.inf)
+        Raises:
+            JointNASError: they leave nothing.
+        """
+        full, budget = original_params(model_config), config.search
+        low = 0.0 if budget.budget_min is None else absolute(budget.budget_min, full)
+        high = math.inf if budget.budget_max is None else absolute(budget.budget_max, full)
         if low > high:
             raise JointNASError(f"the budget is empty: budget_min {low:,.0f} exceeds budget_max {high:,.0f}")
         return Limits(low, high, config.target_latency_ms or math.inf)
 
 
+def absolute(budget: float, original: float) -> float:
+    """Parameters of a budget: below 2 it is a share of the original model's."""
+    return budget * original if budget < 2 else budget
+
+
+def original_choice(model_config: Any) -> Choice:
+    """The unquantized original as a choice without bits."""
+    sizes: dict[str, Any] = dict(original_sizes(model_config))
+    return Choice(**sizes)
+
+
 def original_params(model_config: Any) -> int:
+    """Parameters of the original model."""
     return count_params(model_config, original_choice(model_config))
 
 
 class Objective:
+    """L - CE of one run (module docstring), over the structures of its space."""
+
     def __init__(self, config: RunConfig, model_config: Any, bound: Bound) -> None:
         self.config, self.model_config, self.bound = config.search, model_config, bound
         self.limits = Limits.of(config, model_config)
         self.latency_original = bound.original()
-        self.params = structure_params(model_config, bound.space)  # [*WIDTHS, blocks]
+        counts = [count_params(model_config, structure) for structure in structures(bound.space)]
+        sizes = [len(bound.space.sizes(k)) for k in (*WIDTHS, "blocks")]
+        self.params = torch.tensor(counts, dtype=torch.float64).view(sizes)  # [*WIDTHS, blocks]
 
     def violation(self, params: Tensor, latency: Tensor) -> Tensor:
         """Relative violations of the limits, added up."""
@@ -84,6 +101,7 @@ class Objective:
         return total
 
     def penalty_weight(self, step: int) -> float:
+        """λ(t)."""
         ramp = self.config.lambda_ramp * self.config.steps
         return self.config.lambda_budget * (min(1.0, step / ramp) if ramp else 1.0)
 
@@ -110,11 +128,10 @@ class Objective:
         }
 
 
-def structure_params(model_config: Any, space: SearchSpace) -> Tensor:
-    """Parameters of every structure, [*WIDTHS, blocks], fp64."""
-    sizes = [space.sizes(k) for k in (*WIDTHS, "blocks")]
-    counts = [count_params(model_config, Choice(h, n, d, i, l)) for h, n, d, i, l in itertools.product(*sizes)]
-    return torch.tensor(counts, dtype=torch.float64).view([len(s) for s in sizes])
+def structures(space: SearchSpace) -> list[Choice]:
+    """Every combination of widths and depth, without bits, in the order of the elements of [*WIDTHS, blocks]."""
+    sizes = (space.sizes(k) for k in (*WIDTHS, "blocks"))
+    return [Choice(h, n, d, i, l) for h, n, d, i, l in itertools.product(*sizes)]
 
 
 def entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> dict[str, float]:
@@ -143,6 +160,7 @@ class Feasibility:
 
     def __init__(self, model_config: Any, bound: Bound, limits: Limits) -> None:
         self.model_config, self.bound, self.limits, self.space = model_config, bound, limits, bound.space
+        self.structures = structures(bound.space)
 
     def violations(self, choice: Choice) -> list[str]:
         """What the choice breaks, in words; empty if nothing."""
@@ -165,22 +183,22 @@ class Feasibility:
 
         Structures (widths and depth) are tried from the most probable on, until none that is left can win. Each takes
         the most probable bits that fit into its latency (`knapsack`).
+
+        Raises:
+            JointNASError: there is none.
         """
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
-        keys = (*WIDTHS, "blocks")
         total = p["hidden"]
-        for key in keys[1:]:
+        for key in (*WIDTHS[1:], "blocks"):
             total = total[..., None] + p[key]
-        order = total.flatten().argsort(descending=True).tolist()
-        shape = total.shape
         bits = self._bit_scores(p)
+        most = bits.flatten(1).amax(1).sum().item()  # of any bits
         best: tuple[float, Choice] | None = None
-        for flat in order:
-            score = total.flatten()[flat].item()
-            if best is not None and score + self._bits_bound(bits) <= best[0]:
+        values, order = total.flatten().sort(descending=True)
+        for score, index in zip(values.tolist(), order.tolist(), strict=True):
+            if best is not None and score + most <= best[0]:
                 break
-            index = torch.unravel_index(torch.tensor(flat), shape)
-            structure = self._structure([int(i) for i in index])
+            structure = self.structures[index]
             params = count_params(self.model_config, structure)
             if not self.limits.params_min <= params <= self.limits.params_max:
                 continue
@@ -192,34 +210,23 @@ class Feasibility:
         return best[1]
 
     def _nothing(self) -> str:
-        sizes = [count_params(self.model_config, self._structure([i] * 5)) for i in (0, -1)]
+        sizes = [count_params(self.model_config, self.structures[i]) for i in (0, -1)]
         text = (
             f"no choice of the space satisfies the limits (parameters {self.limits.params_min:,.0f} to "
             f"{self.limits.params_max:,.0f}, latency up to {self.limits.latency_max:g} ms); the space spans "
             f"{sizes[0]:,} to {sizes[1]:,} parameters"
         )
-        fastest = self._fastest()
-        return text + (f" and its fastest choice takes {fastest:.3f} ms" if fastest is not None else "")
-
-    def _structure(self, index: Sequence[int]) -> Choice:
-        sizes: dict[str, Any] = {k: self.space.sizes(k)[i] for k, i in zip((*WIDTHS, "blocks"), index, strict=True)}
-        return Choice(**sizes)
-
-    def _fastest(self) -> float | None:
-        smallest = self._structure([0] * 5)
-        fixed, linear = self.bound.structure(smallest)
+        fixed, linear = self.bound.structure(self.structures[0])
         finite = linear[linear.isfinite()]
-        return fixed + smallest.blocks * finite.min().item() if len(finite) else None
+        if not len(finite):
+            return text
+        fastest = fixed + self.structures[0].blocks * finite.min().item()
+        return f"{text} and its fastest choice takes {fastest:.3f} ms"
 
     def _bit_scores(self, p: Mapping[str, Tensor]) -> Tensor:
         """Log-probability [blocks, W, A] of every pair."""
-        blocks = self.space.depth
-        w = p["weight_bits"] if self.space.weight_bits else torch.zeros(blocks, 1, dtype=torch.float64)
-        a = p["act_bits"] if self.space.act_bits else torch.zeros(blocks, 1, dtype=torch.float64)
-        return w[:, :, None] + a[:, None, :]
-
-    def _bits_bound(self, bits: Tensor) -> float:
-        return bits.flatten(1).amax(1).sum().item()
+        none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
+        return p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]
 
     def _fit_bits(self, structure: Choice, bits: Tensor) -> tuple[float, Choice] | None:
         """(log-probability, choice) with the structure's best feasible bits, None if none is fast enough."""
@@ -238,12 +245,10 @@ class Feasibility:
                 return None
             current[kept] = fitted
         total = scores.gather(1, current[:, None]).sum().item()
-        w_index, a_index = current // linear.shape[1], current % linear.shape[1]
-        weight = tuple(self.space.weight_bits[i] for i in w_index.tolist()) if self.space.weight_bits else None
-        act = tuple(self.space.act_bits[i] for i in a_index.tolist()) if self.space.act_bits else None
-        return total, Choice(
-            structure.hidden, structure.heads, structure.head_dim, structure.intermediate, structure.blocks, weight, act
-        )
+        indices = [divmod(i, linear.shape[1]) for i in current.tolist()]  # of weight and activation bits
+        weight = tuple(self.space.weight_bits[w] for w, _ in indices) if self.space.weight_bits else None
+        act = tuple(self.space.act_bits[a] for _, a in indices) if self.space.act_bits else None
+        return total, replace(structure, weight_bits=weight, act_bits=act)
 
 
 def knapsack(scores: Tensor, cost: Tensor, room: float, units: int = 4000) -> Tensor | None:
@@ -271,9 +276,3 @@ def knapsack(scores: Tensor, cost: Tensor, room: float, units: int = 4000) -> Te
         found.append(option)
         left -= int(weights[option])
     return torch.tensor(found[::-1])
-
-
-def original_choice(model_config: Any) -> Choice:
-    """The unquantized original as a choice without bits."""
-    sizes: dict[str, Any] = dict(original_sizes(model_config))
-    return Choice(**sizes)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jointnas.results import pareto
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.schema import Calibration
@@ -44,32 +45,29 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, x: str, y: str, titles: tuple[str, str]) -> Path:
+def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[str, str]) -> Path:
     """Points with `name`, `x` and `y`, optional `y_error` and `x_predicted` (hollow); small is good on both axes."""
-    from jointnas.peers import pareto
-
     figure, axes = _figure()
     axis = axes[0, 0]
-    front = pareto([(p[x], p[y]) for p in points])
-    line = [points[i] for i in front]
-    axis.plot([p[x] for p in line], [p[y] for p in line], color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
+    places = [(p["x"], p["y"]) for p in points]
+    line = [places[i] for i in pareto(places)]
+    axis.plot(*zip(*line, strict=True), color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
     seen: set[str] = set()
-    for p in points:
-        kind = p.get("kind", p["name"])
+    for p, (x, y) in zip(points, places, strict=True):
+        name = p["name"]
+        kind = name if name in ("found", "original") else "random" if name.startswith("random") else "baseline"
         color = {"found": RED, "original": BLUE, "random": GREY}.get(kind, GREEN)
         marker = {"found": "*", "original": "s"}.get(kind, "o")
         label = kind if kind not in seen else None
         seen.add(kind)
-        axis.scatter(
-            [p[x]], [p[y]], color=color, marker=marker, s=130 if kind == "found" else 36, zorder=3, label=label
-        )
+        axis.scatter([x], [y], color=color, marker=marker, s=130 if kind == "found" else 36, zorder=3, label=label)
         predicted = p.get("x_predicted")
         if predicted is not None:
-            axis.scatter([predicted], [p[y]], edgecolors=color, facecolors="none", marker=marker, s=30, zorder=2)
-            axis.plot([predicted, p[x]], [p[y], p[y]], color=color, lw=0.6, zorder=2)
+            axis.scatter([predicted], [y], edgecolors=color, facecolors="none", marker=marker, s=30, zorder=2)
+            axis.plot([predicted, x], [y, y], color=color, lw=0.6, zorder=2)
         if p.get("y_error"):
-            axis.errorbar([p[x]], [p[y]], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
-        axis.annotate(p["name"], (p[x], p[y]), textcoords="offset points", xytext=(6, 5), fontsize=7)
+            axis.errorbar([x], [y], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
+        axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=7)
     axis.set_xlabel(titles[0])
     axis.set_ylabel(titles[1])
     axis.legend(fontsize=7, frameon=False)
@@ -110,35 +108,31 @@ def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: P
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, float]) -> Path:
     """Cross-entropy, discretisation gap, entropy, expected latency and parameters over the steps."""
     figure, axes = _figure(2, 2, 8.4, 5.6)
-    steps = [r["step"] for r in rows]
     loss, entropy, latency, params = axes.flat
-    for key, color, name in (("ce_weight", GREY, "weight step"), ("ce_arch", BLUE, "architecture step")):
-        have = [(r["step"], r[key]) for r in rows if key in r]
-        if have:
-            loss.plot(*zip(*have, strict=True), color=color, lw=1, label=name)
-    gaps = [(r["step"], r["ce_argmax"]) for r in rows if "ce_argmax" in r]
-    if gaps:
-        loss.plot(*zip(*gaps, strict=True), color=RED, lw=1, marker="o", ms=3, label="most probable choice")
-    loss.set_title("cross-entropy (nats per token)", fontsize=9)
-    loss.legend(fontsize=7, frameon=False)
+
+    def line(axis: Any, of: Mapping[int, float], **style: Any) -> None:
+        if of:
+            axis.plot(list(of), list(of.values()), **style)
+
+    def values(key: str) -> dict[int, float]:
+        return {r["step"]: r[key] for r in rows if key in r}
+
+    line(loss, values("ce_weight"), color=GREY, lw=1, label="weight step")
+    line(loss, values("ce_arch"), color=BLUE, lw=1, label="architecture step")
+    line(loss, values("ce_argmax"), color=RED, lw=1, marker="o", ms=3, label="most probable choice")
     for key in sorted({k for r in rows for k in r["entropy"] if "." not in k}):
-        entropy.plot(steps, [r["entropy"].get(key, 0.0) for r in rows], lw=1, label=TITLES.get(key, key))
-    entropy.plot(steps, [r["entropy_max"] for r in rows], color="black", lw=1.4, label="largest")
-    entropy.set_title("normalised entropy", fontsize=9)
-    entropy.legend(fontsize=7, frameon=False)
-    for axis, key, title, marks in (
-        (latency, "latency_ms", "E[latency] (ms)", ("latency_max",)),
-        (params, "params", "E[parameters]", ("params_min", "params_max")),
-    ):
-        have = [(r["step"], r[key]) for r in rows if key in r]
-        if have:
-            axis.plot(*zip(*have, strict=True), color=BLUE, lw=1.2)
-        for mark in marks:
-            if mark in limits:
-                axis.axhline(limits[mark], color=RED, lw=0.8, ls="--")
+        line(entropy, {r["step"]: r["entropy"].get(key, 0.0) for r in rows}, lw=1, label=TITLES.get(key, key))
+    line(entropy, values("entropy_max"), color="black", lw=1.4, label="largest")
+    line(latency, values("latency_ms"), color=BLUE, lw=1.2)
+    line(params, values("params"), color=BLUE, lw=1.2)
+    for name, limit in limits.items():
+        (latency if name == "latency_max" else params).axhline(limit, color=RED, lw=0.8, ls="--")
+    titles = ("cross-entropy (nats per token)", "normalised entropy", "E[latency] (ms)", "E[parameters]")
+    for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title, fontsize=9)
-    for axis in axes.flat:
         axis.set_xlabel("step", fontsize=8)
+    for axis in (loss, entropy):
+        axis.legend(fontsize=7, frameon=False)
     return _save(figure, path)
 
 

@@ -22,7 +22,7 @@ from benchmarks import (
     sections,
 )
 from benchmarks.harness import Recorder, Timing, WrongResult
-from jointnas import bench
+from jointnas.verbs import bench
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.timing import cache_bytes
 
@@ -187,5 +187,5 @@ def test_tensor_core_program_is_generated_for_both_generations() -> None:
 
 def test_command_names_the_nearest_topic() -> None:
     with pytest.raises(JointNASError, match="Did you mean 'masks'"):
-        bench.main(["mask"])
-    assert bench.main([]) == 0
+        bench.bench(["mask"])
+    assert bench.bench([]) == 0

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from jointnas import artifact
+from jointnas import exporting
 from jointnas_kernels.hf import Supernet, convert, extract
 from jointnas_kernels.nn import FakeQuantLinear
 from jointnas_kernels.space import Choice, SearchSpace
@@ -50,7 +50,7 @@ def uniform(weight_bits: int, act_bits: int) -> Choice:
 def exported(net: Supernet, choice: Choice, folder: Path, **options: Any) -> LlamaForCausalLM:
     """The extracted model, also written to the folder."""
     model = extract(net, choice)
-    artifact.export(model, folder, choice, net.block_rank, **options)
+    exporting.export_model(model, folder, choice, net.block_rank, **options)
     return model
 
 

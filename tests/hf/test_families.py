@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from jointnas import artifact
+from jointnas import exporting
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, extract, importance_scores, load, shrink, subnet_config
 from jointnas_kernels.hf.families import FAMILIES, build
@@ -166,7 +166,7 @@ def test_exports_reload(tmp_path, name: str, dtype: torch.dtype) -> None:
     for _ in range(3):
         choice = space.sample(g)
         subnet = extract(supernet, choice)
-        artifact.export(subnet, tmp_path / "model", choice, supernet.block_rank)
+        exporting.export_model(subnet, tmp_path / "model", choice, supernet.block_rank)
         stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
         logits = subnet(x).logits
         assert difference(stock(x).logits, logits) == 0

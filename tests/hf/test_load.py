@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from jointnas import artifact, assets
+from jointnas import assets, exporting
 from jointnas_kernels import hf
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn import FakeQuantLinear, PackedLinear
@@ -375,5 +375,5 @@ def test_bad_folders(w4a8: Path, tmp_path: Path) -> None:
 def test_stock_reload_of_the_same_folder(w4a8: Path) -> None:
     x = ids()
     with torch.no_grad():
-        want, got = artifact.reload(w4a8)(x).logits, hf.load(w4a8)(x).logits
+        want, got = exporting.reload(w4a8)(x).logits, hf.load(w4a8)(x).logits
     assert (got - want).norm() <= 2e-2 * want.norm()

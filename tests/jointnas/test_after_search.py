@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from jointnas import artifact
+from jointnas import exporting
 from jointnas.config import FinetuneConfig
 from jointnas.distillation import bake, distil, distillation_loss, learning_rate, original_logits, trainable
-from jointnas.logs import read_metrics
-from jointnas.reporting import html_table, report, text_table
+from jointnas.metrics import read_metrics
+from jointnas.results import html_table, text_table
+from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract
 from jointnas_kernels.space import Choice
@@ -56,16 +57,17 @@ def test_export_reloads_exactly(request: pytest.FixtureRequest, name: str, tmp_p
     student = trainable(run.supernet, choice)
     distil(student, original_logits(run.supernet), run.streams.all, FinetuneConfig(steps=2), batch_size=2, seq_len=16)
     model = bake(student)
-    folder = artifact.export(model, tmp_path / "model", choice, run.supernet.block_rank, base="tiny", licence="mit")
+    rank = run.supernet.block_rank
+    folder = exporting.export_model(model, tmp_path / "model", choice, rank, base="tiny", licence="mit")
     ids = run.streams.held_out[:32][None]
-    again = artifact.reload(folder)
+    again = exporting.reload(folder)
     assert torch.equal(again(ids).logits, model(ids).logits)
     card = (folder / "README.md").read_text()
     assert "license: mit" in card
     assert ("activation bits" in card) == (name == "joint")
     assert not list(tmp_path.glob(".*"))
     with pytest.raises(JointNASError, match="no exported model"):
-        artifact.reload(tmp_path)
+        exporting.reload(tmp_path)
 
 
 def test_training_keeps_weights_on_the_grid(joint) -> None:

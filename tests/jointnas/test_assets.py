@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointnas import assets
-from jointnas.quality import CHANCE, TASKS, evaluate, perplexity
+from jointnas.evaluation import CHANCE, TASKS, accuracy, perplexity
 from jointnas_kernels.errors import JointNASError
 
 
@@ -109,7 +109,7 @@ def test_task_is_well_formed(name: str, tokenizer) -> None:
     items = [json.loads(line) for line in (assets.task_dir() / f"{name}.jsonl").read_text().splitlines()]
     assert 200 <= len(items) <= 400
     assert len({json.dumps(i, sort_keys=True) for i in items}) == len(items)
-    held_out = assets.text("test").replace("\n", " ")
+    held_out = "\n\n".join(assets.documents("test")).replace("\n", " ")
     for item in items:
         assert set(item) == {"query", "choices", "answer"}
         assert len(item["choices"]) == 4
@@ -124,10 +124,10 @@ def test_task_is_well_formed(name: str, tokenizer) -> None:
 
 
 def test_tasks_are_what_the_script_builds(tmp_path, monkeypatch) -> None:
-    from jointnas.assets import prepare
+    from tools import prepare_assets
 
-    monkeypatch.setattr(prepare.assets, "task_dir", lambda: tmp_path)
-    prepare.tasks()
+    monkeypatch.setattr(prepare_assets.assets, "task_dir", lambda: tmp_path)
+    prepare_assets.tasks()
     monkeypatch.undo()
     for file in assets.task_dir().glob("*.*l"):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
@@ -149,6 +149,6 @@ def test_model_is_as_good_as_its_record_says() -> None:
 
 
 def test_model_is_clearly_above_chance(tokenizer) -> None:
-    results = evaluate(assets.load_model(), tokenizer, limit=100)
+    results = accuracy(assets.load_model(), tokenizer, limit=100)
     above = [name for name in TASKS if results[name]["acc"] > CHANCE + 2.5 * results[name]["acc_stderr"]]
     assert len(above) >= 3, results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jointnas import cli, config, verbs
+from jointnas import cli, config
 from jointnas.config import RunConfig, SpaceConfig, build
 from jointnas_kernels.errors import JointNASError
 from tests.jointnas import tiny
@@ -99,7 +100,7 @@ def test_budget_no_candidate_satisfies(
 
 @pytest.mark.parametrize("verb", [v for v in cli.VERBS if v != "bench"])
 def test_every_verb_has_a_parser_and_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([verb, "--help"]) == 0
+    assert cli.main([*verb.split(), "--help"]) == 0
     assert verb in capsys.readouterr().out
 
 
@@ -135,9 +136,10 @@ def test_every_verb_is_a_function() -> None:
     import jointnas
 
     for verb in cli.VERBS:
-        name = {"eval": "evaluate"}.get(verb, verb)
-        if name != "bench":
-            assert getattr(jointnas, name) is getattr(verbs, name)
+        group, _, name = {"eval": "evaluate", "profile": "table measure"}.get(verb, verb).rpartition(" ")
+        module = importlib.import_module(f"jointnas.verbs.{group or name}")
+        assert cli.function_of(verb) is getattr(module, name)
+        assert getattr(getattr(jointnas, group) if group else jointnas, name) is getattr(module, name)
 
 
 def test_unknown_public_name() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from jointnas import artifact, models
+from jointnas import exporting, loading
 from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract
@@ -126,7 +126,7 @@ def test_asymmetric_weights(tmp_path: Path, dtype: torch.dtype) -> None:
             values, of = grid.quantize(old.weight + 0.05, (2, 4, 8)[i], 16, symmetric=i == 1)
             setattr(parent, name, FakeQuantLinear(values, None, of, (4, 8, 16)[i]))
     choice = uniform(8, 8)
-    artifact.export(model, tmp_path / "model", choice, (0, 1, 2))
+    exporting.export_model(model, tmp_path / "model", choice, (0, 1, 2))
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
     assert config["format"] == "mixed-precision"
     assert {g["format"] for g in config["config_groups"].values()} == {"naive-quantized", "pack-quantized"}
@@ -185,14 +185,14 @@ def test_a_changed_weight_is_not_exported(tmp_path: Path) -> None:
     before = {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()}
     model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
     with pytest.raises(JointNASError, match=r"layers\.1\.mlp\.up_proj: 1 of 6144 weights are no multiple"):
-        artifact.export(model, tmp_path / "model", choice, net.block_rank)
+        exporting.export_model(model, tmp_path / "model", choice, net.block_rank)
     other = extract(net, choice)
     with pytest.raises(FileNotFoundError):
-        artifact.export(other, tmp_path / "model", choice, net.block_rank, notices=[tmp_path / "missing"])
+        exporting.export_model(other, tmp_path / "model", choice, net.block_rank, notices=[tmp_path / "missing"])
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert {f.name: f.read_bytes() for f in (tmp_path / "model").iterdir()} == before
     with pytest.raises(JointNASError, match="converted to another dtype"):
-        artifact.export(extract(net, choice).to(torch.bfloat16), tmp_path / "model", choice, net.block_rank)
+        exporting.export_model(extract(net, choice).to(torch.bfloat16), tmp_path / "model", choice, net.block_rank)
 
 
 def test_writing_needs_no_compressed_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,9 +202,9 @@ def test_writing_needs_no_compressed_tensors(tmp_path: Path, monkeypatch: pytest
     exported(supernet(), uniform(4, 8), tmp_path / "model")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(JointNASError, match="pip install compressed-tensors"):
-        artifact.reload(tmp_path / "model")
+        exporting.reload(tmp_path / "model")
     with pytest.raises(JointNASError, match="no exported model"):
-        artifact.reload(tmp_path)
+        exporting.reload(tmp_path)
 
 
 def test_model_card(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_model_card(tmp_path: Path) -> None:
     source.mkdir()
     (source / "README.md").write_text("---\nlicense: llama3.1\ntags: [x]\n---\n# Hello\n")
     (source / "LICENSE.txt").write_text("terms")
-    licence, notices = models.licence(ModelConfig(source=str(source)))
+    licence, notices = loading.licence(ModelConfig(source=str(source)))
     choice = uniform(4, 8)
     exported(
         supernet(), choice, tmp_path / "model", licence=licence, notices=notices, base="org/base",
@@ -224,8 +224,8 @@ def test_model_card(tmp_path: Path) -> None:
     rank = supernet().block_rank
     assert [line for line in text.splitlines() if line.startswith("| 1 |")] == [f"| 1 | {sorted(rank)[1]} | 4 | 8 |"]
     assert (tmp_path / "model" / "LICENSE.txt").read_text() == "terms"
-    assert models.licence(ModelConfig())[1][0].is_file()
-    assert models.licence(ModelConfig(source="org/hub-name")) == (None, [])
+    assert loading.licence(ModelConfig())[1][0].is_file()
+    assert loading.licence(ModelConfig(source="org/hub-name")) == (None, [])
     record = json.loads((tmp_path / "model" / "choice.json").read_text())
     assert record["choice"] == choice.to_dict()
 

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from jointnas import cli
-from jointnas.pipeline import found_choice, open_run
+from jointnas.preparation import open_run
+from jointnas.run_folder import found_choice
 from jointnas_kernels import hf
 from jointnas_kernels.hf.families import PATHS
 from jointnas_kernels.latency import LatencyTable

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jointnas import artifact, cli
+from jointnas import cli, exporting
 from jointnas.config import InitOptions
 from jointnas.initialise import Bits, blocks, calibration_windows, initialise, run
 from jointnas.initialise.blocks import Blocks, quantize_tokens
@@ -254,9 +254,9 @@ def test_plain_model_lies_on_its_grid(method: run.Method, act: int, dtype: torch
         assert torch.equal(q.to(dtype) * scale, linear.weight)
     if dtype == torch.float32 and method != "rtn":
         choice = run.single_space(made.config, 4, act, G).full()
-        artifact.export(made, tmp_path / "m", choice, range(3))
+        exporting.export_model(made, tmp_path / "m", choice, range(3))
         ids = windows(2)
-        assert torch.equal(artifact.reload(tmp_path / "m")(ids).logits, made(ids).logits)
+        assert torch.equal(exporting.reload(tmp_path / "m")(ids).logits, made(ids).logits)
 
 
 def test_methods_keep_their_order() -> None:
@@ -403,7 +403,7 @@ def test_command_quantizes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixtur
     made = tiny.model().requires_grad_(False)
     ids = calibration_windows(tiny.streams().all, InitOptions(samples=8), 16)
     initialise(made, "gptq", ids, bits_of(made, 4, 8), options=InitOptions(samples=8), progress=False)
-    assert torch.equal(artifact.reload(out)(ids).logits, made(ids).logits)
+    assert torch.equal(exporting.reload(out)(ids).logits, made(ids).logits)
     assert cli.main(arguments) == 2
     assert "exists; choose another folder" in capsys.readouterr().err
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from jointnas import checkpoint, data
+from jointnas.baselines.random_choices import canonical, random_choices
 from jointnas.config import DataConfig
 from jointnas.initialise.clip import RATIOS, mse_clip
 from jointnas.objective import Feasibility, Limits, Objective, entropies
-from jointnas.peers import canonical, hypervolume, pareto, random_peers
+from jointnas.results import hypervolume, pareto
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, count_params
@@ -254,21 +255,21 @@ def test_repair_avoids_infeasible_bits() -> None:
         assert not check.violations(check.repair(random_bits(seed)))
 
 
-# ---- peers and quantizers -------------------------------------------------------------------------------------------
+# ---- baselines and quantizers ---------------------------------------------------------------------------------------
 
 
-def test_random_peers_cost_the_same_and_differ() -> None:
+def test_random_choices_cost_the_same_and_differ() -> None:
     bound = synthetic().bind(SPACE, (2, 0, 1))
     found = Choice(128, 4, 32, 128, 2, (4, 8, 4), (8, 8, 8))
-    peers = random_peers(found, bound, CONFIG, 8, seed=3)
+    peers = random_choices(found, bound, CONFIG, 8, seed=3)
     assert len({canonical(p, bound) for p in peers}) == 8
     assert canonical(found, bound) not in peers
     for peer in peers:
         assert count_params(CONFIG, peer) == pytest.approx(count_params(CONFIG, found), rel=0.1)
         assert bound.predict(peer) == pytest.approx(bound.predict(found), rel=0.1)
-    assert peers == random_peers(found, bound, CONFIG, 8, seed=3)
+    assert peers == random_choices(found, bound, CONFIG, 8, seed=3)
     with pytest.raises(JointNASError, match="only 0 of 2 random choices"):
-        random_peers(found, bound, CONFIG, 2, width=1e-9, tries=50)
+        random_choices(found, bound, CONFIG, 2, width=1e-9, tries=50)
 
 
 def test_bits_of_removed_blocks_do_not_make_another_choice() -> None:

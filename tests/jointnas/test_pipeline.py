@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jointnas import artifact, cli
-from jointnas.pipeline import found_choice
+from jointnas import cli, exporting
+from jointnas.run_folder import found_choice
 from tests.jointnas import tiny
 
 SPACE = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
@@ -60,7 +60,7 @@ def test_final_folder_loads_in_stock_transformers(run: Path) -> None:
     assert sizes == (choice.hidden, choice.heads, choice.head_dim, choice.intermediate)
     assert config.num_hidden_layers == choice.blocks
     ids = torch.randint(97, (1, 12))
-    assert torch.equal(model(ids).logits, artifact.reload(run / "final")(ids).logits)
+    assert torch.equal(model(ids).logits, exporting.reload(run / "final")(ids).logits)
     stored = json.loads((run / "final" / "config.json").read_text())
     assert (choice.weight_bits is not None) == ("quantization_config" in stored)
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointnas import assets
-from jointnas.quality import TASKS, evaluate, perplexity
+from jointnas.evaluation import TASKS, accuracy, perplexity
 from jointnas_kernels.errors import JointNASError
 
 
@@ -70,7 +70,7 @@ def _direct(model: LlamaForCausalLM, name: str, limit: int) -> tuple[float, floa
 
 def test_evaluate_equals_a_direct_scorer(model: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]) -> None:
     limit = 20
-    results = evaluate(model, assets.load_tokenizer(), limit=limit, batch_size=16)
+    results = accuracy(model, assets.load_tokenizer(), limit=limit, batch_size=16)
     assert capfd.readouterr().out == ""
     assert set(results) == {*TASKS, "mean"}
     for name in TASKS:
@@ -83,4 +83,4 @@ def test_evaluate_equals_a_direct_scorer(model: LlamaForCausalLM, capfd: pytest.
 
 def test_unknown_task_is_an_error_with_the_nearest_name(model: LlamaForCausalLM) -> None:
     with pytest.raises(JointNASError, match="continuation"):
-        evaluate(model, assets.load_tokenizer(), tasks=["continuatoin"])
+        accuracy(model, assets.load_tokenizer(), tasks=["continuatoin"])

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jointnas import checkpoint
-from jointnas.logs import read_metrics
+from jointnas.metrics import read_metrics
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.space import Choice, count_params
 from tests.jointnas import tiny

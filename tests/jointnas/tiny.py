@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from jointnas.bilevel import Found, Run, optimise, prepare
+from jointnas.bilevel import optimise
 from jointnas.config import RunConfig, build
 from jointnas.data import Streams
+from jointnas.preparation import prepare
+from jointnas.run_folder import Found, Run
 from jointnas_kernels.hf.families import build as build_model
 from tests.latency.tables import CONFIG, synthetic
 

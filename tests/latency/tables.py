@@ -6,7 +6,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from jointnas_kernels.latency import LatencyTable, OpSpec, Workload, describe, enumerate_ops
-from jointnas_kernels.latency.schema import Header, ModelRecord, Row, WorkloadRecord
+from jointnas_kernels.latency.schema import Header, Row
+from jointnas_kernels.latency.spec import ModelDims
 from jointnas_kernels.latency.watch import Watch
 from jointnas_kernels.space import SearchSpace
 
@@ -39,8 +40,8 @@ def synthetic(
     workload = workload or Workload(seq=16)
     header = Header(
         device=describe("cpu", 1),
-        workload=WorkloadRecord(mode=workload.mode, batch=workload.batch, seq=workload.seq, dtype="float32"),
-        model=ModelRecord(layers=3, kv_heads=2, vocab=97),
+        workload=workload,
+        model=ModelDims(layers=3, kv_heads=2, vocab=97),
         torch="test",
         created="2026-01-01T00:00:00+00:00",
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from jointnas import cli, models, plots
+from jointnas import cli, loading, plots
 from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, OpSpec, compare, interpolate, measure_choices
-from jointnas_kernels.latency.compare import between, measured_by
+from jointnas_kernels.latency.interpolation import between, measured_by
 from jointnas_kernels.latency.schema import INTERPOLATED, Device
 from jointnas_kernels.space import Choice, SearchSpace
 from tests.latency.tables import CONFIG, calm, cost, synthetic
@@ -47,15 +47,15 @@ def test_compare_on_the_command_line(tmp_path: Path, table: LatencyTable, capsys
     other = table.header.model_copy(update={"device": Device(type="cuda", name="H", arch="sm_90", threads=0)})
     table.save(tmp_path / "a.jsonl")
     LatencyTable(other, changed(table, {0: 2.0}).rows).save(tmp_path / "b.jsonl")
-    assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    assert cli.main(["table", "diff", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "2.000x" in out
     assert "b: cuda 'H' sm_90" in out
-    assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl")]) == 2
-    assert "--compare takes two table files, got 1" in capsys.readouterr().err
+    assert cli.main(["table", "diff", str(tmp_path / "a.jsonl")]) == 2
+    assert "the following arguments are required: second" in capsys.readouterr().err
     memory = table.header.model_copy(update={"metric": "memory", "unit": "B"})
     LatencyTable(memory, table.rows).save(tmp_path / "m.jsonl")
-    assert cli.main(["profile", "--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "m.jsonl")]) == 2
+    assert cli.main(["table", "diff", str(tmp_path / "a.jsonl"), str(tmp_path / "m.jsonl")]) == 2
     assert "a table of latency cannot be compared with one of memory" in capsys.readouterr().err
 
 
@@ -65,15 +65,15 @@ def test_merge_on_the_command_line(tmp_path: Path, table: LatencyTable, capsys: 
     for path, rows in zip(paths, (table.rows[: 2 * third], table.rows[third:], table.rows[:1]), strict=True):
         LatencyTable(table.header, rows).save(path)
     out = tmp_path / "merged.jsonl"
-    assert cli.main(["profile", "--out", str(out), "--merge", *paths]) == 0
+    assert cli.main(["table", "merge", *paths, "--out", str(out)]) == 0
     assert {r.spec for r in LatencyTable.load(out).rows} == {r.spec for r in table.rows}
     capsys.readouterr()
-    assert cli.main(["profile", "--out", str(out), "--merge", *paths]) == 2
+    assert cli.main(["table", "merge", *paths, "--out", str(out)]) == 2
     assert "exists; choose another file" in capsys.readouterr().err
     elsewhere = table.header.model_copy(update={"device": Device(type="cuda", name="H", arch="sm_90", threads=0)})
     LatencyTable(elsewhere, table.rows).save(paths[1])
     for force, message in (([], "was measured on cuda 'H'"), (["--force"], "cannot be merged: different device")):
-        assert cli.main(["profile", "--out", str(tmp_path / "n.jsonl"), "--merge", *paths, *force]) == 2
+        assert cli.main(["table", "merge", *paths, "--out", str(tmp_path / "n.jsonl"), *force]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -81,7 +81,7 @@ def test_coverage_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     """The embedded model's tiny space against a table of another one: most is missing, and said so."""
     table = synthetic(feasible=lambda s: (s.wbits, s.abits) != (2, 8))
     table.save(tmp_path / "t.jsonl")
-    assert cli.main(["profile", "--coverage", str(tmp_path / "t.jsonl")]) == 0
+    assert cli.main(["table", "show", str(tmp_path / "t.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "W2A8 infeasible: not on this device" in out
     assert "for this space: 9 of 215 operations measured, 206 not yet tried" in out
@@ -96,32 +96,32 @@ def test_coverage_of_an_unfinished_table(tmp_path: Path, capsys: pytest.CaptureF
     lines = path.read_bytes().splitlines(keepends=True)
     cut = b"".join(lines[:-20]) + lines[-20][:25]
     path.write_bytes(cut)
-    assert cli.main(["profile", "--coverage", str(path)]) == 0
+    assert cli.main(["table", "show", str(path)]) == 0
     out = capsys.readouterr().out
     assert f"of {len(lines) - 21} operations measured" in out
     assert "the table is unfinished; run `jointnas profile --resume`" in out
     assert "for this space: 6 of 215 operations measured, 209 not yet tried" in out
     path.write_bytes(lines[0])
-    assert cli.main(["profile", "--coverage", str(path)]) == 0
+    assert cli.main(["table", "show", str(path)]) == 0
     assert "0 of 0 operations measured" in capsys.readouterr().out
     path.write_bytes(cut)
-    for used in (["--heatmap", str(path)], ["--merge", str(path), str(path)], ["--interpolate", str(path)]):
-        assert cli.main(["profile", "--out", str(tmp_path / "o"), *used]) == 2
+    for used in (["draw", str(path)], ["merge", str(path), str(path)], ["fill", str(path)]):
+        assert cli.main(["table", *used, "--out", str(tmp_path / "o")]) == 2
         assert "is truncated" in capsys.readouterr().err
     assert path.read_bytes() == cut
     assert list(tmp_path.iterdir()) == [path]
     path.write_bytes(lines[0].replace(b'"type":"cpu"', b'"type":"cuda"') + b"".join(lines[1:9]))
-    assert cli.main(["profile", "--coverage", str(path)]) == 2
+    assert cli.main(["table", "show", str(path)]) == 2
     assert "was measured on cuda" in capsys.readouterr().err
     path.write_bytes(lines[0] + b"garbage\n" + lines[1])
-    assert cli.main(["profile", "--coverage", str(path)]) == 2
+    assert cli.main(["table", "show", str(path)]) == 2
     assert "line 2: not valid JSON" in capsys.readouterr().err
 
 
 def test_heatmap(tmp_path: Path, table: LatencyTable, capsys: pytest.CaptureFixture[str]) -> None:
     table.save(tmp_path / "t.jsonl")
     out = tmp_path / "t.png"
-    assert cli.main(["profile", "--heatmap", str(tmp_path / "t.jsonl"), "--out", str(out)]) == 0
+    assert cli.main(["table", "draw", str(tmp_path / "t.jsonl"), "--out", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     dense = [r for r in table.rows if r.wbits == 16]
     with pytest.raises(JointNASError, match="no quantized linears"):
@@ -178,9 +178,12 @@ def test_interpolated_rows_are_no_neighbours() -> None:
     assert interpolate(once, space, CONFIG).coverage(space, CONFIG).missing == missing
 
 
+SIZES = [
+    "--space.hidden=[256]", "--space.heads=[4]", "--space.head_dim=[64]", "--space.blocks=[2,6]",
+    "--space.weight_bits=[8]", "--space.act_bits=[8]",
+]  # fmt: skip
 LINE = [
-    "--space.hidden=[256]", "--space.heads=[4]", "--space.head_dim=[64]", "--space.blocks=[2,6]", "--progress=false",
-    "--space.weight_bits=[8]", "--space.act_bits=[8]", "--latency.seq=4", "--latency.seconds=1e-4",
+    "--progress=false", "--latency.seq=4", "--latency.seconds=1e-4",
     '--latency.backends=["torch","torch-int8"]', "--latency.threads=1", "--latency.calibrate=0",
 ]  # fmt: skip
 
@@ -198,7 +201,7 @@ def test_measured_beside_interpolated() -> None:
 def test_resuming_a_finished_table_on_the_command_line(tmp_path: Path) -> None:
     """What was disturbed and what is new is measured, then the whole models."""
     path = tmp_path / "t.jsonl"
-    line = ["profile", "--out", str(path), *LINE, "--latency.calibrate=2"]
+    line = ["profile", "--out", str(path), *SIZES, *LINE, "--latency.calibrate=2"]
     assert cli.main([*line, '--latency.backends=["torch","ours-cpu"]']) == 0
     first = LatencyTable.load(path)
     assert first.calibration is not None
@@ -215,25 +218,25 @@ def test_resuming_a_finished_table_on_the_command_line(tmp_path: Path) -> None:
 
 def test_interpolation_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the ends of the embedded model's MLP sizes to one between them, and back to measuring it."""
-    ends, path = ["--space.intermediate=[256,768]", *LINE], tmp_path / "ends.jsonl"
-    assert cli.main(["profile", "--out", str(path), *ends]) == 0
-    between_them = ["--space.intermediate=[256,512,768]", *LINE]
-    assert cli.main(["profile", "--interpolate", str(path), "--out", str(tmp_path / "more.jsonl"), *between_them]) == 0
+    path = tmp_path / "ends.jsonl"
+    assert cli.main(["profile", "--out", str(path), "--space.intermediate=[256,768]", *SIZES, *LINE]) == 0
+    between_them = ["--space.intermediate=[256,512,768]", *SIZES]
+    assert cli.main(["table", "fill", str(path), "--out", str(tmp_path / "more.jsonl"), *between_them]) == 0
     out = capsys.readouterr().out
     assert "5 operations interpolated, 0 still missing" in out
-    assert cli.main(["profile", "--coverage", str(tmp_path / "more.jsonl"), *between_them]) == 0
+    assert cli.main(["table", "show", str(tmp_path / "more.jsonl"), *between_them]) == 0
     assert "5 interpolated between measured sizes" in capsys.readouterr().out
     table = LatencyTable.load(tmp_path / "more.jsonl")
     new = {row.spec: measured_by(table, row) for row in table.rows if row.backend == INTERPOLATED}
     assert set(new.values()) == {"torch", "torch-int8"}
     space = SearchSpace((256,), (4,), (64,), (256, 512, 768), (2, 6), (8,), (8,))
     choice = Choice(256, 4, 64, 512, 2, (8,) * 6, (8,) * 6)
-    config = models.model_config(ModelConfig())
+    config = loading.model_config(ModelConfig())
     (deployed,) = measure_choices(table, space, config, [choice], seconds=1e-3, watch=calm())
     assert deployed.median > 0
-    assert cli.main(["profile", "--interpolate", str(path), "--out", str(tmp_path / "more.jsonl"), *between_them]) == 2
+    assert cli.main(["table", "fill", str(path), "--out", str(tmp_path / "more.jsonl"), *between_them]) == 2
     assert "exists; choose another file" in capsys.readouterr().err
-    assert cli.main(["profile", "--resume", "--out", str(tmp_path / "more.jsonl"), *between_them]) == 0
+    assert cli.main(["profile", "--resume", "--out", str(tmp_path / "more.jsonl"), *between_them, *LINE]) == 0
     measured = LatencyTable.load(tmp_path / "more.jsonl")
     assert all(row.backend != INTERPOLATED for row in measured.rows)
     assert new.keys() <= set(measured.specs)

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import harness
 from jointnas import cli
-from jointnas.bilevel import load_table
 from jointnas.config import RunConfig, build
+from jointnas.preparation import load_table
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, Workload, describe, profile, timing
 from tests.latency.tables import CONFIG, SPACE, calm
@@ -69,9 +69,9 @@ def test_tables_of_another_device_are_refused(elsewhere: Path) -> None:
 
 
 def test_force_on_the_command_line(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["profile", "--coverage", str(elsewhere)]) == 2
+    assert cli.main(["table", "show", str(elsewhere)]) == 2
     assert "was measured on cpu 'AMD EPYC'" in capsys.readouterr().err
-    assert cli.main(["profile", "--coverage", str(elsewhere), "--force"]) == 0
+    assert cli.main(["table", "show", str(elsewhere), "--force"]) == 0
     assert "operations measured" in capsys.readouterr().out
 
 

@@ -74,7 +74,7 @@ def test_memory_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main(["profile", "--out", str(out), "--metric", "memory", *options, *space]) == 0
     table = LatencyTable.load(out)
     assert (table.header.metric, table.header.unit, table.calibration) == ("memory", "B", None)
-    assert cli.main(["profile", "--coverage", str(out), *space]) == 0
+    assert cli.main(["table", "show", str(out), *space]) == 0
     assert "0 not yet tried" in capsys.readouterr().out
 
 

@@ -239,17 +239,17 @@ def test_calibration_leaves_disturbed_models_out(monkeypatch: pytest.MonkeyPatch
 
 def test_a_slower_repetition_does_not_replace_a_row() -> None:
     """Unless it is the one that was not disturbed."""
-    from jointnas_kernels.latency.profiler import _slower
+    from jointnas_kernels.latency.profiler import slower
 
     def row(median: float, contended: bool) -> Row:
         times = {"p10": median, "median": median, "p90": median, "samples": 5, "contended": contended or None}
         return Row(op="norm", m=1, n=8, k=0, wbits=16, abits=16, group=0, backend="torch", backend_version="", **times)
 
     busy, quiet = row(2.0, True), row(2.0, False)
-    assert _slower(row(3.0, True), busy)
-    assert not _slower(row(1.5, True), busy)
-    assert not _slower(row(3.0, False), busy)
-    assert not _slower(row(3.0, True), quiet)
+    assert slower(row(3.0, True), busy)
+    assert not slower(row(1.5, True), busy)
+    assert not slower(row(3.0, False), busy)
+    assert not slower(row(3.0, True), quiet)
 
 
 def test_whole_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_whole_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_result_tables_mark_what_was_measured_on_a_busy_machine() -> None:
-    from jointnas.reporting import BUSY, html_table, text_table
+    from jointnas.results import BUSY, html_table, text_table
 
     row = {"name": "found", "params": 1, "bytes": 2e6, "measured_ms": 1.0, "predicted_ms": 1.1, "perplexity": 9.0}
     quiet, busy = {**row, "tasks": {}}, {**row, "tasks": {}, "contended": True}

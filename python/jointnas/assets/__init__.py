@@ -17,13 +17,15 @@ import hashlib
 import lzma
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from jointnas_kernels.errors import JointNASError, unknown
 
 Split = Literal["train", "valid", "test"]
 SOURCES = ("austen", "web_bible", "jargon", "wordnet")
@@ -36,21 +38,18 @@ def root() -> Path:
 
 
 def model_dir() -> Path:
+    """The Hugging Face folder."""
     return root() / "model"
 
 
 def corpus_dir() -> Path:
+    """The texts."""
     return root() / "corpus"
 
 
 def task_dir() -> Path:
+    """The multiple-choice tasks."""
     return root() / "tasks"
-
-
-def _fail(message: str) -> Exception:
-    from jointnas_kernels.errors import JointNASError  # late: training must not need the kernels
-
-    return JointNASError(message)
 
 
 def has_weights() -> bool:
@@ -59,18 +58,19 @@ def has_weights() -> bool:
 
 
 def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The embedded model in evaluation mode, on the CPU."""
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
+    """The embedded model in evaluation mode, on the CPU.
 
+    Raises:
+        JointNASError: its weights are not there.
+    """
     if not has_weights():
-        raise _fail(
+        raise JointNASError(
             f"the embedded model has no weights: {model_dir() / 'model.safetensors'} is missing; train it with "
-            "'python -m jointnas.train_base --out DIR', then 'python -m jointnas.train_base --install DIR'"
+            "'python tools/train_embedded.py --out DIR', then 'python tools/train_embedded.py --install DIR'"
         )
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # 56 tensors load in milliseconds
-    model = LlamaForCausalLM.from_pretrained(model_dir(), dtype=dtype).eval()
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(model_dir(), dtype=dtype).eval()
     if bar:
         logging.enable_progress_bar()
     return model
@@ -78,11 +78,8 @@ def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The embedded byte-level BPE tokenizer (4,096 entries; ``<|endoftext|>`` starts and ends documents)."""
-    from transformers import PreTrainedTokenizerFast
-
-    if not (model_dir() / "tokenizer.json").is_file():
-        raise _fail(f"the embedded tokenizer is missing: {model_dir() / 'tokenizer.json'}")
-    return PreTrainedTokenizerFast.from_pretrained(model_dir())
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(model_dir())
+    return tokenizer
 
 
 def _split_of(document: str) -> Split:
@@ -96,29 +93,26 @@ def _split_of(document: str) -> Split:
 def _all_documents(source: str) -> tuple[str, ...]:
     path = next((p for p in sorted(corpus_dir().glob(f"{source}.txt.*"))), None)
     if path is None:
-        raise _fail(f"no corpus {source!r} in {corpus_dir()}; allowed: {', '.join(SOURCES)}")
+        raise unknown("corpus", source, SOURCES)
     raw = path.read_bytes()
     text = (bz2.decompress(raw) if path.suffix == ".bz2" else lzma.decompress(raw)).decode()
     return tuple(text.split("\n\n"))
 
 
 def documents(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> list[str]:
-    """Documents of a split in corpus order; a document is some consecutive paragraphs (one per line) or one gloss."""
-    if split not in ("train", "valid", "test"):
-        raise _fail(f"unknown split {split!r}; allowed: train, valid, test")
+    """Documents of a split in corpus order; a document is some consecutive paragraphs (one per line) or one gloss.
+
+    Raises:
+        JointNASError: unknown split or source.
+    """
+    if split not in get_args(Split):
+        raise unknown("split", split, get_args(Split))
     return [d for source in sources for d in _all_documents(source) if _split_of(d) == split]
-
-
-def text(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> str:
-    """The documents of a split, separated by blank lines."""
-    return "\n\n".join(documents(split, sources))
 
 
 @functools.cache
 def token_documents(split: Split = "train") -> tuple[np.ndarray, ...]:
     """Documents as int64 token arrays, each led by ``<|endoftext|>`` (id 0)."""
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(model_dir() / "tokenizer.json"))
     encoded = tokenizer.encode_batch(documents(split))  # the post-processor puts <|endoftext|> first
     return tuple(np.array(e.ids, dtype=np.int64) for e in encoded)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from jointnas import assets
+from jointnas.loading import check_device
 from jointnas_kernels import _ext
 from jointnas_kernels.latency import survey
 from jointnas_kernels.latency.timing import cache_bytes, describe
@@ -24,15 +25,21 @@ PACKAGES = (
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # what models usually have there
 
 
-def collect(device: str = "cpu") -> dict[str, Any]:
-    """Everything `doctor` prints."""
-    packages = {}
+def doctor(device: str = "cpu") -> dict[str, Any]:
+    """Reports the environment and which latency backends work on a device.
+
+    Args:
+        device: cpu or cuda.
+
+    Raises:
+        JointNASError: there is no such device.
+    """
+    kind, packages = check_device(device), {}
     for name in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = "not installed"
-    kind = torch.device(device)
     compiled = "not built (run `make setup`)"
     if _ext.available():
         compiled = "with CUDA" if _ext.load().has_cuda else "CPU only (nvcc was not found when it was built)"
@@ -56,6 +63,7 @@ def collect(device: str = "cpu") -> dict[str, Any]:
 
 
 def text(found: dict[str, Any]) -> str:
+    """What the command prints."""
     lines = []
     for section in ("system", "packages"):
         lines.append(section)

@@ -1,4 +1,4 @@
-"""Build the embedded assets from the source texts: ``python -m jointnas.assets.prepare corpus SOURCE_DIR`` (then
+"""Build the embedded assets from the source texts: ``python tools/prepare_assets.py corpus SOURCE_DIR`` (then
 ``tokenizer``, ``tasks``). Deterministic; the results are committed, so only a change of the assets needs this.
 
 Source texts: ``austen``, ``web_bible``, ``jargon``, ``wordnet`` as ``NAME.txt.gz``, one paragraph (or one
@@ -228,6 +228,7 @@ def tasks() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("corpus", "tokenizer", "tasks"))
     parser.add_argument("source_dir", type=Path, nargs="?")

@@ -12,9 +12,8 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jointnas.checkpoint import fsync
+from jointnas.checkpoint import replacing
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.compressed import PACKED, Scheme, quantization_config, stored
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.space import Choice, kept_blocks
+from jointnas_kernels.space import WIDTHS, Choice, kept_blocks
 
 CHOICE_FILE = "choice.json"
 SEARCHED = "Found by a joint search over architecture and precision, then distilled from the original."
-SIZES = ("hidden", "heads", "head_dim", "intermediate", "blocks")
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
-def export(
+def export_model(
     model: PreTrainedModel,
     folder: str | Path,
     choice: Choice,
@@ -53,6 +48,11 @@ def export(
     """Writes an extracted or baked model atomically: the folder is there whole, or not at all.
 
     Args:
+        model: with its quantizers baked in.
+        folder: replaced if it is there.
+        choice: what the model is.
+        block_rank: the supernet's, most important block first.
+        tokenizer: saved beside the model.
         facts: numbers for the model card, by name.
         base: name of the original model.
         licence: of the original model's weights, as the Hub spells it.
@@ -67,7 +67,9 @@ def export(
     with replacing(Path(folder)) as temporary:
         model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
         if schemes:
-            _add(temporary / "config.json", {"quantization_config": quantization_config(schemes)})
+            config = temporary / "config.json"
+            entries = {**json.loads(config.read_text()), "quantization_config": quantization_config(schemes)}
+            config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         for notice in notices:
@@ -102,43 +104,14 @@ def quantized_state(model: nn.Module) -> tuple[dict[str, Scheme], dict[str, Tens
     return schemes, tensors
 
 
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            fsync(file)
-        fsync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _add(path: Path, entries: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}, indent=2, sort_keys=True) + "\n")
-
-
 def card(
     choice: Choice, blocks: Sequence[Mapping[str, Any]], schemes: Mapping[str, Scheme], size: int,
     facts: Mapping[str, Any], base: str, licence: str | None, story: str = SEARCHED,
 ) -> str:  # fmt: skip
     """A model card in Markdown."""
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [compressed, jointnas]"]
-    if licence:
-        head.append(f"license: {licence}")
-    lines = [*head, "---", "", f"# Compressed {base or 'model'}", ""]
-    lines += [story, ""]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [compressed, jointnas]"]
+    lines += [f"license: {licence}"] if licence else []
+    lines += ["---", "", f"# Compressed {base or 'model'}", "", story, ""]
     lines += ["```python", "from transformers import AutoModelForCausalLM"]
     if schemes:
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)  # pip install compressed-tensors", ""]
@@ -147,16 +120,14 @@ def card(
     else:
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
     lines += ["```", "", "| | |", "|---|---|"]
-    lines += [f"| {k} | {getattr(choice, k)} |" for k in SIZES]
+    lines += [f"| {k} | {getattr(choice, k)} |" for k in (*WIDTHS, "blocks")]
     lines += [f"| {k} | {v} |" for k, v in facts.items()]
     lines += [f"| weights on disk | {size / 1e6:,.1f} MB |"]
     lines += [f"| base model | {base} |"] if base else []
     lines += [f"| licence | {licence} |"] if licence else []
     if choice.weight_bits or choice.act_bits:
         lines += ["", "| block | of the original | weight bits | activation bits |", "|---|---|---|---|"]
-        lines += [
-            f"| {i} | {b['original_block']} | {b['weight_bits']} | {b['act_bits']} |" for i, b in enumerate(blocks)
-        ]
+        lines += [f"| {i} | " + " | ".join(str(v) for v in b.values()) + " |" for i, b in enumerate(blocks)]
         acts = sorted({("symmetric" if s.act_symmetric else "asymmetric") for s in schemes.values() if s.act_bits < 16})
         lines += [
             "",
@@ -168,11 +139,12 @@ def card(
     return "\n".join(lines) + "\n"
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The exported model through stock `AutoModelForCausalLM`."""
+    """The exported model through stock `AutoModelForCausalLM`.
+
+    Raises:
+        JointNASError: no exported model, or compressed-tensors, which it needs, is not installed.
+    """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise JointNASError(f"{str(folder)!r} is no exported model: it has no config.json")
@@ -183,7 +155,7 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
             "(pip install compressed-tensors); jointnas_kernels.hf.load needs nothing else"
         )
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' bars cannot be turned off
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model.eval()(torch.zeros(1, 1, dtype=torch.long))  # the first call unpacks the weights
     nn.Module.to(model, device)
     return model

@@ -1,48 +1,13 @@
-"""Progress for people (a bar on a terminal, else plain lines), metrics for programs (JSON lines, TensorBoard)."""
+"""Metrics of a run for programs: JSON lines and TensorBoard."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from jointnas_kernels.errors import JointNASError
-
-LINE_SECONDS = 20.0  # between plain progress lines
-
-
-class Progress:
-    """A step counter with ETA."""
-
-    def __init__(self, what: str, total: int, start: int = 0, enabled: bool = True) -> None:
-        self._what, self._total, self._start, self._done = what, total, start, start
-        self._began = self._printed = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=start, desc=what, unit="step") if enabled and terminal else None
-        self._lines = enabled and not terminal
-
-    def step(self, **values: float) -> None:
-        self._done += 1
-        if self._bar is not None:
-            if values:
-                self._bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
-            self._bar.update()
-        elif self._lines and time.monotonic() - self._printed > LINE_SECONDS:
-            self._print()
-
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        rate = (self._done - self._start) / max(self._printed - self._began, 1e-9)
-        left = (self._total - self._done) / rate if rate else float("inf")
-        print(f"{self._what}: step {self._done} of {self._total}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class Metrics:
@@ -57,6 +22,7 @@ class Metrics:
         self._board = _board(folder / "tensorboard" / phase, step) if tensorboard else None
 
     def write(self, step: int, **values: Any) -> None:
+        """A line; numbers, also those inside dictionaries, go to TensorBoard."""
         self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -64,6 +30,7 @@ class Metrics:
                 self._board.add_scalar(f"{self._phase}/{key}", value, step)
 
     def close(self) -> None:
+        """Closes the files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
@@ -71,7 +38,7 @@ class Metrics:
 
 def _board(folder: Path, step: int) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard import SummaryWriter  # optional
     except ImportError:
         raise JointNASError(
             "TensorBoard logs need the `tensorboard` package: pip install tensorboard, or set --tensorboard=false"
@@ -93,10 +60,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Rows of a run's `metrics.jsonl`; a line cut by a kill is left out."""
     path = folder / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
     return rows

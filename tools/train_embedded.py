@@ -1,4 +1,4 @@
-"""Train the embedded small model: ``python -m jointnas.train_base --device cuda --minutes 7 --out DIR``.
+"""Train the embedded small model: ``python tools/train_embedded.py --device cuda --minutes 7 --out DIR``.
 
 A Llama (hidden 256, 4 query and 2 KV heads of 64, intermediate 768, 6 blocks, 4,096 tokens, tied embeddings;
 5.8M parameters) on about 4M tokens of text. The text, not the computer, is the limit: on a GPU there is time for
@@ -124,6 +124,7 @@ class Batches:
 
 
 def autocast(device: str) -> torch.autocast:
+    """Mixed precision of all forward passes."""
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
 
 
@@ -158,7 +159,7 @@ class Run:
         name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
         self.best = math.inf
         self.record: dict[str, Any] = {
-            "command": f"python -m jointnas.train_base --device {args.device} --minutes {args.minutes:g}"
+            "command": f"python tools/train_embedded.py --device {args.device} --minutes {args.minutes:g}"
             f" --seed {args.seed} --batch {args.batch} --stages {args.stages}",
             "device": name, "torch": torch.__version__, "seed": args.seed, "minutes": args.minutes,
             "batch": [args.batch, CONTEXT], "train_tokens": self.batches.tokens, "valid_tokens": len(self.valid),
@@ -166,12 +167,14 @@ class Run:
         }  # fmt: skip
 
     def log(self, **row: Any) -> None:
+        """A line of the curve."""
         row["seconds"] = round(time.time() - self.began, 1)
         self.curve.write(json.dumps(row) + "\n")
         self.curve.flush()
         print(row, flush=True)
 
     def write_record(self) -> None:
+        """record.json, as far as it is known."""
         self.record["seconds"] = round(time.time() - self.began, 1)
         partial = self.out / "record.json.part"
         partial.write_text(json.dumps(self.record, indent=1) + "\n")
@@ -338,6 +341,7 @@ def install(source: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=7.0, help="wall-clock budget of all stages together")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from jointnas import assets
-from jointnas.config import ModelConfig
+from jointnas import assets, data
+from jointnas.config import DataConfig, ModelConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import family
 
@@ -24,6 +26,11 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def check_device(device: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        JointNASError: there is none, or none here.
+    """
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -35,6 +42,11 @@ def check_device(device: str) -> torch.device:
     return found
 
 
+def device_type(config: ModelConfig) -> str:
+    """cpu or cuda."""
+    return config.device.partition(":")[0]
+
+
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in evaluation mode on its device."""
     device, dtype = check_device(config.device), getattr(torch, config.dtype)
@@ -43,10 +55,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     else:
         check_source(config)
         kind = family(model_config(config)).model
-        try:
+        with _readable(f"model {config.source!r}"):
             model = kind.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise JointNASError(f"model {config.source!r} cannot be loaded: {_line(error)}") from None
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device)
     return model
@@ -58,28 +68,38 @@ def model_config(config: ModelConfig) -> Any:
         return LlamaConfig(**KNOWN[config.source])
     check_source(config)
     source = str(assets.model_dir()) if config.source == "embedded" else config.source
-    try:
+    with _readable(f"model {config.source!r}"):
         found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise JointNASError(f"model {config.source!r} cannot be loaded: {_line(error)}") from None
     family(found, f"model {config.source!r}")
     return found
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
+    """The model's tokenizer."""
     if config.source == "embedded":
         return assets.load_tokenizer()
     check_source(config)
-    try:
+    with _readable(f"the tokenizer of {config.source!r}"):
         return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise JointNASError(f"the tokenizer of {config.source!r} cannot be loaded: {_line(error)}") from None
+
+
+def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Streams:
+    """The data, in tokens of the model."""
+    tokenizer = None if config.source == "embedded" else load_tokenizer(model)
+    return data.load(config, tokenizer, seed)
 
 
 def has_tokenizer(config: ModelConfig) -> bool:
     """Whether `load_tokenizer` can be expected to find one: not in a folder that holds a model alone."""
     folder = Path(config.source)
     return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
+
+
+def origin(config: ModelConfig) -> dict[str, Any]:
+    """What an export keeps of the model it was made from; arguments of `exporting.export_model`."""
+    name, notices = licence(config)
+    tokenizer = load_tokenizer(config) if has_tokenizer(config) else None
+    return {"base": config.source, "licence": name, "notices": notices, "tokenizer": tokenizer}
 
 
 def licence(config: ModelConfig) -> tuple[str | None, list[Path]]:
@@ -109,5 +129,10 @@ def check_source(config: ModelConfig) -> None:
         raise JointNASError(f"model folder {config.source!r} has no config.json")
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Makes the errors of transformers one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise JointNASError(f"{what} cannot be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -1,6 +1,7 @@
-"""``jointnas bench TOPIC``: the repository's benchmarks, by topic.
+"""`bench TOPIC`: the repository's benchmarks, by topic.
 
-They compare against peers and write raw rows into the repository, so they live there and not in the package.
+They compare against peers and write raw rows into the repository, so they live there and not in the package: the only
+place from which this package loads something above it, by name.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ TOPICS = {
 ALL = ("ceilings", "kernels", "step", "masks")  # what "all" runs: no further input needed on any machine
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs one topic, or all; what follows the topic goes to its benchmark."""
+def bench(arguments: Sequence[str]) -> int:
+    """Runs one topic, or all; what follows the topic goes to its benchmark. Returns 0, the exit code.
+
+    Raises:
+        JointNASError: an unknown topic, or the package is not in its repository.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jointnas bench TOPIC [options]     jointnas bench TOPIC --help\n")
         print("\n".join(f"  {name:<9} {text}" for name, text in TOPICS.items()))
@@ -36,7 +41,7 @@ def main(arguments: Sequence[str]) -> int:
     topic, rest = arguments[0], list(arguments[1:])
     if topic != "all" and topic not in TOPICS:
         raise unknown("benchmark", topic, [*TOPICS, "all"])
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     if not (root / "benchmarks" / "harness.py").is_file():
         raise JointNASError(
             f"the benchmarks are part of the source repository, which {root} is not: clone it, run `make setup` there "

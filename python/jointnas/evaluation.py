@@ -1,0 +1,133 @@
+"""Quality of a causal language model: perplexity on held-out text and multiple-choice accuracy by lm-eval.
+
+`perplexity` is exp of the mean negative log-likelihood per token over non-overlapping windows (each window's first
+token is predicted from nothing and not counted). `accuracy` runs the embedded tasks through lm-eval's own
+`simple_evaluate` (0-shot, `acc` and `acc_norm`), offline; any other lm-eval task name works, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from jointnas import assets
+from jointnas_kernels.errors import JointNASError, unknown
+
+TASKS = ("continuation", "word", "order", "gloss")
+CHANCE = 0.25  # every embedded task has four choices
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module, tokens: Tensor, *, context: int = 256, batch_size: int = 16, max_tokens: int | None = None
+) -> float:
+    """Perplexity of a model on a token stream, int64 [N], of which the last incomplete window is left out.
+
+    Raises:
+        JointNASError: there is not one window of `context` tokens.
+    """
+    count = min(len(tokens), max_tokens or len(tokens)) // context
+    if count == 0:
+        raise JointNASError(f"perplexity needs at least one window of {context} tokens, got {len(tokens)} tokens")
+    windows = tokens[: count * context].view(count, context)
+    device = next(model.parameters()).device
+    total = 0.0
+    with evaluating(model):
+        for i in range(0, count, batch_size):
+            ids = windows[i : i + batch_size].to(device)
+            logits = model(input_ids=ids).logits[:, :-1].float()  # [B, T-1, V]
+            total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+    return math.exp(total / (count * (context - 1)))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, then as it was."""
+    before = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the log lines and progress bars of lm-eval and datasets; exceptions pass."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # their bars cannot be switched off after import
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _task_config(name: str, cache: str) -> dict[str, Any]:
+    """The embedded task's YAML with its data file's absolute path."""
+    config: dict[str, Any] = yaml.safe_load((assets.task_dir() / f"{name}.yaml").read_text())
+    files = config["dataset_kwargs"]["data_files"]
+    paths = {split: str(assets.task_dir() / file) for split, file in files.items()}
+    return {**config, "dataset_kwargs": {"data_files": paths, "cache_dir": cache}}
+
+
+def accuracy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = TASKS,
+    *,
+    limit: int | None = None,
+    batch_size: int = 64,
+) -> dict[str, dict[str, float]]:
+    """Accuracy per task: `{"gloss": {"acc": …, "acc_norm": …, "acc_stderr": …, "items": …}, …, "mean": {"acc": …}}`.
+
+    Args:
+        model: in any mode, on any device.
+        tokenizer: of the model.
+        tasks: names other than `TASKS` are looked up in lm-eval's own catalogue.
+        limit: takes the first items of each task (they are in random order).
+        batch_size: items at once.
+
+    Raises:
+        JointNASError: an unknown task.
+    """
+    from lm_eval.evaluator import simple_evaluate  # optional, and slow to import
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    names = {name: f"jointnas_{name}" if name in TASKS else name for name in tasks}  # as lm-eval has them
+    with _quiet(), tempfile.TemporaryDirectory() as cache, evaluating(model):
+        manager = TaskManager(include_defaults=not set(tasks) <= set(TASKS))
+        for name in tasks:
+            if name not in TASKS and name not in manager.all_tasks:
+                raise unknown("task", name, [*TASKS, *manager.all_tasks])
+        longest = int(model.config.max_position_embeddings)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
+        report = simple_evaluate(
+            lm, tasks=[_task_config(name, cache) if name in TASKS else name for name in tasks], limit=limit,
+            bootstrap_iters=0, task_manager=manager, log_samples=False, verbosity="ERROR",
+        )  # fmt: skip
+    results: dict[str, dict[str, float]] = {}
+    for name, full in names.items():
+        row = {key.split(",")[0]: value for key, value in report["results"][full].items()}
+        found = {key: float(row[key]) for key in ("acc", "acc_norm") if key in row}
+        items = float(report["n-samples"][full]["effective"])
+        acc = found.get("acc", math.nan)
+        results[name] = {**found, "acc_stderr": math.sqrt(acc * (1 - acc) / max(1.0, items - 1)), "items": items}
+    scores = [row["acc"] for row in results.values() if "acc" in row]
+    results["mean"] = {"acc": sum(scores) / len(scores)} if scores else {}
+    return results

@@ -1,0 +1,143 @@
+"""From a configuration to what a search works with: model, data, latency table, supernet and its quantizers."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jointnas import loading
+from jointnas.config import RunConfig
+from jointnas.data import Batches, Streams
+from jointnas.initialise import DATA_FREE, calibration_windows, initialise
+from jointnas.objective import Feasibility, Limits
+from jointnas.run_folder import Run, found_choice, load_supernet, read_config
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import Supernet, convert, importance_scores
+from jointnas_kernels.latency import LatencyTable, calibrate, profile
+from jointnas_kernels.space import WIDTHS, SearchSpace
+
+log = logging.getLogger(__name__)
+
+
+def prepare(
+    config: RunConfig,
+    model: torch.nn.Module | None = None,
+    streams: Streams | None = None,
+    table: LatencyTable | None = None,
+) -> Run:
+    """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
+
+    The model is converted in place.
+
+    Raises:
+        JointNASError: something cannot be loaded, does not fit together, or no choice satisfies the limits.
+    """
+    space = config.space.build()
+    if model is None:
+        model = loading.load_model(config.model)
+    space.validate(model.config)
+    if streams is None:
+        streams = loading.load_streams(config.data, config.model, config.seed)
+    if table is None:
+        table = load_table(config, space, model.config)
+    restricted, removed = table.restrict(space)
+    for line in removed:
+        log.warning("search space: removed %s", line)
+    check_limits(config, model.config, table, restricted)
+    torch.manual_seed(config.seed)  # LoRA's A
+    options = config.search
+    importance = None
+    if options.importance:
+        batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed)
+        importance = importance_scores(model, [batches.at(i) for i in range(options.importance_batches)])
+    supernet = convert(
+        model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
+        relaxation=options.relaxation, alpha_init=options.alpha_init,
+    )  # fmt: skip
+    supernet.gradient_checkpointing = options.gradient_checkpointing
+    initialise_quantizers(config, supernet, streams)
+    return Run(config, Path(config.out), supernet, streams, table, restricted, removed, importance)
+
+
+def open_run(run: str | Path, searched: bool = True) -> Run:
+    """A searched run folder, with the supernet as the search left it, or (not `searched`) as it began.
+
+    Raises:
+        JointNASError: it is no run folder, or its search has not finished.
+    """
+    config = read_config(Path(run))
+    found_choice(Path(run))
+    opened = prepare(config)
+    if searched:
+        load_supernet(opened)
+    return opened
+
+
+def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Streams) -> None:
+    """As configured; methods that need data keep their blocks in the run's folder, so that they run once."""
+    method, options = config.quantizer.init, config.quantizer.options
+    if method in DATA_FREE:
+        initialise(supernet, method, options=options, progress=False)
+        return
+    windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed)
+    initialise(
+        supernet, method, windows, options=options, folder=Path(config.out) / "quantizers", progress=config.progress,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def check_limits(config: RunConfig, model_config: Any, table: LatencyTable, space: SearchSpace) -> None:
+    """Raises, before anything expensive, if no choice satisfies the limits."""
+    uniform = {k: torch.full((len(space.sizes(k)),), 1 / len(space.sizes(k))) for k in (*WIDTHS, "blocks")}
+    for key in ("weight_bits", "act_bits"):
+        if space.sizes(key):
+            uniform[key] = torch.full((space.depth, len(space.sizes(key))), 1 / len(space.sizes(key)))
+    Feasibility(model_config, table.bind(space), Limits.of(config, model_config)).repair(uniform)
+
+
+# ---- latency tables -------------------------------------------------------------------------------------------------
+
+
+def load_table(config: RunConfig, space: SearchSpace, model_config: Any) -> LatencyTable:
+    """The configured table, or the run's own, measured (and calibrated) if it is not there yet."""
+    options = config.latency
+    if options.table is None:
+        return measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
+    table = LatencyTable.load(options.table, None if options.force else loading.device_type(config.model))
+    missing = table.coverage(space, model_config).missing
+    if missing:
+        raise JointNASError(
+            f"latency table {options.table} lacks {len(missing)} operations of the space, first {missing[0]}; "
+            "measure them with `jointnas profile --resume`"
+        )
+    return table
+
+
+def measure_table(
+    config: RunConfig, space: SearchSpace, model_config: Any, out: Path, renew: bool = False
+) -> LatencyTable:
+    """Profiles the device and calibrates the table; a finished one is taken as it is, unless it is to be renewed where
+    a busy machine disturbed it or a backend was installed since."""
+    options = config.latency
+    if out.is_file() and not renew:
+        try:
+            table = LatencyTable.load(out, loading.device_type(config.model))
+            held = table.coverage(space, model_config)
+            if not held.missing and not held.interpolated and (table.calibration or not options.calibrate):
+                return table
+        except JointNASError as error:
+            log.info("%s; continuing its measurement", error)
+    table = profile(
+        space, model_config, out, workload=options.value(), device=config.model.device, threads=options.threads,
+        backends=options.backends, progress=config.progress, seconds=options.seconds, seed=config.seed,
+        metric=options.metric,
+    )  # fmt: skip
+    fitted = table.calibration is not None and not table.calibration.contended
+    if options.calibrate and options.metric == "latency" and not fitted:
+        restricted, _ = table.restrict(space)
+        table = calibrate(table, restricted, model_config, options.calibrate, seed=config.seed)
+        table.save(out)
+    return table

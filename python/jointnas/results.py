@@ -1,0 +1,97 @@
+"""What is known of each model of a run: the rows of its result tables, as text, HTML and points of a Pareto plot."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BUSY = "measured while the machine was slower than when its latency table was made; the prediction does not apply"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a result table. Bytes: weights on disk, packed integers, everything else in 16 bit."""
+
+    name: str
+    params: int
+    bytes: float
+    predicted_ms: float | None
+    measured_ms: float | None
+    perplexity: float
+    tasks: dict[str, float]  # accuracy by task, and their mean
+    contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
+
+
+def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(header, cells) of result rows."""
+    tasks = list(rows[0]["tasks"]) if rows else []
+    header = ["model", "parameters", "MB", "measured ms", "predicted ms", "perplexity", *(f"{t} %" for t in tasks)]
+    cells = []
+    for row in rows:
+        values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
+        values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
+        values[3] += " *" * row.get("contended", False)
+        values += [f"{row['perplexity']:.2f}", *(f"{100 * row['tasks'].get(t, float('nan')):.1f}" for t in tasks)]
+        cells.append(values)
+    return header, cells
+
+
+def text_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as text, names left, numbers right."""
+    header, cells = columns(rows)
+    widths = [max(len(r[i]) for r in [header, *cells]) for i in range(len(header))]
+    lines = [
+        "  ".join([r[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(r[1:], widths[1:], strict=True))])
+        for r in (header, ["-" * w for w in widths], *cells)
+    ]
+    return "\n".join(lines + [f"* {BUSY}"] * any(r.get("contended") for r in rows))
+
+
+def html_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as an HTML table."""
+    header, cells = columns(rows)
+    head = "".join(f"<th>{html.escape(h)}" for h in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
+    note = f"<p>* {html.escape(BUSY)}</p>" if any(r.get("contended") for r in rows) else ""
+    return f"<table><tr>{head}{body}</table>{note}"
+
+
+# ---- Pareto fronts --------------------------------------------------------------------------------------------------
+
+
+def pareto_points(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Points (x, y) of measured latency and perplexity, and what x is; predicted latency where it was not measured."""
+    measured = all(r["measured_ms"] is not None for r in rows)
+    points = [
+        {
+            "name": r["name"],
+            "x": r["measured_ms"] if measured else r["predicted_ms"],
+            "y": r["perplexity"],
+            "x_predicted": r["predicted_ms"] if measured else None,
+        }
+        for r in rows
+    ]
+    return points, "latency (ms), measured; hollow: predicted" if measured else "predicted latency (ms)"
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[int]:
+    """Indices of the non-dominated points, both coordinates to be small, sorted by the first."""
+    values = list(points)
+    front: list[int] = []
+    for i in sorted(range(len(values)), key=lambda i: values[i]):
+        if not front or values[i][1] < values[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float]) -> float:
+    """Area dominated by the points below `reference`."""
+    area, last = 0.0, reference[1]
+    inside = [p for p in points if p[0] < reference[0] and p[1] < reference[1]]
+    for i in pareto(inside):
+        x, y = inside[i]
+        area += (reference[0] - x) * (last - y)
+        last = y
+    return area

@@ -1,0 +1,224 @@
+"""What a search works with, and the folder in which it leaves everything.
+
+    config.yaml, env.json      configuration, versions, device and space of the run
+    checkpoints/step-N/        the supernet's trained parameters, optimizers and random state
+    metrics.jsonl              one line per logged step
+    choice.json                the found choice
+    final/                     its fine-tuned model
+
+Whatever is known of the result is in eval.json, plots/ and report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from jointnas import checkpoint
+from jointnas.config import RunConfig, dump, load
+from jointnas.data import Streams
+from jointnas.objective import original_params
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import Importance, Supernet
+from jointnas_kernels.latency import LatencyTable
+from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.space import Choice, SearchSpace
+
+log = logging.getLogger(__name__)
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+@dataclass
+class Run:
+    """Everything a search works with; `preparation.prepare` makes one."""
+
+    config: RunConfig
+    folder: Path
+    supernet: Supernet
+    streams: Streams
+    table: LatencyTable
+    space: SearchSpace  # without bits that the device cannot run
+    removed: list[str]
+    importance: Importance | None
+
+    @property
+    def model_config(self) -> Any:
+        """The original model's config."""
+        return self.supernet.config
+
+    @property
+    def bound(self) -> Bound:
+        """The table over the run's space and ranked blocks."""
+        return self.table.bind(self.space, self.supernet.block_rank)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with."""
+
+    choice: Choice
+    argmax: Choice
+    repaired: list[str]  # what the argmax violated; empty if it was taken as it is
+    converged: bool
+    steps: int
+    predicted_ms: float
+    params: int
+    seconds: float
+
+
+def write_start(run: Run) -> None:
+    """config.yaml and env.json."""
+    write_json(
+        run.folder / "env.json",
+        {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": str(run.table.header.device),
+            "threads": torch.get_num_threads(),
+            "cpus": os.cpu_count(),
+            "removed": run.removed,
+            "space": run.space.to_dict(),
+            "block_rank": list(run.supernet.block_rank),
+            "original_params": original_params(run.model_config),
+        },
+    )
+    (run.folder / "config.yaml").write_text(dump(run.config))
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of a run folder.
+
+    Raises:
+        JointNASError: it is no run folder.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise JointNASError(
+            f"{folder} is no run folder: it has no config.yaml; make one with `jointnas search --out {folder}`"
+        )
+    return load(folder / "config.yaml").model_copy(update={"out": str(folder)})
+
+
+def found_choice(folder: Path) -> Choice:
+    """What the search of a run folder found.
+
+    Raises:
+        JointNASError: it has not finished.
+    """
+    found = read_json(folder / "choice.json")
+    if found is None:
+        raise JointNASError(f"{folder} has no choice.json: its search has not finished; resume it with --resume auto")
+    return Choice.from_dict(found["choice"], where=str(folder / "choice.json"))
+
+
+def final_folder(folder: Path) -> Path:
+    """The finished model of a run folder.
+
+    Raises:
+        JointNASError: there is none.
+    """
+    if not (folder / "final").is_dir():
+        raise JointNASError(f"{folder} has no finished model; run `jointnas finetune --run {folder}` first")
+    return folder / "final"
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds; None if it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes plain values; folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1))
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged: bool) -> None:
+    """Writes `checkpoints/step-N`."""
+    tensors: dict[str, dict[str, Tensor]] = {"supernet": run.supernet.search_state()}
+    groups: dict[str, Any] = {}
+    for name, optimizer in optimizers.items():
+        tensors[name], groups[name] = checkpoint.pack_optimizer(optimizer)
+    tensors["rng"] = {"cpu": torch.get_rng_state()}
+    state = {
+        "data_position": step,  # batches and draws are functions of (seed, step)
+        "seed": run.config.seed,
+        "converged": converged,
+        "seconds": seconds,
+        "optimizers": groups,
+        "config": resumable(run.config),
+        "block_rank": list(run.supernet.block_rank),
+    }
+    checkpoint.save(run.folder / "checkpoints", step, tensors, state, keep=run.config.search.keep_checkpoints)
+
+
+def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
+    """(step, seconds, converged) of the checkpoint that was loaded, or a fresh start.
+
+    Raises:
+        JointNASError: the folder holds another search, or one that is not to be resumed.
+    """
+    folder = run.folder / "checkpoints"
+    if run.config.resume == "never":
+        if checkpoint.steps(folder):
+            raise JointNASError(
+                f"{run.folder} already holds a search; pass --resume auto to continue it, or another --out"
+            )
+        return 0, 0.0, False
+    newest = checkpoint.latest(folder)
+    if newest is None:
+        return 0, 0.0, False
+    tensors, state = checkpoint.load(newest)
+    difference = _difference(state["config"], resumable(run.config))
+    if difference:
+        raise JointNASError(f"{newest} belongs to another configuration: {difference}")
+    run.supernet.load_search_state(tensors["supernet"])
+    for name, optimizer in optimizers.items():
+        checkpoint.unpack_optimizer(optimizer, tensors[name], state["optimizers"][name])
+    torch.set_rng_state(tensors["rng"]["cpu"])
+    log.info("resumed from %s", newest)
+    return int(state["step"]), float(state["seconds"]), bool(state["converged"])
+
+
+def load_supernet(run: Run) -> None:
+    """Puts in what the search of the run's folder trained.
+
+    Raises:
+        JointNASError: there is no whole checkpoint.
+    """
+    newest = checkpoint.latest(run.folder / "checkpoints")
+    if newest is None:
+        raise JointNASError(f"{run.folder} has no whole checkpoint; run the search again")
+    run.supernet.load_search_state(checkpoint.load(newest)[0]["supernet"])
+
+
+def resumable(config: RunConfig) -> dict[str, Any]:
+    """The part of a configuration that a resumed run must share."""
+    free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"}
+    search = {"log_every", "save_every", "keep_checkpoints", "capture"}
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search})
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            inner = _difference(a, b, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{prefix}{key} was {a!r}, is {b!r}"
+    return ""

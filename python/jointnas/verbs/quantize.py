@@ -1,0 +1,70 @@
+"""`quantize`: post-training quantization of a plain model at one precision, to an exported folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from jointnas import loading
+from jointnas.config import BitsConfig, DataConfig, InitOptions, Method, ModelConfig
+from jointnas.exporting import export_model
+from jointnas.initialise import DATA_FREE, Bits, calibration_windows, initialise, single_space
+from jointnas_kernels.errors import JointNASError
+
+RECORD = "quantization.jsonl"  # in the exported folder: the errors of every block
+
+
+def quantize(
+    out: str,
+    model: ModelConfig = ModelConfig(),  # noqa: B008
+    bits: BitsConfig = BitsConfig(),  # noqa: B008
+    method: Method = "gptq",
+    data: DataConfig = DataConfig(),  # noqa: B008
+    options: InitOptions = InitOptions(),  # noqa: B008
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Quantizes a model as it is, every block at one precision, and exports it; returns the new folder.
+
+    Args:
+        out: new folder. Until it is done, finished blocks are in OUT.partial.
+        model: which model.
+        bits: of weights and activations.
+        method: rtn and clip need no data, gptq and omniquant learn from calibration windows of `data`.
+        data: text of the calibration.
+        options: of the methods.
+        seed: of the calibration windows and their order.
+        resume: continue an interrupted quantization.
+        progress: show a progress bar.
+
+    Raises:
+        JointNASError: bad input, or `out` exists.
+    """
+    folder = Path(out)
+    partial = folder.with_name(f"{folder.name}.partial")
+    if folder.exists():
+        raise JointNASError(f"{out} exists; choose another folder")
+    if partial.exists() and not resume:
+        raise JointNASError(f"{partial} holds an unfinished quantization; pass --resume to continue it, or remove it")
+    space = single_space(loading.model_config(model), bits.weight, bits.act, bits.group_size)
+    source = loading.load_model(model)
+    windows = None
+    if method not in DATA_FREE:
+        tokens = loading.load_streams(data, model, seed).all
+        windows = calibration_windows(tokens, options, data.seq_len, seed)
+    rows = initialise(
+        source, method, windows, Bits.of(space.full(), space, act_symmetric=bits.act_symmetric), options=options,
+        folder=partial, progress=progress, seed=seed,
+    )  # fmt: skip
+    facts = {}
+    if "mse" in rows[-1]:
+        facts["error of the last block"] = f"{rows[-1]['mse'] / rows[-1]['power']:.2%} of its output's energy"
+    on = "" if windows is None else f" on {windows.numel():,} tokens"
+    export_model(
+        source, folder, space.full(), range(space.depth), facts=facts,
+        story=f"Quantized after training by `{method}`{on}.", **loading.origin(model),
+    )  # fmt: skip
+    shutil.copy(partial / "blocks.jsonl", folder / RECORD)
+    shutil.rmtree(partial)
+    return folder
