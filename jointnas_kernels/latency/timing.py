@@ -44,12 +44,8 @@ def describe(device: str | torch.device = "cpu", threads: int | None = None) -> 
         return Device(type="cuda", name=torch.cuda.get_device_name(device), arch=f"sm_{major}{minor}", threads=0)
     if device.type != "cpu":
         raise JointNASError(f"device {str(device)!r} cannot be profiled; allowed: cpu, cuda")
-    return Device(
-        type="cpu",
-        name=cpu_name(),
-        arch=torch.backends.cpu.get_cpu_capability(),
-        threads=threads or torch.get_num_threads(),
-    )
+    arch = torch.backends.cpu.get_cpu_capability()
+    return Device(type="cpu", name=cpu_name(), arch=arch, threads=threads or torch.get_num_threads())
 
 
 def cpu_name() -> str:
