@@ -59,7 +59,7 @@ def doctor(device: str = "cpu") -> dict[str, Any]:
         "packages": packages,
         "dtype": DTYPE[kind.type],
         "backends": survey(kind, DTYPE[kind.type]),
-        "self-checks": lowbit_check.report(kind) if kind.type == "cuda" in compiled() else {},
+        "self-checks": lowbit_check.report(kind) if kind.type == "cuda" and "cuda" in compiled() else {},
     }
 
 
