@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.schema import Device
 from jointnas_kernels.latency.watch import Measured, Watch
@@ -44,12 +45,15 @@ def describe(device: str | torch.device = "cpu", threads: int | None = None) -> 
         return Device(type="cuda", name=torch.cuda.get_device_name(device), arch=f"sm_{major}{minor}", threads=0)
     if device.type != "cpu":
         raise JointNASError(f"device {str(device)!r} cannot be profiled; allowed: cpu, cuda")
-    return Device(
-        type="cpu",
-        name=cpu_name(),
-        arch=torch.backends.cpu.get_cpu_capability(),
-        threads=threads or torch.get_num_threads(),
-    )
+    arch = torch.backends.cpu.get_cpu_capability()
+    return Device(type="cpu", name=cpu_name(), arch=arch, threads=threads or torch.get_num_threads())
+
+
+def compiled() -> tuple[str, ...]:
+    """Devices that the compiled extension was built for; none: it is not built."""
+    if not _ext.available():
+        return ()
+    return ("cpu", "cuda") if _ext.load().has_cuda else ("cpu",)
 
 
 def cpu_name() -> str:

@@ -24,9 +24,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is compressed, and where it runs."""
 
-    source: str = Field(
-        default="embedded", description="'embedded', or folder or hub name of a Llama, Mistral, Qwen2 or Qwen3"
-    )
+    source: str = Field(default="embedded", description="'embedded', or folder or hub name of a supported family")
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
@@ -35,17 +33,12 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Token streams. One part trains the LoRA weights, the other the architecture."""
 
-    source: str = Field(
-        default="embedded",
-        description="'embedded', a text file or folder of .txt, or 'hf:NAME' or 'hf:NAME/config=SUBSET'",
-    )
+    source: str = Field(default="embedded", description="'embedded', .txt file or folder, or hf:NAME[/config=SUBSET]")
     text_column: str = "text"
     seq_len: int = Field(default=128, ge=2)
     batch_size: int = Field(default=8, ge=1)
     arch_fraction: float = Field(default=0.5, gt=0, lt=1, description="share of the data that trains the architecture")
-    held_out_fraction: float = Field(
-        default=0.05, gt=0, lt=0.5, description="for evaluation only; embedded data has its own"
-    )
+    held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5, description="for evaluation; embedded: its own")
     max_tokens: int | None = Field(default=None, ge=1, description="use only so many tokens")
 
 
@@ -119,14 +112,10 @@ class SearchConfig(Section):
     penalty: Literal["choices", "expectation"] = Field(
         default="choices", description="limits weigh on every choice, or on the expected model (the paper's Eq. 2)"
     )
-    lambda_budget: float = Field(
-        default=20.0, ge=0, description="final weight of the budget and target-latency penalties"
-    )
+    lambda_budget: float = Field(default=20.0, ge=0, description="final weight of budget and target-latency penalties")
     lambda_ramp: float = Field(default=0.5, ge=0, le=1, description="share of the steps over which it grows from 0")
     mu_infeasible: float = Field(default=1.0, ge=0, description="weight of the probability of infeasible bits")
-    entropy_stop: float = Field(
-        default=0.3, ge=0, le=1, description="stop when every dimension's normalised entropy is lower"
-    )
+    entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when all normalised entropies are lower")
     log_every: int = Field(default=10, ge=1)
     gap_every: int = Field(default=50, ge=1, description="how often the discretisation gap is measured")
     gap_batches: int = Field(default=2, ge=1)
@@ -201,9 +190,7 @@ class RunConfig(Section):
 
     out: str = Field(default="runs/search", description="the run's folder")
     seed: int = Field(default=0, ge=0)
-    resume: Literal["auto", "never"] = Field(
-        default="never", description="auto: continue from the last whole checkpoint"
-    )
+    resume: Literal["auto", "never"] = Field(default="never", description="auto: from the last whole checkpoint")
     target_latency_ms: float | None = Field(default=None, gt=0, description="hard limit on the found model's latency")
     progress: bool = True
     tensorboard: bool = True

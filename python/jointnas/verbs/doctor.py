@@ -12,9 +12,8 @@ import torch
 
 from jointnas import assets
 from jointnas.loading import check_device
-from jointnas_kernels import _ext
 from jointnas_kernels.latency import survey
-from jointnas_kernels.latency.timing import cache_bytes, describe
+from jointnas_kernels.latency.timing import cache_bytes, compiled, describe
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 
 PACKAGES = (
@@ -22,6 +21,11 @@ PACKAGES = (
     "peft", "lm_eval", "datasets", "matplotlib", "tensorboard", "humming-kernels", "gemlite", "vllm", "gptqmodel",
 )  # fmt: skip
 
+EXTENSION = {
+    (): "not built (run `make setup`)",
+    ("cpu",): "CPU only (nvcc was not found when it was built)",
+    ("cpu", "cuda"): "with CUDA",
+}
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # what models usually have there
 
 
@@ -40,9 +44,6 @@ def doctor(device: str = "cpu") -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             packages[name] = "not installed"
-    compiled = "not built (run `make setup`)"
-    if _ext.available():
-        compiled = "with CUDA" if _ext.load().has_cuda else "CPU only (nvcc was not found when it was built)"
     return {
         "system": {
             "platform": platform.platform(),
@@ -52,13 +53,13 @@ def doctor(device: str = "cpu") -> dict[str, Any]:
             "device": str(describe(device)),
             "last-level cache": f"{cache_bytes(kind) / 2**20:.0f} MiB",
             "CUDA devices": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-            "compiled extension": compiled,
+            "compiled extension": EXTENSION[compiled()],
             "embedded model": "installed" if assets.has_weights() else "no weights",
         },
         "packages": packages,
         "dtype": DTYPE[kind.type],
         "backends": survey(kind, DTYPE[kind.type]),
-        "self-checks": lowbit_check.report(kind) if kind.type == "cuda" and compiled == "with CUDA" else {},
+        "self-checks": lowbit_check.report(kind) if kind.type == "cuda" and "cuda" in compiled() else {},
     }
 
 
