@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core.cuda import multiprocessors
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,14 +50,9 @@ def empty_slot(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=tensor.device)
 
 
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's GPU; 2 in the interpreter, so that loops over rows are exercised."""
-    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 2
+    return multiprocessors(tensor) if tensor.is_cuda else 2
 
 
 def power_of_two(n: int) -> int:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jointnas_kernels import _ext
-from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.cuda import DTYPES
+from jointnas_kernels.ops.core import cuda
+from jointnas_kernels.ops.core.cuda import DTYPES
 
 WARPS = 8  # per block; one block per multiprocessor (255 registers)
 CHUNK = 8 << 20  # elements of dW at a time
@@ -94,7 +93,7 @@ class Mix:
         weight, (rows, inputs) = self.weight, self.weight.shape
         end = rows if end is None else end
         if columns is None or splits is None:
-            multiprocessors = lowbit_cuda.multiprocessors(weight)
+            multiprocessors = cuda.multiprocessors(weight)
             most = most_columns(
                 self.group_size, len(self.bits), self.clip is not None, grad is not None, shared_limit(weight)
             )
@@ -103,15 +102,12 @@ class Mix:
         partial = None
         if grad is not None:
             partial = torch.empty(len(self.bits), blocks * splits * WARPS, dtype=torch.float32, device=weight.device)
-        pointers = (weight, self.a, self.b, grad, self.probs, self.clip, out, partial)
-        with torch.cuda.device_of(weight):
-            code = _ext.load(cuda=True).quant_lora_mix(
-                *(0 if t is None else t.data_ptr() for t in pointers),
-                *(rows, begin, end, inputs, self.a.shape[1], len(self.bits), self.group_size),
-                sum(width << (8 * p) for p, width in enumerate(self.bits)),
-                *(DTYPES[weight.dtype], columns, splits, self.scaling, lowbit_cuda.current_stream(weight)),
-            )
-        lowbit_cuda.check_launch(code, "quant_lora_mix")
+        bits = sum(width << (8 * p) for p, width in enumerate(self.bits))
+        cuda.call(
+            "quant_lora_mix", weight, self.a, self.b, grad, self.probs, self.clip, out, partial, rows, begin, end,
+            inputs, self.a.shape[1], len(self.bits), self.group_size, bits, DTYPES[weight.dtype], columns, splits,
+            float(self.scaling), on=weight,
+        )  # fmt: skip
         return partial
 
 
