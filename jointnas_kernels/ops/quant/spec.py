@@ -56,8 +56,8 @@ def extent(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def straight_through(value: Tensor, x: Tensor) -> Tensor:
-    """``value`` going forward, the gradient of ``x`` going back; adds an exact zero, so values are not touched."""
-    return value.detach() + (x - x.detach())
+    """``value`` going forward, the gradient of ``x`` going back; adds an exact zero, which turns -0 into 0 only."""
+    return value.detach() + (x - x.detach() if x.requires_grad else 0.0)
 
 
 class Levels(NamedTuple):
