@@ -9,8 +9,9 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core import cuda
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.linear import reference
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 T = TypeVar("T")
 # Relative Frobenius error allowed against the fp64 reference. bf16 inputs, scales and outputs each round by up to
