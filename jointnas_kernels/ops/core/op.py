@@ -110,7 +110,7 @@ class Op(Registered):
 
     Args:
         name: registered as ``jointnas::NAME`` and ``jointnas::NAME_backward``.
-        forward, backward: implementations by backend, best first; without a backward there are no gradients.
+        forward, backward: implementations by backend, best first; without a backward only ``identity`` has gradients.
         results: how many outputs are results; further ones are saved for the backward pass.
         frozen: tensors that never get a gradient.
         identity: tensors whose gradient is that of the first result itself.
@@ -120,6 +120,8 @@ class Op(Registered):
             the same tensors, of which those dropped are None, and values.
         public: the name in messages, where the user called something else.
     """
+
+    backward: Registered | None = None
 
     def __init__(
         self,
@@ -141,28 +143,33 @@ class Op(Registered):
         if not all(kind.startswith("Tensor") for kind in kinds[:count]):
             raise TypeError(f"{name}: tensors come first, then plain values; got {kinds}")
         super().__init__(name, _schema([*kinds, "str? backend"], outputs), forward, choose, public)
-        if backward is None:
+        if backward is None and not identity:
             return
-        saved = [f"saved{i}" for i in range(outputs - results)]
-        trained = [i for i in range(count) if names[i] not in frozen and names[i] not in identity]
-        given = [*(f"Tensor grad{i}" for i in range(results)), *(f"Tensor? {n}" for n in (*names[:count], *saved))]
-        schema = _schema([*given, *kinds[count:], "bool[] need", "str? backend"], len(trained))
+        kept = [*names[:count], *(f"saved{i}" for i in range(outputs - results))]
+        reads: Mapping[str, Sequence[str]] = read_for or {}
+        trained: list[int] = []
+        if backward is None:
+            reads = dict.fromkeys(kept, ())
+        else:
+            trained = [i for i in range(count) if names[i] not in frozen and names[i] not in identity]
+            given = [*(f"Tensor grad{i}" for i in range(results)), *(f"Tensor? {n}" for n in kept)]
+            schema = _schema([*given, *kinds[count:], "bool[] need", "str? backend"], len(trained))
 
-        def choose_backward(*args: Any) -> str:
-            assert choose is not None
-            return choose(*args[results : results + count], *args[len(given) : -2], args[-1])
+            def choose_backward(*args: Any) -> str:
+                assert choose is not None
+                return choose(*args[results : results + count], *args[len(given) : -2], args[-1])
 
-        self.backward = Registered(
-            f"{name}_backward", schema, backward, None if choose is None else choose_backward, public or name
-        )
-        kept = [*names[:count], *saved]
-        readers = [(kept.index(k), [names.index(n) for n in of]) for k, of in (read_for or {}).items()]
+            self.backward = Registered(
+                f"{name}_backward", schema, backward, None if choose is None else choose_backward, public or name
+            )
+        readers = [(kept.index(k), [names.index(n) for n in of]) for k, of in reads.items()]
         self._differentiate(count, results, trained, [names.index(n) for n in identity], readers)
 
     def _differentiate(
         self, count: int, results: int, trained: list[int], identity: list[int], readers: list[tuple[int, list[int]]]
     ) -> None:
-        backward, single, everything = self.backward, len(trained) == 1, trained == list(range(count))
+        backward: Any = self.backward
+        single, everything = len(trained) == 1, trained == list(range(count))
 
         def setup(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
             kept = inputs[:count]
