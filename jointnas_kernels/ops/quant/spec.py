@@ -129,7 +129,7 @@ def quantize_groups(
     return _levels(w, s, bottom, bits, slope)
 
 
-def token_levels(x: Tensor, bits: int, symmetric: bool = False) -> Levels:
+def _token_levels(x: Tensor, bits: int, symmetric: bool = False) -> Levels:
     """Levels of activations [..., N], per token; 2 to 8 bits. All parts have x's dtype."""
     span, bottom = extent(x.detach(), symmetric)
     s = span / span.new_full((), divisor(bits, symmetric))  # a tensor divisor, as above
@@ -139,9 +139,9 @@ def token_levels(x: Tensor, bits: int, symmetric: bool = False) -> Levels:
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(levels int8 [..., N], scale [..., 1] in x's dtype, zero point int8 [..., 1]) of activations [..., N]."""
-    return token_levels(x, bits, symmetric).integers()
+    return _token_levels(x, bits, symmetric).integers()
 
 
 def fake_quant_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     """Q(x) of activations [..., N] in the compute dtype, not yet rounded to that of x; 16 bits return x."""
-    return x.to(compute_dtype(x.dtype)) if bits == 16 else token_levels(x, bits, symmetric).values
+    return x.to(compute_dtype(x.dtype)) if bits == 16 else _token_levels(x, bits, symmetric).values
