@@ -25,8 +25,9 @@ from benchmarks.harness import Recorder, arguments, gate, guarded, rotation, tim
 from jointnas_kernels.latency import LinearWeight, OpSpec, Target, Workload
 from jointnas_kernels.latency.backends import Gemlite, Humming, Marlin
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import dequantize, quantize_tokens
+from jointnas_kernels.ops.lowbit.linear import dequantize
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 GROUP = 128
 PEERS = (Humming(symmetric=True), Gemlite(), Marlin("vllm"), Marlin("gptqmodel"))

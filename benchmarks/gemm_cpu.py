@@ -28,7 +28,7 @@ from jointnas_kernels._ext import load
 from jointnas_kernels.latency.timing import cache_bytes
 from jointnas_kernels.ops import lowbit_matmul, lowbit_pack, pack_weight
 from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 GROUP = 128
 ROUNDS = {1: 40, 16: 15, 256: 8}  # about; by tokens

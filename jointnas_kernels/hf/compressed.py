@@ -3,7 +3,7 @@
 `config.json` holds a `quantization_config`: groups of one scheme each, with the modules ("targets") it applies to.
 Stored for a linear of scheme W{2,4,8} symmetric, `pack-quantized`:
 
-    NAME.weight_packed   int32 [O, I b / 32]   q + 2^(b-1), least significant bits first (ops/pack.py)
+    NAME.weight_packed   int32 [O, I b / 32]   q + 2^(b-1), least significant bits first (ops/lowbit/pack.py)
     NAME.weight_scale    [O, I / group]        in the model's dtype
     NAME.weight_shape    int64 [2]             (O, I)
 
@@ -12,7 +12,7 @@ and for an asymmetric weight, `naive-quantized` (transformers cannot load packed
     NAME.weight int8 [O, I],   NAME.weight_scale,   NAME.weight_zero_point int8 [O, I / group]
 
 Both stand for (q - z) scale, rounded once to the scale's dtype. Activations below 16 bits are quantized dynamically per
-token, by the formulas of ops/act_quant_mix.py, in the model's dtype; nothing is stored for them.
+token, by the formulas of ops/quant/spec.py, in the model's dtype; nothing is stored for them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.ops.lowbit.linear import ACT_BITS
-from jointnas_kernels.ops.lowbit.pack import WEIGHT_BITS, pack_weight
+from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.quant.grid import integers
+from jointnas_kernels.ops.quant.spec import PACKED_ACT_BITS, PACKED_WEIGHT_BITS
 
 METHOD, PACKED, NAIVE = "compressed-tensors", "pack-quantized", "naive-quantized"
 SUPPORTED = (
@@ -172,7 +172,7 @@ def _scheme(name: str, group: Mapping[str, Any], overall: str | None) -> Scheme:
     bits, size = None, 0
     if weights is not None:
         only("weight type", weights.get("type", "int"), ("int",))
-        only("weight bits", weights.get("num_bits"), WEIGHT_BITS)
+        only("weight bits", weights.get("num_bits"), PACKED_WEIGHT_BITS)
         only("weight strategy", weights.get("strategy"), ("group",))
         only("weight symmetric =", weights.get("symmetric", True), (True,))
         only("weight dynamic =", weights.get("dynamic", False), (False,))
@@ -184,7 +184,7 @@ def _scheme(name: str, group: Mapping[str, Any], overall: str | None) -> Scheme:
     act_bits, act_symmetric = 16, False
     if inputs is not None:
         only("activation type", inputs.get("type", "int"), ("int",))
-        only("activation bits", inputs.get("num_bits"), ACT_BITS[:-1])
+        only("activation bits", inputs.get("num_bits"), PACKED_ACT_BITS[:-1])
         only("activation dynamic =", inputs.get("dynamic", False), (True,))
         only("activation strategy", inputs.get("strategy"), ("token",))
         act_bits, act_symmetric = inputs["num_bits"], bool(inputs.get("symmetric", True))

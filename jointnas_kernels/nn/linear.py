@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.grid import Grid
-from jointnas_kernels.ops.quant.linear import quant_lora_linear
-from jointnas_kernels.ops.quant.mixture import quant_lora_mix
+from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
+from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 from jointnas_kernels.ops.width.linear import mixed_linear
 
 MODES = ("weight", "arch", "full")

@@ -9,8 +9,8 @@ from jointnas_kernels.ops.lowbit.prepared import PreparedWeight, lowbit_matmul, 
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
-from jointnas_kernels.ops.quant.linear import quant_lora_linear
-from jointnas_kernels.ops.quant.mixture import quant_lora_mix
+from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
+from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.ops.width.categorical import reinmax
 from jointnas_kernels.ops.width.channel import channel_mask

@@ -6,17 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.quant.activations_triton import act_backward_kernel, act_forward_kernel, constants, row_config
-from jointnas_kernels.ops.quant.activations_triton import backward_config as act_backward_config
-from jointnas_kernels.ops.quant.mixture_triton import (
+from jointnas_kernels.ops.quant.activations import act_backward_kernel, act_forward_kernel, row_config
+from jointnas_kernels.ops.quant.activations import backward_config as act_backward_config
+from jointnas_kernels.ops.quant.kernels import constants
+from jointnas_kernels.ops.quant.mixture.kernels import (
     backward_config,
-    bit_constants,
     forward_config,
     mix_backward_kernel,
     mix_forward_kernel,
-    tile_config,
+    tile_constants,
 )
-from jointnas_kernels.ops.quant.weights import TINY_SCALE, fake_quant_kernel
+from jointnas_kernels.ops.quant.weights import fake_quant_kernel
 from tests.aot.harness import ARCHES, Compiled, compile_kernel
 
 ARCH = pytest.mark.parametrize("arch", ARCHES, ids=lambda a: f"sm_{a}")
@@ -41,8 +41,7 @@ def compile_with(kernel, values: dict[str, object], arch: int, half: str, stages
 
 
 def mix_values(group: int, clip: bool, config: dict[str, int]) -> dict[str, object]:
-    shape = tile_config(group, 32, 128)
-    return {"P": 3, "HAS_CLIP": clip, "EXACT": False, **shape, **bit_constants(BITS), **config}
+    return tile_constants(BITS, group, 32, clip) | config
 
 
 @ARCH
@@ -80,8 +79,8 @@ def test_mix_backward(mode: str, half: str, arch: int) -> None:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_fake_quant(backward: bool, symmetric: bool, arch: int) -> None:
-    values = {"low": -8.0, "high": 7.0, "divisor": 7.5, "tiny": TINY_SCALE, "G": 128, "G_PAD": 128, "BLOCK": 32}
-    values |= {"SYMMETRIC": symmetric, "HAS_CLIP": True, "BACKWARD": backward}
+    values = {"LOW": -8.0, "G": 128, "G_PAD": 128, "BLOCK": 32, "SYMMETRIC": symmetric, "HAS_CLIP": True}
+    values |= {"BACKWARD": backward}
     compile_with(fake_quant_kernel, values, arch, "bf16").assert_sound()
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops import lowbit_linear, lowbit_matmul, lowbit_pack
 from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
 from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("lowbit_kernels")

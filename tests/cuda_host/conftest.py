@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.quant import mixture_cuda as quant_lora_mix_cuda
+from jointnas_kernels.ops.core import cuda
+from jointnas_kernels.ops.quant.mixture import cuda as mixture_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
@@ -79,7 +79,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture
 def on_cpu(emulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowbit_cuda._ext, "load", lambda cuda=False: emulated)
-    monkeypatch.setattr(lowbit_cuda, "current_stream", lambda tensor: 0)
-    monkeypatch.setattr(lowbit_cuda, "multiprocessors", lambda tensor: 4)
-    monkeypatch.setattr(quant_lora_mix_cuda, "shared_limit", lambda tensor: 227 * 1024)
+    monkeypatch.setattr(cuda._ext, "load", lambda cuda=False: emulated)
+    monkeypatch.setattr(cuda, "current_stream", lambda tensor: 0)
+    monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 4)
+    monkeypatch.setattr(mixture_cuda, "shared_limit", lambda tensor: 227 * 1024)

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from jointnas_kernels.ops.quant import mixture_cuda as quant_lora_mix_cuda
-from jointnas_kernels.ops.quant.mixture import MixGradients, quant_lora_mix_reference
-from jointnas_kernels.ops.quant.mixture_cuda import WARPS, Mix, mix_forward_cuda, most_columns, plan
+from jointnas_kernels.ops.quant.mixture import cuda
+from jointnas_kernels.ops.quant.mixture.cuda import WARPS, most_columns, plan
+from jointnas_kernels.ops.quant.mixture.reference import Mixture, Upstream, Want, gradients, quant_lora_mix_reference
 from jointnas_kernels.testing import poisoned
 from tests.ops.test_quant_lora_mix import tiny_weights
 
@@ -43,7 +43,7 @@ def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
     for p in range(3):  # one-hot: no rounding but the quantizer's
         probs = torch.eye(3)[p]
         with poisoned():
-            out = mix_forward_cuda(weight, a, b, probs, ratio, 0.5, BITS, group, columns, splits)
+            out = cuda.forward(Mixture(weight, a, b, probs, ratio, 0.5, BITS, group), columns, splits)
         assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, probs, group, ratio))
 
 
@@ -51,7 +51,7 @@ def test_levels_of_subnormal_scales():
     """fp16 scales below 2^-14 are coarse: the largest weights of a group lie beyond the lowest level."""
     weight, a, b = tiny_weights(256).values()
     for p in range(3):
-        out = mix_forward_cuda(weight, a, b, torch.eye(3)[p], None, 0.5, BITS, 32)
+        out = cuda.forward(Mixture(weight, a, b, torch.eye(3)[p], None, 0.5, BITS, 32))
         assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, torch.eye(3)[p], 32))
 
 
@@ -67,8 +67,8 @@ def test_reduction(rows, begin, end, channels, group, columns, splits, with_clip
     ratio = clip if with_clip else None
     grad = torch.randn(end - begin, channels).to(dtype)
     with poisoned():
-        mix = Mix(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group)
-        partial = mix.launch(grad=grad, begin=begin, end=end, columns=columns, splits=splits)
+        mix = cuda.operands(Mixture(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group))
+        partial = cuda.run(mix, grad=grad, begin=begin, end=end, columns=columns, splits=splits)
     for p in range(3):
         wide = (weight.float(), a, b, 0.5, BITS, torch.eye(3)[p], group, ratio)
         quantized = quant_lora_mix_reference(*wide, scale_dtype=dtype)
@@ -79,16 +79,15 @@ def test_reduction(rows, begin, end, channels, group, columns, splits, with_clip
 
 @pytest.mark.parametrize("given", [False, True], ids=["from x", "given"])
 def test_probability_gradient(given, monkeypatch):
-    monkeypatch.setattr(quant_lora_mix_cuda, "CHUNK", 256 * 256)  # two chunks of rows
+    monkeypatch.setattr(cuda, "CHUNK", 256 * 256)  # two chunks of rows
     weight, a, b, clip = inputs(300, 256, 8, 128, torch.bfloat16)
     grad, x = torch.randn(9, 300).bfloat16(), torch.randn(9, 256).bfloat16()
     dw = (grad.float().T @ x.float()).bfloat16()
     probs = torch.rand(3)
-    args = (weight, a, b, probs, clip, 0.5, BITS, 128)
-    got = quant_lora_mix_cuda.mix_probs_cuda(*((dw, None) if given else (grad, x)), *args)
-    sums = MixGradients(weight, a, b, probs, clip, 0.5, BITS, 128, "identity", (False, True, False))
-    sums.add(slice(0, 300), dw)
-    assert (got - sums.dprobs).norm() <= 2e-3 * sums.dprobs.norm()
+    mix = Mixture(weight, a, b, probs, clip, 0.5, BITS, 128)
+    got = cuda.probs_gradient(mix, Upstream(dw) if given else Upstream(grad, x))
+    _, _, expected, _ = gradients(mix, Upstream(dw), Want(False, True, False))
+    assert (got - expected).norm() <= 2e-3 * expected.norm()
 
 
 def test_mixture_and_scaling():
@@ -98,7 +97,7 @@ def test_mixture_and_scaling():
         probs = torch.rand(len(bits))
         for lora in (torch.bfloat16, torch.float32):
             args = (weight, a.to(lora), b.to(lora))
-            out = mix_forward_cuda(*args, probs, None, scaling, bits, 128)
+            out = cuda.forward(Mixture(*args, probs, None, scaling, bits, 128))
             reference = quant_lora_mix_reference(*args, scaling, bits, probs, 128)
             assert (out.float() - reference.float()).norm() <= 4e-3 * reference.float().norm()
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import dequantize, quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.linear import dequantize, reference
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core import cuda
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.linear import reference
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -52,7 +54,7 @@ def test_launch_failure_is_reported_and_not_repeated(monkeypatch):
 
     def fail(*args):
         calls.append(args)
-        lowbit_cuda.check_launch(209, "lowbit_int8")
+        cuda.check_launch(209, "lowbit_int8")
 
     monkeypatch.setattr(lowbit_cuda, "int8", fail)
     for _ in range(2):
@@ -69,7 +71,7 @@ def test_choice(trusted, monkeypatch):
     some, many = ("wgmma", "int8") if trusted else ("tile", "tile")
     assert chosen == ["stream", "stream", some, some, many, many]
     assert [lowbit_cuda.choose(tokens, weight, 16, CPU) for tokens in (1, 128, 129)] == ["stream", "stream", "dense"]
-    monkeypatch.setattr(lowbit_cuda, "multiprocessors", lambda tensor: 132)  # too few blocks, and no splits
+    monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 132)  # too few blocks, and no splits
     assert lowbit_cuda.choose(128, weight, 8, CPU) == some
     _, _, planes = build(20, 128, 2, planes=True)
     assert lowbit_cuda.choose(1, planes, 4, CPU) == "bitplane"

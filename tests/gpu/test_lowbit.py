@@ -8,8 +8,9 @@ import torch
 from jointnas_kernels import _ext
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import dequantize, lowbit_linear, quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.linear import dequantize, lowbit_linear, reference
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close
 
 pytestmark = [

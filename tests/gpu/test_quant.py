@@ -8,9 +8,10 @@ from torch import Tensor
 
 from jointnas_kernels import _ext
 from jointnas_kernels.ops.quant.activations import act_quant_mix, act_quant_mix_reference
-from jointnas_kernels.ops.quant.linear import quant_lora_linear
-from jointnas_kernels.ops.quant.mixture import quant_lora_mix, quant_lora_mix_reference
-from jointnas_kernels.ops.quant.mixture_cuda import mix_forward_cuda, unsupported
+from jointnas_kernels.ops.quant.mixture import cuda
+from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
+from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
+from jointnas_kernels.ops.quant.mixture.reference import Mixture, quant_lora_mix_reference
 from jointnas_kernels.ops.quant.weights import fake_quant_weight, fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close
 
@@ -55,7 +56,8 @@ def make(shape, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
 def compiled_cuda(t: dict[str, Tensor], group: int) -> bool:
     """Whether the CUDA C++ forward is there and takes these inputs."""
     there = _ext.available() and _ext.load().has_cuda
-    return there and unsupported(t["weight"], t["lora_a"].shape[1], 3, group) is None
+    mix = Mixture(t["weight"], t["lora_a"], t["lora_b"], t["probs"], None, 0.5, BITS, group)
+    return there and cuda.unsupported(mix) is None
 
 
 def widened(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -108,11 +110,11 @@ def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
 def test_cuda_mix_plans(group, rank, dtype, device):
     """Every launch plan writes the same bits: rows off the tile, columns off the block."""
     t = make((83, 640, rank, group), dtype, device)
-    args = (t["weight"], t["lora_a"], t["lora_b"], t["probs"], t["clip"], 0.5, BITS, group)
-    first = mix_forward_cuda(*args)
+    mix = Mixture(t["weight"], t["lora_a"], t["lora_b"], t["probs"], t["clip"], 0.5, BITS, group)
+    first = cuda.forward(mix)
     assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
     for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
-        assert torch.equal(first, mix_forward_cuda(*args, columns=columns, splits=splits))
+        assert torch.equal(first, cuda.forward(mix, columns, splits))
 
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")

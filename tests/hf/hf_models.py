@@ -14,7 +14,7 @@ from jointnas_kernels.hf import Importance, Supernet, convert, extract
 from jointnas_kernels.hf.families import build
 from jointnas_kernels.ops import strided_pair_index
 from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
-from jointnas_kernels.ops.quant.mixture import quant_lora_mix_reference
+from jointnas_kernels.ops.quant.mixture.reference import quant_lora_mix_reference
 from jointnas_kernels.space import SearchSpace, keep_matrix, sliding_windows
 
 LLAMA3_ROPE = {

@@ -29,7 +29,7 @@ from jointnas_kernels.latency.backends.base import disagreement, quantize_weight
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
 from jointnas_kernels.latency.measure import BackendLinear
 from jointnas_kernels.latency.timing import copies, measure
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency.matrix import OUTPUTS, TOKENS, cases, check
 from tests.latency.tables import CONFIG, calm

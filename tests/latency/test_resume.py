@@ -24,7 +24,7 @@ from jointnas_kernels.latency import (
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.measure import fit
 from jointnas_kernels.latency.schema import read
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency.tables import CONFIG, calm
 from tests.latency.wrong import Wrong, explode

@@ -25,7 +25,7 @@ from jointnas_kernels.latency.backends.base import (
     random_weight,
 )
 from jointnas_kernels.latency.backends.humming import Humming
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency import stand_ins
 from tests.latency.tables import CONFIG, calm

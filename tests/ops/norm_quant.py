@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops.quant.activations import fake_quant_tokens
+from jointnas_kernels.ops.quant.spec import fake_quant_tokens
 from tests.comparison import compare
 from tests.ops import naive
 

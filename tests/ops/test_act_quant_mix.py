@@ -9,7 +9,8 @@ from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.quant.activations import act_quant_mix_reference, fake_quant_tokens
+from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
+from jointnas_kernels.ops.quant.spec import fake_quant_tokens
 from jointnas_kernels.testing import assert_close
 
 BITS = (2, 4, 8, 16)

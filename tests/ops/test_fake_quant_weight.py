@@ -141,8 +141,8 @@ def test_requantizing_changes_nothing() -> None:
 
 def test_registration() -> None:
     w, clip = torch.randn(4, 24, requires_grad=True), torch.rand(4, 3, requires_grad=True)
-    for ste in ("identity", "clip"):
-        opcheck(torch.ops.jointnas.fake_quant_weight.default, (w, clip, 4, 8, True, ste, None))
+    for op in (torch.ops.jointnas.fake_quant_weight, torch.ops.jointnas.fake_quant_weight_identity):
+        opcheck(op.default, (w, clip, 4, 8, True, None))
 
     def loss(w: Tensor, clip: Tensor) -> Tensor:
         return ops.fake_quant_weight(w, 4, 8, True, clip, "clip").square().sum()

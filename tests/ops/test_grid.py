@@ -7,7 +7,7 @@ import torch
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.quant import grid
-from jointnas_kernels.ops.quant.mixture import quant_lora_mix
+from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.lowbit.cuda import stream_plan, tile_plan
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear, quantize_tokens
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close
 
 W, A = (2, 4, 8), (2, 4, 8, 16)

@@ -7,8 +7,9 @@ import torch
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.lowbit import pack
+from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS
 
-BITS = pack.WEIGHT_BITS
+BITS = PACKED_WEIGHT_BITS
 
 
 def integers(rows: int, inputs: int, bits: int) -> torch.Tensor:

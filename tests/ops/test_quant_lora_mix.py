@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.quant.mixture import ROW_TILE, MixGradients, quant_lora_mix_reference, tiles
+from jointnas_kernels.ops.quant.mixture.reference import ROW_TILE, Upstream, quant_lora_mix_reference, tiles
 from jointnas_kernels.testing import assert_close, poisoned
 
 BITS = (2, 4, 8)
@@ -167,13 +167,13 @@ def test_one_hot_is_the_merged_weight_quantized(dtype: torch.dtype, backend: str
 def test_no_matrix_of_the_weights_size_in_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """dW is taken in row tiles, and not at all in a weight step with the identity rule."""
     seen: list[int] = []
-    original = MixGradients.add
+    original = Upstream.rows
 
-    def add(self: MixGradients, rows: slice, grad: Tensor) -> None:
-        seen.append(grad.shape[0])
-        original(self, rows, grad)
+    def rows(self: Upstream, tile: slice) -> Tensor:
+        seen.append(tile.stop - tile.start)
+        return original(self, tile)
 
-    monkeypatch.setattr(MixGradients, "add", add)
+    monkeypatch.setattr(Upstream, "rows", rows)
     t = make((2 * ROW_TILE + 5, 32, 2, 16), torch.float32)
     for name in ("lora_a", "lora_b", "probs", "clip"):
         t[name].requires_grad_()
@@ -211,10 +211,11 @@ def test_registration(ste: str) -> None:
     x = torch.randn(3, 24, requires_grad=True)
     for name in ("lora_a", "lora_b", "probs", "clip"):
         t[name].requires_grad_()
-    tensors = tuple(t[n] for n in ("weight", "lora_a", "lora_b", "probs", "clip"))
-    options = (0.5, list(BITS), 8, ste, "full")
-    opcheck(torch.ops.jointnas.quant_lora_mix.default, (*tensors, *options, None))
-    opcheck(torch.ops.jointnas.quant_lora_linear.default, (x, *tensors, None, *options, False, None))
+    clip = t["clip"] if ste == "clip" else t["clip"].detach()
+    mixture = (*(t[n] for n in ("weight", "lora_a", "lora_b", "probs")), clip, 0.5, list(BITS), 8, ste)
+    opcheck(torch.ops.jointnas.quant_lora_mix.default, (*mixture, None))
+    for recompute in (False, True):
+        opcheck(torch.ops.jointnas.quant_lora_linear.default, (x, None, *mixture, recompute, None))
 
     def loss(x: Tensor, probs: Tensor, clip: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y = ops.quant_lora_linear(x, t["weight"], a, b, 0.5, BITS, probs, 8, clip, ste)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear, quantize_tokens, reference
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear, reference
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
 DTYPES = [torch.float16, torch.float32]  # bf16 is broken in the interpreter

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_groups, quantize_tokens
 
 T = TypeVar("T")
 # Relative Frobenius error allowed against the fp64 reference. bf16 inputs, scales and outputs each round by up to
@@ -143,13 +143,9 @@ class ThirdParty:
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int) -> LinearWeight:
-    """Round-to-nearest, symmetric, s = absmax / ((2^bits - 1) / 2), rounded to the weight's dtype."""
-    n, k = weight.shape
-    w = weight.float().reshape(n, k // group, group)
-    scale = (w.abs().amax(-1) / ((2**bits - 1) / 2)).to(weight.dtype).float()
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    levels = torch.round(w / scale[..., None]).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return LinearWeight(levels=levels.reshape(n, k).to(torch.int8), scale=scale, bits=bits, group=group)
+    """The levels of [N, K] by the project's symmetric quantizer (ops/quant/spec.py)."""
+    q, scale, _ = quantize_groups(weight, bits, group).integers()
+    return LinearWeight(levels=q.flatten(-2), scale=scale.squeeze(-1), bits=bits, group=group)
 
 
 def random_weight(spec: OpSpec, target: Target, generator: torch.Generator) -> LinearWeight:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jointnas_kernels.latency.backends.base import LinearWeight, Target
 from jointnas_kernels.latency.spec import DENSE, OpSpec
-from jointnas_kernels.ops.lowbit.linear import quantize_tokens
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 
 def _groups(weight: LinearWeight) -> list[tuple[slice, Tensor, Tensor]]:

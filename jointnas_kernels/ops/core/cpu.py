@@ -17,7 +17,6 @@ from jointnas_kernels.errors import JointNASError
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("the best of this processor", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 with the kernel's extension",
         "AMX")
-ROW_TILE = 512  # rows of a weight's gradient held at once
 HUGE_FROM = 4 << 20  # bytes; glibc serves smaller blocks from memory that is already mapped
 _ERRORS = {1: "an argument it does not support", 2: "this processor lacks the instructions", 3: "out of memory"}
 

@@ -7,7 +7,7 @@ float32. A gradient nobody asked for is an empty tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from jointnas_kernels.errors import JointNASError
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("the best of this processor", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 with the kernel's extension",
         "AMX")
-ROW_TILE = 512  # rows of a weight's gradient held at once
 HUGE_FROM = 4 << 20  # bytes; glibc serves smaller blocks from memory that is already mapped
 _ERRORS = {1: "an argument it does not support", 2: "this processor lacks the instructions", 3: "out of memory"}
 
@@ -223,94 +222,6 @@ def masked_rope_backward(
         grads.append(dx)
         masks.append(total(partial, mask))
     return grads[0], grads[1], masks[0], masks[1]
-
-
-# ---- quantizers ----
-
-
-def act_quant_mix(x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool) -> Tensor:
-    x = x.contiguous()
-    rows, width = matrix(x)
-    y = empty_like(x)
-    call("act_quant_mix", x, vector(probs), optional(mask), integers(bits), y, rows, width, len(bits), symmetric,
-         chunking(rows, width)[0], DTYPES[x.dtype])
-    return y
-
-
-def act_quant_mix_backward(
-    grad: Tensor, x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool,
-    want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dprobs, dmask, as ``want`` says."""
-    g, x = grad.contiguous(), x.contiguous()
-    rows, width = matrix(g)
-    need_mask = want[2] and mask is not None
-    per_chunk, chunks = chunking(rows, width, need_mask)
-    dx, dprobs = empty_like(g) if want[0] else None, floats(rows, len(bits)) if want[1] else None
-    partial = floats(chunks, width) if need_mask else None
-    weight = float(probs.float().sum())
-    call("act_quant_mix_backward", g, x, optional(mask), integers(bits), dx, dprobs, partial, rows, width, len(bits),
-         symmetric, weight, per_chunk, DTYPES[g.dtype])
-    return wanted(dx), total(dprobs, probs), total(partial, mask) * weight
-
-
-def lora_pair(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Both in one dtype the kernel reads, and its code."""
-    dtype = torch.bfloat16 if lora_a.dtype == lora_b.dtype == torch.bfloat16 else torch.float32
-    return lora_a.to(dtype).contiguous(), lora_b.to(dtype).contiguous(), DTYPES[dtype]
-
-
-def quant_lora_mix(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
-    bits: Sequence[int], group_size: int,
-) -> Tensor:
-    """sum_p probs[p] Q_p(weight + scaling lora_b[p] lora_a[p])."""
-    w, (a, b, lora) = weight.contiguous(), lora_pair(lora_a, lora_b)
-    out = empty_like(w)
-    call("quant_lora_mix", w, a, b, vector(probs), optional(clip), integers(bits), out, *w.shape, len(bits), a.shape[1],
-         group_size, float(scaling), DTYPES[w.dtype], lora)
-    return out
-
-
-def quant_lora_mix_backward(
-    gradient_rows: Callable[[slice], Tensor], weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor,
-    clip: Tensor | None, scaling: float, bits: Sequence[int], group_size: int, ste: str, want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """da, db, dprobs, dclip, as ``want`` (lora, probs, clip) says.
-
-    ``gradient_rows`` gives some rows of G = dL/dout, ROW_TILE at a time: 512 x 14336 bf16 are 14 MB; each tile costs
-    one packing of A (0.4 ms at rank 32, 4096 inputs) against 30 ms for the product that makes the tile.
-    """
-    w, (a, b, lora) = weight.contiguous(), lora_pair(lora_a, lora_b)
-    rows, width = w.shape
-    want_lora, want_probs, want_clip = want
-    dclip = floats(*clip.shape) if want_clip and clip is not None else None
-    sums, da, db = floats(len(bits)).zero_(), floats(*a.shape).zero_(), floats(*b.shape)
-    pi, clips, widths = vector(probs), optional(clip), integers(bits)
-    factor = pi.view(-1, 1, 1)
-    for begin in range(0, rows, ROW_TILE):
-        tile = slice(begin, min(begin + ROW_TILE, rows))
-        g = gradient_rows(tile).contiguous()
-        count = g.shape[0]
-        masked = None
-        if want_probs or ste == "clip":
-            if want_lora and ste == "clip":
-                masked = torch.empty((len(bits), count, width), dtype=g.dtype, device=g.device)
-            partial = floats(-(-count // 12), len(bits))
-            call("quant_lora_mix_backward", w, a, b, pi, clips, widths, g, masked, partial, dclip, begin, count, rows,
-                 width, len(bits), a.shape[1], group_size, float(scaling), DTYPES[w.dtype], lora, DTYPES[g.dtype])
-            sums += partial.sum(0)
-        if want_lora:
-            of_each = g.expand(len(bits), -1, -1) if masked is None else masked
-            right, left = a.to(w.dtype).to(g.dtype), (b[:, tile].float() * scaling).to(w.dtype).to(g.dtype)
-            db[:, tile] = (of_each @ right.mT).float() * (factor * scaling)
-            da += (left.mT @ of_each).float() * factor
-    return (
-        da.to(lora_a.dtype) if want_lora else floats(0),
-        db.to(lora_b.dtype) if want_lora else floats(0),
-        sums.to(probs.dtype) if want_probs else floats(0),
-        floats(0) if dclip is None or clip is None else dclip.to(clip.dtype),
-    )
 
 
 # ---- low-bit linear ----

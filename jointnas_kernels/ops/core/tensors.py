@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core.cuda import multiprocessors
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,19 +45,24 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous; None of None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_like(tensor: Tensor) -> Tensor:
+    """Contiguous memory for a result like ``tensor``."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def empty_slot(tensor: Tensor) -> Tensor:
     """What a registered op returns in place of an absent output (the dispatcher knows no None among outputs)."""
     return torch.empty(0, dtype=torch.float32, device=tensor.device)
 
 
-@functools.cache
-def _multiprocessors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
 def processors(tensor: Tensor) -> int:
     """Streaming multiprocessors of the tensor's GPU; 2 in the interpreter, so that loops over rows are exercised."""
-    return _multiprocessors(tensor.device.index) if tensor.is_cuda else 2
+    return multiprocessors(tensor) if tensor.is_cuda else 2
 
 
 def power_of_two(n: int) -> int:
@@ -66,5 +71,5 @@ def power_of_two(n: int) -> int:
 
 
 def in_dtype_of(total: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """A gradient summed in fp32, in the dtype of its input; None of None."""
-    return None if total is None or like is None else total.to(like.dtype)
+    """A gradient summed in fp32, in the dtype and shape of its input; None of None."""
+    return None if total is None or like is None else total.view(like.shape).to(like.dtype)

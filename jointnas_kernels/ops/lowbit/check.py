@@ -14,6 +14,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
 from jointnas_kernels.ops.lowbit.cuda import CudaWeight, Int8Plan, TilePlan
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 KERNELS = {"int8": (2, 4, 8), "wgmma": (2, 4, 8), "bitplane": (2, 4)}  # weight bits
 ROWS, INPUTS = 200, 1152  # rows off every tile, more groups than any pipeline has stages
@@ -23,7 +24,7 @@ _results: dict[Key, str] = {}  # "" or what went wrong; results of checks, not s
 
 def differences(kernel: str, bits: int, dtype: torch.dtype, device: torch.device) -> str:
     """Run ``kernel`` beside the fp64 reference: "" if they agree, else where they do not."""
-    from jointnas_kernels.ops.lowbit.linear import dequantize, quantize_tokens
+    from jointnas_kernels.ops.lowbit.linear import dequantize
 
     generator = torch.Generator(device).manual_seed(bits)
     q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (ROWS, INPUTS), device=device, generator=generator)

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core import cuda
+from jointnas_kernels.ops.core.cuda import DTYPES
 from jointnas_kernels.ops.core.dispatch import custom_op
 from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS, tile_planes, tile_scale, tile_weight, unpack_weight
 
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 STRIP_ROWS = 64  # rows of one warp
 # Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, wgmma 47,
 # tile 62, the library's GEMM on dequantised weights 84; at 512: wgmma 149, dense 130. 32 tokens more cost stream 18.
@@ -128,20 +128,6 @@ class CudaWeight:
         return self.weight.numel() * 4 + self.scale.numel() * self.scale.element_size()
 
 
-def check_launch(code: int, what: str) -> None:
-    """Raise unless a launcher returned cudaSuccess."""
-    if code:
-        raise JointNASError(f"{what} failed to launch: CUDA error {code}")
-
-
-def current_stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
-
-
-def multiprocessors(tensor: Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-
-
 def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]); ``layout`` 1 is the order :func:`wgmma` reads, 2
     that of :func:`int8` (a [8 * ceil(M/8), I]), 3 the bit-planes of :func:`bitplane` (a [M, I * bits / 8])."""
@@ -150,9 +136,7 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
     a = torch.empty(shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
-    code = _ext.load(cuda=True).act_quant_pack(x.data_ptr(), a.data_ptr(), scale.data_ptr(), zero.data_ptr(), tokens,
-                                               inputs, bits, int(symmetric), layout, DTYPES[x.dtype], current_stream(x))
-    check_launch(code, "act_quant_pack")
+    cuda.call("act_quant_pack", x, a, scale, zero, tokens, inputs, bits, symmetric, layout, DTYPES[x.dtype], on=x)
     return a, scale, zero
 
 
@@ -164,12 +148,11 @@ def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Te
     partial = torch.empty(splits, tokens, weight.rows, dtype=torch.float32, device=x.device) if splits > 1 else None
     act_scale, act_zero = activation if activation is not None else (None, None)
     row_sum = weight.row_sum if kernel in ("lowbit_wgmma", "lowbit_bitplane", "lowbit_int8") else None
-    pointers = [0 if t is None else t.data_ptr()
-                for t in (weight.weight, weight.scale, x, act_scale, act_zero, row_sum, y, partial, weight.locks)]
-    code = getattr(_ext.load(cuda=True), kernel)(
-        *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], token_tiles, warp_rows,
-        splits, int(early), a_bits, cluster, current_stream(x))
-    check_launch(code, kernel)
+    cuda.call(
+        kernel, weight.weight, weight.scale, x, act_scale, act_zero, row_sum, y, partial, weight.locks, tokens,
+        weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], token_tiles, warp_rows, splits, early,
+        a_bits, cluster, on=x,
+    )  # fmt: skip
     return y
 
 
@@ -179,7 +162,7 @@ def stream(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | No
 
     ``early`` lets the kernel fetch weights before the previous kernel has ended (sm_90); it must not have written them.
     """
-    p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, weight.bits, multiprocessors(x))
+    p = plan or stream_plan(x.shape[0], weight.rows, weight.inputs, weight.bits, cuda.multiprocessors(x))
     return run("lowbit_stream", x, weight, activation, p.token_tiles, p.warp_rows, p.splits, early)
 
 
@@ -187,42 +170,39 @@ def bitplane(a: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor], a
              plan: StreamPlan | None = None, early: bool = True) -> Tensor:
     """y [M, O] for few tokens on bit-planes: ``a`` from ``quantize_pack(..., layout=3)``, a weight built for planes."""
     columns = a.shape[0] * a_bits
-    p = plan or stream_plan(columns, weight.rows, weight.inputs, weight.bits, multiprocessors(a))
+    p = plan or stream_plan(columns, weight.rows, weight.inputs, weight.bits, cuda.multiprocessors(a))
     return run("lowbit_bitplane", a, weight, activation, p.token_tiles, p.warp_rows, p.splits, early, a_bits)
 
 
 def tile(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
          plan: TilePlan | None = None) -> Tensor:
     """y [M, O] for many tokens."""
-    p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
+    p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, cuda.multiprocessors(x))
     return run("lowbit_tile", x, weight, activation, p.token_tiles, 1, p.splits, False)
 
 
 def wgmma(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | None = None,
           plan: TilePlan | None = None) -> Tensor:
     """y [M, O] for many tokens on sm_90a; a quantized ``x`` comes from ``quantize_pack(..., layout=1)``."""
-    p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, multiprocessors(x))
+    p = plan or tile_plan(x.shape[0], weight.rows, weight.inputs, cuda.multiprocessors(x))
     if activation is None:
         ordered = torch.empty_like(x)
-        code = _ext.load(cuda=True).token_layout(x.data_ptr(), ordered.data_ptr(), *x.shape, current_stream(x))
-        check_launch(code, "token_layout")
+        cuda.call("token_layout", x, ordered, *x.shape, on=x)
         x = ordered
     return run("lowbit_wgmma", x, weight, activation, p.token_tiles, 1, p.splits, False)
 
 
 def int8(a: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor], plan: Int8Plan | None = None) -> Tensor:
     """y [M, O] for many quantized tokens on sm_90a: ``a`` from ``quantize_pack(..., layout=2)``."""
-    p = plan or int8_plan(activation[0].numel(), weight.rows, multiprocessors(a))
+    p = plan or int8_plan(activation[0].numel(), weight.rows, cuda.multiprocessors(a))
     return run("lowbit_int8", a, weight, activation, p.token_tiles, 1, 1, False, cluster=p.cluster)
 
 
 def dense(weight: CudaWeight) -> Tensor:
     """q * scale as [O, I], rounded once to the scales' dtype."""
     out = torch.empty(weight.rows, weight.inputs, dtype=weight.scale.dtype, device=weight.scale.device)
-    code = _ext.load(cuda=True).lowbit_dequant(
-        weight.weight.data_ptr(), weight.scale.data_ptr(), out.data_ptr(), weight.rows, weight.inputs, weight.bits,
-        DTYPES[weight.scale.dtype], current_stream(out))
-    check_launch(code, "lowbit_dequant")
+    cuda.call("lowbit_dequant", weight.weight, weight.scale, out, weight.rows, weight.inputs, weight.bits,
+              DTYPES[weight.scale.dtype], on=out)
     return out
 
 
@@ -238,7 +218,7 @@ def choose(tokens: int, weight: CudaWeight, a_bits: int, device: torch.device) -
         return "stream"
     if a_bits == 16:
         return "dense"
-    sms = multiprocessors(weight.weight)
+    sms = cuda.multiprocessors(weight.weight)
     fills = Int8Plan(16, 2).blocks(tokens, weight.rows) >= sms // 2  # it cannot split along the inputs
     if tokens >= INT8_TOKENS and fills and verified("int8", weight.bits, weight.scale.dtype, device):
         return "int8"

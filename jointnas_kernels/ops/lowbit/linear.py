@@ -2,12 +2,8 @@
 
     x [..., I] any float, packed int32 [O, I*w_bits/32] (ops/pack.py), scale [O, I/group_size]  ->  y [..., O] as x
 
-a_bits = 16: x_hat = x. Otherwise each token is quantized dynamically, asymmetric unless ``symmetric``:
-
-    mn = min(x, 0)   mx = max(x, 0)   s = (mx - mn) / (2^b - 1)   z = round(clamp(qmin - mn / s))
-    a = round(clamp(x / s + z))       x_hat = s * (a - z)
-
-every step rounded to x's dtype: this is what compressed-tensors executes, and ``a`` and ``z`` match it bit for bit.
+x_hat is x quantized per token (ops/quant/spec.py; asymmetric unless ``symmetric``), with levels ``a``, scales ``s`` and
+zero points ``z`` that match compressed-tensors bit for bit; x itself at 16 bits.
 The product is then  y[m, n] = s[m] * sum_g scale[n, g] * (sum_{k in g} q[n, k] * (a[m, k] - z[m])): the inner sum is an
 integer, exact in every backend; the outer one is fp32 (fp64 in the fp64 reference). Inference only: no gradients.
 
@@ -24,27 +20,10 @@ from torch import Tensor
 from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import bad, check, compute_dtype, custom_op, resolve, rows
 from jointnas_kernels.ops.lowbit.cuda import DTYPES, CudaWeight, matmul
-from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS, WEIGHT_BITS, check_bits, unpack_weight
+from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS, check_bits, unpack_weight
+from jointnas_kernels.ops.quant.spec import PACKED_ACT_BITS, PACKED_WEIGHT_BITS, fake_quant_tokens
 
-ACT_BITS = (2, 4, 8, 16)
 NAME = "lowbit_linear"
-
-
-def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """(a int8 [..., I], s [..., 1] in x's dtype, z int8 [..., 1]); see the module docstring."""
-    qmin, qmax = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    tiny = torch.finfo(x.dtype).eps  # stands in for a zero scale: an all-zero token
-    if symmetric:
-        s = torch.maximum(-low, high) / ((qmax - qmin) / 2)
-        s = torch.where(s == 0, tiny, s)
-        z = torch.zeros_like(s)
-    else:
-        s = (high - low) / float(qmax - qmin)
-        s = torch.where(s == 0, tiny, s)
-        z = (qmin - low / s).clamp(qmin, qmax).round()
-    a = (x / s + z).clamp(qmin, qmax).round()
-    return a.to(torch.int8), s, z.to(torch.int8)
 
 
 def dequantize(packed: Tensor, scale: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
@@ -56,13 +35,8 @@ def dequantize(packed: Tensor, scale: Tensor, bits: int, group_size: int, dtype:
 
 def reference(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
               symmetric: bool) -> Tensor:
-    acc = compute_dtype(x)
-    if a_bits < 16:
-        a, s, z = quantize_tokens(x, a_bits, symmetric)
-        x_hat = (a.to(acc) - z.to(acc)) * s.to(acc)
-    else:
-        x_hat = x.to(acc)
-    return (x_hat @ dequantize(packed, scale, w_bits, group_size, acc).t()).to(x.dtype)
+    w = dequantize(packed, scale, w_bits, group_size, compute_dtype(x))
+    return (fake_quant_tokens(x, a_bits, symmetric) @ w.t()).to(x.dtype)
 
 
 SCHEMA = (
@@ -105,8 +79,8 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_
 def lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
                   backend: str | None = "auto", symmetric: bool = False) -> Tensor:
     """y = x_hat @ (q * scale)^T; see the module docstring."""
-    check_bits(w_bits, WEIGHT_BITS, f"{NAME}: w_bits")
-    check_bits(a_bits, ACT_BITS, f"{NAME}: a_bits")
+    check_bits(w_bits, PACKED_WEIGHT_BITS, f"{NAME}: w_bits")
+    check_bits(a_bits, PACKED_ACT_BITS, f"{NAME}: a_bits")
     inputs = x.shape[-1]
     if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] * 32 != inputs * w_bits:
         raise bad(NAME, f"x has {inputs} inputs, so {w_bits}-bit packed weights are int32 [O, {inputs * w_bits / 32:g}]"

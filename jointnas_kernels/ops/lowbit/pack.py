@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS, level_range
 
-WEIGHT_BITS = (2, 4, 8)
 TILE_ROWS = 16
 TILE_INPUTS = 128
 
@@ -36,7 +36,7 @@ def check_bits(bits: int, allowed: tuple[int, ...], what: str) -> None:
 
 def pack_weight(q: Tensor, bits: int) -> Tensor:
     """Signed integers ``q`` [O, I] in [-2^(bits-1), 2^(bits-1)-1] to ``int32 [O, I*bits/32]``."""
-    check_bits(bits, WEIGHT_BITS, "pack_weight: bits")
+    check_bits(bits, PACKED_WEIGHT_BITS, "pack_weight: bits")
     if q.dim() != 2 or q.dtype.is_floating_point or q.dtype == torch.bool:
         raise JointNASError(f"pack_weight: q must be a 2-D integer tensor, got {q.dim()}-D {q.dtype}")
     per_word = 32 // bits
@@ -44,7 +44,7 @@ def pack_weight(q: Tensor, bits: int) -> Tensor:
         raise JointNASError(
             f"pack_weight: the input size must be a multiple of {per_word} for {bits} bits, got {q.shape[1]}"
         )
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = level_range(bits)
     if q.numel() and (int(q.min()) < low or int(q.max()) > high):
         raise JointNASError(f"pack_weight: {bits}-bit values must lie in [{low}, {high}]")
     stored = (q.to(torch.int32) + (1 << (bits - 1))).view(q.shape[0], q.shape[1] // per_word, per_word)
@@ -56,7 +56,7 @@ def pack_weight(q: Tensor, bits: int) -> Tensor:
 
 def unpack_weight(packed: Tensor, bits: int, shape: tuple[int, int] | torch.Size) -> Tensor:
     """Inverse of :func:`pack_weight`: ``int8`` of ``shape`` [O, I]."""
-    check_bits(bits, WEIGHT_BITS, "unpack_weight: bits")
+    check_bits(bits, PACKED_WEIGHT_BITS, "unpack_weight: bits")
     per_word = 32 // bits
     if packed.dtype != torch.int32 or tuple(packed.shape) != (shape[0], shape[1] * bits // 32) or shape[1] % per_word:
         raise JointNASError(
@@ -70,7 +70,7 @@ def unpack_weight(packed: Tensor, bits: int, shape: tuple[int, int] | torch.Size
 
 def tile_weight(packed: Tensor, bits: int) -> Tensor:
     """Storage layout to tiled layout (module docstring). The input size must be a multiple of 128."""
-    check_bits(bits, WEIGHT_BITS, "tile_weight: bits")
+    check_bits(bits, PACKED_WEIGHT_BITS, "tile_weight: bits")
     rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
     if inputs % TILE_INPUTS:
         raise JointNASError(f"tile_weight: the input size must be a multiple of {TILE_INPUTS}, got {inputs}")
@@ -90,7 +90,7 @@ def tile_weight(packed: Tensor, bits: int) -> Tensor:
 
 def untile_weight(tiled: Tensor, bits: int, rows: int) -> Tensor:
     """Inverse of :func:`tile_weight`."""
-    check_bits(bits, WEIGHT_BITS, "untile_weight: bits")
+    check_bits(bits, PACKED_WEIGHT_BITS, "untile_weight: bits")
     tiles, groups = tiled.shape[:2]
     per_byte, mask = 8 // bits, (1 << bits) - 1
     words = tiled.transpose(3, 4).reshape(tiles, groups, 2 * bits, 1, 32, 1)
@@ -104,7 +104,7 @@ def untile_weight(tiled: Tensor, bits: int, rows: int) -> Tensor:
 def tile_planes(packed: Tensor, bits: int) -> Tensor:
     """Storage layout to bit-planes in the tiled shape: word 2i + r of lane 4g + t holds bit i of q (two's complement)
     for row 8r + g of the tile and inputs 32t .. 32t + 31 of the group, lowest first."""
-    check_bits(bits, WEIGHT_BITS, "tile_planes: bits")
+    check_bits(bits, PACKED_WEIGHT_BITS, "tile_planes: bits")
     rows, inputs = packed.shape[0], packed.shape[1] * 32 // bits
     if inputs % TILE_INPUTS:
         raise JointNASError(f"tile_planes: the input size must be a multiple of {TILE_INPUTS}, got {inputs}")
@@ -121,7 +121,7 @@ def tile_planes(packed: Tensor, bits: int) -> Tensor:
 
 def untile_planes(tiled: Tensor, bits: int, rows: int) -> Tensor:
     """Inverse of :func:`tile_planes`."""
-    check_bits(bits, WEIGHT_BITS, "untile_planes: bits")
+    check_bits(bits, PACKED_WEIGHT_BITS, "untile_planes: bits")
     tiles, groups = tiled.shape[:2]
     words = tiled.transpose(3, 4).reshape(tiles, groups, bits, 2, 8, 4, 1)
     planes = (words >> torch.arange(32, dtype=torch.int32, device=tiled.device)) & 1

@@ -29,7 +29,7 @@ def quantize_kernel(
     x_ptr, level_ptr, scale_ptr, K, stride, LOW: tl.constexpr, TINY: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token per program: level = a - z (fp16 [K]) and its scale; the steps of lowbit_linear.quantize_tokens."""
+    """One token per program: level = a - z (fp16 [K]) and its scale; the steps of spec.quantize_tokens."""
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     high: tl.constexpr = -LOW - 1.0

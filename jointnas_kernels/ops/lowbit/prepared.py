@@ -25,8 +25,9 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu_calls as cpu
 from jointnas_kernels.ops.core.dispatch import check, custom_op
-from jointnas_kernels.ops.lowbit.linear import ACT_BITS, reference
-from jointnas_kernels.ops.lowbit.pack import WEIGHT_BITS, check_bits, pack_weight
+from jointnas_kernels.ops.lowbit.linear import reference
+from jointnas_kernels.ops.lowbit.pack import check_bits, pack_weight
+from jointnas_kernels.ops.quant.spec import PACKED_ACT_BITS, PACKED_WEIGHT_BITS
 
 NAME = "lowbit_pack"
 
@@ -74,7 +75,7 @@ def lowbit_pack(packed: Tensor, scale: Tensor, w_bits: int, group_size: int, pla
     ``planes`` chooses bit-planes, for W in (2, 4) times A in (2, 4). CPU only: on CUDA the counterpart is
     ``ops.lowbit_cuda.CudaWeight.build``.
     """
-    check_bits(w_bits, (2, 4) if planes else WEIGHT_BITS, f"{NAME}: w_bits")
+    check_bits(w_bits, (2, 4) if planes else PACKED_WEIGHT_BITS, f"{NAME}: w_bits")
     check(
         packed.device.type == "cpu" and scale.device.type == "cpu",
         NAME,
@@ -126,8 +127,8 @@ def _(
 
 def lowbit_matmul(x: Tensor, weight: PreparedWeight, a_bits: int, symmetric: bool = False) -> Tensor:
     """y = x_hat @ (q * scale)^T, the function of ``lowbit_linear``. x [..., I] -> y [..., O] in x's dtype."""
-    if a_bits not in ACT_BITS or (weight.planes and a_bits > 4):
-        check_bits(a_bits, (2, 4) if weight.planes else ACT_BITS, "lowbit_matmul: a_bits")
+    if a_bits not in PACKED_ACT_BITS or (weight.planes and a_bits > 4):
+        check_bits(a_bits, (2, 4) if weight.planes else PACKED_ACT_BITS, "lowbit_matmul: a_bits")
     if x.shape[-1] != weight.inputs:
         check(False, "lowbit_matmul", f"the weight has {weight.inputs} inputs and x is {tuple(x.shape)}")
     return _lowbit_matmul(

@@ -28,11 +28,7 @@ from jointnas_kernels.ops.norm.rms import normalised
 from jointnas_kernels.ops.norm.rms import reference as norm_reference
 from jointnas_kernels.ops.norm.rms import reference_backward as norm_reference_backward
 from jointnas_kernels.ops.norm.rms_quant_triton import launch_backward, launch_forward
-from jointnas_kernels.ops.quant.activations import (
-    act_quant_mix_backward_reference,
-    act_quant_mix_reference,
-    check_precisions,
-)
+from jointnas_kernels.ops.quant.activations import act_quant_mix_reference, check_precisions, probs_gradient
 
 # ---- reference ----
 
@@ -56,7 +52,7 @@ def reference_backward(
     dprobs = no_grad_slot(x)
     if need_probs:
         v = normalised(x, weight, alpha, inv, sizes, in_mask)
-        _, dprobs, _ = act_quant_mix_backward_reference(grad, v, probs, None, bits, symmetric, (False, True, False))
+        dprobs = probs_gradient(grad, v, probs, bits, symmetric)
     dv = grad.to(acc) * probs.to(acc).sum()
     others = norm_reference_backward(dv, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask)
     return *others, dprobs

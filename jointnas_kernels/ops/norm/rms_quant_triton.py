@@ -13,7 +13,7 @@ from torch import Tensor
 from jointnas_kernels.ops.core.columns import column_sums
 from jointnas_kernels.ops.core.dispatch import bad, interpreting, no_grad_slot, processors, rows
 from jointnas_kernels.ops.norm.rms import MAX_WIDTH, alpha_at_ends, channel_scale, choice_at_ends, launch_shape
-from jointnas_kernels.ops.quant.activations_triton import constants, round_tile, scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.kernels import constants, round_tile, scale_and_zero, token_levels
 
 
 @triton.jit

@@ -1,21 +1,14 @@
-"""The mixture of an activation's precisions, quantized per token (the last dimension), dynamically:
+"""act_quant_mix: the mixture of an activation's precisions, y = sum_q probs[q] Q_q(mask * x), with Q_16 the identity.
 
-    y = sum_q probs[q] · Q_q(mask ⊙ x),      Q_16 = identity
+Q_q is the token quantizer of spec.py. Its values enter the mixture unrounded; that is summed in fp32 (fp64 for fp64)
+and rounded once, which for a one-hot mixture is what compressed-tensors does.
 
-    asymmetric (default)   mn = min(x, 0), mx = max(x, 0), s = (mx - mn) / (2^b - 1), z = rint(clamp(qmin - mn / s))
-                           Q(x) = (rint(clamp(x / s + z)) - z) · s
-    symmetric              s = max|x| / ((2^b - 1) / 2), z = 0
-    s = 0 becomes the dtype's epsilon.
+Backward (straight through, Bengio et al., arXiv 1308.3432; s and z constant), with P = sum_q probs[q]:
 
-This is what compressed-tensors executes on a reloaded checkpoint with dynamic per-token activations, bit for bit: every
-operation above is rounded to x's dtype (for bf16 that matters: mx - mn, mn / s, x / s and x / s + z are rounded to 8
-bits each). Only the last product enters the mixture unrounded, which is summed in fp32 (fp64 for fp64) and rounded
-once; for a one-hot mixture that is the same.
+    dx = P mask * g      dprobs[q] = <g, Q_q>      dmask[n] = P sum_tokens g x
 
-Shapes: x [..., N], mask [N] (optional, fp32; the product is rounded to x's dtype first), probs [Q], y [..., N].
-
-Gradients (straight through, s and z constant), with P = sum_q probs[q]:
-    dx = P · mask ⊙ g      dprobs[q] = ⟨g, Q_q⟩      dmask[n] = P · sum_tokens g x
+dx alone reads neither x nor levels, so that x need not stay alive. The Triton forward holds whole token rows in
+registers and writes down each row's scales and zero points, so that the backward is free to work in column blocks.
 """
 
 from __future__ import annotations
@@ -23,163 +16,260 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.core.dispatch import custom_op, no_grad_slot, resolve
-from jointnas_kernels.ops.quant.activations_triton import act_backward_triton, act_forward_triton
-from jointnas_kernels.ops.quant.weights import _ste, compute_dtype
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.backends import interpreting
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
+from jointnas_kernels.ops.quant.kernels import constants, round_tile, scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.spec import ACT_BITS, fake_quant_tokens, straight_through
 
-ACT_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
-
-
-# ---- reference ----
-
-
-def fake_quant_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
-    """Q_bits of every row of x [..., N] in the compute dtype (not yet rounded to x's); 16 bits return x."""
-    wide = compute_dtype(x.dtype)
-    if bits == 16:
-        return x.to(wide)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    # Tensor divisors: torch turns division by a Python number into a multiplication on CUDA.
-    if symmetric:
-        s = x.abs().amax(-1, keepdim=True) / x.new_full((), (2**bits - 1) / 2)
-        z = None
-    else:
-        least, most = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        s = (most - least) / x.new_full((), 2.0**bits - 1)
-        z = (low - least / s).clamp(low, high).round().nan_to_num(0.0)
-    s = torch.where(s == 0, torch.finfo(x.dtype).eps, s)
-    v = x / s
-    q = (v if z is None else v + z).clamp(low, high).round()
-    return (q if z is None else q - z).to(wide) * s.to(wide)
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dprobs, dmask
 
 
 def act_quant_mix_reference(
     x: Tensor, bits: Sequence[int], probs: Tensor, symmetric: bool = False, mask: Tensor | None = None
 ) -> Tensor:
-    """The op in plain differentiable torch."""
+    """The public function in plain differentiable torch."""
     dtype = compute_dtype(x.dtype)
     if mask is not None:
         x = (x.to(dtype) * mask.to(dtype)).to(x.dtype)
     wide = x.to(dtype)
     out = torch.zeros_like(wide)
     for p, width in zip(probs.to(dtype), bits, strict=True):
-        out = out + p * _ste(fake_quant_tokens(x.detach(), width, symmetric), wide)
+        out = out + p * straight_through(fake_quant_tokens(x.detach(), width, symmetric), wide)
     return out.to(x.dtype)
 
 
-def act_quant_mix_backward_reference(
-    grad: Tensor,
-    x: Tensor,
-    probs: Tensor,
-    mask: Tensor | None,
-    bits: Sequence[int],
-    symmetric: bool,
-    want: tuple[bool, ...],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dprobs, dmask) in closed form; an empty tensor for each one not wanted (the flags are in that order)."""
-    dtype = compute_dtype(x.dtype)
-    g, wide = grad.to(dtype), x.to(dtype)
-    total = probs.to(dtype).sum()
-    dx, dprobs, dmask = no_grad_slot(x), no_grad_slot(x), no_grad_slot(x)
-    if want[0]:
-        dx = (g * total if mask is None else g * mask.to(dtype) * total).to(x.dtype)
-    if want[1]:
-        masked = x if mask is None else (wide * mask.to(dtype)).to(x.dtype)
-        sums = [(g * fake_quant_tokens(masked, b, symmetric)).sum() for b in bits]
-        dprobs = torch.stack(sums).to(probs.dtype)
-    if want[2] and mask is not None:
-        dmask = ((g * wide).flatten(0, -2).sum(0) * total).to(mask.dtype)
-    return dx, dprobs, dmask
-
-
-# ---- registration ----
-
-
-@custom_op(
-    "act_quant_mix",
-    "(Tensor x, Tensor probs, Tensor? mask, int[] bits, bool symmetric, str? backend) -> (Tensor, Tensor)"
-)
-def _act_quant_mix(
-    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, backend: str | None
+def reference(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
-    """(y, the rows' scales and zero points [rows, Q, 2] where the backward of this backend reads them, else zeros)."""
-    backend = resolve("act_quant_mix", backend, x)
-    if backend == "triton":
-        return act_forward_triton(x, probs, mask, bits, symmetric)
-    unused = torch.zeros(x.shape[:-1].numel(), len(bits), 2, dtype=torch.float32, device=x.device)
-    if backend == "cpu":
-        return cpu.act_quant_mix(x, probs, mask, bits, symmetric), unused
-    return act_quant_mix_reference(x, bits, probs, symmetric, mask).contiguous(), unused
+    """y, and the rows' scales and zero points [rows, Q, 2]; zeros from a backend that does not need them."""
+    return act_quant_mix_reference(x, bits, probs, symmetric, mask), _no_levels(x, bits)
 
 
-@_act_quant_mix.register_fake
-def _(x, probs, mask, bits, symmetric, backend):
-    levels = torch.empty(x.shape[:-1].numel(), len(bits), 2, dtype=torch.float32, device=x.device)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), levels
+def _no_levels(x: Tensor, bits: Sequence[int]) -> Tensor:
+    return torch.zeros(x.shape[:-1].numel(), len(bits), 2, dtype=torch.float32, device=x.device)
 
 
-@custom_op(
-    "act_quant_mix_backward",
-    "(Tensor grad, Tensor x, Tensor probs, Tensor? mask, Tensor? levels, int[] bits, bool symmetric, "
-    "bool want_x, bool want_probs, bool want_mask, str? backend) -> (Tensor, Tensor, Tensor)"
-)
-def _act_quant_mix_backward(
-    grad: Tensor,
-    x: Tensor,
-    probs: Tensor,
-    mask: Tensor | None,
-    levels: Tensor | None,
-    bits: Sequence[int],
-    symmetric: bool,
-    want_x: bool,
-    want_probs: bool,
-    want_mask: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    backend = resolve("act_quant_mix", backend, x)
-    want = (want_x, want_probs, want_mask)
-    if backend == "triton":
-        return act_backward_triton(grad, x, probs, mask, levels, bits, symmetric, want)
-    if backend == "cpu":
-        return cpu.act_quant_mix_backward(grad, x, probs, mask, bits, symmetric, want)
-    return act_quant_mix_backward_reference(grad.contiguous(), x.contiguous(), probs, mask, bits, symmetric, want)
+def probs_gradient(grad: Tensor, x: Tensor, probs: Tensor, bits: Sequence[int], symmetric: bool) -> Tensor:
+    """dprobs of an input that is masked already."""
+    g = grad.to(compute_dtype(grad.dtype))
+    return torch.stack([(g * fake_quant_tokens(x, b, symmetric)).sum() for b in bits]).to(probs.dtype)
 
 
-@_act_quant_mix_backward.register_fake
-def _(grad, x, probs, mask, levels, bits, symmetric, want_x, want_probs, want_mask, backend):
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if want_x else no_grad_slot(x)
-    dprobs = torch.empty_like(probs) if want_probs else no_grad_slot(x)
-    dmask = torch.empty_like(mask) if want_mask and mask is not None else no_grad_slot(x)
+def reference_backward(
+    grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
+    symmetric: bool, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    dtype = compute_dtype(grad.dtype)
+    g, total = grad.to(dtype), probs.to(dtype).sum()
+    dx = dprobs = dmask = None
+    if need[0]:
+        dx = (g * total if mask is None else g * mask.to(dtype) * total).to(grad.dtype)
+    if need[1] and x is not None:
+        masked = x if mask is None else (x.to(dtype) * mask.to(dtype)).to(x.dtype)
+        dprobs = probs_gradient(grad, masked, probs, bits, symmetric)
+    if need[2] and x is not None and mask is not None:
+        dmask = ((g * x.to(dtype)).flatten(0, -2).sum(0) * total).to(mask.dtype)
     return dx, dprobs, dmask
 
 
-def _setup_context(ctx, inputs, output):
-    x, probs, mask, ctx.bits, ctx.symmetric, ctx.backend = inputs
-    read = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]  # dx alone is P · mask ⊙ grad: x need not stay alive
-    ctx.save_for_backward(x if read else None, probs, mask, output[1] if read else None)
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+@triton.jit
+def act_forward_kernel(
+    x_ptr, mask_ptr, probs_ptr, out_ptr, levels_ptr, count, N, stride,
+    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens per program. LOW[q] = -2^(b-1), 0 for the identity (16 bits); levels [count, Q, 2] gets (s, z)."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    ok = (row < count)[:, None] & (col < N)[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
+    if HAS_MASK:
+        x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
+    least = tl.minimum(tl.min(x, axis=1), 0.0)
+    most = tl.maximum(tl.max(x, axis=1), 0.0)
+    mixed = tl.zeros([ROWS, BLOCK], tl.float32)
+    for q in tl.static_range(Q):
+        pi = tl.load(probs_ptr + q).to(tl.float32)
+        if LOW[q] == 0.0:
+            mixed = tl.fma(x, tl.full([ROWS, BLOCK], 1.0, tl.float32) * pi, mixed)
+        else:
+            s, z = scale_and_zero(least, most, LOW[q], INVERSE[q], REST[q], eps, dtype, SYMMETRIC, EXACT)
+            tl.store(levels_ptr + (row * Q + q) * 2, s, mask=row < count)
+            tl.store(levels_ptr + (row * Q + q) * 2 + 1, z, mask=row < count)
+            level = token_levels(x, s, z, LOW[q], dtype, SYMMETRIC, EXACT)
+            mixed = tl.fma(level, tl.broadcast_to((pi * s)[:, None], level.shape), mixed)
+    tl.store(out_ptr + row[:, None] * N + col[None, :], mixed.to(dtype), mask=ok)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 6
-    want = ctx.needs_input_grad[:3]
-    x, *others = ctx.saved_tensors
-    dx, dprobs, dmask = _act_quant_mix_backward(
-        grad, grad if x is None else x, *others, ctx.bits, ctx.symmetric, *want, ctx.backend
-    )
-    return dx if want[0] else None, dprobs if want[1] else None, dmask if want[2] else None, None, None, None
+@triton.jit
+def product(
+    g, x, levels_ptr, row, count, q: tl.constexpr, Q: tl.constexpr, LOW: tl.constexpr,
+    dtype: tl.constexpr, SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """g ⊙ Q_q(x)."""
+    if LOW[q] == 0.0:
+        return g * x
+    else:
+        at = levels_ptr + (row * Q + q) * 2
+        s = tl.load(at, mask=row < count, other=1.0)
+        z = tl.load(at + 1, mask=row < count, other=0.0)
+        return g * (token_levels(x, s, z, LOW[q], dtype, SYMMETRIC, EXACT) * s[:, None])
 
 
-_act_quant_mix.register_autograd(_backward, setup_context=_setup_context)
+@triton.jit
+def act_backward_kernel(
+    grad_ptr, x_ptr, mask_ptr, probs_ptr, levels_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
+    Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+    WANT_X: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_MASK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK columns, ROWS tokens at a time: program (c, i) takes row tiles i, i + programs, ...
+
+    Partial sums: dprobs_ptr [programs of the whole grid, Q] (Q <= 4), dmask_ptr [programs of axis 1, N].
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col_ok = col < N
+    total = 0.0
+    for q in tl.static_range(Q):
+        total += tl.load(probs_ptr + q).to(tl.float32)
+    sum0 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum1 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum2 = tl.zeros([ROWS, BLOCK], tl.float32)
+    sum3 = tl.zeros([ROWS, BLOCK], tl.float32)
+    dmask = tl.zeros([ROWS, BLOCK], tl.float32)
+    weight = tl.full([BLOCK], 1.0, tl.float32)
+    if HAS_MASK:
+        weight = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)
+    for start in range(tl.program_id(1) * ROWS, count, tl.num_programs(1) * ROWS):
+        row = (start + tl.arange(0, ROWS)).to(tl.int64)
+        ok = (row < count)[:, None] & col_ok[None, :]
+        g = tl.load(grad_ptr + row[:, None] * grad_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        if WANT_X:
+            dx = g * total
+            if HAS_MASK:
+                dx = g * weight[None, :] * total
+            tl.store(dx_ptr + row[:, None] * N + col[None, :], dx.to(dtype), mask=ok)
+        if WANT_PROBS or WANT_MASK:
+            x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+            if WANT_MASK:
+                dmask += g * x
+            if WANT_PROBS:
+                if HAS_MASK:
+                    x = round_tile(x * weight[None, :], dtype, EXACT)
+                sum0 += product(g, x, levels_ptr, row, count, 0, Q, LOW, dtype, SYMMETRIC, EXACT)
+                if Q > 1:
+                    sum1 += product(g, x, levels_ptr, row, count, 1, Q, LOW, dtype, SYMMETRIC, EXACT)
+                if Q > 2:
+                    sum2 += product(g, x, levels_ptr, row, count, 2, Q, LOW, dtype, SYMMETRIC, EXACT)
+                if Q > 3:
+                    sum3 += product(g, x, levels_ptr, row, count, 3, Q, LOW, dtype, SYMMETRIC, EXACT)
+    if WANT_PROBS:
+        at = dprobs_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * Q
+        tl.store(at, tl.sum(sum0))
+        if Q > 1:
+            tl.store(at + 1, tl.sum(sum1))
+        if Q > 2:
+            tl.store(at + 2, tl.sum(sum2))
+        if Q > 3:
+            tl.store(at + 3, tl.sum(sum3))
+    if WANT_MASK:
+        tl.store(dmask_ptr + tl.program_id(1) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
 
 
-# ---- public ----
+def row_config(columns: int) -> dict[str, int]:
+    """Rows per program and warps for rows of ``columns``: 16 to 32 elements per thread."""
+    block = triton.next_power_of_2(columns)
+    return {"BLOCK": block, "ROWS": max(1, 1024 // block), "num_warps": min(16, max(4, block // 1024))}
+
+
+def backward_config(columns: int) -> dict[str, int]:
+    """Columns and rows per tile (4096 elements) and warps."""
+    block = min(512, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "ROWS": min(32, 4096 // block), "num_warps": 8}
+
+
+def launch(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    out, flat, config = dense_like(x), rows(x), row_config(x.shape[-1])
+    count, n = flat.shape
+    levels = torch.empty(count, len(bits), 2, dtype=torch.float32, device=x.device)
+    if out.numel():
+        with torch.cuda.device_of(x):
+            act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
+                flat, dense(mask), probs.contiguous(), out, levels, count, n, flat.stride(0), **config,
+                **constants(x.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
+            )  # fmt: skip
+    return out, levels
+
+
+def launch_backward(
+    grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
+    symmetric: bool, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    want_x, want_probs, want_mask = need[0], need[1], need[2] and mask is not None
+    g, flat, config = rows(grad), rows(grad if x is None else x), backward_config(grad.shape[-1])
+    count, n = g.shape
+    blocks = triton.cdiv(n, config["BLOCK"])
+    programs = max(1, min(triton.cdiv(count, config["ROWS"]), 528 // blocks))  # four per multiprocessor of an H200
+    dx = dense_like(grad) if want_x else None
+    dprobs = grad.new_empty(programs * blocks, len(bits), dtype=torch.float32) if want_probs else None
+    dmask = grad.new_empty(programs, n, dtype=torch.float32) if want_mask else None
+    if grad.numel():
+        with torch.cuda.device_of(grad):
+            act_backward_kernel[(blocks, programs)](
+                g, flat, dense(mask), probs.contiguous(), levels, dx, dprobs, dmask, count, n, g.stride(0),
+                flat.stride(0), WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask, **config,
+                **constants(grad.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
+            )  # fmt: skip
+    of_probs, of_mask = (None if part is None else part.sum(0) for part in (dprobs, dmask))
+    return dx, in_dtype_of(of_probs, probs), in_dtype_of(of_mask, mask)
+
+
+def cpu_forward(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    count, width = cpu.matrix(x)
+    y = cpu.empty_like(x)
+    cpu.call("act_quant_mix", x, cpu.vector(probs), cpu.optional(mask), cpu.integers(bits), y, count, width, len(bits),
+             symmetric, cpu.chunking(count, width)[0], cpu.DTYPES[x.dtype])
+    return y, _no_levels(x, bits)
+
+
+def cpu_backward(
+    grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
+    symmetric: bool, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    g = grad.contiguous()
+    count, width = cpu.matrix(g)
+    need_mask = need[2] and mask is not None
+    per_chunk, chunks = cpu.chunking(count, width, need_mask)
+    dx = cpu.empty_like(g) if need[0] else None
+    dprobs, dmask = cpu.partial_sums(need[1], count, len(bits)), cpu.partial_sums(need_mask, chunks, width)
+    total = float(probs.float().sum())
+    source = g if x is None else x.contiguous()
+    cpu.call("act_quant_mix_backward", g, source, cpu.optional(mask), cpu.integers(bits), dx, dprobs, dmask, count,
+             width, len(bits), symmetric, total, per_chunk, cpu.DTYPES[g.dtype])
+    sums = cpu.total(dmask, mask)
+    return dx, cpu.total(dprobs, probs), None if sums is None else sums * total
+
+
+_op = Op(
+    "act_quant_mix",
+    {"triton": launch, "cpu": cpu_forward, "reference": reference},
+    {"triton": launch_backward, "cpu": cpu_backward, "reference": reference_backward},
+    read_for={"x": ("probs", "mask"), "saved0": ("probs", "mask")},
+)
 
 
 def check_precisions(op: str, bits: Sequence[int], probs: Tensor) -> None:
@@ -203,8 +293,26 @@ def act_quant_mix(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = sum_q probs[q] · Q_q(mask ⊙ x), in the dtype and shape of x."""
+    """y = sum_q probs[q] Q_q(mask * x), each token quantized dynamically (Eq. 8 of arXiv 2606.04063).
+
+    One-hot it is bit for bit what compressed-tensors executes on a reloaded checkpoint (formulas: ops/quant/spec.py).
+
+    Args:
+        x: [..., N] in any floating dtype; a token is a row of the last dim.
+        bits: one to four bit widths of 2 to 8 and 16, the identity.
+        probs: [Q], fp32.
+        symmetric: signed levels around 0; else the range of a token has a zero point.
+        mask: [N], fp32, rounded to x's dtype after multiplying; None: ones.
+        backend: "triton", "cpu" or "reference"; None: by device and dtype.
+
+    Returns:
+        [..., N] in x's dtype; gradients to x (straight through), probs and mask.
+
+    Raises:
+        JointNASError: bits or shapes that do not exist or fit, or a backend that cannot run.
+    """
     check_precisions("act_quant_mix", bits, probs)
     if mask is not None and tuple(mask.shape) != (x.shape[-1],):
-        raise JointNASError(f"act_quant_mix: mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
-    return _act_quant_mix(x, probs, mask, list(bits), symmetric, backend)[0]
+        raise bad("act_quant_mix", f"mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
+    out: Tensor = _op(x, probs, mask, list(bits), symmetric, backend)[0]
+    return out

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.quant.weights import compute_dtype, quantize_levels
+from jointnas_kernels.ops.core.tensors import compute_dtype
+from jointnas_kernels.ops.quant.spec import level_range, quantize_groups
 
 NEIGHBOURS = (0, 1, -1, 2, -2)  # units in the last place
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -44,9 +45,8 @@ def quantize(
     weight: Tensor, bits: int, group_size: int, symmetric: bool = True, clip: Tensor | None = None
 ) -> tuple[Tensor, Grid]:
     """`fake_quant_weight` of the weight, and its grid."""
-    w = weight.detach().to(compute_dtype(weight.dtype)).unflatten(-1, (-1, group_size))
-    levels = quantize_levels(w, bits, clip, symmetric, weight.dtype)
-    values = (levels.q * levels.s).flatten(-2).to(weight.dtype)
+    levels = quantize_groups(weight.detach(), bits, group_size, clip, symmetric)
+    values = levels.values.flatten(-2).to(weight.dtype)
     zero = None if levels.z is None else levels.z.squeeze(-1).to(torch.int8)
     return values, Grid(bits, levels.s.squeeze(-1).to(weight.dtype), zero)
 
@@ -57,7 +57,7 @@ def integers(values: Tensor, grid: Grid) -> Tensor:
     Raises:
         JointNASError: the values are not on the grid.
     """
-    low, high = -(1 << (grid.bits - 1)), (1 << (grid.bits - 1)) - 1
+    low, high = level_range(grid.bits)
     wide = compute_dtype(values.dtype)
     v, s = values.detach().to(wide).unflatten(-1, (grid.scale.shape[1], -1)), grid.scale.to(wide).unsqueeze(-1)
     z = torch.zeros_like(s) if grid.zero is None else grid.zero.to(wide).unsqueeze(-1)
@@ -77,7 +77,7 @@ def integers(values: Tensor, grid: Grid) -> Tensor:
 
 def find(values: Tensor, bits: int, group_size: int) -> Grid:
     """The grid of values that a symmetric quantizer returned, from the values alone."""
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    low, high = level_range(bits)
     wide, word = compute_dtype(values.dtype), _WORDS[values.element_size()]
     groups = values.detach().unflatten(-1, (-1, group_size))
     shape = groups.shape[:-1]

@@ -1,26 +1,15 @@
-"""Fake quantization of a weight in groups along its input.
+"""fake_quant_weight: a weight quantized in groups along its input, by the rules of spec.py, in floating point.
 
-    signed symmetric (default), per row o and group G of ``group_size`` channels
-        s = clip · max|w| / ((2^b - 1)/2), rounded to the weight's dtype; s < 2^-100 becomes 1 (an all-zero group)
-        q = clamp(rint(w / s), -2^(b-1), 2^(b-1) - 1)                      Q(w) = q · s
-    asymmetric
-        s = clip · (max(w,0) - min(w,0)) / (2^b - 1), rounded likewise      z = rint(clamp(qmin - clip · min(w,0) / s))
-        q = clamp(rint(w / s + z), qmin, qmax)                              Q(w) = (q - z) · s
+With the ``clip`` rule (LSQ, arXiv 1902.08153), from g = dL/dQ:
 
-Shapes: weight [O, I], clip [O, I / group_size] (the clipping ratio in (0, 1], not a logit), result [O, I] in the
-weight's dtype. Math is fp32 (fp64 for an fp64 weight) with true division: w · (1/s) moves levels at exact ties, and
-ties are common, since max|w| / s is half-integral by construction.
+    dL/dw = g [qmin <= rint(w/s + z) <= qmax]        dL/ds = sum_group g (q - z - dQ/dw w/s)      ds/dclip = R / steps
 
-Straight-through gradients:
-    ``ste="identity"`` (Bengio et al. 2013)   dQ/dw = 1; the ratios get none
-    ``ste="clip"``     (LSQ, Esser et al. 2020)   dQ/dw = [qmin <= rint(w/s + z) <= qmax],
-                       dQ/ds = q - z - dQ/dw · w/s, ds/dclip = max|w| / ((2^b - 1)/2)
-The statistics max|w|, min w, max w and the zero point count as constants, as LSQ treats its step size.
+With the ``identity`` rule (Bengio et al., arXiv 1308.3432) dL/dw = g, and the clipping ratios have no gradient.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -28,71 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.ops.core.dispatch import custom_op, resolve
-
-# Below this scale 1/s or the remainder of a division could leave fp32's normal range; such groups are zero anyway.
-TINY_SCALE = 2.0**-100
-WEIGHT_BITS = tuple(range(2, 9))
-
-
-# ---- reference ----
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype the math runs in: fp64 for fp64 inputs, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _ste(value: Tensor, x: Tensor) -> Tensor:
-    """``value`` going forward, the gradient of ``x`` going back; adds an exact zero, so values are not touched."""
-    return value.detach() + (x - x.detach())
-
-
-class Levels(NamedTuple):
-    """A quantized [..., G, g] tensor; differentiable with the ``clip`` straight-through rule."""
-
-    q: Tensor  # [..., G, g] level minus zero point
-    s: Tensor  # [..., G, 1] scale
-    v: Tensor  # [..., G, g] w / s
-    inside: Tensor  # [..., G, g] bool: the rounded level needed no clamping
-    unit: Tensor  # [..., G, 1] ds/dclip
-    z: Tensor | None  # [..., G, 1] zero point, of an asymmetric quantizer
-
-
-def quantize_levels(
-    w: Tensor, bits: int, clip: Tensor | None, symmetric: bool = True, scale_dtype: torch.dtype | None = None
-) -> Levels:
-    """Levels of ``w`` [..., G, g] (in the compute dtype) with ``clip`` [..., G]; scales rounded to ``scale_dtype``."""
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    detached = w.detach()
-    if symmetric:
-        unit = detached.abs().amax(-1, keepdim=True)
-        # A tensor divisor: torch turns division by a Python number into a multiplication on CUDA.
-        divisor = unit.new_full((), (2**bits - 1) / 2)
-        least = None
-    else:
-        least, most = detached.amin(-1, keepdim=True).clamp(max=0), detached.amax(-1, keepdim=True).clamp(min=0)
-        unit, divisor = most - least, unit_divisor(detached, bits)
-    ratio = None if clip is None else clip.to(w.dtype).unsqueeze(-1)
-    raw = (unit if ratio is None else ratio * unit) / divisor
-    s = raw if scale_dtype is None else _ste(raw.to(scale_dtype).to(w.dtype), raw)
-    s = torch.where(s.detach() < TINY_SCALE, torch.ones_like(s), s)
-    v = w / s
-    if least is None:
-        z = None
-        rounded = _ste(v.round(), v)
-    else:
-        bottom = least if ratio is None else ratio.detach() * least
-        z = (low - bottom / s.detach()).clamp(low, high).round()
-        rounded = _ste((v + z).round(), v)
-    q = rounded.clamp(low, high)
-    inside = rounded.detach() == q.detach()
-    return Levels(q if z is None else q - z, s, v, inside, unit / divisor, z)
-
-
-def unit_divisor(like: Tensor, bits: int) -> Tensor:
-    """2^b - 1 as a 0-dim tensor on the device of ``like``."""
-    return like.new_full((), 2.0**bits - 1)
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.quant.kernels import MAGIC, TINY
+from jointnas_kernels.ops.quant.spec import WEIGHT_BITS, level_range, quantize_groups, straight_through
 
 
 def fake_quant_weight_reference(
@@ -102,52 +29,37 @@ def fake_quant_weight_reference(
     symmetric: bool = True,
     clip: Tensor | None = None,
     ste: str = "identity",
-    scale_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The op in plain differentiable torch; ``scale_dtype`` overrides what scales are rounded to (for fp64 tests)."""
-    w = weight.to(compute_dtype(weight.dtype)).unflatten(-1, (-1, group_size))
-    levels = quantize_levels(w, bits, clip, symmetric, scale_dtype or weight.dtype)
-    out = levels.q * levels.s
-    if ste == "identity":
-        out = _ste(out, w)
-    return out.flatten(-2).to(weight.dtype)
+    """The public function in plain differentiable torch."""
+    out = quantize_groups(weight, bits, group_size, clip, symmetric).values.flatten(-2)
+    return (straight_through(out, weight.to(out.dtype)) if ste == "identity" else out).to(weight.dtype)
 
 
-def fake_quant_weight_backward_reference(
-    grad: Tensor, weight: Tensor, bits: int, group_size: int, symmetric: bool, clip: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(dweight, dclip) of the ``clip`` rule in closed form."""
-    w = weight.to(compute_dtype(weight.dtype)).unflatten(-1, (-1, group_size))
-    g = grad.to(w.dtype).unflatten(-1, (-1, group_size))
-    levels = quantize_levels(w, bits, clip, symmetric, weight.dtype)
+def reference(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    return fake_quant_weight_reference(weight, bits, group_size, symmetric, clip, "clip")
+
+
+def reference_backward(
+    grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, need: Sequence[bool]
+) -> tuple[Tensor, Tensor | None]:
+    levels = quantize_groups(weight, bits, group_size, clip, symmetric)
+    g = grad.to(levels.q.dtype).unflatten(-1, (-1, group_size))
     dweight = (g * levels.inside).flatten(-2).to(weight.dtype)
-    dclip = (g * (levels.q - levels.v * levels.inside)).sum(-1) * levels.unit.squeeze(-1)
-    return dweight, dclip.to(weight.dtype if clip is None else clip.dtype)
-
-
-# ---- Triton ----
+    if clip is None:
+        return dweight, None
+    dclip = (g * (levels.steps - levels.v * levels.inside)).sum(-1) * levels.slope.squeeze(-1)
+    return dweight, dclip.to(clip.dtype)
 
 
 @triton.jit
 def fake_quant_kernel(
-    w_ptr,
-    clip_ptr,
-    grad_ptr,
-    out_ptr,
-    dclip_ptr,
-    groups,
-    low: tl.constexpr,
-    high: tl.constexpr,
-    divisor: tl.constexpr,
-    tiny: tl.constexpr,
-    G: tl.constexpr,
-    G_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    HAS_CLIP: tl.constexpr,
-    BACKWARD: tl.constexpr,
-):
+    w_ptr, clip_ptr, grad_ptr, out_ptr, dclip_ptr, groups,
+    LOW: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr,
+    HAS_CLIP: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
     """One program per BLOCK groups; forward writes Q(w), backward the masked gradient and dclip."""
+    high: tl.constexpr = -LOW - 1.0
+    divisor: tl.constexpr = (high - LOW) / 2 if SYMMETRIC else high - LOW
     group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     lane = tl.arange(0, G_PAD)
     mask = (group < groups)[:, None] & (lane < G)[None, :]
@@ -164,17 +76,17 @@ def fake_quant_kernel(
         ratio = tl.load(clip_ptr + group, mask=group < groups, other=1.0).to(tl.float32)
     raw = tl.div_rn(ratio * unit, tl.full([BLOCK], divisor, tl.float32))
     s = raw.to(w_ptr.dtype.element_ty).to(tl.float32)
-    s = tl.where(s < tiny, 1.0, s)
+    s = tl.where(s < TINY, 1.0, s)
     v = tl.div_rn(w, tl.broadcast_to(s[:, None], [BLOCK, G_PAD]))
-    # 1.5·2^23 pushes the fraction out of fp32's mantissa: round to nearest even in two additions, exact below 2^22.
-    # Clamping first keeps |v| small and commutes with rounding except that it hides clamping; one extra level shows it.
+    # Clamping before rounding by MAGIC keeps |v| below 2^22, and commutes with it except that it hides clamping; one
+    # extra level shows it.
     z = s * 0.0
     if not SYMMETRIC:
-        z = low - tl.div_rn(ratio * least, s)
-        z = (tl.minimum(tl.maximum(z, low), high) + 12582912.0) - 12582912.0
-    t = tl.minimum(tl.maximum(v + z[:, None], low - 1.0), high + 1.0)
-    rounded = (t + 12582912.0) - 12582912.0
-    q = tl.minimum(tl.maximum(rounded, low), high)
+        z = LOW - tl.div_rn(ratio * least, s)
+        z = (tl.minimum(tl.maximum(z, LOW), high) + MAGIC) - MAGIC
+    t = tl.minimum(tl.maximum(v + z[:, None], LOW - 1.0), high + 1.0)
+    rounded = (t + MAGIC) - MAGIC
+    q = tl.minimum(tl.maximum(rounded, LOW), high)
     if BACKWARD:
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         inside = rounded == q
@@ -187,96 +99,38 @@ def fake_quant_kernel(
         tl.store(out_ptr + at, ((q - z[:, None]) * s[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(
-    weight: Tensor, clip: Tensor | None, grad: Tensor | None, bits: int, group_size: int, symmetric: bool
+def _run(
+    grad: Tensor | None, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool
 ) -> tuple[Tensor, Tensor | None]:
-    weight = weight.contiguous()
-    clip = None if clip is None else clip.contiguous()
+    """(Q(w), None), or (dweight, dclip) of a gradient."""
+    weight, clip = weight.contiguous(), None if clip is None else clip.contiguous()
     out = torch.empty_like(weight)
-    backward = grad is not None
-    dclip = torch.empty_like(clip) if backward and clip is not None else None
-    groups = weight.numel() // group_size
-    if groups == 0:
-        return out, dclip
-    padded = triton.next_power_of_2(group_size)
+    dclip = None if grad is None or clip is None else torch.empty_like(clip)
+    groups, padded = weight.numel() // group_size, triton.next_power_of_2(group_size)
     block = max(1, 4096 // padded)
-    with torch.cuda.device_of(weight):
-        fake_quant_kernel[(triton.cdiv(groups, block),)](
-            weight, weight if clip is None else clip, weight if grad is None else grad.contiguous(), out,
-            out if dclip is None else dclip, groups,
-            low=float(-(2 ** (bits - 1))), high=float(2 ** (bits - 1) - 1),
-            divisor=(2**bits - 1) / 2 if symmetric else 2.0**bits - 1, tiny=TINY_SCALE,
-            G=group_size, G_PAD=padded, BLOCK=block, SYMMETRIC=symmetric, HAS_CLIP=clip is not None,
-            BACKWARD=backward, num_warps=4,
-        )  # fmt: skip
+    if groups:
+        with torch.cuda.device_of(weight):
+            fake_quant_kernel[(triton.cdiv(groups, block),)](
+                weight, clip, None if grad is None else grad.contiguous(), out, dclip, groups,
+                LOW=float(level_range(bits)[0]), G=group_size, G_PAD=padded, BLOCK=block, SYMMETRIC=symmetric,
+                HAS_CLIP=clip is not None, BACKWARD=grad is not None, num_warps=4,
+            )  # fmt: skip
     return out, dclip
 
 
-# ---- registration ----
+def launch(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
+    return _run(None, weight, clip, bits, group_size, symmetric)[0]
 
 
-def chosen(weight: Tensor, backend: str | None) -> str:
-    """The backend that runs."""
-    return resolve("fake_quant_weight", backend, weight, available=("triton", "reference"))
+def launch_backward(
+    grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, need: Sequence[bool]
+) -> tuple[Tensor, Tensor | None]:
+    return _run(grad, weight, clip, bits, group_size, symmetric)
 
 
-@custom_op(
-    "fake_quant_weight",
-    "(Tensor weight, Tensor? clip, int bits, int group_size, bool symmetric, str ste, str? backend) -> Tensor"
-)
-def _fake_quant_weight(
-    weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, ste: str, backend: str | None
-) -> Tensor:
-    if chosen(weight, backend) == "triton":
-        return _launch(weight, clip, None, bits, group_size, symmetric)[0]
-    return fake_quant_weight_reference(weight, bits, group_size, symmetric, clip).contiguous()
-
-
-@_fake_quant_weight.register_fake
-def _(weight, clip, bits, group_size, symmetric, ste, backend):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-@custom_op(
-    "fake_quant_weight_backward",
-    "(Tensor grad, Tensor weight, Tensor? clip, int bits, int group_size, bool symmetric, str? backend) "
-    "-> (Tensor, Tensor)"
-)
-def _fake_quant_weight_backward(
-    grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    if chosen(weight, backend) == "triton":
-        dweight, dclip = _launch(weight, clip, grad, bits, group_size, symmetric)
-        return dweight, weight.new_empty(0) if dclip is None else dclip
-    dweight, slope = fake_quant_weight_backward_reference(grad, weight, bits, group_size, symmetric, clip)
-    return dweight.contiguous(), weight.new_empty(0) if clip is None else slope.contiguous()
-
-
-@_fake_quant_weight_backward.register_fake
-def _(grad, weight, clip, bits, group_size, symmetric, backend):
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return dweight, weight.new_empty(0) if clip is None else torch.empty_like(clip)
-
-
-def _setup_context(ctx, inputs, output):
-    weight, clip, ctx.bits, ctx.group_size, ctx.symmetric, ctx.ste, ctx.backend = inputs
-    ctx.save_for_backward(*((weight, clip) if ctx.ste == "clip" else (None, None)))
-
-
-def _backward(ctx, grad):
-    if ctx.ste == "identity":
-        return grad, None, None, None, None, None, None
-    weight, clip = ctx.saved_tensors
-    dweight, dclip = _fake_quant_weight_backward(
-        grad, weight, clip, ctx.bits, ctx.group_size, ctx.symmetric, ctx.backend
-    )
-    return dweight, None if clip is None else dclip, None, None, None, None, None
-
-
-_fake_quant_weight.register_autograd(_backward, setup_context=_setup_context)
-
-
-# ---- public ----
+_forward = {"triton": launch, "reference": reference}
+_clip = Op("fake_quant_weight", _forward, {"triton": launch_backward, "reference": reference_backward})
+_identity = Op("fake_quant_weight_identity", _forward, identity=("weight",), public="fake_quant_weight")
 
 
 def check_quantizer(op: str, weight: Tensor, bits: int, group_size: int, ste: str) -> None:
@@ -309,7 +163,25 @@ def fake_quant_weight(
     ste: str = "identity",
     backend: str | None = None,
 ) -> Tensor:
-    """Q(weight) with the straight-through gradients described at the top of this file."""
+    """Q(weight): every group of ``group_size`` inputs rounded to ``bits`` bits (formulas: ops/quant/spec.py).
+
+    Args:
+        weight: [O, I] in any floating dtype.
+        bits: 2 to 8.
+        group_size: a divisor of I.
+        symmetric: signed levels around 0; else the range of a group has a zero point.
+        clip: ratios [O, I / group_size] in (0, 1] that shrink the range of each group (OmniQuant, arXiv 2308.13137).
+        ste: gradients, "identity" (Bengio et al., arXiv 1308.3432): dQ/dw = 1 and none for clip; "clip" (LSQ, arXiv
+            1902.08153): 1 or 0 for weights inside or outside of the levels, and LSQ's slope for clip.
+        backend: "triton" or "reference"; None: by device and dtype.
+
+    Returns:
+        [O, I] in the weight's dtype; computed in fp32 (fp64 for fp64) and rounded once.
+
+    Raises:
+        JointNASError: bits, shapes or a rule that do not exist or fit, or a backend that cannot run.
+    """
     check_quantizer("fake_quant_weight", weight, bits, group_size, ste)
     check_clip("fake_quant_weight", clip, (weight.shape[0], weight.shape[1] // group_size))
-    return _fake_quant_weight(weight, clip, bits, group_size, symmetric, ste, backend)
+    out: Tensor = (_identity if ste == "identity" else _clip)(weight, clip, bits, group_size, symmetric, backend)
+    return out

@@ -17,8 +17,9 @@ from torch.func import functional_call
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.linear import SupernetLinear
+from jointnas_kernels.ops.core.tensors import compute_dtype
+from jointnas_kernels.ops.quant import spec
 from jointnas_kernels.ops.quant.activations import act_quant_mix
-from jointnas_kernels.ops.quant.weights import compute_dtype
 from jointnas_kernels.space import LINEARS
 
 # linears that read the same input, in the order they run
@@ -140,10 +141,7 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
         return act_quant_mix(x, (bits,), one, symmetric=symmetric)
     value = act_quant_mix(x.detach(), (bits,), one, symmetric=symmetric)
     wide = x.to(compute_dtype(x.dtype))
-    if symmetric:
-        span = 2 * wide.abs().amax(-1, keepdim=True)
-    else:
-        span = wide.amax(-1, keepdim=True).clamp_min(0) - wide.amin(-1, keepdim=True).clamp_max(0)
+    span, _ = spec.extent(wide, symmetric)
     # (Q - x) / s is constant; the ratio of the span to itself carries ds / s
     step = span / span.detach().clamp_min(torch.finfo(span.dtype).tiny)
     soft = wide + (value.to(wide.dtype) - wide.detach()) * step

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops.quant.weights import compute_dtype, fake_quant_weight
+from jointnas_kernels.ops.core.tensors import compute_dtype
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 RATIOS = tuple(1 - 0.05 * i for i in range(13))
 

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from jointnas.initialise.clip import mse_clip
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core.tensors import compute_dtype
 from jointnas_kernels.ops.quant import grid
 from jointnas_kernels.ops.quant.grid import Grid
-from jointnas_kernels.ops.quant.weights import check_quantizer, compute_dtype
+from jointnas_kernels.ops.quant.spec import level_range
+from jointnas_kernels.ops.quant.weights import check_quantizer
 
 log = logging.getLogger(__name__)
 BLOCK = 128  # columns whose errors are carried on together; rounded up to whole groups
@@ -61,7 +63,7 @@ def gptq(
         raise JointNASError(f"gptq: the Hessian has shape {tuple(hessian.shape)}; the weight needs {(inputs, inputs)}")
     wide = compute_dtype(weight.dtype)
     hessian = hessian.to(wide)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    low, high = level_range(bits)
     order = torch.arange(inputs, device=weight.device)
     scale = weight.new_empty(weight.shape[0], inputs // group_size)  # in the weight's dtype, as the quantizer has it
     importance = hessian.diagonal().clone()

@@ -28,7 +28,7 @@ from torch import Tensor
 from jointnas.config import InitOptions
 from jointnas.data import seeded
 from jointnas.initialise.problem import Clips, Parameters, Problem
-from jointnas_kernels.ops.quant.weights import compute_dtype
+from jointnas_kernels.ops.core.tensors import compute_dtype
 
 log = logging.getLogger(__name__)
 LARGEST = 4.0  # start of gamma at most: at a ratio of 1 its gradient would vanish; sigmoid(4) = 0.98

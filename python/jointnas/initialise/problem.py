@@ -10,7 +10,8 @@ from torch import Tensor
 
 from jointnas.initialise.blocks import STAGES, Blocks
 from jointnas.initialise.clip import mse_clip
-from jointnas_kernels.ops.quant.weights import compute_dtype, fake_quant_weight
+from jointnas_kernels.ops.core.tensors import compute_dtype
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 Parameters = dict[str, Tensor]  # of one block, by name
 Clips = dict[str, Tensor]  # clip ratio [O, I / group] of each linear

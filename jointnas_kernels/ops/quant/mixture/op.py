@@ -1,0 +1,143 @@
+"""quant_lora_mix as an operator: its implementations by backend, the choice among them, and the public function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, without_autocast
+from jointnas_kernels.ops.quant.mixture import cpu, cuda, kernels, reference
+from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
+from jointnas_kernels.ops.quant.weights import check_clip, check_quantizer
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+MODES = ("weight", "arch", "full")
+FORWARD: dict[str, Callable[[Mixture], Tensor]] = {
+    "cuda": cuda.forward, "triton": kernels.forward, "cpu": cpu.forward, "reference": reference.forward,
+}  # fmt: skip
+BACKWARD: dict[str, Callable[[Mixture, Upstream, Want], Gradients]] = {
+    "cuda": cuda.gradients, "triton": kernels.gradients, "cpu": cpu.gradients, "reference": reference.gradients,
+}  # fmt: skip
+
+
+def choose(mix: Mixture, backend: str | None) -> str:
+    """The backend for these arguments; by itself "cuda" only where its kernel takes them."""
+    reason = cuda.unsupported(mix)
+    automatic = backend is None or backend == "auto"
+    chosen = resolve("quant_lora_mix", backend, mix.weight, BACKENDS[1:] if automatic and reason else BACKENDS)
+    if chosen == "cuda" and reason:
+        raise JointNASError(f"quant_lora_mix: backend 'cuda' cannot run: {reason}")
+    return chosen
+
+
+def _forward(how: str, *mixture: Any) -> Tensor:
+    mix = Mixture(*mixture)
+    with without_autocast(mix.weight):
+        return FORWARD[how](mix)
+
+
+def _reference(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
+    bits: Sequence[int], group_size: int, ste: str,
+) -> Tensor:  # fmt: skip
+    return _forward("reference", weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
+
+
+def _backward(how: str, grad: Tensor, *args: Any) -> Gradients:
+    *mixture, (a, b, probs, clip) = args
+    mix = Mixture(*mixture)
+    with without_autocast(mix.weight):
+        return BACKWARD[how](mix, Upstream(grad), Want(a or b, probs, clip))
+
+
+_op = Op(
+    "quant_lora_mix",
+    {how: partial(_forward, how) for how in BACKENDS[:-1]} | {"reference": _reference},
+    {how: partial(_backward, how) for how in BACKENDS},
+    frozen=("weight",),
+    choose=lambda *args: choose(Mixture(*args[:-1]), args[-1]),
+)
+
+
+def prepared(
+    op: str,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bits: Sequence[int],
+    probs: Tensor,
+    group_size: int,
+    clip: Tensor | None,
+    ste: str,
+    mode: str,
+) -> Mixture:
+    """The checked arguments of a public function, detached where ``mode`` or ``ste`` leave no gradient."""
+    for width in bits:
+        check_quantizer(op, weight, width, group_size, ste)
+    if mode not in MODES:
+        raise unknown("mode", mode, MODES, where=op)
+    (o, i), p = weight.shape, len(bits)
+    if p < 1 or tuple(probs.shape) != (p,):
+        raise bad(op, f"probs needs one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}")
+    r = lora_a.shape[1] if lora_a.dim() == 3 else -1
+    if tuple(lora_a.shape) != (p, r, i) or tuple(lora_b.shape) != (p, o, r):
+        raise bad(
+            op, f"with a weight of shape {(o, i)} and {p} bit widths, lora_a must be [{p}, r, {i}] and "
+            f"lora_b [{p}, {o}, r], got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+        )  # fmt: skip
+    check_clip(op, clip, (p, o, i // group_size))
+    if mode == "weight":
+        probs = probs.detach()
+    elif mode == "arch":
+        lora_a, lora_b = lora_a.detach(), lora_b.detach()
+    if clip is not None and (ste == "identity" or mode == "arch"):
+        clip = clip.detach()
+    return Mixture(weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste)
+
+
+def quant_lora_mix(
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bits: Sequence[int],
+    probs: Tensor,
+    group_size: int,
+    clip: Tensor | None = None,
+    ste: str = "identity",
+    mode: str = "full",
+    backend: str | None = None,
+) -> Tensor:
+    """W~ = sum_p probs[p] Q_p(W + scaling B_p A_p), the mixture of a weight's precisions (Eq. 7 of arXiv 2606.04063).
+
+    Q_p is `fake_quant_weight` (symmetric) at bits[p] and clip[p].
+
+    Args:
+        weight: W [O, I] in any floating dtype; it is frozen.
+        lora_a, lora_b: A [P, r, I] and B [P, O, r], rounded to the weight's dtype before they are multiplied.
+        scaling: of every LoRA product.
+        bits: P bit widths of 2 to 8.
+        probs: [P], fp32.
+        group_size: a divisor of I.
+        clip: ratios [P, O, I / group_size] in (0, 1].
+        ste: straight-through rule, "identity" or "clip", as in `fake_quant_weight`.
+        mode: which gradients exist: "weight" LoRA and clip, "arch" probs, "full" all of them.
+        backend: "cuda", "triton", "cpu" or "reference"; None: by device, dtype and sizes.
+
+    Returns:
+        [O, I] in the weight's dtype; computed in fp32 (fp64 for fp64) and rounded once.
+
+    Raises:
+        JointNASError: shapes, bits or words that do not exist or fit, or a backend that cannot run.
+    """
+    out: Tensor = _op(
+        *prepared("quant_lora_mix", weight, lora_a, lora_b, scaling, bits, probs, group_size, clip, ste, mode), backend
+    )
+    return out
