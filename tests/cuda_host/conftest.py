@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jointnas_kernels.ops.core import cuda
+from jointnas_kernels.ops.core import backends, cuda
 from jointnas_kernels.ops.quant import mixture_cuda as quant_lora_mix_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,4 +82,5 @@ def on_cpu(emulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda._ext, "load", lambda cuda=False: emulated)
     monkeypatch.setattr(cuda, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 4)
+    monkeypatch.setattr(backends, "why_not", lambda backend, tensor: None)
     monkeypatch.setattr(quant_lora_mix_cuda, "shared_limit", lambda tensor: 227 * 1024)
