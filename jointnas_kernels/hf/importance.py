@@ -1,10 +1,10 @@
 """Importance of channels and blocks from activations of a calibration set (Minitron, arXiv 2407.14679).
 
-    hidden channel   L2 norm over tokens of both norms' outputs, summed over blocks
-    query head       L2 norm over tokens of o_proj's input, over the head's dims
-    value dim        L2 norm over tokens of o_proj's input, over the query heads of its key-value head
-    MLP neuron       L2 norm over tokens of down_proj's input
-    block            1 - mean over tokens of cos(block input, block output)
+hidden channel   L2 norm over tokens of both norms' outputs, summed over blocks
+query head       L2 norm over tokens of o_proj's input, over the head's dims
+value dim        L2 norm over tokens of o_proj's input, over the query heads of its key-value head
+MLP neuron       L2 norm over tokens of down_proj's input
+block            1 - mean over tokens of cos(block input, block output)
 """
 
 from __future__ import annotations

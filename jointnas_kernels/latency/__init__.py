@@ -1,6 +1,6 @@
 """Latency tables: measure every operation of a search space on a device, predict and differentiate whole models."""
 
-from jointnas_kernels.latency.backends import Backend, LinearWeight, Target, register, survey, unregister
+from jointnas_kernels.latency.backends import Backend, Target, register, survey, unregister
 from jointnas_kernels.latency.changes import Comparison, compare
 from jointnas_kernels.latency.interpolation import interpolate
 from jointnas_kernels.latency.measure import calibrate, deploy, feasible_choices, measure_choices, measure_model
@@ -10,7 +10,7 @@ from jointnas_kernels.latency.table import Coverage, Expected, LatencyTable
 from jointnas_kernels.latency.timing import describe
 
 __all__ = [
-    "Backend", "Comparison", "Coverage", "Expected", "LatencyTable", "LinearWeight", "OpSpec", "Target", "Workload",
+    "Backend", "Comparison", "Coverage", "Expected", "LatencyTable", "OpSpec", "Target", "Workload",
     "calibrate", "compare", "deploy", "describe", "enumerate_ops", "feasible_choices", "interpolate", "measure_choices",
     "measure_model", "profile", "register", "survey", "unregister",
 ]  # fmt: skip
