@@ -8,18 +8,18 @@
     y = swiglu(gate, up, out_mask, in_mask, backend)
 
 * Forward implementations take tensors first, then plain values: (x, mask, sizes, eps). They return one tensor, or a
-  tuple: the results, then what is saved for the backward pass. Callers add the backend as last argument.
+  tuple: the results, then what is saved for the backward pass. Parts may be absent (None), if the reference is so
+  annotated. Callers add the backend as last argument.
 * Backward implementations take the gradients of the results, the tensors, what was saved, the plain values, and `need`:
   which gradients are wanted. They return one gradient per tensor that is neither `frozen` nor `identity`, in order;
-  unwanted ones may be None. `need` has their order.
+  unwanted ones may be None, and some may share memory. `need` has their order.
 * The reference is the specification. It also runs on fake tensors, so that shapes, dtypes and devices are said once.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ from jointnas_kernels.ops.core.backends import resolve
 from jointnas_kernels.ops.core.tensors import empty_slot
 
 Implementations = Mapping[str, Callable[..., Any]]
+_KINDS = {  # of arguments
+    Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str",
+    Sequence[int]: "int[]", Sequence[bool]: "bool[]",
+}  # fmt: skip
 
 
 def _dense(output: Any) -> Any:
@@ -36,6 +40,24 @@ def _dense(output: Any) -> Any:
     if isinstance(output, tuple):
         return tuple(None if part is None else part.contiguous() for part in output)
     return output.contiguous()
+
+
+def _apart(output: Any, args: Sequence[Any]) -> Any:
+    """Outputs as the dispatcher knows them: none is absent, none shares memory with another."""
+    if not isinstance(output, tuple):
+        return output
+    like = next(a for a in args if isinstance(a, Tensor))
+    parts: list[Tensor] = []
+    for part in (empty_slot(like) if part is None else part for part in output):
+        memory = part.untyped_storage()._cdata
+        shared = any(memory == other.untyped_storage()._cdata for other in parts)
+        parts.append(part.clone() if shared else part)
+    return tuple(parts)
+
+
+def _schema(arguments: Sequence[str], outputs: int) -> str:
+    returned = ", ".join(["Tensor"] * outputs)
+    return f"({', '.join(arguments)}) -> {f'({returned})' if outputs > 1 else returned}"
 
 
 class Registered:
@@ -49,23 +71,18 @@ class Registered:
     function: type[torch.autograd.Function] | None = None
 
     def __init__(
-        self, name: str, schema: str, implementations: Implementations, choose: Callable[..., str] | None = None
-    ) -> None:
-        self.name, self.implementations, self.choose = name, implementations, choose
+        self, name: str, schema: str, implementations: Implementations, choose: Callable[..., str] | None = None,
+        public: str | None = None,
+    ) -> None:  # fmt: skip
+        self.name, self.implementations, self.choose = public or name, implementations, choose
         self.available = tuple(implementations)
         reference = implementations["reference"]
 
-        def without_none(output: Any, args: Sequence[Any]) -> Any:  # the dispatcher knows no absent tensor in outputs
-            if not isinstance(output, tuple):
-                return output
-            like = next(a for a in args if isinstance(a, Tensor))
-            return tuple(empty_slot(like) if part is None else part for part in output)
-
         def run(*args: Any) -> Any:
-            return without_none(self.run(*args), args)
+            return _apart(self.run(*args), args)
 
         definition = torch.library.custom_op(f"jointnas::{name}", run, mutates_args=(), schema=schema)
-        definition.register_fake(lambda *args: without_none(_dense(reference(*args[:-1])), args))
+        definition.register_fake(lambda *args: _apart(_dense(reference(*args[:-1])), args))
         self.definition, self.registered = definition, getattr(torch.ops.jointnas, name).default
 
     def run(self, *args: Any) -> Any:
@@ -92,7 +109,7 @@ class Op(Registered):
     """An operator with gradients (module docstring).
 
     Args:
-        name: registered as ``jointnas::NAME`` and ``jointnas::NAME_backward``; also the name in messages.
+        name: registered as ``jointnas::NAME`` and ``jointnas::NAME_backward``.
         forward, backward: implementations by backend, best first; without a backward there are no gradients.
         results: how many outputs are results; further ones are saved for the backward pass.
         frozen: tensors that never get a gradient.
@@ -101,6 +118,7 @@ class Op(Registered):
             for the backward pass, and not None there, only if one of them is wanted.
         choose: (the arguments) -> backend, where more than the first tensor decides. The backward pass calls it with
             the same tensors, of which those dropped are None, and values.
+        public: the name in messages, where the user called something else.
     """
 
     def __init__(
@@ -114,31 +132,29 @@ class Op(Registered):
         identity: Collection[str] = (),
         read_for: Mapping[str, Sequence[str]] | None = None,
         choose: Callable[..., str] | None = None,
+        public: str | None = None,
     ) -> None:
-        schema = torch.library.infer_schema(forward["reference"], mutates_args=())
-        parameters, returned = schema[1:].split(") -> ")
-        names, kinds = list(inspect.signature(forward["reference"]).parameters), parameters.split(", ")
+        hints = get_type_hints(forward["reference"])
+        outputs = len(get_args(hints.pop("return"))) or 1
+        names, kinds = list(hints), [f"{_KINDS[hint]} {n}" for n, hint in hints.items()]
         count = sum(kind.startswith("Tensor") for kind in kinds)
         if not all(kind.startswith("Tensor") for kind in kinds[:count]):
-            raise TypeError(f"{name}: tensors come first, then plain values; got {schema}")
-        super().__init__(name, f"({parameters}, str? backend) -> {returned}", forward, choose)
+            raise TypeError(f"{name}: tensors come first, then plain values; got {kinds}")
+        super().__init__(name, _schema([*kinds, "str? backend"], outputs), forward, choose, public)
         if backward is None:
             return
-        saved = [f"saved{i}" for i in range(returned.count("Tensor") - results)]
+        saved = [f"saved{i}" for i in range(outputs - results)]
         trained = [i for i in range(count) if names[i] not in frozen and names[i] not in identity]
         given = [*(f"Tensor grad{i}" for i in range(results)), *(f"Tensor? {n}" for n in (*names[:count], *saved))]
-        arguments = ", ".join([*given, *kinds[count:], "bool[] need", "str? backend"])
-        tensors = ", ".join(["Tensor"] * len(trained))
+        schema = _schema([*given, *kinds[count:], "bool[] need", "str? backend"], len(trained))
 
         def choose_backward(*args: Any) -> str:
             assert choose is not None
             return choose(*args[results : results + count], *args[len(given) : -2], args[-1])
 
         self.backward = Registered(
-            f"{name}_backward", f"({arguments}) -> ({tensors})" if len(trained) > 1 else f"({arguments}) -> {tensors}",
-            backward, None if choose is None else choose_backward,
-        )  # fmt: skip
-        self.backward.name = name
+            f"{name}_backward", schema, backward, None if choose is None else choose_backward, public or name
+        )
         kept = [*names[:count], *saved]
         readers = [(kept.index(k), [names.index(n) for n in of]) for k, of in (read_for or {}).items()]
         self._differentiate(count, results, trained, [names.index(n) for n in identity], readers)
@@ -160,19 +176,26 @@ class Op(Registered):
                         kept[i] = None
             ctx.save_for_backward(*kept)
             ctx.values, ctx.backend = inputs[count:-1], inputs[-1]
-            ctx.set_materialize_grads(results > 1)  # of one result it would only fill gradients of saved outputs
+            ctx.set_materialize_grads(False)  # it would fill gradients of saved outputs, too
+            if results > 1:
+                ctx.like = [None if t is None else (t.shape, t.dtype, t.device) for t in output[:results]]
 
         def back(ctx: Any, *grads: Any) -> Any:
-            needs = ctx.needs_input_grad
-            if grads[0] is None:
+            needs, of_results = ctx.needs_input_grad, grads[:results]
+            if grads[0] is None and all([g is None for g in of_results]):
                 return (None,) * len(needs)
+            if results > 1:  # one that was not used has no gradient
+                of_results = tuple([
+                    g if g is not None or like is None else torch.zeros(like[0], dtype=like[1], device=like[2])
+                    for g, like in zip(of_results, ctx.like, strict=True)
+                ])
             need = needs[:count] if everything else [needs[i] for i in trained]
             if everything:
-                found = backward(*grads[:results], *ctx.saved_tensors, *ctx.values, need, ctx.backend)
+                found = backward(*of_results, *ctx.saved_tensors, *ctx.values, need, ctx.backend)
                 return *((found,) if single else found), *(None,) * (len(needs) - count)
             all_of: list[Tensor | None] = [None] * len(needs)
             if any(need):
-                found = backward(*grads[:results], *ctx.saved_tensors, *ctx.values, need, ctx.backend)
+                found = backward(*of_results, *ctx.saved_tensors, *ctx.values, need, ctx.backend)
                 for i, gradient in zip(trained, (found,) if single else found, strict=True):
                     all_of[i] = gradient
             for i in identity:

@@ -45,6 +45,16 @@ def rows(tensor: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous; None of None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def dense_like(tensor: Tensor) -> Tensor:
+    """Contiguous memory for a result like ``tensor``."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
 def empty_slot(tensor: Tensor) -> Tensor:
     """What a registered op returns in place of an absent output (the dispatcher knows no None among outputs)."""
     return torch.empty(0, dtype=torch.float32, device=tensor.device)
