@@ -192,12 +192,13 @@ class Op(Registered):
             need = needs[:count] if everything else [needs[i] for i in trained]
             if everything:
                 found = backward(*of_results, *ctx.saved_tensors, *ctx.values, need, ctx.backend)
-                return *((found,) if single else found), *(None,) * (len(needs) - count)
+                gradients = zip((found,) if single else found, needs, strict=False)
+                return *[g if wanted else None for g, wanted in gradients], *(None,) * (len(needs) - count)
             all_of: list[Tensor | None] = [None] * len(needs)
             if any(need):
                 found = backward(*of_results, *ctx.saved_tensors, *ctx.values, need, ctx.backend)
                 for i, gradient in zip(trained, (found,) if single else found, strict=True):
-                    all_of[i] = gradient
+                    all_of[i] = gradient if needs[i] else None
             for i in identity:
                 all_of[i] = grads[0]
             return tuple(all_of)

@@ -76,5 +76,5 @@ def power_of_two(n: int) -> int:
 
 
 def in_dtype_of(total: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """A gradient summed in fp32, in the dtype of its input; None of None."""
-    return None if total is None or like is None else total.to(like.dtype)
+    """A gradient summed in fp32, in the dtype and shape of its input; None of None."""
+    return None if total is None or like is None else total.view(like.shape).to(like.dtype)
