@@ -23,23 +23,25 @@ def _softmax_vjp(p: Tensor, v: Tensor) -> Tensor:
     return p * (v - (p * v).sum(-1, keepdim=True))
 
 
-def reference(logits: Tensor, index: Tensor, tau: float) -> Tensor:
+def _reference(logits: Tensor, index: Tensor, tau: float) -> Tensor:
     return torch.zeros_like(logits).scatter_(-1, index.unsqueeze(-1), 1.0)
 
 
-def reference_backward(grad: Tensor, logits: Tensor, index: Tensor, tau: float, need: Sequence[bool]) -> Tensor:
+def _reference_backward(grad: Tensor, logits: Tensor, index: Tensor, tau: float, need: Sequence[bool]) -> Tensor:
     acc = compute_dtype(logits.dtype)
     g, theta = grad.to(acc), logits.to(acc)
     p = theta.softmax(-1)
-    q = 0.5 * (reference(theta, index, tau) + (theta / tau).softmax(-1))
+    q = 0.5 * (_reference(theta, index, tau) + (theta / tau).softmax(-1))
     return (_softmax_vjp(q, 2.0 * g) - 0.5 * _softmax_vjp(p, g)).to(logits.dtype)
 
 
-_op = Op("reinmax", {"reference": reference}, {"reference": reference_backward}, frozen=("index",))
+_op = Op("reinmax", {"reference": _reference}, {"reference": _reference_backward}, frozen=("index",))
 
 
 def reinmax(logits: Tensor, tau: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """A one-hot sample of softmax(logits) along the last dim, with the ReinMax gradient (arXiv 2304.08612, Algorithm 2).
+    """A one-hot sample of softmax(logits) along the last dim, its gradient estimated by ReinMax.
+
+    Source: arXiv 2304.08612, Algorithm 2.
 
     Args:
         logits: [..., K] in any floating dtype.

@@ -23,15 +23,15 @@ from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in
 Gradients = tuple[Tensor, Tensor | None]  # dx, dmask
 
 
-def reference(x: Tensor, mask: Tensor) -> Tensor:
+def _reference(x: Tensor, mask: Tensor) -> Tensor:
     acc = compute_dtype(x.dtype)
     return (x.to(acc) * mask.to(acc)).to(x.dtype)
 
 
-def reference_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+def _reference_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
     acc = compute_dtype(grad.dtype)
     dmask = None if x is None or not need[1] else rows(grad.to(acc) * x.to(acc)).sum(0).to(mask.dtype)
-    return reference(grad, mask), dmask
+    return _reference(grad, mask), dmask
 
 
 @triton.jit
@@ -97,8 +97,8 @@ def _cpu_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[b
     return dx, cpu.total(partial, mask)
 
 
-FORWARD = {"triton": _launch, "cpu": _cpu, "reference": reference}  # of channel_mask and of ops that contain it
-BACKWARD = {"triton": _launch_backward, "cpu": _cpu_backward, "reference": reference_backward}
+FORWARD = {"triton": _launch, "cpu": _cpu, "reference": _reference}  # of channel_mask and of ops that contain it
+BACKWARD = {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward}
 _op = Op("channel_mask", FORWARD, BACKWARD, read_for={"x": ("mask",)})
 
 

@@ -6,9 +6,9 @@ v = s [g_1 B_1 .. g_k B_k]:
     dx = sum_j g_j W_j + v [A_1; ..; A_k]         one accumulator (addmm, beta = 1) instead of k tensors and k - 1 adds
     [dA_1; ..; dA_k] = v^T x                      one GEMM          dB_j = g_j^T u_j
 
-For q/k/v it launches 7 GEMMs forward and 11 backward where separate ``mixed_linear`` calls launch 9 and 15 plus two adds
-over [rows, I], and it reads x for LoRA once. Masks are left to the neighbouring elementwise ops, which carry them for
-free. Tensor lists would cost 200 us of flattening per call: the op takes three of everything, absent ones as None.
+For q/k/v it launches 7 GEMMs forward and 11 backward where separate ``mixed_linear`` calls launch 9 and 15 plus two
+adds over [rows, I], and it reads x for LoRA once. Masks are left to the neighbouring elementwise ops, which carry them
+for free. Tensor lists would cost 200 us of flattening per call: the op takes three of everything, absent ones as None.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, rows
-from jointnas_kernels.ops.width.linear import autocast_dtype, bias_gradient, check_shapes, linears, lora_backward
+from jointnas_kernels.ops.width.linear import bias_gradient, check_shapes, in_one_dtype, lora_operands, mm_as, scaled_mm
 
 MOST = 3
 
@@ -31,48 +31,61 @@ def _layers(tensors: Sequence[Tensor | None]) -> list[list[Tensor]]:
     return [[t for t in tensors[i : 3 * MOST : 3] if t is not None] for i in range(3)]
 
 
-def reference(
+def _reference(
     x: Tensor, w0: Tensor, a0: Tensor, b0: Tensor, w1: Tensor | None, a1: Tensor | None, b1: Tensor | None,
     w2: Tensor | None, a2: Tensor | None, b2: Tensor | None, bias0: Tensor | None, bias1: Tensor | None,
     bias2: Tensor | None, scaling: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """The three y, then u."""
     weights, lora_as, lora_bs = _layers((w0, a0, b0, w1, a1, b1, w2, a2, b2))
-    found, u = linears(rows(x), weights, lora_as, lora_bs, (bias0, bias1, bias2)[: len(weights)], scaling)
-    y = [y.view(*x.shape[:-1], y.shape[1]) for y in found]
-    return y[0], y[1] if len(y) > 1 else None, y[2] if len(y) > 2 else None, u
+    flat = rows(x)
+    a, casts = lora_operands(lora_as, lora_bs, x.dtype)
+    u = scaled_mm(flat, a.t(), scaling)
+    found: list[Tensor | None] = [None] * MOST
+    start = 0
+    for j, (weight, b, bias) in enumerate(zip(weights, casts, (bias0, bias1, bias2), strict=False)):
+        y = flat @ weight.t() if bias is None else torch.addmm(bias, flat, weight.t())
+        y.addmm_(u[:, start : start + b.shape[1]], b.t())
+        start += b.shape[1]
+        found[j] = y.view(*x.shape[:-1], weight.shape[0])
+    return found[0], found[1], found[2], u
 
 
-def reference_backward(
+def _reference_backward(
     g0: Tensor, g1: Tensor | None, g2: Tensor | None, x: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     """dx, then dA_j and dB_j of each layer, then three dbias. ``rest``: the other tensors, u, scaling, need."""
     *layers, u, scaling, need = rest
     need_x, need_a, need_b, need_bias = need[0], any(need[1:7:2]), any(need[2:7:2]), any(need[7:])
     weights, lora_as, lora_bs = _layers(layers)
-    grads = [rows(g) for g, weight in zip((g0, g1, g2), layers[0 : 3 * MOST : 3], strict=True) if weight is not None]
-    flat, dx = None if x is None else rows(x), None
-    v, a, da, dbs = lora_backward(grads, flat, u, lora_as, lora_bs, scaling, need_x, need_a, need_b)
-    if need_x and v is not None and a is not None:
-        dx = v @ a
-        for g, weight in zip(grads, weights, strict=True):
-            dx.addmm_(g, weight)
-        dx = dx.view(*g0.shape[:-1], weights[0].shape[1])
-    found: list[Tensor | None] = [dx, *[None] * (3 * MOST)]
-    if da is not None:
-        found[1 : 1 + 2 * len(weights) : 2] = da.split([a.shape[0] for a in lora_as])
-    if dbs is not None:
-        found[2 : 2 + 2 * len(weights) : 2] = dbs
-    for j, (g, bias) in enumerate(zip(grads, layers[3 * MOST :], strict=False)):
-        if need_bias and bias is not None:
+    grads = [rows(g) for g, w in zip((g0, g1, g2), layers[: 3 * MOST : 3], strict=True) if not (w is None or g is None)]
+    dtype, ranks = g0.dtype, [b.shape[1] for b in lora_bs]
+    found: list[Tensor | None] = [None] * (1 + 3 * MOST)
+    if need_x or need_a:
+        a, casts = lora_operands(lora_as, lora_bs, dtype)
+        v = torch.empty(grads[0].shape[0], sum(ranks), dtype=dtype, device=g0.device)
+        for g, b, part in zip(grads, casts, v.split(ranks, dim=1), strict=True):
+            part.addmm_(g, b, beta=0, alpha=scaling)
+        if need_x:
+            dx = v @ a
+            for g, weight in zip(grads, weights, strict=True):
+                dx.addmm_(g, weight)
+            found[0] = dx.view(*g0.shape[:-1], weights[0].shape[1])
+        if need_a and x is not None:
+            found[1 : 1 + 2 * len(ranks) : 2] = mm_as(v.t(), rows(x), lora_as[0].dtype).split(ranks)
+    if need_b and u is not None:
+        for j, (g, part, b) in enumerate(zip(grads, u.split(ranks, dim=1), lora_bs, strict=True)):
+            found[2 + 2 * j] = mm_as(g.t(), part, b.dtype)
+    if need_bias:
+        for j, (g, bias) in enumerate(zip(grads, layers[3 * MOST :], strict=False)):
             found[1 + 2 * MOST + j] = bias_gradient(g, bias)
     return tuple(found)
 
 
 _op = Op(
     "mixed_linear_group",
-    {"reference": reference},
-    {"reference": reference_backward},
+    {"reference": _reference},
+    {"reference": _reference_backward},
     results=MOST,
     frozen=("w0", "w1", "w2"),
     read_for={"x": ("a0", "a1", "a2"), "saved0": ("b0", "b1", "b2")},
@@ -114,15 +127,9 @@ def mixed_linear_group(
         check_shapes(op, x, weights[j], lora_as[j], lora_bs[j], biases[j] if biases else None)
         if weights[j].requires_grad:
             raise bad(op, f"weight {j} requires a gradient; use mixed_linear for trained weights")
-    dtype = autocast_dtype(x)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weights = x.to(dtype), [w.to(dtype) for w in weights]
-    layers: list[Tensor | None] = []
-    for weight, a, b in zip(weights, lora_as, lora_bs, strict=True):
-        if weight.dtype != dtype:
-            raise bad(op, f"x is {dtype} and a weight {weight.dtype}; they must agree outside autocast")
-        layers += [weight, a, b]
-    layers += [None] * (3 * (MOST - k))
-    layers += [*(b.to(dtype) for b in biases), *[None] * (MOST - len(biases))]
-    found: tuple[Tensor, ...] = _op(x, *layers, scaling, None)
+    x, weights = in_one_dtype(op, x, weights)
+    absent = [None] * (MOST - k)
+    layers = [t for layer in zip(weights, lora_as, lora_bs, strict=True) for t in layer]
+    of_bias: Sequence[Tensor | None] = [b.to(x.dtype) for b in biases] or [None] * k
+    found: tuple[Tensor, ...] = _op(x, *layers, *absent * 3, *of_bias, *absent, scaling, None)
     return found[:k]

@@ -1,6 +1,6 @@
 """mixed_linear: a linear layer under width masks, with LoRA: the plain GEMM plus rank r, never a mixed weight.
 
-With xm = c * x, u = s xm A^T, z = xm W^T + u B^T + bias and y = r * z; backward, with g = dL/dy, gm = r * g, v = s gm B:
+With xm = c * x, u = s xm A^T, z = xm W^T + u B^T + bias, y = r * z; backward, with g = dL/dy, gm = r * g, v = s gm B:
 
     dxm = gm W + v A        dx = c * dxm      dc = sum over rows of x * dxm      dr = sum over rows of g * z
     dA = (v^T x) * c        dB = gm^T u       dbias = sum over rows of gm        dW = gm^T xm only if W requires it
@@ -21,7 +21,7 @@ from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, rows
 from jointnas_kernels.ops.width import channel
 
-# ---- of mixed_linear and mixed_linear_group: k linears of one input x [rows, I] ----
+# ---- shared with mixed_linear_group ----
 
 
 def lora_operands(
@@ -38,6 +38,11 @@ def lora_operands(
     return memory[: rank * width].view(rank, width), parts[len(lora_as) :]
 
 
+def scaled_mm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """scaling * a @ b in one launch."""
+    return torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device).addmm_(a, b, beta=0, alpha=scaling)
+
+
 def mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in ``dtype``: fp32 LoRA gradients of half activations leave the GEMM's fp32 accumulator unrounded."""
     if a.dtype == dtype:
@@ -47,55 +52,21 @@ def mm_as(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
-def linears(
-    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor],
-    biases: Sequence[Tensor | None], scaling: float,
-) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
-    """x W_j^T + u_j B_j^T + bias_j, and u = s x [A_1; ..; A_k]^T [rows, sum of ranks]; None without LoRA."""
-    outputs = [x @ w.t() if b is None else torch.addmm(b, x, w.t()) for w, b in zip(weights, biases, strict=True)]
-    if not lora_as:
-        return outputs, None
-    a, lora_bs = lora_operands(lora_as, lora_bs, x.dtype)
-    u = torch.empty(x.shape[0], a.shape[0], dtype=x.dtype, device=x.device).addmm_(x, a.t(), beta=0, alpha=scaling)
-    for y, b, part in zip(outputs, lora_bs, parts_of(u, lora_bs), strict=True):
-        y.addmm_(part, b.t())
-    return outputs, u
-
-
-def parts_of(u: Tensor, lora_bs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The columns of u, or of its gradient, that belong to each B_j [O, R_j]."""
-    return (u,) if len(lora_bs) == 1 else u.split([b.shape[1] for b in lora_bs], dim=1)
-
-
-def lora_backward(
-    grads: Sequence[Tensor], x: Tensor | None, u: Tensor | None, lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor],
-    scaling: float, need_x: bool, need_a: bool, need_b: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, list[Tensor] | None]:  # fmt: skip
-    """v = s [g_1 B_1 .. g_k B_k] and [A_1; ..; A_k], whose product is LoRA's part of dx; [dA_1; ..; dA_k]; the dB_j."""
-    v = a = da = dbs = None
-    if need_x or need_a:
-        a, casts = lora_operands(lora_as, lora_bs, grads[0].dtype)
-        v = torch.empty(grads[0].shape[0], a.shape[0], dtype=a.dtype, device=a.device)
-        for g, b, part in zip(grads, casts, parts_of(v, lora_bs), strict=True):
-            part.addmm_(g, b, beta=0, alpha=scaling)
-        if need_a and x is not None:
-            da = mm_as(v.t(), x, lora_as[0].dtype)
-    if need_b and u is not None:
-        parts = parts_of(u, lora_bs)
-        dbs = [mm_as(g.t(), part, b.dtype) for g, part, b in zip(grads, parts, lora_bs, strict=True)]
-    return v, a, da, dbs
-
-
 def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
     """Sum over rows, in fp32 at least."""
     return grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(bias.dtype)
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear runs in here: autocast's where it is on, else x's."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def in_one_dtype(op: str, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Both in the dtype a linear runs in here: autocast's where it is on, else x's, which must be the weights', too."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return x.to(dtype), [w.to(dtype) for w in weights]
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            raise bad(op, f"x is {x.dtype} and a weight {weight.dtype}; they must agree outside autocast")
+    return x, weights
 
 
 def check_shapes(
@@ -127,8 +98,12 @@ def _forward(
     xm = rows(x)
     if in_mask is not None:
         xm = channel.FORWARD[how](xm, in_mask)
-    pair = ([], []) if lora_a is None or lora_b is None else ([lora_a], [lora_b])
-    (z,), u = linears(xm, [weight], *pair, [bias], scaling)
+    z = xm @ weight.t() if bias is None else torch.addmm(bias, xm, weight.t())
+    u = None
+    if lora_a is not None and lora_b is not None:
+        a, (b,) = lora_operands([lora_a], [lora_b], x.dtype)
+        u = scaled_mm(xm, a.t(), scaling)
+        z.addmm_(u, b.t())
     shape = (*x.shape[:-1], weight.shape[0])
     if out_mask is None:
         return z.view(shape), u, None
@@ -141,16 +116,20 @@ def _backward(
     scaling: float, need: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     need_x, need_w, need_in, need_out, need_a, need_b, need_bias = need
-    dx = dw = din = dout = da = dbias = v = a = dbs = None
+    dx = dw = din = dout = da = db = dbias = v = a = None
     gm, flat = rows(grad), None if x is None else rows(x)
     if out_mask is not None:
         gm, dout = channel.BACKWARD[how](gm, z, out_mask, (True, need_out))
     if lora_a is not None and lora_b is not None:
-        v, a, da, dbs = lora_backward(
-            [gm], flat, u, [lora_a], [lora_b], scaling, need_x or need_in, need_a, need_b
-        )  # fmt: skip
-        if da is not None and in_mask is not None:
-            da.mul_(in_mask)
+        if need_x or need_in or need_a:
+            a, (b,) = lora_operands([lora_a], [lora_b], gm.dtype)
+            v = scaled_mm(gm, b, scaling)
+        if need_b and u is not None:
+            db = mm_as(gm.t(), u, lora_b.dtype)
+        if need_a and v is not None and flat is not None:
+            da = mm_as(v.t(), flat, lora_a.dtype)
+            if in_mask is not None:
+                da.mul_(in_mask)
     if need_bias and bias is not None:
         dbias = bias_gradient(gm, bias)
     if need_w and flat is not None:
@@ -162,10 +141,10 @@ def _backward(
         if in_mask is not None:
             dx, din = channel.BACKWARD[how](dx, flat, in_mask, (True, need_in))
         dx = dx.view((*grad.shape[:-1], weight.shape[1]))
-    return dx, dw, din, dout, da, None if dbs is None else dbs[0], dbias
+    return dx, dw, din, dout, da, db, dbias
 
 
-def reference(
+def _reference(
     x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, lora_a: Tensor | None,
     lora_b: Tensor | None, bias: Tensor | None, scaling: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
@@ -174,7 +153,7 @@ def reference(
 
 _op = Op(
     "mixed_linear",
-    {"triton": partial(_forward, "triton"), "cpu": partial(_forward, "cpu"), "reference": reference},
+    {"triton": partial(_forward, "triton"), "cpu": partial(_forward, "cpu"), "reference": _reference},
     {how: partial(_backward, how) for how in ("triton", "cpu", "reference")},
     read_for={"x": ("weight", "in_mask", "lora_a"), "saved0": ("lora_b",), "saved1": ("out_mask",)},
 )
@@ -217,11 +196,7 @@ def mixed_linear(
         raise bad(op, f"in_mask must be [{weight.shape[1]}]")
     if out_mask is not None and out_mask.shape != weight.shape[:1]:
         raise bad(op, f"out_mask must be [{weight.shape[0]}]")
-    dtype = autocast_dtype(x)
-    if torch.is_autocast_enabled(x.device.type):
-        x, weight = x.to(dtype), weight.to(dtype)
-    if weight.dtype != dtype:
-        raise bad(op, f"x is {x.dtype} and weight {weight.dtype}; they must agree outside autocast")
-    bias = None if bias is None else bias.to(dtype)
+    x, (weight,) = in_one_dtype(op, x, (weight,))
+    bias = None if bias is None else bias.to(x.dtype)
     out: Tensor = _op(x, weight, in_mask, out_mask, lora_a, lora_b, bias, scaling, backend)[0]
     return out

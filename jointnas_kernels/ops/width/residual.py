@@ -12,7 +12,6 @@ need the activations for dm and dgate; weight steps keep nothing but the vectors
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import triton
@@ -34,13 +33,13 @@ def _sum(h: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
     return h.to(acc) + (y.to(acc) if mask is None else mask.to(acc) * y.to(acc))
 
 
-def reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor) -> Tensor:
+def _reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor) -> Tensor:
     z = _sum(h, y, mask)
     k = gate.to(z.dtype)
     return (k * z + (1 - k) * x.to(z.dtype)).to(h.dtype)
 
 
-def reference_backward(
+def _reference_backward(
     grad: Tensor, h: Tensor | None, y: Tensor | None, mask: Tensor | None, gate: Tensor, x: Tensor | None,
     need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
@@ -56,7 +55,7 @@ def reference_backward(
     return dh, dy, dmask, dgate, dx
 
 
-def reference_masked(h: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+def _reference_masked(h: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     return _sum(h, y, mask).to(h.dtype)
 
 
@@ -65,6 +64,7 @@ def residual_forward_kernel(
     h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, out_ptr, count, width, column_blocks, h_stride, y_stride, x_stride,
     HAS_MASK: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of the blend, or of the sum."""
     pid = tl.program_id(0)
     row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -189,22 +189,20 @@ def _cpu_backward(
     return dh, dh if dy is None else dy, cpu.total(dmask, mask), cpu.total(dgate, gate), dx
 
 
-def _masked_backward(
-    run: Callable[..., channel.Gradients], grad: Tensor, h: None, y: Tensor | None, mask: Tensor, need: Sequence[bool]
-) -> channel.Gradients:
-    return run(grad, y, mask, need)
+def _without_h(run: Callable[..., channel.Gradients]) -> Callable[..., channel.Gradients]:
+    return lambda grad, h, y, mask, need: run(grad, y, mask, need)
 
 
 _gated = Op(
     "gated_residual",
-    {"triton": _launch, "cpu": _cpu, "reference": reference},
-    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": reference_backward},
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
     read_for={"h": ("gate",), "y": ("mask", "gate"), "x": ("gate",)},
 )
 _masked = Op(
     "masked_residual",
-    {"triton": _launch, "cpu": _cpu, "reference": reference_masked},
-    {how: partial(_masked_backward, run) for how, run in channel.BACKWARD.items()},
+    {"triton": _launch, "cpu": _cpu, "reference": _reference_masked},
+    {how: _without_h(run) for how, run in channel.BACKWARD.items()},
     identity=("h",),
     read_for={"h": (), "y": ("mask",)},
     public="gated_residual",

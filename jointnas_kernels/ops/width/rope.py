@@ -35,14 +35,14 @@ def _rotate_transposed(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return g * cos + torch.cat([second, -first], dim=-1)
 
 
-def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
+def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
     acc = compute_dtype(q.dtype)
     c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)  # [B or 1, T, 1, D]
     q_out = _rotate(q.to(acc) * q_mask.to(acc), c, s).to(q.dtype)
     return q_out, _rotate(k.to(acc) * k_mask.to(acc), c, s).to(k.dtype)
 
 
-def reference_backward(
+def _reference_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
     k_mask: Tensor, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
@@ -136,8 +136,8 @@ def rope_kernel(
 
 
 def tokens_per_program(x: Tensor, tokens: int, reduce: bool) -> int:
-    """Of kernels over [tokens, heads, D]. The fp32 masks weigh as much as one token's heads: registers keep them over up
-    to 8 tokens. With ``reduce`` two programs per processor bound the partial sums."""
+    """Of kernels over [tokens, heads, D]. The fp32 masks weigh as much as one token's heads: registers keep them over
+    up to 8 tokens. With ``reduce`` two programs per processor bound the partial sums."""
     if reduce:
         return max(1, -(-tokens // (2 * processors(x))))
     return max(1, min(8, tokens // (2 * processors(x))))
@@ -233,8 +233,8 @@ def _cpu_backward(
 
 _op = Op(
     "masked_rope",
-    {"triton": _launch, "cpu": _cpu, "reference": reference},
-    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": reference_backward},
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
     results=2,
     frozen=("cos", "sin"),
     read_for={"q": ("q_mask",), "k": ("k_mask",)},

@@ -74,7 +74,7 @@ def _of_pairs(d: Tensor, alpha_in: Tensor, alpha_out: Tensor) -> tuple[Tensor, T
     return (d * alpha_out[:, None]).sum(0).to(alpha_in.dtype), (d * alpha_in).sum(1).to(alpha_out.dtype)
 
 
-def reference(
+def _reference(
     weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes, sizes_out: Sizes,
     impl: str,
 ) -> Tensor:  # fmt: skip
@@ -96,13 +96,13 @@ def reference(
     return mixed.to(weight.dtype)
 
 
-def reference_backward(
+def _reference_backward(
     grad: Tensor, weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes,
     sizes_out: Sizes, impl: str, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     acc = compute_dtype(weight.dtype)
     a, b, e = alpha_in.to(acc), alpha_out.to(acc), grad.to(acc) * weight.to(acc)
-    dw = reference(grad, alpha_in, alpha_out, masks, sizes_in, sizes_out, impl) if need[0] else None
+    dw = _reference(grad, alpha_in, alpha_out, masks, sizes_in, sizes_out, impl) if need[0] else None
     if impl == "factored":
         r, c = _vectors(alpha_in, alpha_out, sizes_in, sizes_out, weight)
         dc, dr = (e * r[:, None]).sum(0), (e * c).sum(1)
@@ -345,8 +345,8 @@ def _choose(
 
 _op = Op(
     "mixed_weight",
-    {"triton": _launch, "cpu": _cpu, "reference": reference},
-    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": reference_backward},
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
     frozen=("masks",),
     choose=_choose,
 )
