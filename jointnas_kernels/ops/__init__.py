@@ -7,7 +7,7 @@ from jointnas_kernels.ops.lowbit.linear import lowbit_linear, lowbit_matmul
 from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
-from jointnas_kernels.ops.norm.rms import mixed_rmsnorm
+from jointnas_kernels.ops.norm.mixed import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix

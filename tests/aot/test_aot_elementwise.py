@@ -7,7 +7,7 @@ import torch
 from jointnas_kernels.ops.core.columns import STAGES, column_sums_kernel
 from jointnas_kernels.ops.norm.heads import head_rmsnorm_backward_kernel, head_rmsnorm_kernel
 from jointnas_kernels.ops.norm.rms import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
-from jointnas_kernels.ops.norm.rms_quant_triton import norm_quant_backward_kernel, norm_quant_forward_kernel
+from jointnas_kernels.ops.norm.rms_quant import norm_quant_backward_kernel, norm_quant_forward_kernel
 from jointnas_kernels.ops.quant.kernels import constants
 from jointnas_kernels.ops.width.channel import channel_mask_kernel
 from jointnas_kernels.ops.width.residual import residual_backward_kernel, residual_forward_kernel

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.norm import cpu as cpu_norm
 from jointnas_kernels.testing import poisoned
 from tests.ops.norm_quant import ALPHA, MASK, PROBS, WEIGHT, X, check, inputs
 
@@ -44,11 +43,10 @@ def test_a_row_of_the_8b_model(dtype: torch.dtype) -> None:
 def test_every_output_is_written(dtype: torch.dtype) -> None:
     """inv and levels too, which no gradient of a weight step reads; and the channels that no size keeps."""
     x, weight, alpha, mask, probs = inputs((9, 131), 2, BITS, True, dtype)
+    tensors, values = (x, weight, alpha, mask, probs), ([7, 100], 1e-5, list(BITS), False)
     with poisoned():
-        y, inv, levels = cpu_norm.mixed_rmsnorm_quant(x, weight, alpha, [7, 100], 1e-5, mask, BITS, probs, False)
-        grads = cpu_norm.mixed_rmsnorm_quant_backward(
-            x, x, weight, alpha, inv, levels, [7, 100], mask, BITS, probs, True, True, True, True
-        )
+        y, inv, levels = torch.ops.jointnas.mixed_rmsnorm_quant(*tensors, *values, "cpu")
+        grads = torch.ops.jointnas.mixed_rmsnorm_quant_backward(x, *tensors, inv, levels, *values, [True] * 5, "cpu")
     assert all(t.isfinite().all() for t in (y, inv, levels, *grads))
     assert not y[:, 100:].any()
     assert not grads[0][:, 100:].any()

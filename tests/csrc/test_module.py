@@ -14,8 +14,7 @@ import torch
 from jointnas_kernels import ops
 from jointnas_kernels._ext import load
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.norm import cpu as cpu_norm
+from jointnas_kernels.ops.core import cpu
 from tests.csrc.kernels import LEVELS, force, supported
 
 MODULE = Path(str(load().__file__))
@@ -70,16 +69,17 @@ def test_results_do_not_depend_on_the_thread_count(isa: int, monkeypatch: pytest
     x, g, mask = torch.randn(300, 257), torch.randn(300, 257), torch.rand(257)
     w, a, b = torch.randn(50, 256), torch.randn(3, 8, 256) * 0.1, torch.randn(3, 50, 8) * 0.1
     half, levels = torch.full((300, 2), 0.5), torch.tensor([0.3, -2.0]).expand(300, 2, 2)
+    registered, norm = torch.ops.jointnas, (x, mask, mask[:2], mask)
     results = []
     for threads in (1, 2, 3, 7):
         with monkeypatch.context() as patch:
             force(patch, isa, threads)
             results.append([
-                *cpu.masked_swiglu_backward(g, x, x, mask, mask, True, True),
-                *cpu_norm.mixed_rmsnorm_backward(g, x, mask, mask[:2], half, [100, 257], mask, True, True, True),
-                *cpu_norm.mixed_rmsnorm_quant_backward(g, x, mask, mask[:2], half, levels, [100, 257], mask, [4, 16],
-                                                        mask[:2], True, True, True, True),
-                cpu.quant_lora_mix(w, a, b, torch.tensor([0.2, 0.3, 0.5]), None, 0.5, [2, 4, 8], 64),
+                *registered.masked_swiglu_backward(g, x, x, mask, mask, [True] * 4, "cpu"),
+                *registered.mixed_rmsnorm_backward(g, *norm, half, [100, 257], 1e-5, [True] * 4, "cpu"),
+                *registered.mixed_rmsnorm_quant_backward(g, *norm, mask[:2], half, levels, [100, 257], 1e-5, [4, 16],
+                                                         False, [True] * 5, "cpu"),
+                ops.quant_lora_mix(w, a, b, 0.5, [2, 4, 8], torch.tensor([0.2, 0.3, 0.5]), 64, backend="cpu"),
             ])
     for other in results[1:]:
         assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))

@@ -42,7 +42,7 @@ def both(call, tensors: Sequence[Tensor | None], weight_step: list[int], everyth
 
 
 def test_ops_choose_triton_on_cuda() -> None:
-    from jointnas_kernels.ops.core.dispatch import resolve
+    from jointnas_kernels.ops.core.backends import resolve
 
     assert resolve("channel_mask", None, rand(1)) == "triton"
     assert resolve("channel_mask", None, rand(1).double()) == "reference"

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.norm import rms_quant  # noqa: F401  registers the op
 from tests.ops.norm_quant import ALPHA, MASK, PROBS, WEIGHT, X, check, inputs
 
 BITS = (2, 4, 8, 16)
@@ -60,8 +59,8 @@ def layer(x: Tensor, alpha: Tensor, mask: Tensor, probs: Tensor, weight: Tensor)
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "plain"])
 def test_opcheck(masked: bool, backend: str | None) -> None:
     t = leaves()
-    arguments = (t["x"], t["weight"], t["alpha"], [8, 16, 24], 1e-5, t["mask"] if masked else None, list(BITS),
-                 t["probs"], False, backend)  # fmt: skip
+    arguments = (t["x"], t["weight"], t["alpha"], t["mask"] if masked else None, t["probs"], [8, 16, 24], 1e-5,
+                 list(BITS), False, backend)  # fmt: skip
     opcheck(torch.ops.jointnas.mixed_rmsnorm_quant.default, arguments)
 
 
@@ -76,7 +75,7 @@ def test_compiles_as_one_graph_and_checkpoints() -> None:
 
 
 def test_compiles_where_it_was_never_called() -> None:
-    """The op's file is imported by the first call, here while that call is traced."""
+    """The first call is traced."""
     code = """
 import torch
 from jointnas_kernels import ops

@@ -75,7 +75,8 @@ def test_stored_masks_give_the_same() -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_opcheck_and_compile(impl: str) -> None:
     w, a, b = (torch.randn(*s, requires_grad=True) for s in ((9, 7), (2,), (3,)))
-    opcheck(torch.ops.jointnas.mixed_weight, (w, a, [3, 7], b, [2, 5, 9], impl, None, None))
+    masks = ops.choice_masks([3, 7], [2, 5, 9], (9, 7)) if impl == "masks" else None
+    opcheck(torch.ops.jointnas.mixed_weight, (w, a, b, masks, [3, 7], [2, 5, 9], impl, None))
     torch._dynamo.reset()
     compiled = torch.compile(ops.mixed_weight, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(w, a, [3, 7], b, [2, 5, 9], impl), ops.mixed_weight(w, a, [3, 7], b, [2, 5, 9]))

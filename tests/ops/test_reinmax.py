@@ -29,7 +29,7 @@ def test_expected_gradient_is_exact_on_quadratics(k: int) -> None:
     # no sampling error: the estimator's value for each outcome, weighted by the outcome's probability
     index = torch.arange(k)
     many = logits.expand(k, k).clone().requires_grad_()
-    out = torch.ops.jointnas.reinmax(many, index, 1.0)
+    out = torch.ops.jointnas.reinmax(many, index, 1.0, None)
     per_outcome = torch.autograd.grad(quadratic(out).sum(), many)[0]
     expected = (logits.softmax(-1)[:, None] * per_outcome).sum(0)
     torch.testing.assert_close(expected, exact, rtol=1e-10, atol=1e-12)
@@ -61,7 +61,7 @@ def test_gradient_is_the_published_algorithm() -> None:
     surrogate = p2 - p2.detach() + hard
     grad = torch.randn(5, 6, dtype=torch.float64)
     want = torch.autograd.grad(surrogate, logits, grad)[0]
-    out = torch.ops.jointnas.reinmax(logits, index, tau)
+    out = torch.ops.jointnas.reinmax(logits, index, tau, None)
     assert torch.equal(out, hard)
     torch.testing.assert_close(torch.autograd.grad(out, logits, grad)[0], want)
 
@@ -76,7 +76,7 @@ def test_the_generator_decides() -> None:
 
 def test_opcheck_and_compile() -> None:
     logits = torch.randn(3, 4, requires_grad=True)
-    opcheck(torch.ops.jointnas.reinmax, (logits, torch.tensor([0, 3, 1]), 1.0))
+    opcheck(torch.ops.jointnas.reinmax, (logits, torch.tensor([0, 3, 1]), 1.0, None))
     torch._dynamo.reset()
     out = torch.compile(ops.reinmax, fullgraph=True, backend="aot_eager")(logits)
     assert torch.equal(out.sum(-1), torch.ones(3))

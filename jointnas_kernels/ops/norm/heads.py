@@ -1,19 +1,19 @@
 """head_rmsnorm: the expectation, over head-dim choices, of RMSNorm over the dims of each head (Qwen3's q_norm, k_norm).
 
-    x [..., H, D] any float, weight [D], mask [H, D] fp32, alpha [K] fp32, dims d_1..d_K
-    S_j: the dims of the rotary pairs (i, i + D/2) with i a multiple of D/d_j, those that a d_j-wide head keeps
-    p = mask * x                                          the OUT mask of the projection that made x
-    inv_j = rsqrt(mean over S_j of p^2 + eps)             t_k = sum_{j: k in S_j} alpha_j inv_j
-    y = weight * p * t
+With S_j the dims of the rotary pairs (i, i + D/2) with i a multiple of D/d_j, those that a d_j-wide head keeps:
 
-At one-hot alpha this is RMSNorm over the kept dims, and 0 in the others. alpha need not sum to 1: attention folds its
-scale into it. Backward, with g = dL/dy, h = weight g and A_j = sum over S_j of h p:
+    p = mask * x     inv_j = rsqrt(mean over S_j of p^2 + eps)     t_k = sum_{j: k in S_j} alpha_j inv_j     y = w p t
+
+At one-hot alpha this is RMSNorm over the kept dims, and 0 in the others. Backward, with g = dL/dy, h = w g and
+A_j = sum over S_j of h p:
 
     dp_k = h_k t_k - p_k sum_{j: k in S_j} alpha_j A_j inv_j^3 / d_j
     dx = mask dp      dmask = sum over tokens of x dp      dalpha_j = sum over tokens and heads of inv_j A_j
 
-inv [tokens, H, K] is the only thing saved beside the inputs; the weight is frozen and gets no gradient.
+inv [tokens, H, K] is the only thing saved beside the inputs.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 
@@ -22,19 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core.columns import STAGES, column_sums
-from jointnas_kernels.ops.core.dispatch import (
-    bad,
-    compute_dtype,
-    custom_op,
-    no_grad_slot,
-    power_of_two,
-    processors,
-    resolve,
-)
-from jointnas_kernels.ops.width.rope import load_halves, store_halves
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, power_of_two
+from jointnas_kernels.ops.width.masks import check_head_dim
+from jointnas_kernels.ops.width.rope import load_halves, store_halves, tokens_per_program
 
-AVAILABLE = ("triton", "reference")
+Gradients = tuple[Tensor, Tensor | None, Tensor | None]  # dx, dmask, dalpha
 
 
 def _subset_sums(v: Tensor, dims: Sequence[int]) -> Tensor:
@@ -52,33 +46,29 @@ def _spread(value: Tensor, dims: Sequence[int], D: int) -> Tensor:
     return torch.cat([pairs, pairs], dim=-1)
 
 
-def _counts(dims: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(dims), dtype=like.dtype, device=like.device)
-
-
-def reference(
+def _reference(
     x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, dims: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     """y like x and inv [tokens, H, K]."""
-    acc = compute_dtype(x)
+    acc = compute_dtype(x.dtype)
     p = x.to(acc) * mask.to(acc)
-    inv = torch.rsqrt(_subset_sums(p.square(), dims) / _counts(dims, p) + eps)
+    inv = torch.rsqrt(_subset_sums(p.square(), dims) / p.new_tensor(dims) + eps)
     t = _spread(inv * alpha.to(acc), dims, x.shape[-1])
     return (p * t * weight.to(acc)).to(x.dtype), inv.reshape(-1, *inv.shape[-2:])
 
 
-def reference_backward(
+def _reference_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, inv: Tensor, dims: Sequence[int],
-    need_mask: bool, need_alpha: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc, shape, dim = compute_dtype(x), x.shape, x.shape[-1]
+    eps: float, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    acc, shape, dim = compute_dtype(x.dtype), x.shape, x.shape[-1]
     v, m, a = x.to(acc).reshape(-1, *shape[-2:]), mask.to(acc), alpha.to(acc)
     h = grad.to(acc).reshape(v.shape) * weight.to(acc)
     p = v * m
     sums = _subset_sums(h * p, dims)
-    dp = h * _spread(inv * a, dims, dim) - p * _spread(a * sums * inv**3 / _counts(dims, v), dims, dim)
-    dmask = (v * dp).sum(0).to(mask.dtype) if need_mask else no_grad_slot(x)
-    dalpha = (inv * sums).sum((0, 1)).to(alpha.dtype) if need_alpha else no_grad_slot(x)
+    dp = h * _spread(inv * a, dims, dim) - p * _spread(a * sums * inv**3 / v.new_tensor(dims), dims, dim)
+    dmask = (v * dp).sum(0).to(mask.dtype) if need[1] else None
+    dalpha = (inv * sums).sum((0, 1)).to(alpha.dtype) if need[2] else None
     return (m * dp).to(x.dtype).reshape(shape), dmask, dalpha
 
 
@@ -163,14 +153,13 @@ def _tokens(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-def _launch_forward(
+def _launch(
     x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, dims: Sequence[int], eps: float
 ) -> tuple[Tensor, Tensor]:
     flat = _tokens(x)
     count, heads, dim = flat.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inv = torch.empty(count, heads, len(dims), dtype=torch.float32, device=x.device)
-    per_program = max(1, min(8, count // (2 * processors(x))))  # the masks in registers over up to 8 tokens
+    y, inv = dense_like(x), torch.empty(count, heads, len(dims), dtype=torch.float32, device=x.device)
+    per_program = tokens_per_program(x, count, False)
     hp, half = power_of_two(heads), power_of_two(dim // 2)
     if count > 0:
         with torch.cuda.device_of(x):
@@ -184,17 +173,14 @@ def _launch_forward(
 
 def _launch_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, inv: Tensor, dims: Sequence[int],
-    need_mask: bool, need_alpha: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    g, flat = _tokens(grad), _tokens(x)
+    eps: float, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    g, flat, (_, need_mask, need_alpha) = _tokens(grad), _tokens(x), need
     count, heads, dim = flat.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    per_program = max(1, min(8, count // (2 * processors(x))))
-    if need_mask or need_alpha:  # two programs per processor bound the partial sums
-        per_program = max(1, -(-count // (2 * processors(x))))
+    dx, per_program = dense_like(x), tokens_per_program(x, count, need_mask or need_alpha)
     programs = -(-count // per_program)
-    masks = torch.empty(programs, heads * dim, dtype=torch.float32, device=x.device) if need_mask else None
-    shares = torch.empty(programs, len(dims), dtype=torch.float32, device=x.device) if need_alpha else None
+    masks = partial_sums(need_mask, programs, heads * dim, x.device)
+    shares = partial_sums(need_alpha, programs, len(dims), x.device)
     hp, half = power_of_two(heads), power_of_two(dim // 2)
     if count > 0:
         with torch.cuda.device_of(x):
@@ -203,84 +189,18 @@ def _launch_backward(
                 heads, dim // 2, g.stride(0), g.stride(1), flat.stride(0), flat.stride(1), per_program,
                 DIMS=tuple(dims), K=len(dims), NEED_MASK=need_mask, NEED_ALPHA=need_alpha,
                 LOOP_STAGES=2 if per_program > 1 else 1, HP=hp, HALF=half,
-                num_warps=4 if hp * half < 2048 else 8 if masks is None else 16,
+                num_warps=4 if hp * half < 2048 else 16 if need_mask else 8,
             )  # fmt: skip
-    dmask = dalpha = no_grad_slot(x)
-    if masks is not None:
-        total, extra = column_sums(masks, shares)
-        dmask = total.view(heads, dim).to(mask.dtype)
-        dalpha = dalpha if extra is None else extra.to(alpha.dtype)
-    elif shares is not None:
-        dalpha = column_sums(shares)[0].to(alpha.dtype)
-    return dx, dmask, dalpha
+    dmask, dalpha = column_sums(masks, shares)
+    return dx, in_dtype_of(dmask, mask), in_dtype_of(dalpha, alpha)
 
 
-@custom_op(
+_op = Op(
     "head_rmsnorm",
-    "(Tensor x, Tensor weight, Tensor mask, Tensor alpha, int[] dims, float eps, str? backend) -> (Tensor, Tensor)",
+    {"triton": _launch, "reference": _reference},
+    {"triton": _launch_backward, "reference": _reference_backward},
+    frozen=("weight",),
 )
-def _head_rmsnorm(
-    x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, dims: Sequence[int], eps: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    if resolve("head_rmsnorm", backend, x, AVAILABLE) == "triton":
-        return _launch_forward(x, weight, mask, alpha, dims, eps)
-    y, inv = reference(x, weight, mask, alpha, dims, eps)
-    return y.contiguous(), inv
-
-
-@_head_rmsnorm.register_fake
-def _(
-    x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, dims: Sequence[int], eps: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    heads, dim = x.shape[-2:]
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty(x.numel() // (heads * dim), heads, len(dims), dtype=compute_dtype(x), device=x.device)
-
-
-@custom_op(
-    "head_rmsnorm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor mask, Tensor alpha, Tensor inv, int[] dims, bool need_mask, "
-    "bool need_alpha, str? backend) -> (Tensor, Tensor, Tensor)",
-)
-def _head_rmsnorm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, inv: Tensor, dims: Sequence[int],
-    need_mask: bool, need_alpha: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if resolve("head_rmsnorm", backend, x, AVAILABLE) == "triton":
-        return _launch_backward(grad, x, weight, mask, alpha, inv, dims, need_mask, need_alpha)
-    dx, dmask, dalpha = reference_backward(grad, x, weight, mask, alpha, inv, dims, need_mask, need_alpha)
-    return dx.contiguous(), dmask, dalpha
-
-
-@_head_rmsnorm_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, inv: Tensor, dims: Sequence[int],
-    need_mask: bool, need_alpha: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return (dx, torch.empty_like(mask) if need_mask else no_grad_slot(x),
-            torch.empty_like(alpha) if need_alpha else no_grad_slot(x))
-
-
-def _setup(ctx, inputs, output):
-    x, weight, mask, alpha, dims, _, backend = inputs
-    ctx.save_for_backward(x, weight, mask, alpha, output[1])
-    ctx.set_materialize_grads(False)
-    ctx.dims, ctx.backend = dims, backend
-
-
-def _backward(ctx, grad, _):
-    x, weight, mask, alpha, inv = ctx.saved_tensors
-    if grad is None:
-        return None, None, None, None, None, None, None
-    need_mask, need_alpha = ctx.needs_input_grad[2:4]
-    dx, dmask, dalpha = _head_rmsnorm_backward(
-        grad, x, weight, mask, alpha, inv, ctx.dims, need_mask, need_alpha, ctx.backend
-    )
-    return dx, None, dmask if need_mask else None, dalpha if need_alpha else None, None, None, None
-
-
-_head_rmsnorm.register_autograd(_backward, setup_context=_setup)
 
 
 def head_rmsnorm(
@@ -292,8 +212,24 @@ def head_rmsnorm(
     eps: float,
     backend: str | None = None,
 ) -> Tensor:
-    """weight * sum_j alpha_j RMSNorm of mask * x over the dims that a dims[j]-wide head keeps; gradients to x, mask and
-    alpha."""
+    """weight * sum_j alpha_j RMSNorm(mask * x over the dims that a dims[j]-wide head keeps), which is 0 in the others.
+
+    Args:
+        x: [..., H, D] in any floating dtype, D even.
+        weight: [D], any floating dtype; frozen, it gets no gradient.
+        mask: [H, D], fp32: the OUT mask of the projection that made x.
+        alpha: [K], fp32: weights of the choices, K up to 16. They need not sum to 1: attention folds its scale into
+            them.
+        dims: K of them, even divisors of D. Kept are the rotary pairs (i, i + D/2) with i a multiple of D/dims[j].
+        eps: added to the mean of squares.
+        backend: "triton" or "reference"; None: by device and dtype.
+
+    Returns:
+        [..., H, D] in the dtype of x; computed in fp32 (fp64 for fp64). Gradients to x, mask and alpha.
+
+    Raises:
+        JointNASError: shapes or dims that do not fit, or a backend that cannot run.
+    """
     op = "head_rmsnorm"
     if x.dim() < 2 or x.shape[-1] % 2 != 0:
         raise bad(op, f"x {tuple(x.shape)} must be [..., heads, head_dim] with an even head_dim")
@@ -302,6 +238,6 @@ def head_rmsnorm(
     if not 0 < len(dims) <= 16 or alpha.shape != (len(dims),):
         raise bad(op, f"alpha {tuple(alpha.shape)} does not match {len(dims)} dims, of which there are 1 to 16")
     for d in dims:
-        if not 0 < d <= x.shape[-1] or d % 2 != 0 or x.shape[-1] % d != 0:
-            raise bad(op, f"head_dim {d} must be even and divide the full head_dim {x.shape[-1]}")
-    return _head_rmsnorm(x, weight, mask, alpha, list(dims), eps, backend)[0]
+        check_head_dim(op, d, x.shape[-1])
+    y: Tensor = _op(x, weight, mask, alpha, list(dims), eps, backend)[0]
+    return y

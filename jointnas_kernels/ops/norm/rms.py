@@ -1,10 +1,9 @@
-"""mixed_rmsnorm: the expectation of RMSNorm over hidden-size choices, with the next layers' IN mask folded in.
+"""mixed_rmsnorm without quantization: the expectation of RMSNorm over hidden-size choices.
 
-    x [..., N] any float, weight [N], alpha [K] fp32, sizes N_1..N_K, in_mask m [N] fp32 or None (all ones)
-    inv_i = rsqrt(mean_{k < N_i} x_k^2 + eps)           t_k = sum_{i: k < N_i} alpha_i inv_i
-    y_k = m_k w_k x_k t_k
+At one-hot alpha it is RMSNorm over the first N_i channels; full-width statistics would be off by sqrt(N_i / N).
 
-At one-hot alpha this is RMSNorm over the first N_i channels; full-width statistics would be off by sqrt(N_i / N).
+    inv_i = rsqrt(mean_{k < N_i} x_k^2 + eps)           t_k = sum_{i: k < N_i} alpha_i inv_i           y = m w x t
+
 Backward, with g = dL/dy, h = m w g and prefix sums S_i = sum_{k < N_i} h_k x_k:
 
     dx_k = h_k t_k - x_k sum_{i: k < N_i} alpha_i S_i inv_i^3 / N_i        dalpha_i = sum over rows of inv_i S_i
@@ -12,6 +11,8 @@ Backward, with g = dL/dy, h = m w g and prefix sums S_i = sum_{k < N_i} h_k x_k:
 
 inv [rows, K] is the only thing saved beside the inputs.
 """
+
+from __future__ import annotations
 
 import functools
 import math
@@ -23,35 +24,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core.columns import STAGES, column_sums
-from jointnas_kernels.ops.core.dispatch import (
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import (
     bad,
     compute_dtype,
-    custom_op,
-    no_grad_slot,
+    dense,
+    dense_like,
+    in_dtype_of,
     power_of_two,
     processors,
-    resolve,
     rows,
 )
-from jointnas_kernels.ops.norm import cpu as cpu_norm
 
+Sizes = Sequence[int]
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dalpha, din_mask
 MAX_WIDTH = 32768  # a row is held in the registers of one program: 64 fp32 values per thread at 16 warps
 
 
-def _segments(sizes: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+# ---- reference ----
+
+
+def _segments(sizes: Sizes) -> list[tuple[int, int, list[int]]]:
     """(start, end, choices that keep it) for each stretch of channels kept by the same choices."""
     bounds = [0, *sorted(set(sizes))]
-    return [
-        (lo, hi, [i for i, size in enumerate(sizes) if size >= hi]) for lo, hi in pairwise(bounds)
-    ]
+    return [(lo, hi, [i for i, size in enumerate(sizes) if size >= hi]) for lo, hi in pairwise(bounds)]
 
 
-def _counts(sizes: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(list(sizes), dtype=like.dtype, device=like.device)
-
-
-def _prefix_sums(v: Tensor, sizes: Sequence[int]) -> Tensor:
+def _prefix_sums(v: Tensor, sizes: Sizes) -> Tensor:
     """[rows, K]: sum of the first sizes[i] channels, each channel read once."""
     out = v.new_zeros(v.shape[0], len(sizes))
     for lo, hi, kept_by in _segments(sizes):
@@ -59,7 +60,7 @@ def _prefix_sums(v: Tensor, sizes: Sequence[int]) -> Tensor:
     return out
 
 
-def _spread(value: Tensor, sizes: Sequence[int], n: int) -> Tensor:
+def _spread(value: Tensor, sizes: Sizes, n: int) -> Tensor:
     """[rows, n]: sum of value[:, i] over the choices that keep the channel."""
     parts = [value[:, kept_by].sum(-1, keepdim=True).expand(-1, hi - lo) for lo, hi, kept_by in _segments(sizes)]
     parts.append(value.new_zeros(value.shape[0], n - max(sizes)))
@@ -67,47 +68,54 @@ def _spread(value: Tensor, sizes: Sequence[int], n: int) -> Tensor:
 
 
 def reference(
-    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None
+    x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, sizes: Sizes, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y like x and inv [rows, K]."""
-    v = rows(x).to(compute_dtype(x))
-    inv = torch.rsqrt(_prefix_sums(v.square(), sizes) / _counts(sizes, v) + eps)
-    return normalised(x, weight, alpha, inv, sizes, in_mask), inv
+    v = rows(x).to(compute_dtype(x.dtype))
+    inv = torch.rsqrt(_prefix_sums(v.square(), sizes) / v.new_tensor(sizes) + eps)
+    return normalised(x, weight, alpha, in_mask, inv, sizes), inv
 
 
 def normalised(
-    x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int], in_mask: Tensor | None
-) -> Tensor:
+    x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, inv: Tensor, sizes: Sizes
+) -> Tensor:  # fmt: skip
     """y like x from inv [rows, K]."""
-    acc = compute_dtype(x)
+    acc = compute_dtype(x.dtype)
     t = _spread(inv * alpha.to(acc), sizes, x.shape[-1])
     scale = weight.to(acc) if in_mask is None else weight.to(acc) * in_mask.to(acc)
     return (rows(x).to(acc) * t * scale).to(x.dtype).reshape(x.shape)
 
 
 def reference_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
-    in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = compute_dtype(x)
+    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, inv: Tensor, sizes: Sizes,
+    eps: float, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """The formulas above."""
+    acc = compute_dtype(x.dtype)
     n = x.shape[-1]
-    v, g = rows(x).to(acc), rows(grad).to(acc)
-    w, a = weight.to(acc), alpha.to(acc)
-    scale = w if in_mask is None else w * in_mask.to(acc)
-    h = g * scale
+    v, g, a = rows(x).to(acc), rows(grad).to(acc), alpha.to(acc)
+    h = g * (weight.to(acc) if in_mask is None else weight.to(acc) * in_mask.to(acc))
     prefix = _prefix_sums(h * v, sizes)
     t = _spread(inv * a, sizes, n)
-    dx = h * t - v * _spread(a * prefix * inv**3 / _counts(sizes, v), sizes, n)
-    dw, dalpha, dmask = (no_grad_slot(x) for _ in range(3))
-    if need_alpha:
-        dalpha = (inv * prefix).sum(0).to(alpha.dtype)
-    if need_weight or need_mask:
-        column = (g * v * t).sum(0)
-        if need_weight:
-            dw = (column if in_mask is None else column * in_mask.to(acc)).to(weight.dtype)
-        if need_mask and in_mask is not None:
-            dmask = (column * w).to(in_mask.dtype)
+    dx = h * t - v * _spread(a * prefix * inv**3 / v.new_tensor(sizes), sizes, n)
+    dalpha = (inv * prefix).sum(0).to(alpha.dtype) if need[2] else None
+    dw, dmask = of_column((g * v * t).sum(0) if need[1] or need[3] else None, weight, in_mask, need)
     return dx.to(x.dtype).reshape(x.shape), dw, dalpha, dmask
+
+
+def of_column(
+    column: Tensor | None, weight: Tensor, in_mask: Tensor | None, need: Sequence[bool], scaled: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """dweight and din_mask from P [N]; ``scaled``: it is w P already."""
+    dw = dmask = None
+    if column is not None and need[1]:
+        dw = (column if in_mask is None else column * in_mask).to(weight.dtype)
+    if column is not None and need[3] and in_mask is not None:
+        dmask = (column if scaled else column * weight).to(in_mask.dtype)
+    return dw, dmask
+
+
+# ---- Triton ----
 
 
 @triton.jit
@@ -211,179 +219,115 @@ def launch_shape(sizes: tuple[int, ...], width: int, row_bytes: int) -> tuple[in
     return power_of_two(-(-width // seg)), seg, warps, max(1, min(STAGES, 65536 // row_bytes))
 
 
-def _launch_forward(
-    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None
+def rows_in_registers(x: Tensor) -> Tensor:
+    """x as [rows, N], if N fits."""
+    flat = rows(x)
+    if flat.shape[1] > MAX_WIDTH:
+        raise bad("mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {flat.shape[1]}")
+    return flat
+
+
+def _launch(
+    x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, sizes: Sizes, eps: float
 ) -> tuple[Tensor, Tensor]:
-    flat, weight, alpha = rows(x), weight.contiguous(), alpha.contiguous()
-    in_mask = None if in_mask is None else in_mask.contiguous()
+    flat, sizes = rows_in_registers(x), tuple(sizes)
     count, width = flat.shape
-    if width > MAX_WIDTH:
-        raise bad("mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {width}")
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    inv = torch.empty(count, len(sizes), dtype=torch.float32, device=x.device)
-    sizes = tuple(sizes)
+    y, inv = dense_like(x), torch.empty(count, len(sizes), dtype=torch.float32, device=x.device)
     s, seg, warps, stages = launch_shape(sizes, width, width * x.element_size())
     if count > 0:
         with torch.cuda.device_of(x):
             rmsnorm_forward_kernel[(min(count, 32 // warps * processors(x)),)](
-                flat, weight, alpha, in_mask, y, inv, count, width, flat.stride(0), eps, SIZES=sizes, K=len(sizes),
-                S=s, SEG=seg, HAS_MASK=in_mask is not None, LOOP_STAGES=stages, num_warps=warps,
+                flat, weight.contiguous(), alpha.contiguous(), dense(in_mask), y, inv, count, width, flat.stride(0),
+                eps, SIZES=sizes, K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None, LOOP_STAGES=stages,
+                num_warps=warps,
             )  # fmt: skip
     return y, inv
 
 
+def backward_programs(x: Tensor, count: int, warps: int, need_column: bool) -> int:
+    """What fits beside ~90 registers per thread; beside few rows, half of it keeps the partial column sums small."""
+    return min(count, max(1, (8 if need_column and count < 4096 else 16) // warps) * processors(x))
+
+
+def summed(
+    column: Tensor | None, shares: Tensor | None, weight: Tensor, in_mask: Tensor | None, need: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dweight, din_mask and the sums of ``shares``, from each program's part; dm is w P, which one launch can make."""
+    scale = None if need[1] else weight
+    total, sums = column_sums(column, shares, scale)
+    return *of_column(total, weight, in_mask, need, scale is not None), sums
+
+
 def _launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
-    in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g, v, weight, alpha = rows(grad), rows(x), weight.contiguous(), alpha.contiguous()
-    in_mask = None if in_mask is None else in_mask.contiguous()
+    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, inv: Tensor, sizes: Sizes,
+    eps: float, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    g, v, weight, in_mask, sizes = rows(grad), rows(x), weight.contiguous(), dense(in_mask), tuple(sizes)
     count, width = v.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    need_column = need_weight or need_mask
-    sizes = tuple(sizes)
+    need_column = need[1] or (need[3] and in_mask is not None)
     s, seg, warps, stages = launch_shape(sizes, width, 2 * width * x.element_size())
-    # what fits beside ~90 registers per thread; beside few rows, half of it keeps the partial column sums small
-    programs = min(count, 16 // warps * processors(x))
-    if need_column and count < 4096:
-        programs = min(count, max(1, 8 // warps) * processors(x))
-    shares = torch.empty(programs, len(sizes), dtype=torch.float32, device=x.device) if need_alpha else None
-    column = torch.empty(programs, width, dtype=torch.float32, device=x.device) if need_column else None
+    programs = backward_programs(x, count, warps, need_column)
+    dx = dense_like(x)
+    shares = partial_sums(need[2], programs, len(sizes), x.device)
+    column = partial_sums(need_column, programs, width, x.device)
     if count > 0:
         with torch.cuda.device_of(x):
             rmsnorm_backward_kernel[(programs,)](
-                g, v, weight, alpha, in_mask, inv, dx, shares, column, count, width, g.stride(0), v.stride(0),
-                SIZES=sizes, K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None, NEED_ALPHA=need_alpha,
-                NEED_COLUMN=need_column, LOOP_STAGES=stages, num_warps=warps,
+                g, v, weight, alpha.contiguous(), in_mask, inv, dx, shares, column, count, width, g.stride(0),
+                v.stride(0), SIZES=sizes, K=len(sizes), S=s, SEG=seg, HAS_MASK=in_mask is not None,
+                NEED_ALPHA=need[2], NEED_COLUMN=need_column, LOOP_STAGES=stages, num_warps=warps,
             )  # fmt: skip
-    dw, dalpha, dmask = (no_grad_slot(x) for _ in range(3))
-    if column is not None:
-        # dm = w P; with a weight gradient too, P itself is needed and scaled by torch
-        total, extra = column_sums(column, shares, None if need_weight else weight)
-        dalpha = dalpha if extra is None else extra.to(alpha.dtype)
-        if need_mask and in_mask is not None:
-            dmask = (total * weight if need_weight else total).to(in_mask.dtype)
-        if need_weight:
-            dw = (total if in_mask is None else total * in_mask).to(weight.dtype)
-    elif shares is not None:
-        dalpha = column_sums(shares)[0].to(alpha.dtype)
-    return dx, dw, dalpha, dmask
+    dw, dmask, dalpha = summed(column, shares, weight, in_mask, need)
+    return dx, dw, in_dtype_of(dalpha, alpha), dmask
 
 
-@custom_op(
+# ---- C++ ----
+
+
+@functools.lru_cache(maxsize=1024)
+def segments(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """(where choices end, ascending; for each choice the index of the last segment it keeps), for the C++ kernels."""
+    ends = sorted(set(sizes))
+    return cpu.integers(ends, torch.int64), cpu.integers([ends.index(size) for size in sizes], torch.int64)
+
+
+def masked_scale(weight: Tensor, in_mask: Tensor | None) -> Tensor:
+    """[N] fp32."""
+    return cpu.vector(weight) if in_mask is None else cpu.vector(weight) * cpu.vector(in_mask)
+
+
+def _cpu(
+    x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, sizes: Sizes, eps: float
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    count, width = cpu.matrix(x)
+    ends, kept = segments(tuple(sizes))
+    y, inv = cpu.empty_like(x), cpu.floats(count, len(sizes))
+    cpu.call("mixed_rmsnorm", x, masked_scale(weight, in_mask), cpu.vector(alpha), ends, kept, y, inv, count, width,
+             len(ends), len(sizes), float(eps), cpu.chunking(count, width)[0], cpu.DTYPES[x.dtype])
+    return y, inv
+
+
+def cpu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, inv: Tensor, sizes: Sizes,
+    eps: float, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """The C++ kernel."""
+    g, x = grad.contiguous(), x.contiguous()
+    count, width = cpu.matrix(g)
+    ends, kept = segments(tuple(sizes))
+    need_column = need[1] or (need[3] and in_mask is not None)
+    per_chunk, chunks = cpu.chunking(count, width, need_column)
+    dx, shares = cpu.empty_like(g), cpu.partial_sums(need[2], count, len(sizes))
+    partial = cpu.partial_sums(need_column, chunks, width)
+    cpu.call("mixed_rmsnorm_backward", g, x, masked_scale(weight, in_mask), cpu.vector(alpha), inv.contiguous(), ends,
+             kept, dx, shares, partial, count, width, len(ends), len(sizes), per_chunk, cpu.DTYPES[g.dtype])
+    dw, dmask = of_column(None if partial is None else partial.sum(0), weight, in_mask, need)
+    return dx, dw, cpu.total(shares, alpha), dmask
+
+
+op = Op(
     "mixed_rmsnorm",
-    "(Tensor x, Tensor weight, Tensor alpha, int[] sizes, float eps, Tensor? in_mask, str? backend) "
-    "-> (Tensor, Tensor)",
+    {"triton": _launch, "cpu": _cpu, "reference": reference},
+    {"triton": _launch_backward, "cpu": cpu_backward, "reference": reference_backward},
 )
-def _mixed_rmsnorm(
-    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    how = resolve("mixed_rmsnorm", backend, x)
-    if how == "triton":
-        return _launch_forward(x, weight, alpha, sizes, eps, in_mask)
-    if how == "cpu":
-        return cpu_norm.mixed_rmsnorm(x, weight, alpha, sizes, eps, in_mask)
-    y, inv = reference(x, weight, alpha, sizes, eps, in_mask)
-    return y.contiguous(), inv
-
-
-@_mixed_rmsnorm.register_fake
-def _(
-    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, torch.empty(x.numel() // x.shape[-1], len(sizes), dtype=compute_dtype(x), device=x.device)
-
-
-@custom_op(
-    "mixed_rmsnorm_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor alpha, Tensor inv, int[] sizes, Tensor? in_mask, "
-    "bool need_weight, bool need_alpha, bool need_mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _mixed_rmsnorm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
-    in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    how = resolve("mixed_rmsnorm", backend, x)
-    if how == "triton":
-        return _launch_backward(grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask)
-    if how == "cpu":
-        return cpu_norm.mixed_rmsnorm_backward(
-            grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask
-        )
-    dx, dw, dalpha, dmask = reference_backward(
-        grad, x, weight, alpha, inv, sizes, in_mask, need_weight, need_alpha, need_mask
-    )
-    return dx.contiguous(), dw, dalpha, dmask
-
-
-@_mixed_rmsnorm_backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, inv: Tensor, sizes: Sequence[int],
-    in_mask: Tensor | None, need_weight: bool, need_alpha: bool, need_mask: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dw = torch.empty_like(weight) if need_weight else no_grad_slot(x)
-    dalpha = torch.empty_like(alpha) if need_alpha else no_grad_slot(x)
-    dmask = torch.empty_like(in_mask) if need_mask and in_mask is not None else no_grad_slot(x)
-    return dx, dw, dalpha, dmask
-
-
-def _setup(ctx, inputs, output):
-    x, weight, alpha, sizes, _, in_mask, backend = inputs
-    ctx.save_for_backward(x, weight, alpha, output[1], in_mask)
-    ctx.set_materialize_grads(False)
-    ctx.sizes, ctx.backend = sizes, backend
-
-
-def _backward(ctx, grad, _):
-    x, weight, alpha, inv, in_mask = ctx.saved_tensors
-    if grad is None:
-        return None, None, None, None, None, None, None
-    need_weight, need_alpha = ctx.needs_input_grad[1:3]
-    need_mask = ctx.needs_input_grad[5]
-    dx, dw, dalpha, dmask = _mixed_rmsnorm_backward(
-        grad, x, weight, alpha, inv, ctx.sizes, in_mask, need_weight, need_alpha, need_mask, ctx.backend
-    )
-    return (dx, dw if need_weight else None, dalpha if need_alpha else None, None, None,
-            dmask if need_mask else None, None)
-
-
-_mixed_rmsnorm.register_autograd(_backward, setup_context=_setup)
-
-
-def mixed_rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    sizes: Sequence[int],
-    eps: float,
-    in_mask: Tensor | None = None,
-    backend: str | None = None,
-    act_bits: Sequence[int] | None = None,
-    act_probs: Tensor | None = None,
-    act_symmetric: bool = False,
-) -> Tensor:
-    """in_mask * weight * sum_i alpha_i RMSNorm over the first sizes[i] channels; with act_bits and act_probs [Q] the
-    mixture sum_q act_probs[q] Q_q of it, `act_quant_mix` in the same pass (mixed_rmsnorm_quant.py). Gradients to x,
-    alpha, in_mask, weight and act_probs, each only if it requires one."""
-    n = x.shape[-1]
-    if weight.shape != (n,):
-        raise bad("mixed_rmsnorm", f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}")
-    if len(sizes) <= 0 or alpha.shape != (len(sizes),):
-        raise bad("mixed_rmsnorm", f"alpha {tuple(alpha.shape)} does not match {len(sizes)} sizes")
-    if min(sizes) <= 0 or max(sizes) > n:
-        raise bad("mixed_rmsnorm", f"sizes {tuple(sizes)} must lie in 1..{n}")
-    if in_mask is not None and in_mask.shape != (n,):
-        raise bad("mixed_rmsnorm", f"in_mask must be [{n}]")
-    if act_bits is None and act_probs is None:
-        return _mixed_rmsnorm(x, weight, alpha, list(sizes), eps, in_mask, backend)[0]
-    if act_bits is None or act_probs is None:
-        raise bad("mixed_rmsnorm", "act_bits and act_probs go together")
-    from jointnas_kernels.ops.norm.rms_quant import mixed_rmsnorm_quant  # late: it builds on this file
-
-    return mixed_rmsnorm_quant(
-        x, weight, alpha, list(sizes), eps, in_mask, list(act_bits), act_probs, act_symmetric, backend
-    )

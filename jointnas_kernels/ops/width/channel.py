@@ -1,33 +1,37 @@
-"""channel_mask: y = x * mask along the last dim.
+"""channel_mask: a mask where no other elementwise kernel runs next to it.
 
-    x [..., N] any float, mask [N] fp32  ->  y [..., N] in x's dtype
-    dx = g * mask          dmask = sum over rows of g * x   (only when asked for)
+Used for the attention output (V's OUT mask folded with o_proj's IN mask) and the masks of ``mixed_linear``. Backward,
+with g = dL/dy:
 
-Used where no other elementwise kernel runs next to the mask: the attention output (V's OUT mask folded with o_proj's
-IN mask) and the general masks of ``mixed_linear``.
+    dx = g * mask          dmask = sum over rows of g * x   (only when asked for; x is kept only then)
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, row_tiles
-from jointnas_kernels.ops.core.dispatch import bad, compute_dtype, custom_op, no_grad_slot, resolve, rows
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, rows
+
+Gradients = tuple[Tensor, Tensor | None]  # dx, dmask
 
 
-def reference(x: Tensor, mask: Tensor) -> Tensor:
-    acc = compute_dtype(x)
+def _reference(x: Tensor, mask: Tensor) -> Tensor:
+    acc = compute_dtype(x.dtype)
     return (x.to(acc) * mask.to(acc)).to(x.dtype)
 
 
-def reference_backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool) -> tuple[Tensor, Tensor]:
-    acc = compute_dtype(x)
-    g = grad.to(acc)
-    dx = (g * mask.to(acc)).to(x.dtype)
-    dmask = (g * x.to(acc)).reshape(-1, x.shape[-1]).sum(0).to(mask.dtype) if need_mask else no_grad_slot(x)
-    return dx, dmask
+def _reference_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+    acc = compute_dtype(grad.dtype)
+    dmask = None if x is None or not need[1] else rows(grad.to(acc) * x.to(acc)).sum(0).to(mask.dtype)
+    return _reference(grad, mask), dmask
 
 
 @triton.jit
@@ -54,91 +58,65 @@ def channel_mask_kernel(
         tl.store(partial_ptr + chunk * width + col, tl.sum(total, axis=0), mask=col_ok)
 
 
-def _launch(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+def _multiply(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """g * mask and, given x, the column sums of g * x."""
-    flat, other, mask = rows(g), None if x is None else rows(x), mask.contiguous()
+    flat, other, mask, reduce = rows(g), None if x is None else rows(x), mask.contiguous(), x is not None
     count, width = flat.shape
-    out = torch.empty(g.shape, dtype=g.dtype, device=g.device)
-    grid, column_blocks, per_program, block_m, block_n = row_tiles(g, count, width, other is not None)
-    if grid == 0:
-        return out, None if other is None else mask.new_zeros(width, dtype=torch.float32)
-    partial = None if other is None else mask.new_empty(grid // column_blocks, width, dtype=torch.float32)
-    with torch.cuda.device_of(g):
-        channel_mask_kernel[(grid,)](
-            flat, other, mask, out, partial, count, width, column_blocks, per_program, flat.stride(0),
-            0 if other is None else other.stride(0), REDUCE=other is not None,
-            LOOP_STAGES=1 if other is None else STAGES, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
-        )  # fmt: skip
-    return out, None if partial is None else column_sums(partial)[0]
+    out = dense_like(g)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(g, count, width, reduce)
+    partial = partial_sums(reduce, grid // column_blocks, width, g.device)
+    if grid > 0:
+        with torch.cuda.device_of(g):
+            channel_mask_kernel[(grid,)](
+                flat, other, mask, out, partial, count, width, column_blocks, per_program, flat.stride(0),
+                0 if other is None else other.stride(0), REDUCE=reduce, LOOP_STAGES=STAGES if reduce else 1,
+                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+            )  # fmt: skip
+    return out, column_sums(partial)[0]
 
 
-def forward(x: Tensor, mask: Tensor, backend: str) -> Tensor:
-    if backend == "cpu":
-        return cpu.channel_mask(x, mask)
-    return _launch(x, None, mask)[0] if backend == "triton" else reference(x, mask).contiguous()
+def _launch(x: Tensor, mask: Tensor) -> Tensor:
+    return _multiply(x, None, mask)[0]
 
 
-def backward(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: str) -> tuple[Tensor, Tensor]:
-    """dx and dmask (empty unless asked for; then x is not read and any tensor may stand for it)."""
-    if backend == "triton":
-        dx, dmask = _launch(grad, x if need_mask else None, mask)
-        return dx, no_grad_slot(x) if dmask is None else dmask.to(mask.dtype)
-    if backend == "cpu":
-        return cpu.channel_mask_backward(grad, x, mask, need_mask)
-    dx, slot = reference_backward(grad, x, mask, need_mask)
-    return dx.contiguous(), slot
+def _launch_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+    dx, dmask = _multiply(grad, x if need[1] else None, mask)
+    return dx, in_dtype_of(dmask, mask)
 
 
-@custom_op(
-    "channel_mask",
-    "(Tensor x, Tensor mask, str? backend) -> Tensor",
-)
-def _channel_mask(x: Tensor, mask: Tensor, backend: str | None) -> Tensor:
-    return forward(x, mask, resolve("channel_mask", backend, x))
+def _cpu(x: Tensor, mask: Tensor) -> Tensor:
+    return _cpu_backward(x, None, mask, (True, False))[0]
 
 
-@_channel_mask.register_fake
-def _(x: Tensor, mask: Tensor, backend: str | None) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _cpu_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+    g, source = grad.contiguous(), x.contiguous() if need[1] and x is not None else None
+    count, width = cpu.matrix(g)
+    per_chunk, chunks = cpu.chunking(count, width, need[1])
+    dx, partial = cpu.empty_like(g), cpu.partial_sums(need[1], chunks, width)
+    cpu.call("channel_mask", g, source, cpu.vector(mask), dx, partial, count, width, per_chunk, cpu.DTYPES[g.dtype])
+    return dx, cpu.total(partial, mask)
 
 
-@custom_op(
-    "channel_mask_backward",
-    "(Tensor grad, Tensor x, Tensor mask, bool need_mask, str? backend) -> (Tensor, Tensor)",
-)
-def _channel_mask_backward(
-    grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    return backward(grad, x, mask, need_mask, resolve("channel_mask", backend, x))
-
-
-@_channel_mask_backward.register_fake
-def _(grad: Tensor, x: Tensor, mask: Tensor, need_mask: bool, backend: str | None) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return dx, torch.empty_like(mask) if need_mask else no_grad_slot(x)
-
-
-def _setup(ctx, inputs, output):
-    x, mask, backend = inputs
-    ctx.need_mask = ctx.needs_input_grad[1]
-    # without a mask gradient only x's metadata is needed, so x itself is not kept alive
-    ctx.save_for_backward(x if ctx.need_mask else None, mask)
-    ctx.backend = backend
-
-
-def _backward(ctx, grad):
-    x, mask = ctx.saved_tensors
-    dx, dmask = _channel_mask_backward(
-        grad, grad if x is None else x, mask, ctx.need_mask, ctx.backend
-    )
-    return dx, dmask if ctx.need_mask else None, None
-
-
-_channel_mask.register_autograd(_backward, setup_context=_setup)
+FORWARD = {"triton": _launch, "cpu": _cpu, "reference": _reference}  # of channel_mask and of ops that contain it
+BACKWARD = {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward}
+_op = Op("channel_mask", FORWARD, BACKWARD, read_for={"x": ("mask",)})
 
 
 def channel_mask(x: Tensor, mask: Tensor, backend: str | None = None) -> Tensor:
-    """x * mask along the last dim; gradients to x and mask."""
+    """x * mask along the last dim.
+
+    Args:
+        x: [..., N] in any floating dtype.
+        mask: [N], fp32.
+        backend: "triton", "cpu" or "reference"; None: by device and dtype.
+
+    Returns:
+        [..., N] in the dtype of x; computed in fp32 (fp64 for fp64) and rounded once. Gradients to x and mask.
+
+    Raises:
+        JointNASError: shapes that do not fit, or a backend that cannot run.
+    """
     if mask.shape != x.shape[-1:]:
         raise bad("channel_mask", f"mask {tuple(mask.shape)} does not match x {tuple(x.shape)}")
-    return _channel_mask(x, mask, backend)
+    out: Tensor = _op(x, mask, backend)
+    return out

@@ -6,18 +6,32 @@ sum_ij a_i a_j G_ij = r c^T). Masks are computed once per step and shared by all
 to alpha through ``membership``.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from jointnas_kernels.ops.core.dispatch import bad
+from jointnas_kernels.ops.core.tensors import bad
 
 
 def membership(
     sizes: Sequence[int], n: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """[n, K]: 1 where channel < sizes[i]."""
+    """Which channels each size keeps: its first.
+
+    Args:
+        sizes: K of them, each in 1..n.
+        n: the full width.
+        device, dtype: of the result.
+
+    Returns:
+        [n, K]: 1 where channel < sizes[i], else 0.
+
+    Raises:
+        JointNASError: no sizes, or one out of range.
+    """
     if len(sizes) <= 0:
         raise bad("membership", "sizes is empty")
     for size in sizes:
@@ -29,33 +43,72 @@ def membership(
 
 
 def prefix_mask(alpha: Tensor, sizes: Sequence[int], n: int) -> Tensor:
-    """[n]: c[k] = sum_{i: k < sizes[i]} alpha[i]; differentiable in alpha."""
+    """The mask c[k] = sum_{i: k < sizes[i]} alpha[i].
+
+    Args:
+        alpha: [K] in any floating dtype: probabilities of the sizes.
+        sizes: K of them, each in 1..n.
+        n: the full width.
+
+    Returns:
+        [n] in the dtype of alpha, differentiable in it.
+
+    Raises:
+        JointNASError: a size out of range, or another number of them than of alphas.
+    """
     if alpha.shape != (len(sizes),):
         raise bad("prefix_mask", f"alpha has shape {tuple(alpha.shape)}, sizes {len(sizes)}")
     # a product and a sum, not a matmul: autocast would run that in bf16
     return (membership(sizes, n, alpha.device, alpha.dtype) * alpha).sum(-1)
 
 
+def check_head_dim(op: str, d: int, full: int) -> None:
+    """Raise unless heads of ``full`` dims can be cut to d."""
+    if full % 2 != 0 or d % 2 != 0 or not 0 < d <= full or full % d != 0:
+        raise bad(op, f"head_dim {d} must be even and divide the full head_dim {full}")
+
+
 def strided_pair_index(D: int, d: int, device: torch.device | str | None = None) -> Tensor:
-    """[d]: the dims of a D-wide head that a d-wide head keeps, in the order a plain ``head_dim=d`` Llama expects.
+    """The dims of a D-wide head that a d-wide head keeps, in the order a plain ``head_dim=d`` Llama expects.
 
     Rotate-half pairs (i, i + D/2) for i in multiples of D/d, because inv_freq(D)[::D/d] == inv_freq(d): any other
     choice of pairs would change the rotary frequencies of the extracted model.
+
+    Args:
+        D: full head_dim, even.
+        d: head_dim to keep, an even divisor of D.
+        device: of the result.
+
+    Returns:
+        [d] int64.
+
+    Raises:
+        JointNASError: a head_dim that is odd or does not divide.
     """
-    if D % 2 != 0 or d % 2 != 0 or (not 0 < d <= D) or (D % d != 0):
-        raise bad("strided_pair_index", f"head_dim {d} must be even and divide the full head_dim {D}")
+    check_head_dim("strided_pair_index", d, D)
     first = torch.arange(0, D // 2, D // d, device=device)
     return torch.cat([first, first + D // 2])
 
 
 def strided_pair_mask(alpha: Tensor, dims: Sequence[int], D: int) -> Tensor:
-    """[D]: weight of each dim of a D-wide head under head_dim choices ``dims``; differentiable in alpha."""
+    """The weight of each dim of a D-wide head: the sum of alpha over the head_dims whose rotary pairs it is in.
+
+    Args:
+        alpha: [K] in any floating dtype: probabilities of the head_dims.
+        dims: K of them, even divisors of D.
+        D: full head_dim, even.
+
+    Returns:
+        [D] in the dtype of alpha, differentiable in it.
+
+    Raises:
+        JointNASError: a head_dim that is odd or does not divide, or another number of them than of alphas.
+    """
     if alpha.shape != (len(dims),):
         raise bad("strided_pair_mask", f"alpha has shape {tuple(alpha.shape)}, dims {len(dims)}")
     pair = torch.arange(D, device=alpha.device) % (D // 2)
     columns = []
     for d in dims:
-        if D % 2 != 0 or d % 2 != 0 or (not 0 < d <= D) or (D % d != 0):
-            raise bad("strided_pair_mask", f"head_dim {d} must be even and divide the full head_dim {D}")
+        check_head_dim("strided_pair_mask", d, D)
         columns.append(pair % (D // d) == 0)
     return (torch.stack(columns, dim=-1).to(alpha.dtype) * alpha).sum(-1)

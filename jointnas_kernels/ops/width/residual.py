@@ -1,49 +1,62 @@
 """gated_residual: the residual add, with the hidden OUT mask and the depth gate folded in.
 
-    z = h + m * y                          h, y, x [..., N] any float; m [N] fp32 or None (all ones)
-    out = z                                without a gate
-    out = gate * z + (1 - gate) * x        gate a 0-dim tensor; x the block's input
-
-The gated form equals x + gate * (z - x) but is exact at gate = 0 and 1, so a kept block is the plain block and a
-skipped one the identity, bit for bit. With g = dL/dout:
+The gated form gate * z + (1 - gate) * x equals x + gate * (z - x) but is exact at gate = 0 and 1, so a kept block is
+the plain block and a skipped one the identity, bit for bit. Backward, with g = dL/dout:
 
     dh = gate g    dy = gate m g    dx = (1 - gate) g    dm = sum over rows of gate g y    dgate = sum g (z - x)
+
+Without a gate dh is g itself, and dy and dm are those of channel_mask: an op of its own (masked_residual). Arch steps
+need the activations for dm and dgate; weight steps keep nothing but the vectors.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, row_tiles
-from jointnas_kernels.ops.core.dispatch import bad, compute_dtype, custom_op, no_grad_slot, resolve, rows
-from jointnas_kernels.ops.width.channel import _channel_mask_backward
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
+from jointnas_kernels.ops.width import channel
+
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # dh, dy, dmask, dgate, dx
 
 
-def reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
-    acc = compute_dtype(h)
-    z = h.to(acc) + (y.to(acc) if mask is None else mask.to(acc) * y.to(acc))
-    if gate is not None and x is not None:
-        k = gate.to(acc)
-        z = k * z + (1 - k) * x.to(acc)
-    return z.to(h.dtype)
+def _sum(h: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
+    acc = compute_dtype(h.dtype)
+    return h.to(acc) + (y.to(acc) if mask is None else mask.to(acc) * y.to(acc))
 
 
-def reference_backward(
-    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool, need_gate: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    acc = compute_dtype(grad)
+def _reference(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor) -> Tensor:
+    z = _sum(h, y, mask)
+    k = gate.to(z.dtype)
+    return (k * z + (1 - k) * x.to(z.dtype)).to(h.dtype)
+
+
+def _reference_backward(
+    grad: Tensor, h: Tensor | None, y: Tensor | None, mask: Tensor | None, gate: Tensor, x: Tensor | None,
+    need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    acc = compute_dtype(grad.dtype)
     g, k = grad.to(acc), gate.to(acc)
     dh, dx = (k * g).to(grad.dtype), ((1 - k) * g).to(grad.dtype)
-    dy = no_grad_slot(grad) if mask is None else (k * g * mask.to(acc)).to(grad.dtype)
-    dmask, dgate = no_grad_slot(grad), no_grad_slot(grad)
-    if need_mask and mask is not None:
-        dmask = (k * g * y.to(acc)).reshape(-1, grad.shape[-1]).sum(0).to(mask.dtype)
-    if need_gate:
-        z = h.to(acc) + (y.to(acc) if mask is None else mask.to(acc) * y.to(acc))
-        dgate = (g * (z - x.to(acc))).sum().to(gate.dtype)
-    return dh, dy, dx, dmask, dgate
+    dy = dh if mask is None else (k * g * mask.to(acc)).to(grad.dtype)
+    dmask = dgate = None
+    if need[2] and mask is not None and y is not None:
+        dmask = rows(k * g * y.to(acc)).sum(0).to(mask.dtype)
+    if need[3] and h is not None and y is not None and x is not None:
+        dgate = (g * (_sum(h, y, mask) - x.to(acc))).sum().to(gate.dtype)
+    return dh, dy, dmask, dgate, dx
+
+
+def _reference_masked(h: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    return _sum(h, y, mask).to(h.dtype)
 
 
 @triton.jit
@@ -51,6 +64,7 @@ def residual_forward_kernel(
     h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, out_ptr, count, width, column_blocks, h_stride, y_stride, x_stride,
     HAS_MASK: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of the blend, or of the sum."""
     pid = tl.program_id(0)
     row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -108,11 +122,12 @@ def residual_backward_kernel(
         tl.store(dgate_ptr + pid, tl.sum(tl.sum(dgate, axis=1), axis=0))
 
 
-def _launch_forward(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None) -> Tensor:
-    h2, y2, x2 = rows(h), rows(y), None if x is None else rows(x)
-    mask = None if mask is None else mask.contiguous()
+def _launch(
+    h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    h2, y2, x2, mask = rows(h), rows(y), None if x is None else rows(x), dense(mask)
     count, width = h2.shape
-    out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    out = dense_like(h)
     grid, column_blocks, _, block_m, block_n = row_tiles(h, count, width, False)
     if grid > 0:
         with torch.cuda.device_of(h):
@@ -125,113 +140,73 @@ def _launch_forward(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | No
 
 
 def _launch_backward(
-    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool, need_gate: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    g, h2, y2, x2 = rows(grad), rows(h), rows(y), rows(x)
-    mask = None if mask is None else mask.contiguous()
+    grad: Tensor, h: Tensor | None, y: Tensor | None, mask: Tensor | None, gate: Tensor, x: Tensor | None,
+    need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    g, mask = rows(grad), dense(mask)
+    h2, y2, x2 = (g if t is None else rows(t) for t in (h, y, x))  # absent ones are not read
     count, width = g.shape
-    dh = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    dx = torch.empty_like(dh)
-    dy = no_grad_slot(grad) if mask is None else torch.empty_like(dh)
-    grid, column_blocks, per_program, block_m, block_n = row_tiles(grad, count, width, need_mask or need_gate)
-    dmask = g.new_empty(grid // column_blocks, width, dtype=torch.float32) if need_mask else None
-    dgate = g.new_empty(grid, 1, dtype=torch.float32) if need_gate else None
+    dh, dx = dense_like(grad), dense_like(grad)
+    dy = dh if mask is None else dense_like(grad)
+    need_mask, need_gate = need[2] and mask is not None, need[3]
+    reduce = need_mask or need_gate
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(grad, count, width, reduce)
+    dmask = partial_sums(need_mask, grid // column_blocks, width, g.device)
+    dgate = partial_sums(need_gate, grid, 1, g.device)
     if grid > 0:
         with torch.cuda.device_of(grad):
             residual_backward_kernel[(grid,)](
                 g, h2, y2, mask, gate, x2, dh, dy, dx, dmask, dgate, count, width, column_blocks, per_program,
                 g.stride(0), h2.stride(0), y2.stride(0), x2.stride(0), HAS_MASK=mask is not None,
-                NEED_MASK=need_mask, NEED_GATE=need_gate, LOOP_STAGES=STAGES if need_mask or need_gate else 1,
+                NEED_MASK=need_mask, NEED_GATE=need_gate, LOOP_STAGES=STAGES if reduce else 1,
                 BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    slot = no_grad_slot(grad)
-    if dmask is None or mask is None:
-        return dh, dy, dx, slot, no_grad_slot(grad) if dgate is None else column_sums(dgate)[0].view(()).to(gate.dtype)
-    first, second = column_sums(dmask, dgate)
-    return dh, dy, dx, first.to(mask.dtype), slot if second is None else second.view(()).to(gate.dtype)
+    of_mask, of_gate = column_sums(dmask, dgate)
+    return dh, dy, in_dtype_of(of_mask, mask), in_dtype_of(of_gate, gate), dx
 
 
-@custom_op(
+def _cpu(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None) -> Tensor:
+    h, y, x = h.contiguous(), y.contiguous(), dense(x)
+    count, width = cpu.matrix(h)
+    out = cpu.empty_like(h)
+    cpu.call("gated_residual", h, y, cpu.optional(mask), cpu.optional(gate), x, out, count, width,
+             cpu.chunking(count, width)[0], cpu.DTYPES[h.dtype])
+    return out
+
+
+def _cpu_backward(
+    grad: Tensor, h: Tensor | None, y: Tensor | None, mask: Tensor | None, gate: Tensor, x: Tensor | None,
+    need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    g, h, y, x = grad.contiguous(), dense(h), dense(y), dense(x)
+    count, width = cpu.matrix(g)
+    need_mask = need[2] and mask is not None
+    per_chunk, chunks = cpu.chunking(count, width, need_mask)
+    dh, dx, dy = cpu.empty_like(g), cpu.empty_like(g), None if mask is None else cpu.empty_like(g)
+    dmask, dgate = cpu.partial_sums(need_mask, chunks, width), cpu.partial_sums(need[3], chunks)
+    cpu.call("gated_residual_backward", g, h, y, cpu.optional(mask), cpu.vector(gate), x, dh, dy, dx, dmask, dgate,
+             count, width, per_chunk, cpu.DTYPES[g.dtype])
+    return dh, dh if dy is None else dy, cpu.total(dmask, mask), cpu.total(dgate, gate), dx
+
+
+def _without_h(run: Callable[..., channel.Gradients]) -> Callable[..., channel.Gradients]:
+    return lambda grad, h, y, mask, need: run(grad, y, mask, need)
+
+
+_gated = Op(
     "gated_residual",
-    "(Tensor h, Tensor y, Tensor? mask, Tensor? gate, Tensor? x, str? backend) -> Tensor",
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
+    read_for={"h": ("gate",), "y": ("mask", "gate"), "x": ("gate",)},
 )
-def _gated_residual(
-    h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
-) -> Tensor:
-    how = resolve("gated_residual", backend, h)
-    if how == "triton":
-        return _launch_forward(h, y, mask, gate, x)
-    if how == "cpu":
-        return cpu.gated_residual(h, y, mask, gate, x)
-    return reference(h, y, mask, gate, x).contiguous()
-
-
-@_gated_residual.register_fake
-def _(
-    h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None, x: Tensor | None, backend: str | None
-) -> Tensor:
-    return torch.empty(h.shape, dtype=h.dtype, device=h.device)
-
-
-@custom_op(
-    "gated_residual_backward",
-    "(Tensor grad, Tensor h, Tensor y, Tensor? mask, Tensor gate, Tensor x, bool need_mask, bool need_gate, "
-    "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+_masked = Op(
+    "masked_residual",
+    {"triton": _launch, "cpu": _cpu, "reference": _reference_masked},
+    {how: _without_h(run) for how, run in channel.BACKWARD.items()},
+    identity=("h",),
+    read_for={"h": (), "y": ("mask",)},
+    public="gated_residual",
 )
-def _gated_residual_backward(
-    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool,
-    need_gate: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dh, dy (empty when mask is None: it equals dh), dx, dmask, dgate. Without need_gate, h and x are not read."""
-    how = resolve("gated_residual", backend, grad)
-    if how == "triton":
-        return _launch_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
-    if how == "cpu":
-        return cpu.gated_residual_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
-    dh, dy, dx, dmask, dgate = reference_backward(grad, h, y, mask, gate, x, need_mask, need_gate)
-    return dh.contiguous(), dy.contiguous(), dx.contiguous(), dmask, dgate
-
-
-@_gated_residual_backward.register_fake
-def _(
-    grad: Tensor, h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor, x: Tensor, need_mask: bool,
-    need_gate: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    def like() -> Tensor:
-        return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-
-    dy = no_grad_slot(grad) if mask is None else like()
-    dmask = torch.empty_like(mask) if need_mask and mask is not None else no_grad_slot(grad)
-    return like(), dy, like(), dmask, torch.empty_like(gate) if need_gate else no_grad_slot(grad)
-
-
-def _setup(ctx, inputs, output):
-    h, y, mask, gate, x, backend = inputs
-    need_mask, need_gate = ctx.needs_input_grad[2:4]
-    # arch steps need the activations for dmask and dgate; weight steps keep nothing but the vectors
-    ctx.save_for_backward(h if need_gate else None, y if need_mask or need_gate else None, mask, gate,
-                          x if need_gate else None)
-    ctx.backend = backend
-
-
-def _backward(ctx, grad):
-    h, y, mask, gate, x = ctx.saved_tensors
-    need_mask, need_gate = ctx.needs_input_grad[2:4]
-    if gate is None:
-        if mask is None:
-            return grad, grad, None, None, None, None
-        dy, dmask = _channel_mask_backward(
-            grad, grad if y is None else y, mask, need_mask, ctx.backend
-        )
-        return grad, dy, dmask if need_mask else None, None, None, None
-    dh, dy, dx, dmask, dgate = _gated_residual_backward(
-        grad, grad if h is None else h, grad if y is None else y, mask, gate, grad if x is None else x,
-        need_mask, need_gate, ctx.backend,
-    )
-    return (dh, dh if mask is None else dy, dmask if need_mask else None, dgate if need_gate else None, dx, None)
-
-
-_gated_residual.register_autograd(_backward, setup_context=_setup)
 
 
 def gated_residual(
@@ -242,7 +217,21 @@ def gated_residual(
     x: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """h + mask * y, or with a gate its blend x + gate * (h + mask * y - x) with the block input x."""
+    """z = h + mask * y, or with a gate its blend with the block's input, gate * z + (1 - gate) * x.
+
+    Args:
+        h, y: [..., N] in any floating dtype, both alike: what is added to, and what attention or the MLP made.
+        mask: [N], fp32: the hidden size's OUT mask; None: all ones.
+        gate: 0-dim, fp32: how much of the block is kept. Comes with x.
+        x: like h: the block's input.
+        backend: "triton", "cpu" or "reference"; None: by device and dtype.
+
+    Returns:
+        [..., N] in the dtype of h; computed in fp32 (fp64 for fp64) and rounded once. Gradients to all tensors.
+
+    Raises:
+        JointNASError: shapes or dtypes that do not fit, a gate without x, or a backend that cannot run.
+    """
     if h.shape != y.shape or h.dtype != y.dtype:
         raise bad("gated_residual", f"h {h.dtype} {tuple(h.shape)} and y {y.dtype} {tuple(y.shape)} differ")
     if mask is not None and mask.shape != h.shape[-1:]:
@@ -254,4 +243,10 @@ def gated_residual(
             raise bad("gated_residual", f"gate must be a 0-dim tensor, got {tuple(gate.shape)}")
         if x.shape != h.shape or x.dtype != h.dtype:
             raise bad("gated_residual", f"x {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)} differ")
-    return _gated_residual(h, y, mask, gate, x, backend)
+        out: Tensor = _gated(h, y, mask, gate, x, backend)
+    elif mask is not None:
+        out = _masked(h, y, mask, backend)
+    else:
+        resolve("gated_residual", backend, h)  # torch does it on every backend; one that cannot run is still an error
+        out = (h + y).contiguous()
+    return out

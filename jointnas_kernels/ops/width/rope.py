@@ -1,31 +1,28 @@
 """masked_rope: rotary embedding of masked queries and keys, written where SDPA wants them.
 
-    q [B, T, H, D], k [B, T, Hkv, D] any float; cos, sin [B or 1, T, D]; q_mask [H, D], k_mask [Hkv, D] fp32
-    p = mask * q;  out = p cos + rot(p) sin,  rot(p)_i = -p_{i+D/2} for i < D/2, p_{i-D/2} else   (rotate-half)
-
 The inner op keeps [B, T, heads, D] in memory (one contiguous read, one contiguous write); the public function returns
-the transposed views [B, heads, T, D]. Queries and keys share one launch. The attention scale is folded into q_mask by
-the caller, so SDPA runs with scale=1. Backward, with halves 1, 2 and G = dL/dout:
+the transposed views. Queries and keys share one launch. The attention scale is folded into q_mask by the caller, so
+SDPA runs with scale=1. Backward, with halves 1, 2 and G = dL/dout:
 
     dp1 = G1 cos1 + G2 sin2     dp2 = G2 cos2 - G1 sin1     dq = mask dp     dmask = sum over B, T of q dp
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums
-from jointnas_kernels.ops.core.dispatch import (
-    bad,
-    compute_dtype,
-    custom_op,
-    no_grad_slot,
-    power_of_two,
-    processors,
-    resolve,
-)
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, power_of_two, processors
+
+Pair = tuple[Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dq, dk, dq_mask, dk_mask
 
 
 def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -38,23 +35,23 @@ def _rotate_transposed(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return g * cos + torch.cat([second, -first], dim=-1)
 
 
-def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> tuple[Tensor, Tensor]:
-    acc = compute_dtype(q)
+def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
+    acc = compute_dtype(q.dtype)
     c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)  # [B or 1, T, 1, D]
     q_out = _rotate(q.to(acc) * q_mask.to(acc), c, s).to(q.dtype)
     return q_out, _rotate(k.to(acc) * k_mask.to(acc), c, s).to(k.dtype)
 
 
-def reference_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
-    need_q_mask: bool, need_k_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    acc = compute_dtype(dq_out)
+def _reference_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
+    k_mask: Tensor, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    acc = compute_dtype(dq_out.dtype)
     c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)
     dp, dr = _rotate_transposed(dq_out.to(acc), c, s), _rotate_transposed(dk_out.to(acc), c, s)
     dq, dk = (dp * q_mask.to(acc)).to(dq_out.dtype), (dr * k_mask.to(acc)).to(dk_out.dtype)
-    dqm = (q.to(acc) * dp).sum((0, 1)).to(q_mask.dtype) if need_q_mask else no_grad_slot(dq_out)
-    dkm = (k.to(acc) * dr).sum((0, 1)).to(k_mask.dtype) if need_k_mask else no_grad_slot(dq_out)
+    dqm = (q.to(acc) * dp).sum((0, 1)).to(q_mask.dtype) if need[2] and q is not None else None
+    dkm = (k.to(acc) * dr).sum((0, 1)).to(k_mask.dtype) if need[3] and k is not None else None
     return dq, dk, dqm, dkm
 
 
@@ -138,28 +135,32 @@ def rope_kernel(
         store_halves(dkm_ptr + pid * HKV * (2 * half), dkm1, dkm2, HKV, half, KP, HALF)
 
 
+def tokens_per_program(x: Tensor, tokens: int, reduce: bool) -> int:
+    """Of kernels over [tokens, heads, D]. The fp32 masks weigh as much as one token's heads: registers keep them over
+    up to 8 tokens. With ``reduce`` two programs per processor bound the partial sums."""
+    if reduce:
+        return max(1, -(-tokens // (2 * processors(x))))
+    return max(1, min(8, tokens // (2 * processors(x))))
+
+
 def _unit(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _launch(
+def _rotate_all(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, xq: Tensor | None = None,
     xk: Tensor | None = None, backward: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> Gradients:  # fmt: skip
     """Outputs like q and k and, given the forward's inputs xq, xk, the mask gradients."""
     q, k, cos, sin = _unit(q), _unit(k), _unit(cos), _unit(sin)
     xq, xk = None if xq is None else _unit(xq), None if xk is None else _unit(xk)
     batch, length, heads, dim = q.shape
     kv_heads, tokens = k.shape[2], batch * length
-    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-    # the fp32 masks weigh as much as one token's queries: keep them in registers over up to 8 tokens
-    per_program = max(1, min(8, tokens // (2 * processors(q))))
-    if xq is not None or xk is not None:  # two programs per processor bound the partial mask gradients
-        per_program = max(1, -(-tokens // (2 * processors(q))))
+    q_out, k_out, reduce = dense_like(q), dense_like(k), xq is not None or xk is not None
+    per_program = tokens_per_program(q, tokens, reduce)
     programs = -(-tokens // per_program)
-    dqm = None if xq is None else torch.empty(programs, heads, dim, dtype=torch.float32, device=q.device)
-    dkm = None if xk is None else torch.empty(programs, kv_heads, dim, dtype=torch.float32, device=q.device)
+    dqm = partial_sums(xq is not None, programs, heads * dim, q.device)
+    dkm = partial_sums(xk is not None, programs, kv_heads * dim, q.device)
     hp, kp, half = power_of_two(heads), power_of_two(kv_heads), power_of_two(dim // 2)
 
     def strides(x: Tensor | None) -> tuple[int, ...]:
@@ -175,126 +176,107 @@ def _launch(
                 length, heads, kv_heads, dim // 2, *strides(q), *strides(k), *strides(xq), *strides(xk), *table(cos),
                 *table(sin), per_program, BACKWARD=backward, NEED_Q=xq is not None, NEED_K=xk is not None,
                 LOOP_STAGES=STAGES if per_program > 1 else 1, HP=hp, KP=kp, HALF=half,
-                num_warps=4 if hp * half < 2048 else 8 if dqm is None and dkm is None else 16,
+                num_warps=4 if hp * half < 2048 else 16 if reduce else 8,
             )  # fmt: skip
-    sums: list[Tensor | None] = [None, None]
-    if dqm is not None:
-        sums = list(column_sums(dqm.flatten(1), None if dkm is None else dkm.flatten(1)))
-    elif dkm is not None:
-        sums[1] = column_sums(dkm.flatten(1))[0]
-    return (q_out, k_out, None if sums[0] is None else sums[0].view(heads, dim),
-            None if sums[1] is None else sums[1].view(kv_heads, dim))
+    of_q, of_k = column_sums(dqm, dkm)
+    return q_out, k_out, in_dtype_of(of_q, q_mask), in_dtype_of(of_k, k_mask)
 
 
-@custom_op(
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
+    return _rotate_all(q, k, cos, sin, q_mask, k_mask)[:2]
+
+
+def _launch_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
+    k_mask: Tensor, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    xq, xk = q if need[2] else None, k if need[3] else None
+    return _rotate_all(dq_out, dk_out, cos, sin, q_mask, k_mask, xq, xk, True)
+
+
+def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
+    """cos and sin as [period, D] fp32, and the period: all positions, or all tokens where the batch has its own."""
+    if cos.shape[0] != sin.shape[0]:
+        cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)
+    return cpu.vector(cos), cpu.vector(sin), cos.shape[0] * cos.shape[1]
+
+
+def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
+    cosine, sine, period = _tables(cos, sin, q.shape[0])
+    out = []
+    for x, mask in ((q.contiguous(), q_mask), (k.contiguous(), k_mask)):
+        y = cpu.empty_like(x)
+        tokens, (heads, dim) = x.shape[0] * x.shape[1], x.shape[2:]
+        cpu.call("masked_rope", x, cpu.vector(mask), cosine, sine, y, tokens, period, heads, dim,
+                 cpu.chunking(tokens, heads * dim)[0], cpu.DTYPES[x.dtype])
+        out.append(y)
+    return out[0], out[1]
+
+
+def _cpu_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
+    k_mask: Tensor, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    cosine, sine, period = _tables(cos, sin, dq_out.shape[0])
+    grads, masks = [], []
+    for out, x, mask, needed in ((dq_out, q, q_mask, need[2]), (dk_out, k, k_mask, need[3])):
+        g, source = out.contiguous(), x.contiguous() if needed and x is not None else None
+        tokens, (heads, dim) = g.shape[0] * g.shape[1], g.shape[2:]
+        per_chunk, chunks = cpu.chunking(tokens, heads * dim, needed)
+        dx, partial = cpu.empty_like(g), cpu.partial_sums(needed, chunks, heads, dim)
+        cpu.call("masked_rope_backward", g, source, cpu.vector(mask), cosine, sine, dx, partial, tokens, period, heads,
+                 dim, per_chunk, cpu.DTYPES[g.dtype])
+        grads.append(dx)
+        masks.append(cpu.total(partial, mask))
+    return grads[0], grads[1], masks[0], masks[1]
+
+
+_op = Op(
     "masked_rope",
-    "(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, str? backend) "
-    "-> (Tensor, Tensor)",
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
+    results=2,
+    frozen=("cos", "sin"),
+    read_for={"q": ("q_mask",), "k": ("k_mask",)},
 )
-def _masked_rope(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    how = resolve("masked_rope", backend, q)
-    if how == "triton":
-        return _launch(q, k, cos, sin, q_mask, k_mask)[:2]
-    if how == "cpu":
-        return cpu.masked_rope(q, k, cos, sin, q_mask, k_mask)
-    q_out, k_out = reference(q, k, cos, sin, q_mask, k_mask)
-    return q_out.contiguous(), k_out.contiguous()
-
-
-@_masked_rope.register_fake
-def _(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
-
-
-@custom_op(
-    "masked_rope_backward",
-    "(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor q_mask, Tensor k_mask, "
-    "bool need_q_mask, bool need_k_mask, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _masked_rope_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
-    need_q_mask: bool, need_k_mask: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dq_mask, dk_mask. Without the mask flags q and k are not read (any tensor may stand for them)."""
-    how = resolve("masked_rope", backend, dq_out)
-    if how == "cpu":
-        return cpu.masked_rope_backward(
-            dq_out, dk_out, q, k, cos, sin, q_mask, k_mask, need_q_mask, need_k_mask
-        )
-    if how == "triton":
-        dq, dk, from_q, from_k = _launch(
-            dq_out, dk_out, cos, sin, q_mask, k_mask, q if need_q_mask else None, k if need_k_mask else None, True
-        )
-        return (dq, dk, no_grad_slot(dq) if from_q is None else from_q.to(q_mask.dtype),
-                no_grad_slot(dk) if from_k is None else from_k.to(k_mask.dtype))
-    dq, dk, dqm, dkm = reference_backward(
-        dq_out, dk_out, q, k, cos, sin, q_mask, k_mask, need_q_mask, need_k_mask
-    )
-    return dq.contiguous(), dk.contiguous(), dqm, dkm
-
-
-@_masked_rope_backward.register_fake
-def _(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor,
-    need_q_mask: bool, need_k_mask: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq = torch.empty(dq_out.shape, dtype=dq_out.dtype, device=dq_out.device)
-    dk = torch.empty(dk_out.shape, dtype=dk_out.dtype, device=dk_out.device)
-    dqm = torch.empty_like(q_mask) if need_q_mask else no_grad_slot(dq_out)
-    dkm = torch.empty_like(k_mask) if need_k_mask else no_grad_slot(dq_out)
-    return dq, dk, dqm, dkm
-
-
-def _setup(ctx, inputs, output):
-    q, k, cos, sin, q_mask, k_mask, backend = inputs
-    need = ctx.needs_input_grad
-    ctx.save_for_backward(q if need[4] else None, k if need[5] else None, cos, sin, q_mask, k_mask)
-    ctx.backend = backend
-
-
-def _backward(ctx, dq_out, dk_out):
-    q, k, cos, sin, q_mask, k_mask = ctx.saved_tensors
-    need_q_mask, need_k_mask = ctx.needs_input_grad[4:6]
-    dq, dk, dqm, dkm = _masked_rope_backward(
-        dq_out, dk_out, dq_out if q is None else q, dk_out if k is None else k, cos, sin, q_mask, k_mask,
-        need_q_mask, need_k_mask, ctx.backend,
-    )
-    return dq, dk, None, None, dqm if need_q_mask else None, dkm if need_k_mask else None, None
-
-
-_masked_rope.register_autograd(_backward, setup_context=_setup)
 
 
 def masked_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """rope(q * q_mask), rope(k * k_mask) as [B, H, T, D] and [B, Hkv, T, D]; gradients to q, k and the masks.
+    """rope(q_mask * q) and rope(k_mask * k), heads before tokens.
 
-    The results are transposed views of [B, T, heads, D] memory, the layout fused attention reads fastest. cos and sin
-    follow Hugging Face (both halves filled) and get no gradient.
+    With p = mask * q: p cos + rot(p) sin, where rot(p)_i = -p_{i+D/2} for i < D/2, else p_{i-D/2} (rotate-half, as in
+    Hugging Face).
+
+    Args:
+        q: [B, T, H, D] in any floating dtype, D even.
+        k: [B, T, Hkv, D], like q.
+        cos, sin: [B or 1, T, D], any floating dtype, both halves filled as Hugging Face does; they get no gradient.
+        q_mask: [H, D], fp32.
+        k_mask: [Hkv, D], fp32.
+        backend: "triton", "cpu" or "reference"; None: by device and dtype.
+
+    Returns:
+        [B, H, T, D] and [B, Hkv, T, D] in the dtype of q: transposed views of [B, T, heads, D] memory, the layout fused
+        attention reads fastest. Gradients to q, k and the masks.
+
+    Raises:
+        JointNASError: shapes or dtypes that do not fit, or a backend that cannot run.
     """
     op = "masked_rope"
-    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or (q.shape[-1] != k.shape[-1]):
+    if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
         raise bad(op, f"q {tuple(q.shape)} and k {tuple(k.shape)} must be [B, T, heads, D] with equal B, T, D")
     if q.shape[-1] % 2 != 0:
         raise bad(op, f"head_dim {q.shape[-1]} must be even")
     if q.dtype != k.dtype:
         raise bad(op, f"q is {q.dtype}, k is {k.dtype}")
     for name, table in (("cos", cos), ("sin", sin)):
-        if (
-            table.dim() != 3
-            or table.shape[0] not in (1, q.shape[0])
-            or table.shape[1] != q.shape[1]
-            or table.shape[2] != q.shape[3]
-        ):
-            raise bad(op, f"{name} {tuple(table.shape)} must be [B or 1, T, D] for q " f"{tuple(q.shape)}")
+        if table.dim() != 3 or table.shape[0] not in (1, q.shape[0]) or table.shape[1:] != q.shape[1::2]:
+            raise bad(op, f"{name} {tuple(table.shape)} must be [B or 1, T, D] for q {tuple(q.shape)}")
     if q_mask.shape != q.shape[2:]:
         raise bad(op, f"q_mask {tuple(q_mask.shape)} must be {tuple(q.shape[2:])}")
     if k_mask.shape != k.shape[2:]:
         raise bad(op, f"k_mask {tuple(k_mask.shape)} must be {tuple(k.shape[2:])}")
-    q_out, k_out = _masked_rope(q, k, cos, sin, q_mask, k_mask, backend)
+    q_out, k_out = _op(q, k, cos, sin, q_mask, k_mask, backend)
     return q_out.transpose(1, 2), k_out.transpose(1, 2)

@@ -25,13 +25,13 @@ from jointnas_kernels.ops.core.tensors import bad, compute_dtype, in_dtype_of, r
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dgate, dup, dr, dc
 
 
-def reference(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
+def _reference(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
     acc = compute_dtype(gate.dtype)
     r, c = out_mask.to(acc), in_mask.to(acc)
     return (torch.nn.functional.silu(r * gate.to(acc)) * (r * up.to(acc)) * c).to(gate.dtype)
 
 
-def reference_backward(
+def _reference_backward(
     grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need: Sequence[bool]
 ) -> Gradients:
     acc = compute_dtype(gate.dtype)
@@ -51,6 +51,7 @@ def swiglu_forward_kernel(
     gate_ptr, up_ptr, r_ptr, c_ptr, out_ptr, count, width, column_blocks, gate_stride, up_stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One tile of silu(r * gate) * (r * up) * c."""
     pid = tl.program_id(0)
     row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -165,8 +166,8 @@ def _cpu_backward(
 
 _op = Op(
     "masked_swiglu",
-    {"triton": _launch, "cpu": _cpu, "reference": reference},
-    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": reference_backward},
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
 )
 
 

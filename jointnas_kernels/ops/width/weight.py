@@ -1,9 +1,8 @@
 """mixed_weight: the weight-mixing supernet's expected weight, three ways (Fig. 3 of arXiv 2606.04063).
 
-    W [M, N], K1 input choices (alpha_in, sizes_in), K2 output choices (alpha_out, sizes_out)
-    out = sum_ij alpha_in_i alpha_out_j pad(W[:M_j, :N_i])                             "loop"      K1 K2 passes over W
-        = W * sum_ij alpha_in_i alpha_out_j G_ij,  G_ij the 0/1 mask of that block     "masks"     reads K1 K2 masks
-        = W * (r c^T),  c_n = sum_{i: n < N_i} alpha_in_i,  r_m likewise               "factored"  one read, one write
+    "loop"      sum_ij alpha_in_i alpha_out_j pad(W[:M_j, :N_i])                                  K1 K2 passes over W
+    "masks"     W * sum_ij alpha_in_i alpha_out_j G_ij,  G_ij the 0/1 mask of that block          reads K1 K2 masks
+    "factored"  W * (r c^T),  c_n = sum_{i: n < N_i} alpha_in_i,  r_m likewise                    one read, one write
 
 Equal in value and in every gradient (the mask sum is rank 1). Backward, with E = dL/dout * W:
 
@@ -13,7 +12,10 @@ Equal in value and in every gradient (the mask sum is rank 1). Backward, with E 
 The supernet never calls this (``mixed_linear`` needs no mixed weight); it is the benchmark's subject and a check.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 import triton
@@ -21,86 +23,96 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.errors import unknown
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.core.dispatch import (
-    bad,
-    compute_dtype,
-    custom_op,
-    no_grad_slot,
-    power_of_two,
-    processors,
-    resolve,
-)
-from jointnas_kernels.ops.width.masks import membership
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, power_of_two, processors, rows
+from jointnas_kernels.ops.width.masks import membership, prefix_mask
 
+Sizes = Sequence[int]
+Gradients = tuple[Tensor | None, Tensor, Tensor]  # dW, dalpha_in, dalpha_out
 IMPLS = ("factored", "masks", "loop")
 
 
 def choice_masks(
-    sizes_in: Sequence[int], sizes_out: Sequence[int], shape: tuple[int, int],
-    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """[K2 K1, M, N]: G_ij for every pair, output choice major: what the paper keeps in memory."""
-    rows, cols = membership(sizes_out, shape[0], device, dtype), membership(sizes_in, shape[1], device, dtype)
-    return (rows.t()[:, None, :, None] * cols.t()[None, :, None, :]).reshape(-1, *shape)
+    sizes_in: Sizes, sizes_out: Sizes, shape: tuple[int, int], device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
+    """What the paper keeps in memory: G_ij for every pair of choices.
+
+    Args:
+        sizes_in, sizes_out: K1 and K2 sizes, in 1..N and 1..M.
+        shape: (M, N) of the weight.
+        device, dtype: of the result.
+
+    Returns:
+        [K2 K1, M, N] of zeros and ones, output choice major.
+
+    Raises:
+        JointNASError: no sizes, or one that is out of range.
+    """
+    lines, columns = membership(sizes_out, shape[0], device, dtype), membership(sizes_in, shape[1], device, dtype)
+    return (lines.t()[:, None, :, None] * columns.t()[None, :, None, :]).reshape(-1, *shape)
 
 
-def _vectors(alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
-             shape: torch.Size, acc: torch.dtype) -> tuple[Tensor, Tensor]:
-    """c [N] and r [M]."""
-    columns = membership(sizes_in, shape[1], alpha_in.device, acc) * alpha_in.to(acc)
-    lines = membership(sizes_out, shape[0], alpha_out.device, acc) * alpha_out.to(acc)
-    return columns.sum(-1), lines.sum(-1)
+def _vectors(
+    alpha_in: Tensor, alpha_out: Tensor, sizes_in: Sizes, sizes_out: Sizes, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """r [M] and c [N]."""
+    acc, (m, n) = compute_dtype(weight.dtype), weight.shape
+    return prefix_mask(alpha_out.to(acc), sizes_out, m), prefix_mask(alpha_in.to(acc), sizes_in, n)
 
 
-def reference(
-    weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
-    impl: str, masks: Tensor | None = None,
-) -> Tensor:
-    """Differentiable torch; "loop" pads every block to full size as TangleNAS does."""
-    acc = compute_dtype(weight)
+def _of_prefixes(d: Tensor, sizes: Sizes, like: Tensor) -> Tensor:
+    """dalpha from the gradient of c or r."""
+    return torch.stack([d[:size].sum() for size in sizes]).to(like.dtype)
+
+
+def _of_pairs(d: Tensor, alpha_in: Tensor, alpha_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Both dalpha from D [K2 K1]."""
+    d = d.view(len(alpha_out), len(alpha_in))
+    return (d * alpha_out[:, None]).sum(0).to(alpha_in.dtype), (d * alpha_in).sum(1).to(alpha_out.dtype)
+
+
+def _reference(
+    weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes, sizes_out: Sizes,
+    impl: str,
+) -> Tensor:  # fmt: skip
+    """"loop" pads every block to full size as TangleNAS does."""
+    acc = compute_dtype(weight.dtype)
     w, a, b = weight.to(acc), alpha_in.to(acc), alpha_out.to(acc)
     m, n = weight.shape
     if impl == "factored":
-        c, r = _vectors(alpha_in, sizes_in, alpha_out, sizes_out, weight.shape, acc)
+        r, c = _vectors(alpha_in, alpha_out, sizes_in, sizes_out, weight)
         return (w * r[:, None] * c).to(weight.dtype)
-    if impl == "masks":
-        stored = choice_masks(sizes_in, sizes_out, (m, n), weight.device, weight.dtype) if masks is None else masks
-        mixed = torch.zeros_like(w)
-        for coefficient, mask in zip((b[:, None] * a).reshape(-1, 1, 1), stored, strict=True):
+    mixed = torch.zeros_like(w)
+    if masks is not None:
+        for coefficient, mask in zip((b[:, None] * a).reshape(-1, 1, 1), masks, strict=True):
             mixed = mixed + coefficient * mask
         return (w * mixed).to(weight.dtype)
-    out = torch.zeros_like(w)
-    for j, rows in enumerate(sizes_out):
-        for i, cols in enumerate(sizes_in):
-            out = out + torch.nn.functional.pad(a[i] * b[j] * w[:rows, :cols], (0, n - cols, 0, m - rows))
-    return out.to(weight.dtype)
+    for (j, lines), (i, columns) in product(enumerate(sizes_out), enumerate(sizes_in)):
+        block = a[i] * b[j] * w[:lines, :columns]
+        mixed = mixed + torch.nn.functional.pad(block, (0, n - columns, 0, m - lines))
+    return mixed.to(weight.dtype)
 
 
-def reference_backward(
-    grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
-    sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dW (empty unless asked for), dalpha_in, dalpha_out, in the way of ``impl``."""
-    acc = compute_dtype(weight)
-    a, b, g = alpha_in.to(acc), alpha_out.to(acc), grad.to(acc)
-    dw = reference(grad, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).to(weight.dtype)
-    e = g * weight.to(acc)
+def _reference_backward(
+    grad: Tensor, weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes,
+    sizes_out: Sizes, impl: str, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    acc = compute_dtype(weight.dtype)
+    a, b, e = alpha_in.to(acc), alpha_out.to(acc), grad.to(acc) * weight.to(acc)
+    dw = _reference(grad, alpha_in, alpha_out, masks, sizes_in, sizes_out, impl) if need[0] else None
     if impl == "factored":
-        c, r = _vectors(alpha_in, sizes_in, alpha_out, sizes_out, weight.shape, acc)
+        r, c = _vectors(alpha_in, alpha_out, sizes_in, sizes_out, weight)
         dc, dr = (e * r[:, None]).sum(0), (e * c).sum(1)
-        da = torch.stack([dc[:cols].sum() for cols in sizes_in])
-        db = torch.stack([dr[:rows].sum() for rows in sizes_out])
+        return dw, _of_prefixes(dc, sizes_in, alpha_in), _of_prefixes(dr, sizes_out, alpha_out)
+    if masks is not None:
+        sums = [(e * mask).sum() for mask in masks]
     else:
-        if impl == "masks":
-            stored = masks if masks is not None else choice_masks(
-                sizes_in, sizes_out, (weight.shape[0], weight.shape[1]), weight.device, weight.dtype)
-            d = torch.stack([(e * mask).sum() for mask in stored]).reshape(len(sizes_out), len(sizes_in))
-        else:
-            d = torch.stack([e[:rows, :cols].sum() for rows in sizes_out for cols in sizes_in])
-            d = d.reshape(len(sizes_out), len(sizes_in))
-        da, db = (d * b[:, None]).sum(0), (d * a).sum(1)
-    return dw if need_weight else no_grad_slot(weight), da.to(alpha_in.dtype), db.to(alpha_out.dtype)
+        sums = [e[:lines, :columns].sum() for lines, columns in product(sizes_out, sizes_in)]
+    da, db = _of_pairs(torch.stack(sums), a, b)
+    return dw, da.to(alpha_in.dtype), db.to(alpha_out.dtype)
 
 
 @triton.jit
@@ -216,38 +228,38 @@ def loop_kernel(
         tl.store(at, tl.load(at, mask=ok, other=0.0) + coefficient * w, mask=ok)
 
 
-def _launch_forward(
-    weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
-    impl: str, masks: Tensor | None,
-) -> Tensor:
-    w = weight if weight.stride(1) == 1 else weight.contiguous()
-    alpha_in, alpha_out = alpha_in.contiguous(), alpha_out.contiguous()
-    m, n = w.shape
-    block_m, block_n = 8, 1024
-    blocks = -(-n // block_n)
-    grid = (-(-m // block_m) * blocks,)
-    block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8}
-    k_in, k_out = len(sizes_in), len(sizes_out)
+def _tiles(lines: int, columns: int, block_n: int) -> tuple[int, int]:
+    """(programs, column blocks) of a kernel over [lines, columns] in tiles of 8 x block_n."""
+    blocks = -(-columns // block_n)
+    return -(-lines // 8) * blocks, blocks
+
+
+def _launch(
+    weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes, sizes_out: Sizes,
+    impl: str,
+) -> Tensor:  # fmt: skip
+    w, alpha_in, alpha_out = rows(weight), alpha_in.contiguous(), alpha_out.contiguous()
+    (m, n), k_in, k_out = w.shape, len(sizes_in), len(sizes_out)
+    programs, blocks = _tiles(m, n, 1024)
+    block = {"BLOCK_M": 8, "BLOCK_N": 1024, "num_warps": 8}
     with torch.cuda.device_of(w):
         if impl == "loop":  # K1 K2 read-modify-writes of an fp32 accumulator
             total = torch.zeros(m, n, dtype=torch.float32, device=w.device)
-            for j, rows in enumerate(sizes_out):
-                for i, cols in enumerate(sizes_in):
-                    blocks = -(-cols // block_n)
-                    loop_kernel[(-(-rows // block_m) * blocks,)](
-                        w, None, alpha_in, alpha_out, total, None, i, j, rows, cols, n, blocks, w.stride(0), 0,
-                        BACKWARD=False, **block,
-                    )  # fmt: skip
+            for (j, lines), (i, columns) in product(enumerate(sizes_out), enumerate(sizes_in)):
+                programs, blocks = _tiles(lines, columns, 1024)
+                loop_kernel[(programs,)](
+                    w, None, alpha_in, alpha_out, total, None, i, j, lines, columns, n, blocks, w.stride(0), 0,
+                    BACKWARD=False, **block,
+                )  # fmt: skip
             return total.to(weight.dtype)
         out = torch.empty(m, n, dtype=w.dtype, device=w.device)
-        if impl == "masks":
-            stored = choice_masks(sizes_in, sizes_out, (m, n), w.device, w.dtype) if masks is None else masks
-            masks_kernel[grid](
-                w, None, stored.contiguous(), alpha_in, alpha_out, out, None, m, n, blocks, w.stride(0), 0,
+        if masks is not None:
+            masks_kernel[(programs,)](
+                w, None, masks.contiguous(), alpha_in, alpha_out, out, None, m, n, blocks, w.stride(0), 0,
                 K_IN=k_in, PAIRS=k_in * k_out, BACKWARD=False, **block,
             )  # fmt: skip
         else:
-            factored_kernel[grid](
+            factored_kernel[(programs,)](
                 w, alpha_in, alpha_out, out, m, n, blocks, w.stride(0), SIZES_IN=tuple(sizes_in),
                 SIZES_OUT=tuple(sizes_out), K_IN=k_in, K_OUT=k_out, **block,
             )  # fmt: skip
@@ -255,135 +267,89 @@ def _launch_forward(
 
 
 def _launch_backward(
-    grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
-    sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dw = no_grad_slot(weight)
-    if need_weight:
-        dw = _launch_forward(grad, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).to(weight.dtype)
-    w = weight if weight.stride(1) == 1 else weight.contiguous()
-    alpha_in, alpha_out = alpha_in.contiguous(), alpha_out.contiguous()
-    g = grad if grad.stride(1) == 1 else grad.contiguous()
-    m, n = w.shape
-    block_m, block_n = 8, 512
-    blocks, row_blocks = -(-n // block_n), -(-m // block_m)
-    block = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 8}
-    k_in, k_out = len(sizes_in), len(sizes_out)
+    grad: Tensor, weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes,
+    sizes_out: Sizes, impl: str, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    dw = _launch(grad, alpha_in, alpha_out, masks, sizes_in, sizes_out, impl) if need[0] else None
+    g, w, alpha_in, alpha_out = rows(grad), rows(weight), alpha_in.contiguous(), alpha_out.contiguous()
+    (m, n), k_in, k_out = w.shape, len(sizes_in), len(sizes_out)
+    programs, blocks = _tiles(m, n, 512)
+    block = {"BLOCK_M": 8, "BLOCK_N": 512, "num_warps": 8}
+
+    def shares(count: int, width: int) -> Tensor:
+        return torch.empty(count, width, dtype=torch.float32, device=w.device)
+
     with torch.cuda.device_of(w):
         if impl == "factored":
-            chunks = max(1, min(row_blocks, 4 * processors(w) // blocks))
-            per_program = -(-row_blocks // chunks) * block_m
+            row_blocks = programs // blocks
+            per_program = -(-row_blocks // max(1, min(row_blocks, 4 * processors(w) // blocks))) * 8
             programs = -(-m // per_program) * blocks
-            shares = torch.empty(programs, k_in + k_out, dtype=torch.float32, device=w.device)
+            of_both = shares(programs, k_in + k_out)
             factored_backward_kernel[(programs,)](
-                g, w, alpha_in, alpha_out, shares, m, n, blocks, per_program, g.stride(0), w.stride(0),
+                g, w, alpha_in, alpha_out, of_both, m, n, blocks, per_program, g.stride(0), w.stride(0),
                 SIZES_IN=tuple(sizes_in), SIZES_OUT=tuple(sizes_out), K_IN=k_in, K_OUT=k_out,
                 KP_IN=power_of_two(k_in), KP_OUT=power_of_two(k_out), **block,
             )  # fmt: skip
-            both = shares.sum(0)
-            return dw, both[:k_in].to(alpha_in.dtype, copy=True), both[k_in:].to(alpha_out.dtype, copy=True)
-        if impl == "masks":
-            stored = choice_masks(sizes_in, sizes_out, (m, n), w.device, w.dtype) if masks is None else masks
-            shares = torch.empty(row_blocks * blocks, k_in * k_out, dtype=torch.float32, device=w.device)
-            masks_kernel[(row_blocks * blocks,)](
-                w, g, stored.contiguous(), alpha_in, alpha_out, None, shares, m, n, blocks, w.stride(0), g.stride(0),
+            da, db = of_both.sum(0).split([k_in, k_out])
+            return dw, da.to(alpha_in.dtype), db.to(alpha_out.dtype)
+        if masks is not None:
+            of_pairs = shares(programs, k_in * k_out)
+            masks_kernel[(programs,)](
+                w, g, masks.contiguous(), alpha_in, alpha_out, None, of_pairs, m, n, blocks, w.stride(0), g.stride(0),
                 K_IN=k_in, PAIRS=k_in * k_out, BACKWARD=True, **block,
             )  # fmt: skip
-            d = shares.sum(0).view(k_out, k_in)
-        else:
-            sums = []
-            for j, rows in enumerate(sizes_out):
-                for i, cols in enumerate(sizes_in):
-                    blocks, row_blocks = -(-cols // block_n), -(-rows // block_m)
-                    shares = torch.empty(row_blocks * blocks, dtype=torch.float32, device=w.device)
-                    loop_kernel[(row_blocks * blocks,)](
-                        w, g, alpha_in, alpha_out, None, shares, i, j, rows, cols, n, blocks, w.stride(0),
-                        g.stride(0), BACKWARD=True, **block,
-                    )  # fmt: skip
-                    sums.append(shares.sum())
-            d = torch.stack(sums).view(k_out, k_in)
-    return dw, (d * alpha_out[:, None]).sum(0).to(alpha_in.dtype), (d * alpha_in).sum(1).to(alpha_out.dtype)
+            return dw, *_of_pairs(of_pairs.sum(0), alpha_in, alpha_out)
+        sums = []
+        for (j, lines), (i, columns) in product(enumerate(sizes_out), enumerate(sizes_in)):
+            programs, blocks = _tiles(lines, columns, 512)
+            of_pair = shares(programs, 1)
+            loop_kernel[(programs,)](
+                w, g, alpha_in, alpha_out, None, of_pair, i, j, lines, columns, n, blocks, w.stride(0), g.stride(0),
+                BACKWARD=True, **block,
+            )  # fmt: skip
+            sums.append(of_pair.sum())
+    return dw, *_of_pairs(torch.stack(sums), alpha_in, alpha_out)
 
 
-def _available(impl: str) -> tuple[str, ...]:
+def _cpu(
+    weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: None, sizes_in: Sizes, sizes_out: Sizes, impl: str
+) -> Tensor:  # fmt: skip
+    w = weight.contiguous()
+    r, c = _vectors(alpha_in, alpha_out, sizes_in, sizes_out, w)
+    out = cpu.empty_like(w)
+    cpu.call("mixed_weight", w, r, c, out, *w.shape, cpu.DTYPES[w.dtype])
+    return out
+
+
+def _cpu_backward(
+    grad: Tensor, weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: None, sizes_in: Sizes,
+    sizes_out: Sizes, impl: str, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    g, w = grad.contiguous(), weight.contiguous()
+    count, width = w.shape
+    r, c = _vectors(alpha_in, alpha_out, sizes_in, sizes_out, w)
+    per_chunk, chunks = cpu.chunking(count, width, True)
+    dw, dr, partial = cpu.empty_like(w) if need[0] else None, cpu.floats(count), cpu.floats(chunks, width)
+    cpu.call("mixed_weight_backward", g, w, r, c, dw, dr, partial, count, width, per_chunk, cpu.DTYPES[w.dtype])
+    return dw, _of_prefixes(partial.sum(0), sizes_in, alpha_in), _of_prefixes(dr, sizes_out, alpha_out)
+
+
+def _choose(
+    weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes, sizes_out: Sizes,
+    impl: str, backend: str | None,
+) -> str:  # fmt: skip
     """C++ exists for "factored" only: the other two are there to be compared with, and torch does them well."""
-    return ("triton", "cpu", "reference") if impl == "factored" else ("triton", "reference")
+    available = ("triton", "cpu", "reference") if impl == "factored" else ("triton", "reference")
+    return resolve("mixed_weight", backend, weight, available)
 
 
-@custom_op(
+_op = Op(
     "mixed_weight",
-    "(Tensor weight, Tensor alpha_in, int[] sizes_in, Tensor alpha_out, int[] sizes_out, str impl, "
-    "Tensor? masks, str? backend) -> Tensor",
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
+    frozen=("masks",),
+    choose=_choose,
 )
-def _mixed_weight(
-    weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
-    impl: str, masks: Tensor | None, backend: str | None,
-) -> Tensor:
-    how = resolve("mixed_weight", backend, weight, _available(impl))
-    if how == "triton":
-        return _launch_forward(weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks)
-    if how == "cpu":
-        c, r = _vectors(alpha_in, sizes_in, alpha_out, sizes_out, weight.shape, torch.float32)
-        return cpu.mixed_weight(weight, r, c)
-    return reference(weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks).contiguous()
-
-
-@_mixed_weight.register_fake
-def _(
-    weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
-    impl: str, masks: Tensor | None, backend: str | None,
-) -> Tensor:
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-
-
-@custom_op(
-    "mixed_weight_backward",
-    "(Tensor grad, Tensor weight, Tensor alpha_in, int[] sizes_in, Tensor alpha_out, int[] sizes_out, "
-    "str impl, Tensor? masks, bool need_weight, str? backend) -> (Tensor, Tensor, Tensor)",
-)
-def _mixed_weight_backward(
-    grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
-    sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    how = resolve("mixed_weight", backend, weight, _available(impl))
-    if how == "triton":
-        return _launch_backward(grad, weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, need_weight)
-    if how == "cpu":
-        c, r = _vectors(alpha_in, sizes_in, alpha_out, sizes_out, weight.shape, torch.float32)
-        dw, dc, dr = cpu.mixed_weight_backward(grad, weight, r, c, need_weight)
-        from_c, from_r = (torch.stack([d[:size].sum() for size in s]) for d, s in ((dc, sizes_in), (dr, sizes_out)))
-        return dw, from_c.to(alpha_in.dtype), from_r.to(alpha_out.dtype)
-    dw, da, db = reference_backward(
-        grad, weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, need_weight
-    )
-    return dw.contiguous(), da, db
-
-
-@_mixed_weight_backward.register_fake
-def _(
-    grad: Tensor, weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor,
-    sizes_out: Sequence[int], impl: str, masks: Tensor | None, need_weight: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if need_weight else no_grad_slot(weight)
-    return dw, torch.empty_like(alpha_in), torch.empty_like(alpha_out)
-
-
-def _setup(ctx, inputs, output):
-    weight, alpha_in, sizes_in, alpha_out, sizes_out, impl, masks, backend = inputs
-    ctx.save_for_backward(weight, alpha_in, alpha_out, masks)
-    ctx.sizes_in, ctx.sizes_out, ctx.impl, ctx.backend = sizes_in, sizes_out, impl, backend
-
-
-def _backward(ctx, grad):
-    weight, alpha_in, alpha_out, masks = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    dw, da, db = _mixed_weight_backward(
-        grad, weight, alpha_in, ctx.sizes_in, alpha_out, ctx.sizes_out, ctx.impl, masks, need[0], ctx.backend
-    )
-    return dw if need[0] else None, da if need[1] else None, None, db if need[3] else None, None, None, None, None
-
-
-_mixed_weight.register_autograd(_backward, setup_context=_setup)
 
 
 def mixed_weight(
@@ -396,11 +362,23 @@ def mixed_weight(
     backend: str | None = None,
     masks: Tensor | None = None,
 ) -> Tensor:
-    """Expected weight under independent input and output choices; gradients to both alphas and weight.
+    """Expected weight sum_ij alpha_in_i alpha_out_j G_ij * weight under independent input and output choices.
+
+    G_ij is 1 in the first sizes_out[j] rows and sizes_in[i] columns (Eq. 9 of arXiv 2606.04063).
 
     Args:
+        weight: [M, N] in any floating dtype.
+        alpha_in, alpha_out: [K1] and [K2], fp32: probabilities of the choices.
+        sizes_in, sizes_out: K1 sizes in 1..N and K2 in 1..M.
         impl: "factored" (default), "masks" or "loop"; equal results, different cost.
+        backend: "triton", "cpu" (of "factored") or "reference"; None: by device and dtype.
         masks: for "masks", the stored ``choice_masks``; built on the fly (slow, K1 K2 times the weight) when absent.
+
+    Returns:
+        [M, N] in the dtype of weight; computed in fp32 (fp64 for fp64). Gradients to both alphas and weight.
+
+    Raises:
+        JointNASError: an unknown impl, shapes or sizes that do not fit, or a backend that cannot run.
     """
     op = "mixed_weight"
     if impl not in IMPLS:
@@ -415,6 +393,7 @@ def mixed_weight(
             raise bad(op, f"sizes_{name} {tuple(sizes)} must lie in 1..{full}")
     if masks is not None and (impl != "masks" or masks.shape != (len(sizes_in) * len(sizes_out), m, n)):
         raise bad(op, "masks must be choice_masks(sizes_in, sizes_out, weight.shape) and go with impl='masks'")
-    return _mixed_weight(
-        weight, alpha_in, list(sizes_in), alpha_out, list(sizes_out), impl, masks, backend
-    )
+    if impl == "masks" and masks is None:
+        masks = choice_masks(sizes_in, sizes_out, (m, n), weight.device, weight.dtype)
+    out: Tensor = _op(weight, alpha_in, alpha_out, masks, list(sizes_in), list(sizes_out), impl, backend)
+    return out
