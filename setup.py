@@ -53,7 +53,7 @@ def ninja_file(target: Path, build_dir: Path) -> str:
     """The text of build.ninja: one rule for C++, one for CUDA, one link."""
     nvcc = find_nvcc()
     cxx = os.environ.get("CXX", "g++")
-    includes = [ROOT / "csrc" / "include", Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
+    includes = [ROOT / "csrc", Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
     flags = list(CXX_FLAGS)
     sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     link = f"{cxx} -shared -pthread"

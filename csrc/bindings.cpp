@@ -6,11 +6,11 @@
 #include <cstdint>
 #include <utility>
 
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 #ifdef JN_WITH_CUDA
-#include "cuda_ops.h"
+#include "cuda/cuda_ops.h"
 #endif
 
 namespace py = pybind11;
@@ -50,16 +50,16 @@ template <class S, class... F>
 }
 
 py::dict cpu_features() {
-  const uint32_t f = jnk::cpu_features();
+  const uint32_t f = jointnas::cpu_features();
   py::dict d;
-  d["avx2"] = (f & jnk::kHasAvx2) != 0;
-  d["avx_vnni"] = (f & jnk::kHasAvxVnni) != 0;
-  d["avx512f"] = (f & jnk::kHasAvx512) != 0;
-  d["avx512_bf16"] = (f & jnk::kHasBf16) != 0;
-  d["avx512_vnni"] = (f & jnk::kHasVnni) != 0;
-  d["avx512_vbmi"] = (f & jnk::kHasVbmi) != 0;
-  d["avx512_vpopcntdq"] = (f & jnk::kHasVpopcnt) != 0;
-  d["amx"] = (f & jnk::kHasAmx) != 0;
+  d["avx2"] = (f & jointnas::kHasAvx2) != 0;
+  d["avx_vnni"] = (f & jointnas::kHasAvxVnni) != 0;
+  d["avx512f"] = (f & jointnas::kHasAvx512) != 0;
+  d["avx512_bf16"] = (f & jointnas::kHasBf16) != 0;
+  d["avx512_vnni"] = (f & jointnas::kHasVnni) != 0;
+  d["avx512_vbmi"] = (f & jointnas::kHasVbmi) != 0;
+  d["avx512_vpopcntdq"] = (f & jointnas::kHasVpopcnt) != 0;
+  d["amx"] = (f & jointnas::kHasAmx) != 0;
   return d;
 }
 
@@ -71,7 +71,7 @@ py::dict cpu_features() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of jointnas_kernels (csrc/).";
   m.def("cpu_features", &cpu_features, "Instruction sets this CPU has, of those the kernels can use.");
-  m.def("parallel_backend", [] { return jnk::parallel_backend(); }, "Where threads come from: openmp or std::thread.");
+  m.def("parallel_backend", [] { return jointnas::parallel_backend(); }, "Where threads come from: openmp or std::thread.");
   JN_DEF(cpu_huge_pages);
   JN_DEF(cpu_read);
   JN_DEF(cpu_mixed_weight);

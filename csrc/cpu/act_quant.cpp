@@ -3,9 +3,9 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "act_quant.h"
+#include "cpu/act_quant.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 // mask x of one token, rounded to T: x itself without a mask
@@ -49,22 +49,22 @@ void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int*
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#include "past_cache.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/past_cache.h"
 
 #include <vector>
 
-#define JN_THIS_FILE "../cpu/act_quant.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/act_quant.cpp"
+#include "cpu/each_isa.h"
 
-using namespace jnk;
+using namespace jointnas;
 
 namespace {
 

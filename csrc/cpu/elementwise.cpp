@@ -5,9 +5,9 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "segments.h"
+#include "cpu/segments.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 inline void zero(float* p, int64_t n) {
@@ -213,23 +213,23 @@ void rope_backward_rows(const T* g, const T* x, const float* mask, const float* 
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#include "past_cache.h"
-#include "segments.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/past_cache.h"
+#include "cpu/segments.h"
 
 #include <vector>
 
-#define JN_THIS_FILE "../cpu/elementwise.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/elementwise.cpp"
+#include "cpu/each_isa.h"
 
-using namespace jnk;
+using namespace jointnas;
 
 namespace {
 

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-namespace jnk {
+namespace jointnas {
 
 #if defined(__x86_64__)
 namespace {
@@ -66,4 +66,4 @@ int choose_isa(int requested, uint32_t extra) {
   return requested >= kScalar && requested <= best ? requested : 0;
 }
 
-}  // namespace jnk
+}  // namespace jointnas

@@ -13,15 +13,15 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "lowbit_fields.h"
-#include "lowbit_block.h"
-#include "lowbit_tokens.h"
-#include "lowbit_gemm.h"
+#include "cpu/lowbit_fields.h"
+#include "cpu/lowbit_block.h"
+#include "cpu/lowbit_tokens.h"
+#include "cpu/lowbit_gemm.h"
 #if defined(JN_AVX512EXT)
-#include "lowbit_amx.h"
+#include "cpu/lowbit_amx.h"
 #endif
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 // Rows [lane, lane + V W) of S successive blocks times tokens [token, token + MB).
@@ -177,7 +177,7 @@ inline void multiply_blocks(const LowbitPlan& plan, int64_t block, int64_t block
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
@@ -185,13 +185,13 @@ inline void multiply_blocks(const LowbitPlan& plan, int64_t block, int64_t block
 #include <type_traits>
 #include <utility>
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "lowbit_cpu.h"
-#include "parallel.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/lowbit_cpu.h"
+#include "cpu/parallel.h"
 
-namespace jnk {
+namespace jointnas {
 
 constexpr int64_t kTokens = 128;  // multiplied with one unpacked panel: 16 KiB of levels beside its 8 KiB
 
@@ -209,20 +209,20 @@ struct LowbitPlan {
   bool amx, streams;
 };
 
-}  // namespace jnk
+}  // namespace jointnas
 
 #define JN_EXTENSION 1
-#define JN_THIS_FILE "../cpu/lowbit.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/lowbit.cpp"
+#include "cpu/each_isa.h"
 
 // As JN_DISPATCH, with the passes of JN_EXTENSION.
 #if defined(__x86_64__)
 #define DISPATCH(level, ...)         \
   if ((level) >= kAvx512Ext) {       \
-    using namespace jnk::avx512ext;  \
+    using namespace jointnas::avx512ext;  \
     __VA_ARGS__;                     \
   } else if ((level) == kAvxVnni) {  \
-    using namespace jnk::avxvnni;    \
+    using namespace jointnas::avxvnni;    \
     __VA_ARGS__;                     \
   } else                             \
     JN_DISPATCH(level, __VA_ARGS__)
@@ -230,7 +230,7 @@ struct LowbitPlan {
 #define DISPATCH(level, ...) JN_DISPATCH(level, __VA_ARGS__)
 #endif
 
-namespace jnk {
+namespace jointnas {
 namespace {
 
 int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, int threads, int isa) {
@@ -303,9 +303,9 @@ bool legal(int dtype, int w_bits, int a_bits, int64_t g, bool planes) {
 }
 
 }  // namespace
-}  // namespace jnk
+}  // namespace jointnas
 
-using namespace jnk;
+using namespace jointnas;
 
 int jn_cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O, int64_t I, int w_bits, int64_t g,
                        int64_t stored, int planes, int scale_dtype, int threads, int isa) {

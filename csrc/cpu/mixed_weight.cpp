@@ -4,7 +4,7 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 template <class T>
@@ -49,16 +49,16 @@ void mixed_weight_backward_rows(const T* g, const T* w, const float* r, const fl
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#define JN_THIS_FILE "../cpu/mixed_weight.cpp"
-#include "each_isa.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#define JN_THIS_FILE "cpu/mixed_weight.cpp"
+#include "cpu/each_isa.h"
 
 namespace {
 
@@ -68,7 +68,7 @@ void run(int level, const void* w, const float* r, const float* c, void* out, in
   constexpr int64_t kCache = 8 << 20;  // a larger output will not be read back from the cache
   const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(N, 1));
   const bool nontemporal = M * N * static_cast<int64_t>(sizeof(T)) > kCache;
-  jnk::parallel_for((M + rows - 1) / rows, threads, [&](int64_t i) {
+  jointnas::parallel_for((M + rows - 1) / rows, threads, [&](int64_t i) {
     JN_DISPATCH(level, mixed_weight_rows(static_cast<const T*>(w), r, c, static_cast<T*>(out), i * rows,
                                          std::min(M, (i + 1) * rows), N, nontemporal));
   });
@@ -78,24 +78,24 @@ void run(int level, const void* w, const float* r, const float* c, void* out, in
 
 int jn_cpu_mixed_weight(const void* w, const float* r, const float* c, void* out, int64_t M, int64_t N, int dtype,
                         int threads, int isa) {
-  const int level = jnk::choose_isa(isa);
-  if (!level) return jnk::kIsaMissing;
-  if (dtype == jnk::kF32)
+  const int level = jointnas::choose_isa(isa);
+  if (!level) return jointnas::kIsaMissing;
+  if (dtype == jointnas::kF32)
     run<float>(level, w, r, c, out, M, N, threads);
-  else if (dtype == jnk::kBf16)
-    run<jnk::bf16>(level, w, r, c, out, M, N, threads);
+  else if (dtype == jointnas::kBf16)
+    run<jointnas::bf16>(level, w, r, c, out, M, N, threads);
   else
-    return jnk::kBadArgument;
-  return jnk::kOk;
+    return jointnas::kBadArgument;
+  return jointnas::kOk;
 }
 
 int jn_cpu_mixed_weight_backward(const void* g, const void* w, const float* r, const float* c, void* dw, float* dr,
                                  float* partial, int64_t M, int64_t N, int64_t chunk_rows, int dtype, int threads,
                                  int isa) {
-  const int level = jnk::choose_isa(isa);
-  if (!level) return jnk::kIsaMissing;
-  if (dtype != jnk::kF32 && dtype != jnk::kBf16) return jnk::kBadArgument;
-  jnk::parallel_for((M + chunk_rows - 1) / chunk_rows, threads, [&](int64_t chunk) {
+  const int level = jointnas::choose_isa(isa);
+  if (!level) return jointnas::kIsaMissing;
+  if (dtype != jointnas::kF32 && dtype != jointnas::kBf16) return jointnas::kBadArgument;
+  jointnas::parallel_for((M + chunk_rows - 1) / chunk_rows, threads, [&](int64_t chunk) {
     const int64_t m = chunk * chunk_rows, rows = std::min(chunk_rows, M - m);
     const auto go = [&](auto t) {
       using T = decltype(t);
@@ -103,9 +103,9 @@ int jn_cpu_mixed_weight_backward(const void* g, const void* w, const float* r, c
       JN_DISPATCH(level, mixed_weight_backward_rows(static_cast<const T*>(g) + m * N, static_cast<const T*>(w) + m * N,
                                                     r + m, c, out, dr + m, partial + chunk * N, rows, N));
     };
-    dtype == jnk::kF32 ? go(float{}) : go(jnk::bf16{});
+    dtype == jointnas::kF32 ? go(float{}) : go(jointnas::bf16{});
   });
-  return jnk::kOk;
+  return jointnas::kOk;
 }
 
 #endif

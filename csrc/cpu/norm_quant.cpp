@@ -4,10 +4,10 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "act_quant.h"
-#include "segments.h"
+#include "cpu/act_quant.h"
+#include "cpu/segments.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 template <class T>
@@ -72,20 +72,20 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#include "segments.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/segments.h"
 
-#define JN_THIS_FILE "../cpu/norm_quant.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/norm_quant.cpp"
+#include "cpu/each_isa.h"
 
-using namespace jnk;
+using namespace jointnas;
 
 namespace {
 

@@ -20,7 +20,7 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 constexpr int kVecs = W == 16 ? 8 : W == 8 ? 4 : 8;  // register block: kRowBlock rows x kVecs vectors
@@ -281,7 +281,7 @@ void mix_backward_rows(const MixPlan& plan, const MixGrad& grad, int64_t row0, i
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
@@ -290,12 +290,12 @@ void mix_backward_rows(const MixPlan& plan, const MixGrad& grad, int64_t row0, i
 #include <memory>
 #include <utility>
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 
-namespace jnk {
+namespace jointnas {
 
 constexpr int64_t kRows = 12;      // rows of a chunk: a multiple of 3 and 2, below one AVX-512 vector
 constexpr int64_t kColumns = 128;  // columns of a tile, if a group is not larger
@@ -325,12 +325,12 @@ struct MixGrad {
   int64_t begin, count;
 };
 
-}  // namespace jnk
+}  // namespace jointnas
 
-#define JN_THIS_FILE "../cpu/quant_lora_mix.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/quant_lora_mix.cpp"
+#include "cpu/each_isa.h"
 
-namespace jnk {
+namespace jointnas {
 namespace {
 
 struct Free {
@@ -425,9 +425,9 @@ int by_dtypes(int dtype, int lora_dtype, const F& f) {
 }
 
 }  // namespace
-}  // namespace jnk
+}  // namespace jointnas
 
-using namespace jnk;
+using namespace jointnas;
 
 int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b, const float* probs, const float* clip,
                           const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,

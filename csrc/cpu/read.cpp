@@ -2,9 +2,9 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "veci.h"
+#include "cpu/veci.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 inline uint32_t read_words(const uint32_t* p, int64_t count) {
@@ -17,23 +17,23 @@ inline uint32_t read_words(const uint32_t* p, int64_t count) {
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #else
 
 #include <atomic>
 #include <utility>
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
+#include "cpu/bf16.h"
+#include "cpu/cpu_ops.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
 
-#define JN_THIS_FILE "../cpu/read.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/read.cpp"
+#include "cpu/each_isa.h"
 
 int jn_cpu_read(const void* p, int64_t bytes, int threads, int isa) {
-  using namespace jnk;
+  using namespace jointnas;
   const int level = choose_isa(isa);
   if (!level) return kIsaMissing;
   const int64_t words = bytes / 4 / threads;  // one contiguous part per thread

@@ -1,8 +1,8 @@
 // Per-token dynamic activation quantization, written in the byte order the int8 kernels read: one block per token, one
 // read of x, one write of a. Every step is rounded to x's type, as torch and compressed-tensors do it
 // (jointnas_kernels/ops/lowbit_linear.py: quantize_tokens).
-#include "cuda_ops.h"
-#include "lowbit.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/lowbit.cuh"
 
 namespace jointnas {
 namespace {

@@ -2,7 +2,7 @@
 // last plane counts negatively), so a group's sum is sum_ij +-2^(i+j) popcount(w_i AND a_j), one b1 product per weight
 // plane. The A planes of a token are columns of B: with one token and 8 planes the product is full, with 4 or 2 planes
 // two or four tokens fill it. No weight is ever unpacked.
-#include "lowbit_stream.cuh"
+#include "cuda/lowbit_stream.cuh"
 
 namespace jointnas {
 namespace {

@@ -1,7 +1,7 @@
 // Tiled low-bit weights to a dense [O, I] matrix, for prefill: with many tokens the library's 16-bit GEMM at full rate
 // plus one pass over the weights beats dequantising inside a GEMM. q * scale, rounded once to the output type.
-#include "cuda_ops.h"
-#include "lowbit.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/lowbit.cuh"
 
 namespace jointnas {
 namespace {

@@ -10,10 +10,10 @@
 // FFMA, 2/128 = 1/64 clock of issue slots (I2FP alone 1/64, 64 lanes per clock). So scaling can hide behind multiplying,
 // but takes half of all issue slots. Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256
 // tokens in pairs and W4 24 KB per 1024 clocks at full rate.
-#include "cuda_ops.h"
-#include "hopper.cuh"
-#include "lowbit.cuh"
-#include "wgmma.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/hopper.cuh"
+#include "cuda/lowbit.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {

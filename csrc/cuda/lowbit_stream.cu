@@ -1,5 +1,5 @@
 // The streaming GEMM (lowbit_stream.cuh) for 16-bit and 8-bit activations on the tensor cores' bf16, f16 and s8 products.
-#include "lowbit_stream.cuh"
+#include "cuda/lowbit_stream.cuh"
 
 namespace jointnas {
 namespace {

@@ -5,9 +5,9 @@
 // weight is dequantised twice and a token fragment read from shared memory four times per block.
 #include <type_traits>
 
-#include "cuda_ops.h"
-#include "lowbit.cuh"
-#include "lowbit_finish.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
 
 namespace jointnas {
 namespace {

@@ -6,10 +6,10 @@
 // Zero points of the activations enter once, at the end, through the row sums of the dequantised weights.
 #include <type_traits>
 
-#include "cuda_ops.h"
-#include "lowbit.cuh"
-#include "lowbit_finish.cuh"
-#include "wgmma.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {

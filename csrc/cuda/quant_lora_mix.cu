@@ -15,8 +15,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda_ops.h"
-#include "ptx.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/ptx.cuh"
 
 namespace jointnas {
 namespace {

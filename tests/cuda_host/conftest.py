@@ -1,4 +1,4 @@
-"""The CUDA kernels' own code on the CPU: csrc/cuda compiled by g++ with csrc/include/emulate.h in place of PTX.
+"""The CUDA kernels' own code on the CPU: csrc/cuda compiled by g++ with csrc/cuda/emulate/emulate.h in place of PTX.
 
 ``emulated`` is a stand-in for the compiled module ``jointnas_kernels._C``; ``on_cpu`` makes the launch code of
 jointnas_kernels/ops use it, so that everything between the public function and the last instruction is executed.
@@ -57,7 +57,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     library = tmp_path_factory.mktemp("emulated") / "libemulated.so"
     flags = ["-std=c++17", "-O1", "-DJN_EMULATE", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
     sources = [str(ROOT / "csrc" / "cuda" / name) for name in SOURCES]
-    command = ["g++", *flags, f"-I{ROOT / 'csrc' / 'include'}", "-x", "c++", *sources, "-o", str(library)]
+    command = ["g++", *flags, f"-I{ROOT / 'csrc'}", "-x", "c++", *sources, "-o", str(library)]
     subprocess.run(command, check=True)
     c = ctypes.CDLL(str(library))
     c.jn_token_layout.argtypes = [POINTER] * 2 + [INT] * 2 + [POINTER]

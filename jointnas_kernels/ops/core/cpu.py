@@ -41,7 +41,7 @@ def call(name: str, *args: Tensor | int | float | None, threads: int | None = No
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """A dense result like ``tensor``, large ones on huge pages (csrc/include/cpu_ops.h says why)."""
+    """A dense result like ``tensor``, large ones on huge pages (csrc/cpu/memory.cpp says why)."""
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     size = out.numel() * out.element_size()
     if size >= HUGE_FROM:
@@ -315,7 +315,7 @@ def quant_lora_mix_backward(
 
 # ---- low-bit linear ----
 
-LOWBIT_BLOCK = 64  # output rows of a block of prepared weights (csrc/include/lowbit_cpu.h)
+LOWBIT_BLOCK = 64  # output rows of a block of prepared weights (csrc/cpu/lowbit_cpu.h)
 
 
 def stored_group(group_size: int, w_bits: int, planes: bool = False) -> int:

@@ -12,7 +12,7 @@ holds exactly the values that lane feeds to ``mma``. Lane ``4g + t`` (g < 8, t <
 
 in word ``F // (8/bits)``, byte ``j``, bit ``bits * (F % (8/bits))``. Read as four bytes it is one A register of
 ``mma.m16n8k32.s8``; read as two halves, fields h = 0 and h = 1 are two A registers of ``mma.m16n8k16.f16``. Any order
-of the 128 inputs is allowed because the other operand is read in the same order (csrc/include/lowbit.cuh).
+of the 128 inputs is allowed because the other operand is read in the same order (csrc/cuda/lowbit.cuh).
 Shape: ``int32 [ceil(O/16), I/128, bits/2, 32 lanes, 4 words]``; missing rows hold q = 0.
 """
 

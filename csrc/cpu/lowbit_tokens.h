@@ -3,9 +3,9 @@
 //
 // Entry (step, field) of a group takes, for its parts p, input  step * 32/b + p * fields + field.
 
-#include "act_quant.h"
+#include "cpu/act_quant.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 // Levels a [I], scale and zero of one token.
@@ -131,4 +131,4 @@ void prepare_token(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas

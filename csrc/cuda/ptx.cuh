@@ -14,7 +14,7 @@ struct alignas(16) Vec4 { uint32_t w[4]; };
 }  // namespace jointnas
 
 #ifdef JN_EMULATE
-#include "emulate.h"
+#include "cuda/emulate/emulate.h"
 #else
 #include <cuda_runtime.h>
 

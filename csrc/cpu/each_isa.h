@@ -1,6 +1,6 @@
 // Compiles a kernel file once per instruction set. The file ends with
 //     #define JN_THIS_FILE "name.cpp"
-//     #include "each_isa.h"
+//     #include "cpu/each_isa.h"
 // and is then included three times with JN_ISA = scalar, avx2, avx512 (a namespace; code between its own
 // `#ifdef JN_ISA` and `#else`), each time with vec.h for that instruction set and the matching target options.
 // What a kernel has beyond these sits in the avx512 pass behind its own target attribute, or in two more passes
@@ -21,7 +21,7 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 
 #define JN_ISA scalar
-#include "vec.h"
+#include "cpu/vec.h"
 #include JN_THIS_FILE
 #undef JN_ISA
 
@@ -30,7 +30,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #define JN_ISA avx2
-#include "vec.h"
+#include "cpu/vec.h"
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
@@ -39,7 +39,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avxvnni")
 #define JN_ISA avxvnni
-#include "vec.h"
+#include "cpu/vec.h"
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
@@ -51,7 +51,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define JN_ISA avx512
-#include "vec.h"
+#include "cpu/vec.h"
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
@@ -60,7 +60,7 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vpopcntdq,prefer-vector-width=512")
 #define JN_ISA avx512ext
-#include "vec.h"
+#include "cpu/vec.h"
 #include JN_THIS_FILE
 #undef JN_ISA
 #pragma GCC pop_options
@@ -74,21 +74,21 @@
 #if defined(__x86_64__)
 #define JN_DISPATCH(level, ...)             \
   do {                                      \
-    if ((level) >= jnk::kAvx512) {          \
-      using namespace jnk::avx512;          \
+    if ((level) >= jointnas::kAvx512) {          \
+      using namespace jointnas::avx512;          \
       __VA_ARGS__;                          \
-    } else if ((level) >= jnk::kAvx2) {     \
-      using namespace jnk::avx2;            \
+    } else if ((level) >= jointnas::kAvx2) {     \
+      using namespace jointnas::avx2;            \
       __VA_ARGS__;                          \
     } else {                                \
-      using namespace jnk::scalar;          \
+      using namespace jointnas::scalar;          \
       __VA_ARGS__;                          \
     }                                       \
   } while (0)
 #else
 #define JN_DISPATCH(level, ...)    \
   do {                             \
-    using namespace jnk::scalar;   \
+    using namespace jointnas::scalar;   \
     __VA_ARGS__;                   \
   } while (0)
 #endif

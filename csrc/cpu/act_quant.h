@@ -4,12 +4,12 @@
 
 #ifndef JN_ACT_QUANT_H
 #define JN_ACT_QUANT_H
-namespace jnk {
+namespace jointnas {
 constexpr int64_t kMaxPrecisions = 16;
 }
 #endif
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 template <class T, class V>
@@ -190,4 +190,4 @@ inline void dot_token(const T* g, const T* x, const Precisions& all, float* dpro
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas

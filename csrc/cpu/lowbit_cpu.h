@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <memory>
 
-namespace jnk {
+namespace jointnas {
 
 constexpr int64_t kBlock = 64;  // output rows per block, adjacent lanes
 
@@ -53,4 +53,4 @@ inline Memory allocate(int64_t bytes) {
   return Memory(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64)), std::free);
 }
 
-}  // namespace jnk
+}  // namespace jointnas

@@ -6,7 +6,7 @@
 #pragma once
 #include <cstdint>
 
-namespace jnk {
+namespace jointnas {
 
 enum Isa : int { kAuto = 0, kScalar = 1, kAvx2 = 2, kAvxVnni = 3, kAvx512 = 4, kAvx512Ext = 5, kAmx = 6 };
 
@@ -31,4 +31,4 @@ uint32_t cpu_features();
 // `extra`: features that kAvx512Ext and kAmx need on top of AVX-512; kNone when the kernel has neither.
 int choose_isa(int requested, uint32_t extra = kNone);
 
-}  // namespace jnk
+}  // namespace jointnas

@@ -1,7 +1,7 @@
 // One block of weights from the storage layout (ops/pack.py) to the prepared one, per instruction set (each_isa.h,
 // hence no guard; needs lowbit_fields.h).
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 // Bits i, i + B, i + 2 B, ... of each lane, moved together.
@@ -84,4 +84,4 @@ inline void pack_block(const LowbitLayout& l, const uint32_t* packed, const void
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas

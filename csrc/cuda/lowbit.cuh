@@ -3,7 +3,7 @@
 // A tile is 16 rows x 128 inputs = BITS*256 bytes: vectors [BITS/2][32 lanes] of 16 bytes. Field F = 4i + 2s + r of lane
 // 4g + t holds inputs 32i + 8t + 4s + {0..3} of row 8r + g, as bytes j = 2e + h for input 2h + e.
 #pragma once
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace jointnas {
 

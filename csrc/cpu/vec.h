@@ -1,8 +1,8 @@
 // A vector of W floats for the instruction set of the current pass (see each_isa.h; hence no include guard).
 // load/store convert from and to float or bf16; the forms with a count handle tails (missing lanes are 0).
-#include "bf16.h"
+#include "cpu/bf16.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 #if defined(JN_AVX512)
@@ -339,4 +339,4 @@ inline void pairs(int64_t begin, int64_t end, const F& f) {
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas

@@ -7,9 +7,9 @@
 //     Pairs   q as 2 bf16 times 2 bf16 (AVX512_BF16), exact products, fp32 sums
 //     Floats  q as fp32 times fp32
 //     Sums    two 2-bit q select q_0 a_0 + q_1 a_1 among the 16 such sums, which are as exact as an FMA
-#include "veci.h"
+#include "cpu/veci.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 struct Broadcast {
@@ -153,4 +153,4 @@ inline void fields(const F& f) {
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas

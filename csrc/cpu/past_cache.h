@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "bf16.h"
+#include "cpu/bf16.h"
 
-namespace jnk {
+namespace jointnas {
 
 // Whether `size` elements each, in rows of `width`, are more than the next op would find in the cache, and whole lines.
 // 1,024 x 4096 bf16 masked and read back on two cores: 432 us instead of 509. An op that also sums columns does not gain
@@ -17,4 +17,4 @@ inline bool past_cache(std::initializer_list<const void*> outputs, int64_t size,
   return lines && size * bytes >= 8 << 20;
 }
 
-}  // namespace jnk
+}  // namespace jointnas

@@ -1,7 +1,7 @@
 // The end of every low-bit GEMM: a block's sums to y, or to the shares of a split along the inputs and then to y.
 #pragma once
-#include "cuda_ops.h"
-#include "lowbit.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/lowbit.cuh"
 
 namespace jointnas {
 

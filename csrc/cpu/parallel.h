@@ -13,7 +13,7 @@
 #pragma once
 #include <cstdint>
 
-namespace jnk {
+namespace jointnas {
 
 using Task = void (*)(void* context, int64_t chunk);
 
@@ -28,4 +28,4 @@ void parallel_for(int64_t chunks, int threads, const F& f) {
 // "openmp" (runtime found in the process) or "std::thread"
 const char* parallel_backend();
 
-}  // namespace jnk
+}  // namespace jointnas

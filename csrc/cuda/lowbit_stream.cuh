@@ -15,9 +15,9 @@
 //   tiles(words, sums)                  sums of kTogether tiles, all columns
 //   combine(column in token)            factor of a column in its token's result
 #pragma once
-#include "cuda_ops.h"
-#include "lowbit.cuh"
-#include "lowbit_finish.cuh"
+#include "cuda/cuda_ops.h"
+#include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
 
 namespace jointnas {
 

@@ -4,19 +4,19 @@
 #define JN_SEGMENTS_H
 #include <cstdint>
 
-namespace jnk {
+namespace jointnas {
 constexpr int64_t kMaxChoices = 64;
 // Channels are cut where a choice ends: ends [S] ascending; choice i keeps segments 0..kept[i].
 struct Segments {
   int64_t S, K;
   const int64_t *ends, *kept;
 };
-}  // namespace jnk
+}  // namespace jointnas
 #endif
 
 #ifdef JN_ISA
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 // t[s] = sum of value_i over kept[i] >= s
@@ -81,6 +81,6 @@ void norm_backward_factors(const T* g, const T* x, const float* scale, const flo
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas
 
 #endif

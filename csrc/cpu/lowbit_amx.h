@@ -3,9 +3,9 @@
 // group: 16 tokens by 16 rows of weights. Per group of 128 inputs 2 products of bytes or 4 of bf16 make a tile, 16 cycles
 // each, and about as many are needed to add it, scaled, to the totals.
 
-#include "amx.h"
+#include "cpu/amx.h"
 
-namespace jnk {
+namespace jointnas {
 namespace JN_ISA {
 
 inline amx::Config tile_config(int64_t tokens, int64_t entries) {
@@ -104,4 +104,4 @@ void gemm_amx(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint3
 }
 
 }  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas

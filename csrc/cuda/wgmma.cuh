@@ -4,7 +4,7 @@
 // bytes with the 128-byte swizzle (16-byte chunk index ^= column % 8), 1024-byte aligned; `b` points at the first byte of
 // the k range, so consecutive steps add 32 bytes. D: like mma's C for each 8 columns. Every call zeroes D unless `add`.
 #pragma once
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace jointnas::ptx {
 

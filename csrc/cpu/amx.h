@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-namespace jnk {
+namespace jointnas {
 namespace amx {
 
 struct alignas(64) Config {
@@ -39,4 +39,4 @@ inline void dot_bf16() {
 }
 
 }  // namespace amx
-}  // namespace jnk
+}  // namespace jointnas

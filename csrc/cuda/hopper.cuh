@@ -1,7 +1,7 @@
 // What sm_90 adds for moving data: barriers in shared memory that count bytes, bulk copies that complete on them (also
 // into every block of a cluster at once), clusters of blocks, registers handed from one warpgroup to another.
 #pragma once
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace jointnas::ptx {
 
