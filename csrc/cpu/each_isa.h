@@ -1,10 +1,10 @@
 // Compiles a kernel file once per instruction set. The file ends with
-//     #define JN_THIS_FILE "name.cpp"
+//     #define JN_THIS_FILE "cpu/name.cpp"
 //     #include "cpu/each_isa.h"
-// and is then included three times with JN_ISA = scalar, avx2, avx512 (a namespace; code between its own
-// `#ifdef JN_ISA` and `#else`), each time with vec.h for that instruction set and the matching target options.
-// What a kernel has beyond these sits in the avx512 pass behind its own target attribute, or in two more passes
-// (JN_EXTENSION): avxvnni, and avx512ext with VNNI, BF16 and VPOPCNTDQ, each used only by kernels that ask for it.
+// and is then included once for each namespace JN_ISA = scalar, avx2 and avx512 (code between its own `#ifdef JN_ISA` and
+// `#else`), each time with vec.h for that instruction set and the matching target options. A file that first defines
+// JN_EXTENSION gets two more passes: avxvnni, and avx512ext with VNNI, BF16 and VPOPCNTDQ; others may have what they need
+// beyond AVX-512 in the avx512 pass, behind its own target attribute, used only where the CPU has it.
 // Everything these passes use must be included before: inline functions of the standard library that were first
 // seen under a target option could otherwise be emitted with instructions the CPU lacks.
 #pragma once
@@ -67,28 +67,40 @@
 #undef JN_AVX512EXT
 #endif
 #undef JN_AVX512
+#else
+namespace jointnas {
+namespace avx2 = scalar;
+namespace avx512 = scalar;
+namespace avxvnni = scalar;
+namespace avx512ext = scalar;
+}  // namespace jointnas
 #endif
 
-// JN_DISPATCH(level, call): the variant of a call `f(args)`, or of an assignment `x = f(args)`, for that level, without
-// the passes of JN_EXTENSION. The using-directive reaches the call alone; no name of a kernel may exist elsewhere.
-#if defined(__x86_64__)
-#define JN_DISPATCH(level, ...)             \
-  do {                                      \
-    if ((level) >= jointnas::kAvx512) {          \
-      using namespace jointnas::avx512;          \
-      __VA_ARGS__;                          \
-    } else if ((level) >= jointnas::kAvx2) {     \
-      using namespace jointnas::avx2;            \
-      __VA_ARGS__;                          \
-    } else {                                \
-      using namespace jointnas::scalar;          \
-      __VA_ARGS__;                          \
-    }                                       \
-  } while (0)
+// JN_DISPATCH(level, call): the variant of a call `f(args)`, or of an assignment `x = f(args)`, for that level. The
+// using-directive reaches the call alone; no name of a kernel may exist elsewhere.
+#ifdef JN_EXTENSION
+#define JN_DISPATCH_EXTENSION(level, ...)      \
+  if ((level) >= jointnas::kAvx512Ext) {       \
+    using namespace jointnas::avx512ext;       \
+    __VA_ARGS__;                               \
+  } else if ((level) == jointnas::kAvxVnni) {  \
+    using namespace jointnas::avxvnni;         \
+    __VA_ARGS__;                               \
+  } else
 #else
-#define JN_DISPATCH(level, ...)    \
-  do {                             \
-    using namespace jointnas::scalar;   \
-    __VA_ARGS__;                   \
-  } while (0)
+#define JN_DISPATCH_EXTENSION(level, ...)
 #endif
+#define JN_DISPATCH(level, ...)                       \
+  do {                                                \
+    JN_DISPATCH_EXTENSION(level, __VA_ARGS__)         \
+    if ((level) >= jointnas::kAvx512) {               \
+      using namespace jointnas::avx512;               \
+      __VA_ARGS__;                                    \
+    } else if ((level) >= jointnas::kAvx2) {          \
+      using namespace jointnas::avx2;                 \
+      __VA_ARGS__;                                    \
+    } else {                                          \
+      using namespace jointnas::scalar;               \
+      __VA_ARGS__;                                    \
+    }                                                 \
+  } while (0)

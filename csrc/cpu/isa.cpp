@@ -30,7 +30,7 @@ bool may_use_tiles(uint32_t edx) {
 
 uint32_t cpu_features() {
   static const uint32_t features = [] {
-    uint32_t f = kNone;
+    uint32_t f = kNoFeature;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) f |= kHasAvx2;
@@ -40,7 +40,6 @@ uint32_t cpu_features() {
     if (f & kHasAvx512) {
       if (__builtin_cpu_supports("avx512bf16")) f |= kHasBf16;
       if (__builtin_cpu_supports("avx512vnni")) f |= kHasVnni;
-      if (__builtin_cpu_supports("avx512vbmi")) f |= kHasVbmi;
       if (__builtin_cpu_supports("avx512vpopcntdq")) f |= kHasVpopcnt;
     }
     if (__builtin_cpu_is("intel")) f |= kIsIntel;

@@ -48,6 +48,14 @@ void prefix_sums(const Segments& seg, float* prefix, const F& term) {
   }
 }
 
+// f(segment, begin, end) for every segment, and zeros into `out` behind the last one
+template <class T, class F>
+void each_segment(const Segments& seg, T* out, int64_t N, const F& f) {
+  int64_t start = 0;
+  for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) f(s, start, seg.ends[s]);
+  each(start, N, [=](auto at) { at.put(out, set(0.0f)); });
+}
+
 // inv[i] = rsqrt(mean of the squares of x before choice i's end + eps), t[s] = sum of alpha_i inv_i over kept[i] >= s
 template <class T>
 void norm_factors(const T* x, const float* alpha, const Segments& seg, float eps, float* inv, float* t) {

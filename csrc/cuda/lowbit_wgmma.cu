@@ -6,7 +6,6 @@
 // Zero points of the activations enter once, at the end, through the row sums of the dequantised weights.
 #include <type_traits>
 
-#include "cuda/cuda_ops.h"
 #include "cuda/lowbit.cuh"
 #include "cuda/lowbit_finish.cuh"
 #include "cuda/wgmma.cuh"
@@ -61,7 +60,7 @@ JN_DEVICE void multiply(Sum (&sum)[N / 2], const uint32_t (&a)[kSteps<QUANTIZED>
 }
 
 template <class T, int BITS, int N, bool QUANTIZED>
-__global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const LowbitArgs p) {
 #if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   JN_DYNAMIC_SHARED(shared);
   constexpr int bytes = QUANTIZED ? 1 : 2;
@@ -148,40 +147,22 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p
 #endif
 }
 
-template <class T, int BITS, int N, bool QUANTIZED> int run(const JnLowbitArgs& p, cudaStream_t stream) {
+template <class T, int BITS, int N, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, N, QUANTIZED ? 1 : 2>;
   const int block_rows = kBlockTiles * kTileRows;
   const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + N - 1) / N);
   return launch(wgmma_kernel<T, BITS, N, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, false, p);
 }
-template <class T, int BITS, int N> int run_quantized(const JnLowbitArgs& p, cudaStream_t stream) {
-  return p.act_scale ? run<T, BITS, N, true>(p, stream) : run<T, BITS, N, false>(p, stream);
-}
-template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {
-  if (p.token_tiles == 8) return run_quantized<T, BITS, 64>(p, stream);
-  if (p.token_tiles == 16) return run_quantized<T, BITS, 128>(p, stream);
-  return 1;  // cudaErrorInvalidValue
-}
-template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.w_bits) {
-    case 2: return run_tokens<T, 2>(p, stream);
-    case 4: return run_tokens<T, 4>(p, stream);
-    case 8: return run_tokens<T, 8>(p, stream);
-    default: return 1;
-  }
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_lowbit_wgmma(const JnLowbitArgs* args, void* stream) {
-  const JnLowbitArgs& p = *args;
-  if (p.inputs % jointnas::kGroup || p.splits < 1 || p.tokens < 1 || p.rows < 1) return 1;
-  if (p.splits > 1 && !(p.partial && p.locks)) return 1;
-  if (p.act_scale && !p.row_sum) return 1;
-  if (jointnas::compute_capability() != 90) return 209;  // cudaErrorNoKernelImageForDevice
-  auto s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
-  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
-  return 1;
+// As lowbit_tile, on sm_90a only; x in the order of token_layout or act_quant_pack(layout 1).
+int lowbit_wgmma(const LowbitArgs& p, cudaStream_t stream) {
+  if (!sound(p) || (p.act_scale && !p.row_sum)) return kBadArgument;
+  if (compute_capability() != 90) return kIsaMissing;
+  return dispatch([&](auto type, auto bits, auto tiles, auto quantized) {
+    return run<Half<type>, bits, tiles * 8, quantized != 0>(p, stream);
+  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<8, 16>{p.token_tiles}, OneOf<0, 1>{p.act_scale != nullptr});
 }
+JN_EXPORT(lowbit_wgmma);
+
+}  // namespace jointnas

@@ -4,6 +4,8 @@
 // bytes with the 128-byte swizzle (16-byte chunk index ^= column % 8), 1024-byte aligned; `b` points at the first byte of
 // the k range, so consecutive steps add 32 bytes. D: like mma's C for each 8 columns. Every call zeroes D unless `add`.
 #pragma once
+#include <type_traits>
+
 #include "cuda/ptx.cuh"
 
 namespace jointnas::ptx {
@@ -32,74 +34,39 @@ template <int N> JN_DEVICE void registers_fence(int (&c)[N]) {
 }
 // ordinary writes to shared memory (cp.async too) become visible to wgmma
 JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The operands of a product with N columns: sums of constraint `t`, then A, B and `add`; and their numbers.
 #define JN_4(t, i) "+" t(c[i]), "+" t(c[i + 1]), "+" t(c[i + 2]), "+" t(c[i + 3])
 #define JN_16(t, i) JN_4(t, i), JN_4(t, i + 4), JN_4(t, i + 8), JN_4(t, i + 12)
-#define JN_32(t) JN_16(t, 0), JN_16(t, 16)
-#define JN_64(t) JN_32(t), JN_16(t, 32), JN_16(t, 48)
-
-#define JN_REGISTERS_32 \
+#define JN_SUMS_64(t) JN_16(t, 0), JN_16(t, 16)
+#define JN_SUMS_128(t) JN_SUMS_64(t), JN_16(t, 32), JN_16(t, 48)
+#define JN_NUMBERS_32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define JN_REGISTERS_64 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
-  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define JN_NUMBERS_64 "{" JN_NUMBERS_32 "}, {%32,%33,%34,%35}, %36"
+#define JN_NUMBERS_128 \
+  "{" JN_NUMBERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68"
+#define JN_ADD_64 "%37"
+#define JN_ADD_128 "%69"
+#define JN_WGMMA(N, shape, t, flags) \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, " JN_ADD_##N ", 0; wgmma.mma_async.sync.aligned." shape " " \
+               JN_NUMBERS_##N ", p" flags "; }" \
+               : JN_SUMS_##N(t) \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)))
 
-template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add);
-template <>
-JN_DEVICE void wgmma_m64k16<F16, 64>(float (&c)[32], const uint32_t (&a)[4], Operand b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-      JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
-      : JN_32("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
+template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+  constexpr bool bf16 = std::is_same_v<T, BF16>;
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 64 && bf16) JN_WGMMA(64, "m64n64k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else if constexpr (N == 64) JN_WGMMA(64, "m64n64k16.f32.f16.f16", "f", ", 1, 1, 0");
+  else if constexpr (bf16) JN_WGMMA(128, "m64n128k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else JN_WGMMA(128, "m64n128k16.f32.f16.f16", "f", ", 1, 1, 0");
 }
-template <>
-JN_DEVICE void wgmma_m64k16<F16, 128>(float (&c)[64], const uint32_t (&a)[4], Operand b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-      JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
-      : JN_64("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
+template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+  static_assert(N == 64 || N == 128);
+  if constexpr (N == 64) JN_WGMMA(64, "m64n64k32.s32.s8.s8", "r", "");
+  else JN_WGMMA(128, "m64n128k32.s32.s8.s8", "r", "");
 }
-template <>
-JN_DEVICE void wgmma_m64k16<BF16, 64>(float (&c)[32], const uint32_t (&a)[4], Operand b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 0; }"
-      : JN_32("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
-}
-template <>
-JN_DEVICE void wgmma_m64k16<BF16, 128>(float (&c)[64], const uint32_t (&a)[4], Operand b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 0; }"
-      : JN_64("f")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
-}
-template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add);
-template <> JN_DEVICE void wgmma_m64k32_s8<64>(int (&c)[32], const uint32_t (&a)[4], Operand b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0; wgmma.mma_async.sync.aligned.m64n64k32.s32.s8.s8 {"
-      JN_REGISTERS_32 "}, {%32,%33,%34,%35}, %36, p; }"
-      : JN_32("r")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
-}
-template <> JN_DEVICE void wgmma_m64k32_s8<128>(int (&c)[64], const uint32_t (&a)[4], Operand b, bool add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %69, 0; wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8 {"
-      JN_REGISTERS_64 "}, {%64,%65,%66,%67}, %68, p; }"
-      : JN_64("r")
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)));
-}
-#undef JN_REGISTERS_32
-#undef JN_REGISTERS_64
-#undef JN_4
-#undef JN_16
-#undef JN_32
-#undef JN_64
 #else
 
 struct Operand {
@@ -135,27 +102,22 @@ inline uint32_t swizzled_word(const void* b, int column, int byte) {
   std::memcpy(&v, base + at, 4);
   return v;
 }
-template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand operand, bool add) {
+template <int N, class C, class F> void wgmma(C (&c)[N / 2], Operand operand, bool add, F mma) {
   if (!add) std::memset(c, 0x7F, sizeof(c));
-  fiber().open_products.push_back([&c, &a, b = operand.place, add] {
+  fiber().open_products.push_back([&c, b = operand.place, add, mma] {
     const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
     for (int n = 0; n < N; n += 8) {
-      float d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
-      mma_m16n8k16<T>(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
+      C d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
+      mma(d, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
       for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
     }
   });
 }
-template <int N> void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand operand, bool add) {
-  if (!add) std::memset(c, 0x7F, sizeof(c));
-  fiber().open_products.push_back([&c, &a, b = operand.place, add] {
-    const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
-    for (int n = 0; n < N; n += 8) {
-      int d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
-      mma_m16n8k32_s8(d, a, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
-      for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
-    }
-  });
+template <class T, int N> void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+  wgmma<N>(c, b, add, [&a](float (&d)[4], uint32_t b0, uint32_t b1) { mma_m16n8k16<T>(d, a, b0, b1); });
+}
+template <int N> void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
+  wgmma<N>(c, b, add, [&a](int (&d)[4], uint32_t b0, uint32_t b1) { mma_m16n8k32_s8(d, a, b0, b1); });
 }
 #endif
 

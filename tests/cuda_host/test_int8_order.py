@@ -15,7 +15,7 @@ int main() {
   for (int cluster = 1; cluster <= 2; ++cluster)
     for (int rows = 1; rows <= 70 * kBlockRows; rows += 61)
       for (int token_blocks : {1, 2, 3, 7, 16, 33}) {
-        JnLowbitArgs p{};
+        LowbitArgs p{};
         p.rows = rows;
         p.cluster = cluster;
         const int row_blocks = row_blocks_of(p);

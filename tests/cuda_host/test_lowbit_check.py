@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
@@ -52,7 +53,7 @@ def test_launch_failure_is_reported_and_not_repeated(monkeypatch):
 
     def fail(*args):
         calls.append(args)
-        lowbit_cuda.check_launch(209, "lowbit_int8")
+        _ext.check(209, "lowbit_int8")
 
     monkeypatch.setattr(lowbit_cuda, "int8", fail)
     for _ in range(2):

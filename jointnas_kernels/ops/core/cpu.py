@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from jointnas_kernels._ext import load
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels._ext import check, load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("the best of this processor", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 with the kernel's extension",
         "AMX")
 ROW_TILE = 512  # rows of a weight's gradient held at once
 HUGE_FROM = 4 << 20  # bytes; glibc serves smaller blocks from memory that is already mapped
-_ERRORS = {1: "an argument it does not support", 2: "this processor lacks the instructions", 3: "out of memory"}
 
 
 def call(name: str, *args: Tensor | int | float | None, threads: int | None = None, isa: int = 0) -> None:
@@ -32,9 +30,9 @@ def call(name: str, *args: Tensor | int | float | None, threads: int | None = No
     """
     # plain numbers first: of a product that takes 150 us, every microsecond here is visible
     values = [a if type(a) in (int, float) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args]
-    error = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
-    if error:
-        raise JointNASError(f"CPU kernel {name!r} with {ISAS[isa]}: {_ERRORS.get(error, f'error {error}')}")
+    code = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
+    if code:
+        check(code, f"CPU kernel {name!r} with {ISAS[isa]}")
 
 
 # ---- arguments and results ----
@@ -315,7 +313,7 @@ def quant_lora_mix_backward(
 
 # ---- low-bit linear ----
 
-LOWBIT_BLOCK = 64  # output rows of a block of prepared weights (csrc/cpu/lowbit_cpu.h)
+LOWBIT_BLOCK = 64  # output rows of a block of prepared weights (csrc/cpu/lowbit.h)
 
 
 def stored_group(group_size: int, w_bits: int, planes: bool = False) -> int:

@@ -128,12 +128,6 @@ class CudaWeight:
         return self.weight.numel() * 4 + self.scale.numel() * self.scale.element_size()
 
 
-def check_launch(code: int, what: str) -> None:
-    """Raise unless a launcher returned cudaSuccess."""
-    if code:
-        raise JointNASError(f"{what} failed to launch: CUDA error {code}")
-
-
 def current_stream(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
@@ -152,7 +146,7 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
     zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
     code = _ext.load(cuda=True).act_quant_pack(x.data_ptr(), a.data_ptr(), scale.data_ptr(), zero.data_ptr(), tokens,
                                                inputs, bits, int(symmetric), layout, DTYPES[x.dtype], current_stream(x))
-    check_launch(code, "act_quant_pack")
+    _ext.check(code, "act_quant_pack")
     return a, scale, zero
 
 
@@ -169,7 +163,7 @@ def run(kernel: str, x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Te
     code = getattr(_ext.load(cuda=True), kernel)(
         *pointers, tokens, weight.rows, weight.inputs, weight.bits, DTYPES[weight.scale.dtype], token_tiles, warp_rows,
         splits, int(early), a_bits, cluster, current_stream(x))
-    check_launch(code, kernel)
+    _ext.check(code, kernel)
     return y
 
 
@@ -205,7 +199,7 @@ def wgmma(x: Tensor, weight: CudaWeight, activation: tuple[Tensor, Tensor] | Non
     if activation is None:
         ordered = torch.empty_like(x)
         code = _ext.load(cuda=True).token_layout(x.data_ptr(), ordered.data_ptr(), *x.shape, current_stream(x))
-        check_launch(code, "token_layout")
+        _ext.check(code, "token_layout")
         x = ordered
     return run("lowbit_wgmma", x, weight, activation, p.token_tiles, 1, p.splits, False)
 
@@ -222,7 +216,7 @@ def dense(weight: CudaWeight) -> Tensor:
     code = _ext.load(cuda=True).lowbit_dequant(
         weight.weight.data_ptr(), weight.scale.data_ptr(), out.data_ptr(), weight.rows, weight.inputs, weight.bits,
         DTYPES[weight.scale.dtype], current_stream(out))
-    check_launch(code, "lowbit_dequant")
+    _ext.check(code, "lowbit_dequant")
     return out
 
 

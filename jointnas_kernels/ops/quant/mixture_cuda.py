@@ -111,7 +111,7 @@ class Mix:
                 sum(width << (8 * p) for p, width in enumerate(self.bits)),
                 *(DTYPES[weight.dtype], columns, splits, self.scaling, lowbit_cuda.current_stream(weight)),
             )
-        lowbit_cuda.check_launch(code, "quant_lora_mix")
+        _ext.check(code, "quant_lora_mix")
         return partial
 
 

@@ -2,8 +2,6 @@
 // and the activations' one.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
 namespace jointnas {
 
@@ -47,10 +45,5 @@ inline int64_t entries_per_group(int64_t group, Kind kind, int a_bits) {
 // Tiles (lowbit_amx.h): tokens of one, and entries of a group per product; 0 where a group does not divide into tiles.
 constexpr int64_t kTileRows = 16;
 inline int64_t tile_entries(int64_t entries) { return entries % 16 == 0 ? 16 : entries == 8 ? 8 : 0; }
-
-using Memory = std::unique_ptr<void, void (*)(void*)>;
-inline Memory allocate(int64_t bytes) {
-  return Memory(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64)), std::free);
-}
 
 }  // namespace jointnas
