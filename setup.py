@@ -50,26 +50,27 @@ def ninja_file(target: Path, build_dir: Path) -> str:
     """The text of build.ninja: one rule for C++, one for CUDA, one link."""
     nvcc = find_nvcc()
     cxx = os.environ.get("CXX", "g++")
-    includes = f"-I{ROOT / 'csrc'} -isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
-    if nvcc:
-        includes += " -DJN_WITH_CUDA"
+    # for bindings.cpp alone: pip builds with a pybind11 elsewhere, which must not make ninja compile everything again
+    glue = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
+    glue += " -DJN_WITH_CUDA" if nvcc else ""
     link = f"{nvcc} -shared -cudart static -Xcompiler -pthread" if nvcc else f"{cxx} -shared -pthread"
     compilers = {"cxx": f"{cxx} {' '.join(CXX_FLAGS)} -MMD", "cuda": f"{nvcc} {' '.join(NVCC_FLAGS)} -MD"}
     lines = ["ninja_required_version = 1.11", "rule link", f"  command = {link} $in -o $out", "  description = linking"]
     for rule, compiler in compilers.items():
-        lines += [f"rule {rule}", f"  command = {compiler} {includes} -MF $out.d -c $in -o $out"]
+        lines += [f"rule {rule}", f"  command = {compiler} -MF $out.d -I{ROOT / 'csrc'} $glue -c $in -o $out"]
         lines += ["  description = compiling $in", "  depfile = $out.d", "  deps = gcc"]
     objects = []
     for source in sources(nvcc):
         obj = build_dir / f"{source.parent.name}_{source.name}.o"
         objects.append(str(obj))
         lines.append(f"build {obj}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}")
+        lines += [f"  glue = {glue}"] if source.stem == "bindings" else []
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
 class NinjaBuild(build_ext):
-    """``build_ext`` that hands the whole extension to ninja: one line, and the compilers' output only if they complain."""
+    """``build_ext`` that hands the whole extension to ninja: one line, and compilers' output only if they complain."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -78,7 +79,7 @@ class NinjaBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(target, build_dir))
-        command = [Path(ninja.BIN_DIR) / "ninja"]
+        command = [str(Path(ninja.BIN_DIR) / "ninja")]
         plan = subprocess.run([*command, "-n"], cwd=build_dir, capture_output=True, text=True)
         if "no work to do" in plan.stdout:
             return

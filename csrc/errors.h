@@ -1,4 +1,4 @@
-// What every function that Python calls returns: 0, one of these, which are negative, or a cudaError_t, which is positive.
+// What every function that Python calls returns: 0, one of these, which are negative, or a cudaError_t: positive.
 #pragma once
 
 namespace jointnas {

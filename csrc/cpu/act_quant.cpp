@@ -5,8 +5,7 @@
 
 #include "cpu/act_quant.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // mask x of one token, rounded to T: x itself without a mask
 template <class T>
@@ -48,8 +47,7 @@ void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int*
   if (streamed) stream_end();
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 
@@ -82,7 +80,8 @@ int cpu_act_quant_mix_backward(const void* g, const void* x, const float* mask, 
   const bool streamed = !partial && chunks.past_cache({dx}, rows * N, N);
   return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     JN_DISPATCH(level, act_mix_backward_rows(at(t, g, i * N), at(t, x, i * N), mask, bits, Q, symmetric, total,
-                                             at(t, dx, i * N), at(dprobs, i * Q), at(partial, chunk * N), n, N, streamed));
+                                             at(t, dx, i * N), at(dprobs, i * Q), at(partial, chunk * N), n, N,
+                                             streamed));
   });
 }
 JN_EXPORT(cpu_act_quant_mix_backward);

@@ -1,10 +1,10 @@
 // Compiles a kernel file once per instruction set. The file ends with
 //     #define JN_THIS_FILE "cpu/name.cpp"
 //     #include "cpu/each_isa.h"
-// and is then included once for each namespace JN_ISA = scalar, avx2 and avx512 (code between its own `#ifdef JN_ISA` and
-// `#else`), each time with vec.h for that instruction set and the matching target options. A file that first defines
-// JN_EXTENSION gets two more passes: avxvnni, and avx512ext with VNNI, BF16 and VPOPCNTDQ; others may have what they need
-// beyond AVX-512 in the avx512 pass, behind its own target attribute, used only where the CPU has it.
+// and is then included once for each namespace JN_ISA = scalar, avx2 and avx512 (code between its own `#ifdef JN_ISA`
+// and `#else`), each time with vec.h for that instruction set and the matching target options. A file that first defines
+// JN_EXTENSION gets two more passes: avxvnni, and avx512ext with VNNI, BF16 and VPOPCNTDQ; others may have what they
+// need beyond AVX-512 in the avx512 pass, behind its own target attribute, used only where the CPU has it.
 // Everything these passes use must be included before: inline functions of the standard library that were first
 // seen under a target option could otherwise be emitted with instructions the CPU lacks.
 #pragma once

@@ -7,8 +7,7 @@
 
 #include "cpu/segments.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // y = g * mask, and with x and column: column += g * x
 template <class T>
@@ -204,8 +203,7 @@ void rope_backward_rows(const T* g, const T* x, const float* mask, const float* 
   if (streamed) stream_end();
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 
@@ -270,7 +268,8 @@ int cpu_masked_swiglu(const void* gate, const void* up, const float* r, const fl
   const std::vector<float> rc = product(r, c, N);
   const bool streamed = chunks.past_cache({out}, rows * N, N);
   return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    JN_DISPATCH(level, swiglu_rows(at(t, gate, i * N), at(t, up, i * N), r, rc.data(), at(t, out, i * N), n, N, streamed));
+    JN_DISPATCH(level, swiglu_rows(at(t, gate, i * N), at(t, up, i * N), r, rc.data(), at(t, out, i * N), n, N,
+                                   streamed));
   });
 }
 JN_EXPORT(cpu_masked_swiglu);
@@ -295,7 +294,8 @@ int cpu_mixed_rmsnorm(const void* x, const float* scale, const float* alpha, con
   const Segments seg{S, K, ends, kept};
   const bool streamed = chunks.past_cache({y}, rows * N, N);
   return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    JN_DISPATCH(level, rmsnorm_rows(at(t, x, i * N), scale, alpha, seg, eps, at(t, y, i * N), inv + i * K, n, N, streamed));
+    JN_DISPATCH(level, rmsnorm_rows(at(t, x, i * N), scale, alpha, seg, eps, at(t, y, i * N), inv + i * K, n, N,
+                                    streamed));
   });
 }
 JN_EXPORT(cpu_mixed_rmsnorm);
@@ -309,7 +309,8 @@ int cpu_mixed_rmsnorm_backward(const void* g, const void* x, const float* scale,
   const bool streamed = !partial && chunks.past_cache({dx}, rows * N, N);
   return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     JN_DISPATCH(level, rmsnorm_backward_rows(at(t, g, i * N), at(t, x, i * N), scale, alpha, inv + i * K, seg,
-                                             at(t, dx, i * N), at(dalpha, i * K), at(partial, chunk * N), n, N, streamed));
+                                             at(t, dx, i * N), at(dalpha, i * K), at(partial, chunk * N), n, N,
+                                             streamed));
   });
 }
 JN_EXPORT(cpu_mixed_rmsnorm_backward);

@@ -21,8 +21,7 @@
 #include "cpu/lowbit_amx.h"
 #endif
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // Rows [lane, lane + V W) of S successive blocks times tokens [token, token + MB).
 template <class Op, int V, int MB, int S>
@@ -176,8 +175,7 @@ inline void multiply_blocks(const LowbitPlan& plan, int64_t block, int64_t block
   f(plan, data, block, blocks, scratch);
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 
@@ -281,8 +279,9 @@ bool legal(int dtype, int w_bits, int a_bits, int64_t g, bool planes) {
 
 }  // namespace
 
-// Weights laid out for lowbit_matmul: packed int32 [O, I w_bits/32] (ops/lowbit/pack.py) and scale [O, I/g] scale_dtype to
-// data int32 [ceil(O/64), I/stored, meta + words, 64] (ops/lowbit/prepared.py). stored divides g; both are whole words.
+// Weights laid out for lowbit_matmul: packed int32 [O, I w_bits/32] (the storage layout of ops/lowbit) and scale
+// [O, I/g] scale_dtype to data int32 [ceil(O/64), I/stored, meta + words, 64] (LowbitLayout). stored divides g; both are
+// whole words.
 int cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O, int64_t I, int w_bits, int64_t g,
                     int64_t stored, bool planes, int scale_dtype, int threads, int isa) {
   const int level = choose_isa(isa, kHasVnni);

@@ -1,5 +1,4 @@
-// What the files of the low-bit CPU kernels share: the prepared weights' layout (ops/lowbit_prepared.py describes it)
-// and the activations' one.
+// What the files of the low-bit CPU kernels share: the layout of prepared weights and that of activations.
 #pragma once
 #include <cstdint>
 

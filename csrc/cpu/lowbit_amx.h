@@ -5,8 +5,7 @@
 
 #include "cpu/amx.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 inline amx::Config tile_config(int64_t tokens, int64_t entries) {
   amx::Config c;
@@ -103,5 +102,4 @@ void gemm_amx(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint3
   });
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA

@@ -9,8 +9,7 @@
 //     Sums    two 2-bit q select q_0 a_0 + q_1 a_1 among the 16 such sums, which are as exact as an FMA
 #include "cpu/veci.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 struct Broadcast {
   static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
@@ -152,5 +151,4 @@ inline void fields(const F& f) {
   fields(std::make_integer_sequence<int, N>{}, f);
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA

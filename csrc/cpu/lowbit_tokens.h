@@ -5,8 +5,7 @@
 
 #include "cpu/act_quant.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // Levels a [I], scale and zero of one token.
 template <class T>
@@ -130,5 +129,4 @@ void prepare_token(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m
   f(l, t, x, m, levels);
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA

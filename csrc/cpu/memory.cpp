@@ -4,8 +4,7 @@
 
 #include "cpu/veci.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 inline uint32_t read_words(const uint32_t* p, int64_t count) {
   vi sum[4] = {seti(0), seti(0), seti(0), seti(0)};
@@ -16,8 +15,7 @@ inline uint32_t read_words(const uint32_t* p, int64_t count) {
   return out[0];
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 

@@ -4,8 +4,7 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 template <class T>
 void mixed_weight_rows(const T* w, const float* r, const float* c, T* out, int64_t rows, int64_t N, bool nontemporal) {
@@ -35,8 +34,7 @@ void mixed_weight_backward_rows(const T* g, const T* w, const float* r, const fl
   }
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 

@@ -7,8 +7,7 @@
 #include "cpu/act_quant.h"
 #include "cpu/segments.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 template <class T>
 void norm_mix_rows(const T* x, const float* scale, const float* alpha, const Segments& seg, float eps,
@@ -67,8 +66,7 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
   }
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 

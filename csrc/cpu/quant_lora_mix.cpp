@@ -20,8 +20,7 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 constexpr int kVecs = W == 16 ? 8 : W == 8 ? 4 : 8;  // register block: kRowBlock rows x kVecs vectors
 constexpr int kRowBlock = W == 8 ? 2 : 3;
@@ -32,9 +31,14 @@ inline vf divide(vf x, vf s, vf r) {
   return fma(fnma(y, s, x), r, y);
 }
 
+struct Fma {
+  static vf add(vf sum, vf a, vf b) { return fma(a, b, sum); }
+};
+
 // t[R][NV W] = base + sum_k b[row][k] a[k][.]   a [K][lda], b [.][K], t and base [.][ld]
-template <int R, int NV>
-void lora_fma(const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda, int64_t ld) {
+template <class Product, int R, int NV>
+inline __attribute__((always_inline)) void lora_sums(const float* base, const float* a, const float* b, float* t,
+                                                     int64_t K, int64_t lda, int64_t ld) {
   vf acc[R][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -48,7 +52,7 @@ void lora_fma(const float* base, const float* a, const float* b, float* t, int64
     for (int v = 0; v < NV; ++v) {
       const vf ak = load(a + k * lda + v * W);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i][v] = fma(ak, bk[i], acc[i][v]);
+      for (int i = 0; i < R; ++i) acc[i][v] = Product::add(acc[i][v], ak, bk[i]);
     }
   }
 #pragma GCC unroll 8
@@ -59,40 +63,25 @@ void lora_fma(const float* base, const float* a, const float* b, float* t, int64
 
 #if defined(JN_AVX512)
 // The same with bf16 operands in pairs along k: a [K/2][lda] and b [.][K/2] hold two bf16 per 32-bit word.
+struct Dot {
+  __attribute__((target("avx512bf16"))) static vf add(vf sum, vf a, vf b) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+};
 template <int R, int NV>
 __attribute__((target("avx512bf16"))) void lora_dot(const float* base, const float* a, const float* b, float* t,
                                                     int64_t K, int64_t lda, int64_t ld) {
-  __m512 acc[R][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_loadu_ps(base + i * ld + v * W);
-  for (int64_t k = 0; k < K; ++k) {
-    __m512bh bk[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) bk[i] = reinterpret_cast<__m512bh>(_mm512_set1_ps(b[i * K + k]));
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const __m512bh ak = reinterpret_cast<__m512bh>(_mm512_loadu_ps(a + k * lda + v * W));
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], ak, bk[i]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) _mm512_storeu_ps(t + i * ld + v * W, acc[i][v]);
+  lora_sums<Dot, R, NV>(base, a, b, t, K, lda, ld);
 }
 #endif
 
 template <int R, int NV>
-void lora_block(bool dot, const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda,
-                int64_t ld) {
+void lora_block([[maybe_unused]] bool dot, const float* base, const float* a, const float* b, float* t, int64_t K,
+                int64_t lda, int64_t ld) {
 #if defined(JN_AVX512)
   if (dot) return lora_dot<R, NV>(base, a, b, t, K, lda, ld);
 #endif
-  (void)dot;
-  lora_fma<R, NV>(base, a, b, t, K, lda, ld);
+  lora_sums<Fma, R, NV>(base, a, b, t, K, lda, ld);
 }
 
 template <int R>
@@ -263,8 +252,7 @@ void mix_backward_rows(const MixPlan& plan, const MixGrad& grad, int64_t row0, i
   }
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #else
 

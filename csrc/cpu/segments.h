@@ -16,8 +16,7 @@ struct Segments {
 
 #ifdef JN_ISA
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // t[s] = sum of value_i over kept[i] >= s
 inline void spread(const Segments& seg, const float* value, float* t) {
@@ -88,7 +87,6 @@ void norm_backward_factors(const T* g, const T* x, const float* scale, const flo
   spread(seg, value, back);
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA
 
 #endif

@@ -2,8 +2,7 @@
 // load/store convert from and to float or bf16; the forms with a count handle tails (missing lanes are 0).
 #include "cpu/bf16.h"
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 #if defined(JN_AVX512)
 
@@ -307,5 +306,4 @@ inline void pairs(int64_t begin, int64_t end, const F& f) {
   pairs(begin, end, false, f);
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA

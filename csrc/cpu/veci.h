@@ -1,8 +1,7 @@
 // W 32-bit integers for the instruction set of the current pass, and four bytes per lane where dots are concerned
 // (included once per pass, hence no guard).
 
-namespace jointnas {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 #if defined(JN_AVX512)
 
@@ -196,5 +195,4 @@ inline void transpose(const Row& row, int64_t n, const Out& out) {
 #endif
 }
 
-}  // namespace JN_ISA
-}  // namespace jointnas
+}  // namespace jointnas::JN_ISA

@@ -12,6 +12,16 @@ template <class T> JN_DEVICE float rounded(float v) { return ptx::to_float(ptx::
 // Eight inputs per thread and step: 32i + 8t .. + 7 of a group, two words (s = 0, 1) of the packed token.
 constexpr int kStep = 8;
 
+// The extremes of a warp's lanes, in all of them.
+JN_DEVICE void meet(float& low, float& high) {
+#pragma unroll
+  for (int m = 16; m; m /= 2) {
+    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
+    low = l < low ? l : low;
+    high = h > high ? h : high;
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
     act_quant_kernel(const T* x, int8_t* a, float* scale, int* zero, int inputs, int bits, int symmetric, int layout,
@@ -26,8 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   float low = 0, high = 0;
   for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
     T v[kStep];
-    for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
-      reinterpret_cast<Vec4*>(v)[j] = ptx::load16(reinterpret_cast<const Vec4*>(x + k) + j);
+    *reinterpret_cast<Vec4*>(v) = ptx::load16(x + k);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const float f = ptx::to_float(v[j]);
@@ -35,12 +44,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       high = f > high ? f : high;
     }
   }
-#pragma unroll
-  for (int m = 16; m; m /= 2) {
-    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
-    low = l < low ? l : low;
-    high = h > high ? h : high;
-  }
+  meet(low, high);
   if (lane == 0) {
     partial[warp] = low;
     partial[32 + warp] = high;
@@ -50,12 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     low = partial[lane];
     high = partial[32 + lane];
   }
-#pragma unroll
-  for (int m = 16; m; m /= 2) {  // lanes without a warp still hold their own warp's extremes
-    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
-    low = l < low ? l : low;
-    high = h > high ? h : high;
-  }
+  meet(low, high);  // lanes without a warp still hold their own warp's extremes
 
   const float qmin = -static_cast<float>(1 << (bits - 1)), qmax = -qmin - 1, levels = qmax - qmin;
   float s, z = 0;
@@ -75,8 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
     T v[kStep];
-    for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
-      reinterpret_cast<Vec4*>(v)[j] = ptx::load16(reinterpret_cast<const Vec4*>(x + k) + j);
+    *reinterpret_cast<Vec4*>(v) = ptx::load16(x + k);
     int level[kStep];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {

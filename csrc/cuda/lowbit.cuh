@@ -1,5 +1,5 @@
-// What the low-bit products share: their arguments, the tiled weight layout (ops/lowbit/pack.py) and what a lane does
-// with its words.
+// What the low-bit products share: their arguments, the tiled weight layout (packed by ops/lowbit) and what a lane
+// does with its words.
 //
 // A tile is 16 rows x 128 inputs = BITS*256 bytes: vectors [BITS/2][32 lanes] of 16 bytes. Field F = 4i + 2s + r of lane
 // 4g + t holds inputs 32i + 8t + 4s + {0..3} of row 8r + g, as bytes j = 2e + h for input 2h + e.
@@ -37,7 +37,8 @@ constexpr int kGroup = 128;  // inputs per scale, and per tile
 
 // Whether the arguments every kernel shares are sound.
 inline bool sound(const LowbitArgs& p) {
-  return p.inputs % kGroup == 0 && p.tokens > 0 && p.rows > 0 && (p.splits == 1 || (p.splits > 1 && p.partial && p.locks));
+  const bool splits = p.splits == 1 || (p.splits > 1 && p.partial && p.locks);
+  return splits && p.inputs % kGroup == 0 && p.tokens > 0 && p.rows > 0;
 }
 
 JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
@@ -102,6 +103,17 @@ template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t w
     constexpr uint32_t down = both(half_bits(bf, 1.0 / (1 << p)));
     constexpr uint32_t off = both(half_bits(bf, -(double(1 << mantissa) / (1 << p) + offset)));
     return ptx::fma2<T>(ptx::and_or(word >> shift, mask, magic), down, off);
+  }
+}
+
+// This lane's words of a tile in shared memory, whose first vector is at `src`; or of COUNT vectors from FROM on.
+template <int BITS, int FROM = 0, int COUNT = BITS / 2>
+JN_DEVICE void load_words(const unsigned char* src, uint32_t (&w)[2 * BITS]) {
+#pragma unroll
+  for (int v = FROM; v < FROM + COUNT; ++v) {
+    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
   }
 }
 

@@ -42,7 +42,7 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
 
 }  // namespace
 
-// Few tokens, W{2,4} x A{2,4,8} on bit-planes, zero points by row_sum: weight of ops/lowbit/pack.py tile_planes, x of
+// Few tokens, W{2,4} x A{2,4,8} on bit-planes, zero points by row_sum: weight as ops/lowbit lays bit-planes out, x of
 // act_quant_pack(layout 3); warp_rows and splits as for the streaming kernel.
 int lowbit_bitplane(const LowbitArgs& p, cudaStream_t stream) {
   if (!sound(p) || !p.act_scale || !p.row_sum) return kBadArgument;

@@ -71,7 +71,8 @@ template <class T> JN_DEVICE uint32_t pack2(float low, float high);  // two halv
 // All of this for a half type, whose name is all that its instructions differ in.
 #define JN_HALF(T, name) \
   template <> JN_DEVICE void mma_m16n8k16<T>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 " \
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); \
   } \

@@ -19,7 +19,7 @@ from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
 from jointnas_kernels.ops.quant import mixture_cuda as quant_lora_mix_cuda
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SOURCES = [*sorted((CSRC / "cuda").glob("*.cu")), *(CSRC / name for name in ("bindings.cpp", "cpu/isa.cpp", "cpu/parallel.cpp"))]
+SOURCES = [*CSRC.glob("cuda/*.cu"), CSRC / "bindings.cpp", CSRC / "cpu/isa.cpp", CSRC / "cpu/parallel.cpp"]
 
 
 @pytest.fixture(scope="session")

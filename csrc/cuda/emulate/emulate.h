@@ -1,7 +1,7 @@
 // Test-only twin of ptx.cuh: runs a kernel's blocks (or clusters of blocks) one after another on the CPU, their threads
 // as fibers. Barriers and warp-wide instructions switch fibers until every participant has arrived. Shared memory starts
-// out as 0xFF bytes; a cp.async destination holds 0xFF until its group is waited for, so a read that comes too early gives
-// NaN. What the hardware would not do ends the process.
+// out as 0xFF bytes; a cp.async destination holds 0xFF until its group is waited for, so a read that comes too early
+// gives NaN. What the hardware would not do ends the process.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
