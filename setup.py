@@ -7,7 +7,6 @@ seconds, and ninja recompiles only what changed. Everything else about the packa
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -40,55 +39,38 @@ def find_nvcc() -> str | None:
     return next((str(p) for p in places if p.is_file()), None)
 
 
-def cuda_include(nvcc: str) -> Path:
-    """The toolkit's include folder, asked of nvcc itself because the file found may be a wrapper script."""
-    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
-    if top is None:
-        raise RuntimeError(f"{nvcc} --dryrun does not say where its toolkit is; it printed:\n{plan[:500]}")
-    return Path(top[1]).resolve() / "include"
+def sources(nvcc: str | None) -> list[Path]:
+    """What the module is made of; CUDA files only where they can be compiled."""
+    folder = ROOT / "csrc"
+    cuda = sorted((folder / "cuda").glob("*.cu")) if nvcc else []
+    return [folder / "bindings.cpp", *sorted((folder / "cpu").glob("*.cpp")), *cuda]
 
 
 def ninja_file(target: Path, build_dir: Path) -> str:
     """The text of build.ninja: one rule for C++, one for CUDA, one link."""
     nvcc = find_nvcc()
     cxx = os.environ.get("CXX", "g++")
-    includes = [ROOT / "csrc" / "include", Path(sysconfig.get_paths()["include"]), Path(pybind11.get_include())]
-    flags = list(CXX_FLAGS)
-    sources = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
-    link = f"{cxx} -shared -pthread"
-    if nvcc:
-        includes.append(cuda_include(nvcc))
-        flags.append("-DJN_WITH_CUDA")
-        sources += sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-        link = f"{nvcc} -shared -cudart static -Xcompiler -pthread"
-    else:
-        print("nvcc not found: building the CPU part only", file=sys.stderr)
-    include_flags = " ".join(f"{'-I' if n == 0 else '-isystem '}{i}" for n, i in enumerate(includes))
-    lines = [
-        "ninja_required_version = 1.5",
-        "rule cxx",
-        f"  command = {cxx} {' '.join(flags)} {include_flags} -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule cuda",
-        f"  command = {nvcc} {' '.join(NVCC_FLAGS)} -DJN_WITH_CUDA {include_flags} -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {link} $in -o $out",
-    ]
+    # for bindings.cpp alone: pip builds with a pybind11 elsewhere, which must not make ninja compile everything again
+    glue = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
+    glue += " -DJN_WITH_CUDA" if nvcc else ""
+    link = f"{nvcc} -shared -cudart static -Xcompiler -pthread" if nvcc else f"{cxx} -shared -pthread"
+    compilers = {"cxx": f"{cxx} {' '.join(CXX_FLAGS)} -MMD", "cuda": f"{nvcc} {' '.join(NVCC_FLAGS)} -MD"}
+    lines = ["ninja_required_version = 1.11", "rule link", f"  command = {link} $in -o $out", "  description = linking"]
+    for rule, compiler in compilers.items():
+        lines += [f"rule {rule}", f"  command = {compiler} -MF $out.d -I{ROOT / 'csrc'} $glue -c $in -o $out"]
+        lines += ["  description = compiling $in", "  depfile = $out.d", "  deps = gcc"]
     objects = []
-    for source in sources:
-        obj = build_dir / (source.parent.name + "_" + source.name + ".o")
+    for source in sources(nvcc):
+        obj = build_dir / f"{source.parent.name}_{source.name}.o"
         objects.append(str(obj))
         lines.append(f"build {obj}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}")
+        lines += [f"  glue = {glue}"] if source.stem == "bindings" else []
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
 class NinjaBuild(build_ext):
-    """``build_ext`` that hands the whole extension to ninja."""
+    """``build_ext`` that hands the whole extension to ninja: one line, and compilers' output only if they complain."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -97,8 +79,17 @@ class NinjaBuild(build_ext):
         build_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(target, build_dir))
-        # quiet: the commands and output of what fails, nothing else
-        subprocess.run([Path(ninja.BIN_DIR) / "ninja", "--quiet", "-C", build_dir], check=True)
+        command = [str(Path(ninja.BIN_DIR) / "ninja")]
+        plan = subprocess.run([*command, "-n"], cwd=build_dir, capture_output=True, text=True)
+        if "no work to do" in plan.stdout:
+            return
+        files = [source.suffix for source in sources(find_nvcc())]
+        cuda = f"{files.count('.cu')} CUDA sources" if ".cu" in files else "no CUDA sources, as nvcc was not found"
+        print(f"building {ext.name}: {files.count('.cpp')} C++ and {cuda}", flush=True)
+        if not sys.stdout.isatty():
+            command.append("--quiet")  # a terminal gets one line of progress that overwrites itself
+        if subprocess.run(command, cwd=build_dir).returncode:
+            raise SystemExit(f"building {ext.name} failed; the compiler's message is above")
 
 
 setup(ext_modules=[Extension("jointnas_kernels._C", sources=[])], cmdclass={"build_ext": NinjaBuild})

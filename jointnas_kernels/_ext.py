@@ -39,3 +39,19 @@ def load(cuda: bool = False) -> ModuleType:
             "install the CUDA toolkit (nvcc on PATH or CUDA_HOME set) and rebuild with `make setup`"
         )
     return module
+
+
+def check(code: int, what: str) -> None:
+    """Raise unless a function of the compiled module succeeded.
+
+    Args:
+        code: what it returned: 0, a key of ``_C.ERRORS`` (negative), or a cudaError_t (positive).
+        what: which function, for the message.
+
+    Raises:
+        JointNASError: ``code`` is not 0.
+    """
+    if code:
+        module = load()
+        reason = module.ERRORS.get(code) or f"CUDA error {code} ({module.cuda_error_name(code)})"
+        raise JointNASError(f"{what}: {reason}")

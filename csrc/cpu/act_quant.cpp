@@ -3,10 +3,9 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "act_quant.h"
+#include "cpu/act_quant.h"
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // mask x of one token, rounded to T: x itself without a mask
 template <class T>
@@ -31,7 +30,7 @@ void act_mix_rows(const T* x, const float* probs, const float* mask, const int* 
 template <class T>
 void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int* bits, int64_t Q, bool symmetric,
                            float total1, T* dx, float* dprobs, float* column, int64_t rows, int64_t N, bool streamed) {
-  if (column) std::memset(column, 0, static_cast<size_t>(N) * sizeof(float));
+  zero(column, N);
   std::vector<T> scratch(mask && dprobs ? static_cast<size_t>(N) : 0);
   const vf total = set(total1);
   for (int64_t i = 0; i < rows; ++i, g += N, x += N) {
@@ -48,61 +47,45 @@ void act_mix_backward_rows(const T* g, const T* x, const float* mask, const int*
   if (streamed) stream_end();
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#include "past_cache.h"
-
 #include <vector>
 
-#define JN_THIS_FILE "../cpu/act_quant.cpp"
-#include "each_isa.h"
+#include "cpu/chunks.h"
+#include "export.h"
 
-using namespace jnk;
+#define JN_THIS_FILE "cpu/act_quant.cpp"
+#include "cpu/each_isa.h"
 
-namespace {
+namespace jointnas {
 
-template <class F>
-int run(int64_t rows, int64_t chunk_rows, int64_t Q, int dtype, int threads, int isa, const F& f) {
-  const int level = choose_isa(isa);
-  if (!level) return kIsaMissing;
-  if ((dtype != kF32 && dtype != kBf16) || Q > kMaxPrecisions) return kBadArgument;
-  parallel_for((rows + chunk_rows - 1) / chunk_rows, threads, [&](int64_t i) {
-    const int64_t first = i * chunk_rows, n = std::min(chunk_rows, rows - first);
-    dtype == kF32 ? f(float{}, level, first, n, i) : f(bf16{}, level, first, n, i);
-  });
-  return kOk;
-}
-
-}  // namespace
-
-int jn_cpu_act_quant_mix(const void* x, const float* probs, const float* mask, const int* bits, void* y, int64_t rows,
-                         int64_t N, int64_t Q, int symmetric, int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = past_cache({y}, rows * N, N, dtype);
-  return run(rows, chunk_rows, Q, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    using T = decltype(t);
-    JN_DISPATCH(level, act_mix_rows(static_cast<const T*>(x) + i * N, probs, mask, bits, Q, symmetric != 0,
-                                    static_cast<T*>(y) + i * N, n, N, streamed));
+// y = sum_q probs[q] Q_q(mask x), per row; mask [N] or null; bits [Q] <= 8 or 16; Q <= 16
+int cpu_act_quant_mix(const void* x, const float* probs, const float* mask, const int* bits, void* y, int64_t rows,
+                      int64_t N, int64_t Q, bool symmetric, Chunks chunks) {
+  if (Q > kMaxPrecisions) return kBadArgument;
+  const bool streamed = chunks.past_cache({y}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
+    JN_DISPATCH(level, act_mix_rows(at(t, x, i * N), probs, mask, bits, Q, symmetric, at(t, y, i * N), n, N, streamed));
   });
 }
+JN_EXPORT(cpu_act_quant_mix);
 
-int jn_cpu_act_quant_mix_backward(const void* g, const void* x, const float* mask, const int* bits, void* dx,
-                                  float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, int symmetric,
-                                  float total, int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = !partial && past_cache({dx}, rows * N, N, dtype);
-  return run(rows, chunk_rows, Q, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
-    using T = decltype(t);
-    JN_DISPATCH(level, act_mix_backward_rows(static_cast<const T*>(g) + i * N, static_cast<const T*>(x) + i * N, mask,
-                                             bits, Q, symmetric != 0, total, dx ? static_cast<T*>(dx) + i * N : nullptr,
-                                             dprobs ? dprobs + i * Q : nullptr,
-                                             partial ? partial + chunk * N : nullptr, n, N, streamed));
+// Each output may be null: dx = total mask g; dprobs [rows, Q]: <g, Q_q> per row; partial: column sums of g x
+int cpu_act_quant_mix_backward(const void* g, const void* x, const float* mask, const int* bits, void* dx,
+                               float* dprobs, float* partial, int64_t rows, int64_t N, int64_t Q, bool symmetric,
+                               float total, Chunks chunks) {
+  if (Q > kMaxPrecisions) return kBadArgument;
+  const bool streamed = !partial && chunks.past_cache({dx}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
+    JN_DISPATCH(level, act_mix_backward_rows(at(t, g, i * N), at(t, x, i * N), mask, bits, Q, symmetric, total,
+                                             at(t, dx, i * N), at(dprobs, i * Q), at(partial, chunk * N), n, N,
+                                             streamed));
   });
 }
+JN_EXPORT(cpu_act_quant_mix_backward);
+
+}  // namespace jointnas
 
 #endif

@@ -1,18 +1,13 @@
 // The supernet's elementwise operations with the width masks folded in, forward and backward, one pass over each
 // tensor (two over a row for RMSNorm, the second from the cache). Math is fp32, one rounding per output.
-// Formulas: the docstrings of ops/channel_mask.py, gated_residual.py, masked_swiglu.py, mixed_rmsnorm.py and
-// masked_rope.py. Column sums (mask gradients) are kept per chunk of rows: partial [chunks, N], summed by the caller.
+// Formulas: the docstrings of the ops. Tensors are [rows, N] of the dtype, vectors fp32. Work is cut into chunks of rows
+// (chunks.h); column sums (mask gradients) are kept for each chunk: partial [chunks, N], summed by the caller.
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "segments.h"
+#include "cpu/segments.h"
 
-namespace jnk {
-namespace JN_ISA {
-
-inline void zero(float* p, int64_t n) {
-  if (p) std::memset(p, 0, static_cast<size_t>(n) * sizeof(float));
-}
+namespace jointnas::JN_ISA {
 
 // y = g * mask, and with x and column: column += g * x
 template <class T>
@@ -128,15 +123,13 @@ void rmsnorm_rows(const T* x, const float* scale, const float* alpha, const Segm
   float t[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, x += N, y += N, inv += seg.K) {
     norm_factors(x, alpha, seg, eps, inv, t);
-    int64_t start = 0;
-    for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
+    each_segment(seg, y, N, [&](int64_t s, int64_t begin, int64_t end) {
       const vf k = set(t[s]);
-      pairs(start, seg.ends[s], streamed && start % 32 == 0, [=](auto at) {
+      pairs(begin, end, streamed && begin % 32 == 0, [=](auto at) {
         at.prefetch(x + N);
         at.put(y, at(x) * k * at(scale));
       });
-    }
-    each(start, N, [=](auto at) { at.put(y, set(0.0f)); });
+    });
   }
   if (streamed) stream_end();
 }
@@ -150,18 +143,16 @@ void rmsnorm_backward_rows(const T* g, const T* x, const float* scale, const flo
   float t[kMaxChoices], back[kMaxChoices];
   for (int64_t row = 0; row < rows; ++row, g += N, x += N, dx += N, inv += seg.K) {
     norm_backward_factors(g, x, scale, alpha, inv, seg, t, back, dalpha ? dalpha + row * seg.K : nullptr);
-    int64_t start = 0;
-    for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) {
+    each_segment(seg, dx, N, [&](int64_t s, int64_t begin, int64_t end) {
       const vf k = set(t[s]), b = set(back[s]);
-      pairs(start, seg.ends[s], streamed && start % 32 == 0, [=](auto at) {
+      pairs(begin, end, streamed && begin % 32 == 0, [=](auto at) {
         at.prefetch(g + N);
         at.prefetch(x + N);
         const auto d = at(g) * k, v = at(x);
         at.put(dx, fnma(v, b, d * at(scale)));
         if (column) at.add_product(column, d, v);
       });
-    }
-    each(start, N, [=](auto at) { at.put(dx, set(0.0f)); });
+    });
   }
   if (streamed) stream_end();
 }
@@ -212,162 +203,140 @@ void rope_backward_rows(const T* g, const T* x, const float* mask, const float* 
   if (streamed) stream_end();
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#include "past_cache.h"
-#include "segments.h"
-
 #include <vector>
 
-#define JN_THIS_FILE "../cpu/elementwise.cpp"
-#include "each_isa.h"
+#include "cpu/chunks.h"
+#include "cpu/segments.h"
+#include "export.h"
 
-using namespace jnk;
+#define JN_THIS_FILE "cpu/elementwise.cpp"
+#include "cpu/each_isa.h"
 
-namespace {
+namespace jointnas {
 
-template <class T>
-const T* at(const void* p, int64_t i) {
-  return p ? static_cast<const T*>(p) + i : nullptr;
-}
-template <class T>
-T* at(void* p, int64_t i) {
-  return p ? static_cast<T*>(p) + i : nullptr;
-}
-
-std::vector<float> product(const float* a, const float* b, int64_t N) {
+static std::vector<float> product(const float* a, const float* b, int64_t N) {
   std::vector<float> out(static_cast<size_t>(N));
   for (int64_t i = 0; i < N; ++i) out[static_cast<size_t>(i)] = a[i] * b[i];
   return out;
 }
 
-// f(T{}, level, first row, rows, chunk) for every chunk of `chunk_rows` rows
-template <class F>
-int run(int64_t rows, int64_t chunk_rows, int dtype, int threads, int isa, const F& f) {
-  const int level = choose_isa(isa);
-  if (!level) return kIsaMissing;
-  if (dtype != kF32 && dtype != kBf16) return kBadArgument;
-  parallel_for((rows + chunk_rows - 1) / chunk_rows, threads, [&](int64_t i) {
-    const int64_t first = i * chunk_rows, n = std::min(chunk_rows, rows - first);
-    if (dtype == kF32)
-      f(float{}, level, first, n, i);
-    else
-      f(bf16{}, level, first, n, i);
-  });
-  return kOk;
-}
-
-}  // namespace
-
-int jn_cpu_channel_mask(const void* g, const void* x, const float* mask, void* y, float* partial, int64_t rows, int64_t N,
-                        int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = !partial && past_cache({y}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
-    using T = decltype(t);
-    JN_DISPATCH(level, mask_rows(at<T>(g, i * N), at<T>(x, i * N), mask, at<T>(y, i * N), at<float>(partial, chunk * N), n,
-                                 N, streamed));
+// y = g * mask; partial (with x): column sums of g * x
+int cpu_channel_mask(const void* g, const void* x, const float* mask, void* y, float* partial, int64_t rows, int64_t N,
+                     Chunks chunks) {
+  const bool streamed = !partial && chunks.past_cache({y}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
+    JN_DISPATCH(level, mask_rows(at(t, g, i * N), at(t, x, i * N), mask, at(t, y, i * N), at(partial, chunk * N), n, N,
+                                 streamed));
   });
 }
+JN_EXPORT(cpu_channel_mask);
 
-int jn_cpu_gated_residual(const void* h, const void* y, const float* mask, const float* gate, const void* x, void* out,
-                          int64_t rows, int64_t N, int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = past_cache({out}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    using T = decltype(t);
-    JN_DISPATCH(level, residual_rows(at<T>(h, i * N), at<T>(y, i * N), mask, gate, at<T>(x, i * N), at<T>(out, i * N), n, N,
-                                     streamed));
+// out = h + mask y (mask may be null: 1), or with gate [1] and x: x + gate (h + mask y - x)
+int cpu_gated_residual(const void* h, const void* y, const float* mask, const float* gate, const void* x, void* out,
+                       int64_t rows, int64_t N, Chunks chunks) {
+  const bool streamed = chunks.past_cache({out}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
+    JN_DISPATCH(level, residual_rows(at(t, h, i * N), at(t, y, i * N), mask, gate, at(t, x, i * N), at(t, out, i * N), n,
+                                     N, streamed));
   });
 }
+JN_EXPORT(cpu_gated_residual);
 
-int jn_cpu_gated_residual_backward(const void* g, const void* h, const void* y, const float* mask, const float* gate,
-                                   const void* x, void* dh, void* dy, void* dx, float* partial, float* dgate,
-                                   int64_t rows, int64_t N, int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = !partial && past_cache({dh, dy, dx}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
-    using T = decltype(t);
+// dh = gate g, dx = (1 - gate) g, dy = gate g mask (null: skipped); partial: column sums of gate g y; dgate [chunks]
+int cpu_gated_residual_backward(const void* g, const void* h, const void* y, const float* mask, const float* gate,
+                                const void* x, void* dh, void* dy, void* dx, float* partial, float* dgate,
+                                int64_t rows, int64_t N, Chunks chunks) {
+  const bool streamed = !partial && chunks.past_cache({dh, dy, dx}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
     float total = 0.0f;
-    JN_DISPATCH(level, total = residual_backward_rows(at<T>(g, i * N), at<T>(h, i * N), at<T>(y, i * N), mask, *gate,
-                                              at<T>(x, i * N), at<T>(dh, i * N), at<T>(dy, i * N), at<T>(dx, i * N),
-                                              at<float>(partial, chunk * N), dgate != nullptr, n, N, streamed));
+    JN_DISPATCH(level, total = residual_backward_rows(at(t, g, i * N), at(t, h, i * N), at(t, y, i * N), mask, *gate,
+                                                      at(t, x, i * N), at(t, dh, i * N), at(t, dy, i * N),
+                                                      at(t, dx, i * N), at(partial, chunk * N), dgate != nullptr, n, N,
+                                                      streamed));
     if (dgate) dgate[chunk] = total;
   });
 }
+JN_EXPORT(cpu_gated_residual_backward);
 
-int jn_cpu_masked_swiglu(const void* gate, const void* up, const float* r, const float* c, void* out, int64_t rows,
-                         int64_t N, int64_t chunk_rows, int dtype, int threads, int isa) {
+// out = silu(r gate) (r up) c
+int cpu_masked_swiglu(const void* gate, const void* up, const float* r, const float* c, void* out, int64_t rows,
+                      int64_t N, Chunks chunks) {
   const std::vector<float> rc = product(r, c, N);
-  const bool streamed = past_cache({out}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    using T = decltype(t);
-    JN_DISPATCH(level, swiglu_rows(at<T>(gate, i * N), at<T>(up, i * N), r, rc.data(), at<T>(out, i * N), n, N, streamed));
+  const bool streamed = chunks.past_cache({out}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
+    JN_DISPATCH(level, swiglu_rows(at(t, gate, i * N), at(t, up, i * N), r, rc.data(), at(t, out, i * N), n, N,
+                                   streamed));
   });
 }
+JN_EXPORT(cpu_masked_swiglu);
 
-int jn_cpu_masked_swiglu_backward(const void* g, const void* gate, const void* up, const float* r, const float* c,
-                                  void* dgate, void* dup, float* dr, float* dc, int64_t rows, int64_t N,
-                                  int64_t chunk_rows, int dtype, int threads, int isa) {
+// dr, dc: column sums per chunk, or null
+int cpu_masked_swiglu_backward(const void* g, const void* gate, const void* up, const float* r, const float* c,
+                               void* dgate, void* dup, float* dr, float* dc, int64_t rows, int64_t N, Chunks chunks) {
   const std::vector<float> rc = product(r, c, N), rrc = product(r, rc.data(), N);
-  const bool streamed = !dr && !dc && past_cache({dgate, dup}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
-    using T = decltype(t);
-    JN_DISPATCH(level, swiglu_backward_rows(at<T>(g, i * N), at<T>(gate, i * N), at<T>(up, i * N), r, c, rc.data(),
-                                            rrc.data(), at<T>(dgate, i * N), at<T>(dup, i * N),
-                                            at<float>(dr, chunk * N), at<float>(dc, chunk * N), n, N, streamed));
+  const bool streamed = !dr && !dc && chunks.past_cache({dgate, dup}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
+    JN_DISPATCH(level, swiglu_backward_rows(at(t, g, i * N), at(t, gate, i * N), at(t, up, i * N), r, c, rc.data(),
+                                            rrc.data(), at(t, dgate, i * N), at(t, dup, i * N), at(dr, chunk * N),
+                                            at(dc, chunk * N), n, N, streamed));
   });
 }
+JN_EXPORT(cpu_masked_swiglu_backward);
 
-int jn_cpu_mixed_rmsnorm(const void* x, const float* scale, const float* alpha, const int64_t* ends, const int64_t* kept,
-                         void* y, float* inv, int64_t rows, int64_t N, int64_t S, int64_t K, float eps,
-                         int64_t chunk_rows, int dtype, int threads, int isa) {
+// scale = weight * in_mask; ends [S] and kept [K]: Segments; alpha [K]; inv [rows, K] out
+int cpu_mixed_rmsnorm(const void* x, const float* scale, const float* alpha, const int64_t* ends, const int64_t* kept,
+                      void* y, float* inv, int64_t rows, int64_t N, int64_t S, int64_t K, float eps, Chunks chunks) {
   if (K > kMaxChoices) return kBadArgument;
   const Segments seg{S, K, ends, kept};
-  const bool streamed = past_cache({y}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    using T = decltype(t);
-    JN_DISPATCH(level, rmsnorm_rows(at<T>(x, i * N), scale, alpha, seg, eps, at<T>(y, i * N), inv + i * K, n, N, streamed));
+  const bool streamed = chunks.past_cache({y}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
+    JN_DISPATCH(level, rmsnorm_rows(at(t, x, i * N), scale, alpha, seg, eps, at(t, y, i * N), inv + i * K, n, N,
+                                    streamed));
   });
 }
+JN_EXPORT(cpu_mixed_rmsnorm);
 
-int jn_cpu_mixed_rmsnorm_backward(const void* g, const void* x, const float* scale, const float* alpha, const float* inv,
-                                  const int64_t* ends, const int64_t* kept, void* dx, float* dalpha, float* partial,
-                                  int64_t rows, int64_t N, int64_t S, int64_t K, int64_t chunk_rows, int dtype,
-                                  int threads, int isa) {
+// dalpha [rows, K] or null; partial: column sums of g x t, or null
+int cpu_mixed_rmsnorm_backward(const void* g, const void* x, const float* scale, const float* alpha, const float* inv,
+                               const int64_t* ends, const int64_t* kept, void* dx, float* dalpha, float* partial,
+                               int64_t rows, int64_t N, int64_t S, int64_t K, Chunks chunks) {
   if (K > kMaxChoices) return kBadArgument;
   const Segments seg{S, K, ends, kept};
-  const bool streamed = !partial && past_cache({dx}, rows * N, N, dtype);
-  return run(rows, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
-    using T = decltype(t);
-    JN_DISPATCH(level, rmsnorm_backward_rows(at<T>(g, i * N), at<T>(x, i * N), scale, alpha, inv + i * K, seg,
-                                             at<T>(dx, i * N), at<float>(dalpha, i * K), at<float>(partial, chunk * N), n, N,
+  const bool streamed = !partial && chunks.past_cache({dx}, rows * N, N);
+  return chunks.run(rows, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
+    JN_DISPATCH(level, rmsnorm_backward_rows(at(t, g, i * N), at(t, x, i * N), scale, alpha, inv + i * K, seg,
+                                             at(t, dx, i * N), at(dalpha, i * K), at(partial, chunk * N), n, N,
                                              streamed));
   });
 }
+JN_EXPORT(cpu_mixed_rmsnorm_backward);
 
-int jn_cpu_masked_rope(const void* x, const float* mask, const float* cosine, const float* sine, void* out, int64_t tokens,
-                       int64_t period, int64_t H, int64_t D, int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = past_cache({out}, tokens * H * D, D / 2, dtype);
-  return run(tokens, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
-    using T = decltype(t);
-    JN_DISPATCH(level, rope_rows(at<T>(x, 0), mask, cosine, sine, at<T>(out, 0), i, i + n, period, H, D, streamed));
+// x, out [tokens, H, D]; mask [H, D]; cosine, sine [period, D], token t uses row t % period
+int cpu_masked_rope(const void* x, const float* mask, const float* cosine, const float* sine, void* out, int64_t tokens,
+                    int64_t period, int64_t H, int64_t D, Chunks chunks) {
+  const bool streamed = chunks.past_cache({out}, tokens * H * D, D / 2);
+  return chunks.run(tokens, [&](auto t, int level, int64_t i, int64_t n, int64_t) {
+    JN_DISPATCH(level, rope_rows(at(t, x, 0), mask, cosine, sine, at(t, out, 0), i, i + n, period, H, D, streamed));
   });
 }
+JN_EXPORT(cpu_masked_rope);
 
-int jn_cpu_masked_rope_backward(const void* g, const void* x, const float* mask, const float* cosine, const float* sine,
-                                void* dx, float* partial, int64_t tokens, int64_t period, int64_t H, int64_t D,
-                                int64_t chunk_rows, int dtype, int threads, int isa) {
-  const bool streamed = !partial && past_cache({dx}, tokens * H * D, D / 2, dtype);
-  return run(tokens, chunk_rows, dtype, threads, isa, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
-    using T = decltype(t);
-    JN_DISPATCH(level, rope_backward_rows(at<T>(g, 0), at<T>(x, 0), mask, cosine, sine, at<T>(dx, 0),
-                                          at<float>(partial, chunk * H * D), i, i + n, period, H, D, streamed));
+// partial [chunks, H, D]: sums of x rope^T(g), or null (x is not read then)
+int cpu_masked_rope_backward(const void* g, const void* x, const float* mask, const float* cosine, const float* sine,
+                             void* dx, float* partial, int64_t tokens, int64_t period, int64_t H, int64_t D,
+                             Chunks chunks) {
+  const bool streamed = !partial && chunks.past_cache({dx}, tokens * H * D, D / 2);
+  return chunks.run(tokens, [&](auto t, int level, int64_t i, int64_t n, int64_t chunk) {
+    JN_DISPATCH(level, rope_backward_rows(at(t, g, 0), at(t, x, 0), mask, cosine, sine, at(t, dx, 0),
+                                          at(partial, chunk * H * D), i, i + n, period, H, D, streamed));
   });
 }
+JN_EXPORT(cpu_masked_rope_backward);
+
+}  // namespace jointnas
 
 #endif

@@ -1,4 +1,4 @@
-#include "isa.h"
+#include "cpu/isa.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8,7 +8,7 @@
 #include <unistd.h>
 #endif
 
-namespace jnk {
+namespace jointnas {
 
 #if defined(__x86_64__)
 namespace {
@@ -30,7 +30,7 @@ bool may_use_tiles(uint32_t edx) {
 
 uint32_t cpu_features() {
   static const uint32_t features = [] {
-    uint32_t f = kNone;
+    uint32_t f = kNoFeature;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) f |= kHasAvx2;
@@ -40,7 +40,6 @@ uint32_t cpu_features() {
     if (f & kHasAvx512) {
       if (__builtin_cpu_supports("avx512bf16")) f |= kHasBf16;
       if (__builtin_cpu_supports("avx512vnni")) f |= kHasVnni;
-      if (__builtin_cpu_supports("avx512vbmi")) f |= kHasVbmi;
       if (__builtin_cpu_supports("avx512vpopcntdq")) f |= kHasVpopcnt;
     }
     if (__builtin_cpu_is("intel")) f |= kIsIntel;
@@ -66,4 +65,4 @@ int choose_isa(int requested, uint32_t extra) {
   return requested >= kScalar && requested <= best ? requested : 0;
 }
 
-}  // namespace jnk
+}  // namespace jointnas

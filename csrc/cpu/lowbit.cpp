@@ -1,7 +1,7 @@
 // lowbit_linear: y[m, n] = s[m] * sum_g scale[n, g] * sum_{k in g} q[n, k] (a[m, k] - z[m]), W{2,4,8} x A{8,16}
 // (4- and 2-bit activations are int8 values of a smaller range), and the same for W <= 4 times A <= 4 by popcount.
 //
-// Weights come in the prepared layout (lowbit_cpu.h): lanes are output rows, so an activation entry is broadcast, there
+// Weights come in the prepared layout (lowbit.h): lanes are output rows, so an activation entry is broadcast, there
 // is nothing to add up across lanes, and a block of 64 rows is one stream. Few tokens: fields are cut from the words
 // in registers, and the product is one pass over the weights at the speed of memory. Many: a group of a block is
 // unpacked once into the first-level cache and multiplied with all tokens (lowbit_gemm.h; in AMX tiles: lowbit_amx.h).
@@ -13,16 +13,15 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-#include "lowbit_fields.h"
-#include "lowbit_block.h"
-#include "lowbit_tokens.h"
-#include "lowbit_gemm.h"
+#include "cpu/lowbit_fields.h"
+#include "cpu/lowbit_block.h"
+#include "cpu/lowbit_tokens.h"
+#include "cpu/lowbit_gemm.h"
 #if defined(JN_AVX512EXT)
-#include "lowbit_amx.h"
+#include "cpu/lowbit_amx.h"
 #endif
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // Rows [lane, lane + V W) of S successive blocks times tokens [token, token + MB).
 template <class Op, int V, int MB, int S>
@@ -176,22 +175,20 @@ inline void multiply_blocks(const LowbitPlan& plan, int64_t block, int64_t block
   f(plan, data, block, blocks, scratch);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA
 
 #else
 
-#include <atomic>
 #include <type_traits>
 #include <utility>
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "lowbit_cpu.h"
-#include "parallel.h"
+#include "cpu/bf16.h"
+#include "cpu/isa.h"
+#include "cpu/lowbit.h"
+#include "cpu/parallel.h"
+#include "export.h"
 
-namespace jnk {
+namespace jointnas {
 
 constexpr int64_t kTokens = 128;  // multiplied with one unpacked panel: 16 KiB of levels beside its 8 KiB
 
@@ -209,34 +206,19 @@ struct LowbitPlan {
   bool amx, streams;
 };
 
-}  // namespace jnk
+}  // namespace jointnas
 
 #define JN_EXTENSION 1
-#define JN_THIS_FILE "../cpu/lowbit.cpp"
-#include "each_isa.h"
+#define JN_THIS_FILE "cpu/lowbit.cpp"
+#include "cpu/each_isa.h"
 
-// As JN_DISPATCH, with the passes of JN_EXTENSION.
-#if defined(__x86_64__)
-#define DISPATCH(level, ...)         \
-  if ((level) >= kAvx512Ext) {       \
-    using namespace jnk::avx512ext;  \
-    __VA_ARGS__;                     \
-  } else if ((level) == kAvxVnni) {  \
-    using namespace jnk::avxvnni;    \
-    __VA_ARGS__;                     \
-  } else                             \
-    JN_DISPATCH(level, __VA_ARGS__)
-#else
-#define DISPATCH(level, ...) JN_DISPATCH(level, __VA_ARGS__)
-#endif
-
-namespace jnk {
+namespace jointnas {
 namespace {
 
 int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, int threads, int isa) {
   const LowbitLayout& l = plan.layout;
   const bool integer = a_bits < 16, bf16_input = plan.dtype == kBf16;
-  const int level = choose_isa(isa, l.planes ? kHasVpopcnt : integer ? kHasVnni : bf16_input ? kHasBf16 : kNone);
+  const int level = choose_isa(isa, l.planes ? kHasVpopcnt : integer ? kHasVnni : bf16_input ? kHasBf16 : kNoFeature);
   if (!level) return kIsaMissing;
   if (M == 0 || l.O == 0) return kOk;
   LowbitTokens& t = plan.tokens;
@@ -270,31 +252,24 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   // Few tokens are ready before a second thread has woken up.
   parallel_for(M, M * l.I > 32768 ? threads : 1, [&](int64_t m) {
     if (plan.dtype == kF32) {
-      DISPATCH(level, prepare_token(l, t, static_cast<const float*>(x) + m * l.I, m, levels + m * l.I));
+      JN_DISPATCH(level, prepare_token(l, t, static_cast<const float*>(x) + m * l.I, m, levels + m * l.I));
     } else {
-      DISPATCH(level, prepare_token(l, t, static_cast<const bf16*>(x) + m * l.I, m, levels + m * l.I));
+      JN_DISPATCH(level, prepare_token(l, t, static_cast<const bf16*>(x) + m * l.I, m, levels + m * l.I));
     }
   });
 
   const int64_t panel = M > 4 || plan.amx ? (t.entries + kTokens) * kBlock : 0;
   const int64_t scratch = (panel + (plan.packed ? l.block_words() : 0)) * 4;
-  std::atomic<int> error{kOk};
   // A pass at the speed of memory wants long contiguous runs; a few per thread even out their speeds.
   const int64_t unit = plan.streams && l.blocks() >= 4 * threads ? 4 : 1, units = (l.blocks() + unit - 1) / unit;
   const int64_t runs = M > 4 ? units : std::min<int64_t>(units, 4 * threads);
-  parallel_for(runs, threads, [&](int64_t i) {
-    const Memory buffer = allocate(scratch);
-    if (!buffer) {
-      error = kNoMemory;
-      return;
-    }
+  return parallel_for(runs, threads, scratch, [&](int64_t i, void* memory) {
     const int64_t end = std::min(l.blocks(), units * (i + 1) / runs * unit);
     for (int64_t block = units * i / runs * unit, count; block < end; block += count) {
       count = !plan.streams || end - block < 2 ? 1 : end - block < 4 ? 2 : 4;
-      DISPATCH(level, multiply_blocks(plan, block, count, static_cast<uint32_t*>(buffer.get())));
+      JN_DISPATCH(level, multiply_blocks(plan, block, count, static_cast<uint32_t*>(memory)));
     }
   });
-  return error;
 }
 
 bool legal(int dtype, int w_bits, int a_bits, int64_t g, bool planes) {
@@ -303,40 +278,47 @@ bool legal(int dtype, int w_bits, int a_bits, int64_t g, bool planes) {
 }
 
 }  // namespace
-}  // namespace jnk
 
-using namespace jnk;
-
-int jn_cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O, int64_t I, int w_bits, int64_t g,
-                       int64_t stored, int planes, int scale_dtype, int threads, int isa) {
+// Weights laid out for lowbit_matmul: packed int32 [O, I w_bits/32] (the storage layout of ops/lowbit) and scale
+// [O, I/g] scale_dtype to data int32 [ceil(O/64), I/stored, meta + words, 64] (LowbitLayout). stored divides g; both are
+// whole words.
+int cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O, int64_t I, int w_bits, int64_t g,
+                    int64_t stored, bool planes, int scale_dtype, int threads, int isa) {
   const int level = choose_isa(isa, kHasVnni);
   if (!level) return kIsaMissing;
-  if (!legal(scale_dtype, w_bits, 2, stored, planes != 0) || g % stored) return kBadArgument;
-  const LowbitLayout l(O, I, stored, w_bits, scale_dtype == kBf16, planes != 0);
+  if (!legal(scale_dtype, w_bits, 2, stored, planes) || g % stored) return kBadArgument;
+  const LowbitLayout l(O, I, stored, w_bits, scale_dtype == kBf16, planes);
   parallel_for(l.blocks(), threads, [&](int64_t block) {
-    DISPATCH(level, pack_block(l, static_cast<const uint32_t*>(packed), scale, I / g, scale_dtype == kBf16, block,
-                               static_cast<uint32_t*>(data) + block * l.block_words()));
+    JN_DISPATCH(level, pack_block(l, static_cast<const uint32_t*>(packed), scale, I / g, scale_dtype == kBf16, block,
+                                  static_cast<uint32_t*>(data) + block * l.block_words()));
   });
   return kOk;
 }
+JN_EXPORT(cpu_lowbit_pack);
 
-int jn_cpu_lowbit_matmul(const void* x, const void* data, void* y, int64_t M, int64_t O, int64_t I, int w_bits,
-                         int a_bits, int64_t stored, int symmetric, int planes, int dtype, int scale_dtype, int threads,
-                         int isa) {
-  if (!legal(dtype, w_bits, a_bits, stored, planes != 0)) return kBadArgument;
-  LowbitPlan plan{LowbitLayout(O, I, stored, w_bits, scale_dtype == kBf16, planes != 0)};
+// y = x_hat (q scale)^T: x, y [M, I], [M, O] dtype; a_bits 16, or 2..8: x is quantized per token first; scale_dtype that
+// of lowbit_pack. kAvx512Ext: AVX512_VNNI for a_bits < 16, AVX512_BF16 for bf16 activations, AVX512_VPOPCNTDQ for planes
+int cpu_lowbit_matmul(const void* x, const void* data, void* y, int64_t M, int64_t O, int64_t I, int w_bits, int a_bits,
+                      int64_t stored, bool symmetric, bool planes, int dtype, int scale_dtype, int threads, int isa) {
+  if (!legal(dtype, w_bits, a_bits, stored, planes)) return kBadArgument;
+  LowbitPlan plan{LowbitLayout(O, I, stored, w_bits, scale_dtype == kBf16, planes)};
   plan.data = static_cast<const uint32_t*>(data), plan.y = y, plan.dtype = dtype;
-  return run(plan, x, M, a_bits, symmetric != 0, threads, isa);
+  return run(plan, x, M, a_bits, symmetric, threads, isa);
 }
+JN_EXPORT(cpu_lowbit_matmul);
 
-int jn_cpu_lowbit_linear(const void* x, const void* packed, const void* scale, void* y, int64_t M, int64_t O, int64_t I,
-                         int w_bits, int a_bits, int64_t g, int64_t stored, int symmetric, int dtype, int scale_dtype,
-                         int threads, int isa) {
+// The same from the storage layout, laid out block by block on the way.
+int cpu_lowbit_linear(const void* x, const void* packed, const void* scale, void* y, int64_t M, int64_t O, int64_t I,
+                      int w_bits, int a_bits, int64_t g, int64_t stored, bool symmetric, int dtype, int scale_dtype,
+                      int threads, int isa) {
   if (!legal(dtype, w_bits, a_bits, stored, false) || g % stored) return kBadArgument;
   LowbitPlan plan{LowbitLayout(O, I, stored, w_bits, scale_dtype == kBf16, false)};
   plan.packed = static_cast<const uint32_t*>(packed), plan.scale = scale, plan.scale_groups = I / g;
   plan.y = y, plan.dtype = dtype;
-  return run(plan, x, M, a_bits, symmetric != 0, threads, isa);
+  return run(plan, x, M, a_bits, symmetric, threads, isa);
 }
+JN_EXPORT(cpu_lowbit_linear);
+
+}  // namespace jointnas
 
 #endif

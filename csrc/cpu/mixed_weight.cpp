@@ -4,28 +4,14 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 template <class T>
-void mixed_weight_row(const T* w, float r, const float* c, T* out, int64_t N, bool nontemporal) {
-  const vf vr = set(r);
-  int64_t n = 0;
-  if (nontemporal) {
-    for (; n + 2 * W <= N; n += 2 * W)
-      stream2(out + n, load(w + n) * (vr * load(c + n)), load(w + n + W) * (vr * load(c + n + W)));
-  }
-  for (; n + W <= N; n += W) store(out + n, load(w + n) * (vr * load(c + n)));
-  if (n < N) store(out + n, load(w + n, N - n) * (vr * load(c + n, N - n)), N - n);
-}
-
-template <class T>
-void mixed_weight_rows(const T* w, const float* r, const float* c, T* out, int64_t begin, int64_t end, int64_t N,
-                       bool nontemporal) {
-  for (int64_t m = begin; m < end; ++m) {
-    T* row = out + m * N;
-    const bool aligned = reinterpret_cast<uintptr_t>(row) % 64 == 0;
-    mixed_weight_row(w + m * N, r[m], c, row, N, kStreams && nontemporal && aligned);
+void mixed_weight_rows(const T* w, const float* r, const float* c, T* out, int64_t rows, int64_t N, bool nontemporal) {
+  for (int64_t m = 0; m < rows; ++m, w += N, out += N) {
+    const vf vr = set(r[m]);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    pairs(0, N, nontemporal && aligned, [=](auto at) { at.put(out, at(w) * (vr * at(c))); });
   }
   if (nontemporal) stream_end();
 }
@@ -34,7 +20,7 @@ void mixed_weight_rows(const T* w, const float* r, const float* c, T* out, int64
 template <class T>
 void mixed_weight_backward_rows(const T* g, const T* w, const float* r, const float* c, T* dw, float* dr, float* column,
                                 int64_t rows, int64_t N) {
-  std::memset(column, 0, static_cast<size_t>(N) * sizeof(float));
+  zero(column, N);
   for (int64_t m = 0; m < rows; ++m, g += N, w += N) {
     const vf vr = set(r[m]);
     vf total = set(0.0f);
@@ -48,64 +34,39 @@ void mixed_weight_backward_rows(const T* g, const T* w, const float* r, const fl
   }
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA
 
 #else
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
-#define JN_THIS_FILE "../cpu/mixed_weight.cpp"
-#include "each_isa.h"
+#include "cpu/chunks.h"
+#include "export.h"
 
-namespace {
+#define JN_THIS_FILE "cpu/mixed_weight.cpp"
+#include "cpu/each_isa.h"
 
-template <class T>
-void run(int level, const void* w, const float* r, const float* c, void* out, int64_t M, int64_t N, int threads) {
-  constexpr int64_t kChunk = 1 << 16;  // elements per claim
-  constexpr int64_t kCache = 8 << 20;  // a larger output will not be read back from the cache
-  const int64_t rows = std::max<int64_t>(1, kChunk / std::max<int64_t>(N, 1));
-  const bool nontemporal = M * N * static_cast<int64_t>(sizeof(T)) > kCache;
-  jnk::parallel_for((M + rows - 1) / rows, threads, [&](int64_t i) {
-    JN_DISPATCH(level, mixed_weight_rows(static_cast<const T*>(w), r, c, static_cast<T*>(out), i * rows,
-                                         std::min(M, (i + 1) * rows), N, nontemporal));
+namespace jointnas {
+
+// out[m, n] = w[m, n] * r[m] * c[n]     w, out [M, N] dtype; r [M], c [N] fp32
+int cpu_mixed_weight(const void* w, const float* r, const float* c, void* out, int64_t M, int64_t N, int dtype,
+                     int threads, int isa) {
+  const Chunks chunks{std::max<int64_t>(1, 65536 / std::max<int64_t>(N, 1)), dtype, threads, isa};
+  const bool nontemporal = M * N * (dtype == kBf16 ? 2 : 4) > kCache;
+  return chunks.run(M, [&](auto t, int level, int64_t m, int64_t n, int64_t) {
+    JN_DISPATCH(level, mixed_weight_rows(at(t, w, m * N), r + m, c, at(t, out, m * N), n, N, nontemporal));
   });
 }
+JN_EXPORT(cpu_mixed_weight);
 
-}  // namespace
-
-int jn_cpu_mixed_weight(const void* w, const float* r, const float* c, void* out, int64_t M, int64_t N, int dtype,
-                        int threads, int isa) {
-  const int level = jnk::choose_isa(isa);
-  if (!level) return jnk::kIsaMissing;
-  if (dtype == jnk::kF32)
-    run<float>(level, w, r, c, out, M, N, threads);
-  else if (dtype == jnk::kBf16)
-    run<jnk::bf16>(level, w, r, c, out, M, N, threads);
-  else
-    return jnk::kBadArgument;
-  return jnk::kOk;
-}
-
-int jn_cpu_mixed_weight_backward(const void* g, const void* w, const float* r, const float* c, void* dw, float* dr,
-                                 float* partial, int64_t M, int64_t N, int64_t chunk_rows, int dtype, int threads,
-                                 int isa) {
-  const int level = jnk::choose_isa(isa);
-  if (!level) return jnk::kIsaMissing;
-  if (dtype != jnk::kF32 && dtype != jnk::kBf16) return jnk::kBadArgument;
-  jnk::parallel_for((M + chunk_rows - 1) / chunk_rows, threads, [&](int64_t chunk) {
-    const int64_t m = chunk * chunk_rows, rows = std::min(chunk_rows, M - m);
-    const auto go = [&](auto t) {
-      using T = decltype(t);
-      T* out = dw ? static_cast<T*>(dw) + m * N : nullptr;
-      JN_DISPATCH(level, mixed_weight_backward_rows(static_cast<const T*>(g) + m * N, static_cast<const T*>(w) + m * N,
-                                                    r + m, c, out, dr + m, partial + chunk * N, rows, N));
-    };
-    dtype == jnk::kF32 ? go(float{}) : go(jnk::bf16{});
+// dw = g r c (null: skipped); dr [M] = row sums of c g w; partial [chunks, N]: column sums of r g w
+int cpu_mixed_weight_backward(const void* g, const void* w, const float* r, const float* c, void* dw, float* dr,
+                              float* partial, int64_t M, int64_t N, Chunks chunks) {
+  return chunks.run(M, [&](auto t, int level, int64_t m, int64_t n, int64_t chunk) {
+    JN_DISPATCH(level, mixed_weight_backward_rows(at(t, g, m * N), at(t, w, m * N), r + m, c, at(t, dw, m * N), dr + m,
+                                                  partial + chunk * N, n, N));
   });
-  return jnk::kOk;
 }
+JN_EXPORT(cpu_mixed_weight_backward);
+
+}  // namespace jointnas
 
 #endif

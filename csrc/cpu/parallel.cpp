@@ -1,4 +1,4 @@
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 #include <dlfcn.h>
 
@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-namespace jnk {
+namespace jointnas {
 namespace {
 
 using GompParallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
@@ -56,4 +56,4 @@ void parallel_run(int64_t chunks, int threads, Task task, void* context) {
 
 const char* parallel_backend() { return gomp_parallel() ? "openmp" : "std::thread"; }
 
-}  // namespace jnk
+}  // namespace jointnas

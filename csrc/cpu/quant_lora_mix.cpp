@@ -20,8 +20,7 @@
 
 #ifdef JN_ISA  // once per instruction set
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 constexpr int kVecs = W == 16 ? 8 : W == 8 ? 4 : 8;  // register block: kRowBlock rows x kVecs vectors
 constexpr int kRowBlock = W == 8 ? 2 : 3;
@@ -32,9 +31,14 @@ inline vf divide(vf x, vf s, vf r) {
   return fma(fnma(y, s, x), r, y);
 }
 
+struct Fma {
+  static vf add(vf sum, vf a, vf b) { return fma(a, b, sum); }
+};
+
 // t[R][NV W] = base + sum_k b[row][k] a[k][.]   a [K][lda], b [.][K], t and base [.][ld]
-template <int R, int NV>
-void lora_fma(const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda, int64_t ld) {
+template <class Product, int R, int NV>
+inline __attribute__((always_inline)) void lora_sums(const float* base, const float* a, const float* b, float* t,
+                                                     int64_t K, int64_t lda, int64_t ld) {
   vf acc[R][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -48,7 +52,7 @@ void lora_fma(const float* base, const float* a, const float* b, float* t, int64
     for (int v = 0; v < NV; ++v) {
       const vf ak = load(a + k * lda + v * W);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i][v] = fma(ak, bk[i], acc[i][v]);
+      for (int i = 0; i < R; ++i) acc[i][v] = Product::add(acc[i][v], ak, bk[i]);
     }
   }
 #pragma GCC unroll 8
@@ -59,40 +63,25 @@ void lora_fma(const float* base, const float* a, const float* b, float* t, int64
 
 #if defined(JN_AVX512)
 // The same with bf16 operands in pairs along k: a [K/2][lda] and b [.][K/2] hold two bf16 per 32-bit word.
+struct Dot {
+  __attribute__((target("avx512bf16"))) static vf add(vf sum, vf a, vf b) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  }
+};
 template <int R, int NV>
 __attribute__((target("avx512bf16"))) void lora_dot(const float* base, const float* a, const float* b, float* t,
                                                     int64_t K, int64_t lda, int64_t ld) {
-  __m512 acc[R][NV];
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_loadu_ps(base + i * ld + v * W);
-  for (int64_t k = 0; k < K; ++k) {
-    __m512bh bk[R];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) bk[i] = reinterpret_cast<__m512bh>(_mm512_set1_ps(b[i * K + k]));
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const __m512bh ak = reinterpret_cast<__m512bh>(_mm512_loadu_ps(a + k * lda + v * W));
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], ak, bk[i]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) _mm512_storeu_ps(t + i * ld + v * W, acc[i][v]);
+  lora_sums<Dot, R, NV>(base, a, b, t, K, lda, ld);
 }
 #endif
 
 template <int R, int NV>
-void lora_block(bool dot, const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda,
-                int64_t ld) {
+void lora_block([[maybe_unused]] bool dot, const float* base, const float* a, const float* b, float* t, int64_t K,
+                int64_t lda, int64_t ld) {
 #if defined(JN_AVX512)
   if (dot) return lora_dot<R, NV>(base, a, b, t, K, lda, ld);
 #endif
-  (void)dot;
-  lora_fma<R, NV>(base, a, b, t, K, lda, ld);
+  lora_sums<Fma, R, NV>(base, a, b, t, K, lda, ld);
 }
 
 template <int R>
@@ -114,9 +103,7 @@ inline void lora_tile(bool dot, const float* base, const float* a, const float* 
 
 inline float group_max(const float* t, int64_t g) {
   vf m = set(0.0f);
-  int64_t j = 0;
-  for (; j + W <= g; j += W) m = max(m, abs(load(t + j)));
-  if (j < g) m = max(m, abs(load(t + j, g - j)));
+  each(0, g, [&](auto at) { m = max(m, abs(at(t))); });
   return hmax(m);
 }
 
@@ -143,31 +130,15 @@ inline vf level(vf t, vf s, vf r, vf low, vf high) { return min(high, max(low, r
 template <bool kFirst>
 void mix_group(const float* t, float* mix, int64_t g, float s1, float r1, float weight1, float low1, float high1) {
   const vf s = set(s1), r = set(r1), weight = set(weight1), low = set(low1), high = set(high1);
-  int64_t j = 0;
-  for (; j + W <= g; j += W) {
-    const vf q = level(load(t + j), s, r, low, high);
-    store(mix + j, kFirst ? q * weight : fma(q, weight, load(mix + j)));
-  }
-  if (j < g) {
-    const vf q = level(load(t + j, g - j), s, r, low, high);
-    store(mix + j, kFirst ? q * weight : fma(q, weight, load(mix + j, g - j)), g - j);
-  }
-}
-
-template <class T>
-void widen_row(const T* w, float* base, int64_t n) {
-  int64_t j = 0;
-  for (; j + W <= n; j += W) store(base + j, load(w + j));
-  if (j < n) store(base + j, load(w + j, n - j));  // the pad becomes 0
+  each(0, g, [=](auto at) {
+    const vf q = level(at(t), s, r, low, high);
+    at.put(mix, kFirst ? q * weight : fma(q, weight, at(mix)));
+  });
 }
 
 template <class T>
 void write_row(const float* mix, T* out, int64_t n, bool nontemporal) {
-  int64_t j = 0;
-  if (kStreams && nontemporal && reinterpret_cast<uintptr_t>(out) % 64 == 0)
-    for (; j + 2 * W <= n; j += 2 * W) stream2(out + j, load(mix + j), load(mix + j + W));
-  for (; j + W <= n; j += W) store(out + j, load(mix + j));
-  if (j < n) store(out + j, load(mix + j, n - j), n - j);
+  pairs(0, n, nontemporal && reinterpret_cast<uintptr_t>(out) % 64 == 0, [=](auto at) { at.put(out, at(mix)); });
 }
 
 struct Scratch {
@@ -202,7 +173,8 @@ template <class T>
 void load_tile(const MixPlan& plan, const Scratch& m, int64_t tile, int64_t row0, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* w = static_cast<const T*>(plan.w) + (row0 + i) * plan.I + tile * plan.tile;
-    widen_row(w, m.base + i * plan.ld, cols);
+    float* base = m.base + i * plan.ld;
+    each(0, cols, [=](auto at) { store(base + at.j, at(w)); });  // whole vectors: the pad becomes 0
     // The next tile of this row: 4 to 8 lines that the hardware does not expect, as the rows are pages apart.
     if (tile + 1 < plan.tiles)
       for (int64_t j = 0; j < plan.tile; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(w + cols + j);
@@ -280,66 +252,67 @@ void mix_backward_rows(const MixPlan& plan, const MixGrad& grad, int64_t row0, i
   }
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA
 
 #else
 
-#include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <utility>
 
-#include "bf16.h"
-#include "cpu_ops.h"
-#include "isa.h"
-#include "parallel.h"
+#include "cpu/chunks.h"
+#include "export.h"
 
-namespace jnk {
+namespace jointnas {
 
 constexpr int64_t kRows = 12;      // rows of a chunk: a multiple of 3 and 2, below one AVX-512 vector
 constexpr int64_t kColumns = 128;  // columns of a tile, if a group is not larger
 
-struct MixPlan {
-  const void* w;
-  const void* lora_b;
-  const float* a;  // packed [tiles][P][K][ld]: fp32, or two bf16 along k per word if dot
-  const float* probs;
-  const float* clip;  // [P, O, I/g] or null
-  const int* bits;
-  void* out;
+// The arguments that forward and backward share.
+struct MixInputs {
+  const void* w;               // [O, I] dtype
+  const void *lora_a, *lora_b;  // [P, rank, I], [P, O, rank] lora_dtype
+  const float* probs;          // [P]
+  const float* clip;           // [P, O, I/g] or null
+  const int* bits;             // [P]
+};
+struct MixSizes {
   int64_t O, I, P, rank, g;
+  float scaling;
+  int dtype, lora_dtype;
+};
+
+// Rows begin .. begin + count - 1 of the gradient, and what is made of them.
+struct MixGrad {
+  const void* grad;  // [count, I] grad_dtype
+  void* masked;      // [P, count, I] grad_dtype or null: grad where the level was not clamped
+  float* dprobs;     // [ceil(count / kRows), P]: partial sums of <G, Q_p>
+  float* dclip;      // [P, O, I/g] or null, these rows only
+  int64_t begin, count;
+};
+
+struct MixPlan : MixInputs, MixSizes {
+  int level;
+  bool dot;
   int64_t K;     // rank, or rank/2 rounded up if dot
   int64_t tile;  // columns per tile, whole groups
   int64_t ld;    // tile rounded up to whole vectors of the widest instruction set
   int64_t tiles;
-  float scaling;
-  bool dot, nontemporal;
+  const float* a;  // packed [tiles][P][K][ld]: fp32, or two bf16 along k per word if dot
   void (*pack_b)(const MixPlan&, float* b, int64_t row0, int64_t rows);
+  void* out;
+  bool nontemporal;
+  MixPlan(const MixInputs& inputs, const MixSizes& sizes, int isa)
+      : MixInputs(inputs), MixSizes(sizes), level(choose_isa(isa, dtype == kBf16 ? kHasBf16 : kNoFeature)),
+        dot(dtype == kBf16 && level >= kAvx512Ext), K(dot ? (rank + 1) / 2 : rank),
+        tile(std::max(g, kColumns / g * g)), ld((tile + 15) / 16 * 16), tiles((I + tile - 1) / tile) {}
 };
 
-struct MixGrad {
-  const void* grad;  // [count, I]: rows begin.. of the gradient
-  void* masked;  // [P, count, I] or null
-  float* dclip;  // [P, O, I/g] or null
-  int64_t begin, count;
-};
+}  // namespace jointnas
 
-}  // namespace jnk
+#define JN_THIS_FILE "cpu/quant_lora_mix.cpp"
+#include "cpu/each_isa.h"
 
-#define JN_THIS_FILE "../cpu/quant_lora_mix.cpp"
-#include "each_isa.h"
-
-namespace jnk {
+namespace jointnas {
 namespace {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-Buffer allocate(int64_t floats) {
-  return Buffer(static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>((floats * 4 + 63) / 64 * 64))));
-}
 
 // Operand k of a LoRA factor as the kernel wants it: rounded to the weight's dtype; fp32, or a pair of bf16.
 template <class T, class At>
@@ -354,13 +327,14 @@ float operand(const MixPlan& plan, int64_t k, const At& at) {
 }
 
 template <class T, class L>
-void pack_a_tile(const MixPlan& plan, const L* lora_a, float* packed, int64_t tile) {
-  const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0);
+void pack_a_tile(const MixPlan& plan, float* packed, int64_t tile) {
+  const L* a = static_cast<const L*>(plan.lora_a) + tile * plan.tile;
+  const int64_t cols = std::min(plan.tile, plan.I - tile * plan.tile);
   for (int64_t p = 0; p < plan.P; ++p)
     for (int64_t k = 0; k < plan.K; ++k) {
       float* row = packed + ((tile * plan.P + p) * plan.K + k) * plan.ld;
       for (int64_t c = 0; c < cols; ++c)
-        row[c] = operand<T>(plan, k, [&](int64_t j) { return to_float(lora_a[(p * plan.rank + j) * plan.I + col0 + c]); });
+        row[c] = operand<T>(plan, k, [&](int64_t j) { return to_float(a[(p * plan.rank + j) * plan.I + c]); });
       std::fill(row + cols, row + plan.ld, 0.0f);
     }
 }
@@ -375,99 +349,61 @@ void pack_b_rows(const MixPlan& plan, float* b, int64_t row0, int64_t rows) {
             plan, k, [&](int64_t j) { return plan.scaling * to_float(lora_b[(p * plan.O + row0 + i) * plan.rank + j]); });
 }
 
-// f(row0, rows, chunk, scratch) for the rows [begin, end), with A packed.
+// f(T{} of the weight, plan with A packed, first row, rows, chunk, scratch) for the rows [begin, end)
 template <class T, class L, class F>
-int run(MixPlan plan, const void* lora_a, int64_t begin, int64_t end, int threads, const F& f) {
-  const Buffer packed = allocate(plan.tiles * plan.P * plan.K * plan.ld);
+int run(MixPlan plan, int64_t begin, int64_t end, int threads, const F& f) {
+  const Memory packed = allocate(plan.tiles * plan.P * plan.K * plan.ld * 4);
   if (!packed) return kNoMemory;
-  parallel_for(plan.tiles, threads, [&](int64_t tile) {
-    pack_a_tile<T>(plan, static_cast<const L*>(lora_a), packed.get(), tile);
-  });
-  plan.a = packed.get();
+  float* a = static_cast<float*>(packed.get());
+  parallel_for(plan.tiles, threads, [&](int64_t tile) { pack_a_tile<T, L>(plan, a, tile); });
+  plan.a = a;
   plan.pack_b = pack_b_rows<T, L>;
   const int64_t scratch = 3 * kRows * plan.ld + 4 * kRows * (plan.tile / plan.g) + plan.P * kRows * plan.K;
-  std::atomic<int> error{kOk};
-  parallel_for((end - begin + kRows - 1) / kRows, threads, [&](int64_t chunk) {
+  return parallel_for((end - begin + kRows - 1) / kRows, threads, scratch * 4, [&](int64_t chunk, void* memory) {
     const int64_t row0 = begin + chunk * kRows;
-    const Buffer buffer = allocate(scratch);
-    if (!buffer) {
-      error = kNoMemory;
-      return;
-    }
-    f(plan, row0, std::min(kRows, end - row0), chunk, buffer.get());
+    f(T{}, plan, row0, std::min(kRows, end - row0), chunk, static_cast<float*>(memory));
   });
-  return error;
 }
-
-// The plan of arguments that forward and backward share; level 0 if the instruction set is missing.
-MixPlan make_plan(const void* w, const void* lora_b, const float* probs, const float* clip, const int* bits, int64_t O,
-                  int64_t I, int64_t P, int64_t rank, int64_t g, float scaling, int dtype, int isa, int& level) {
-  MixPlan plan{};
-  level = choose_isa(isa, dtype == kBf16 ? kHasBf16 : kNone);
-  plan.w = w, plan.lora_b = lora_b, plan.probs = probs, plan.clip = clip, plan.bits = bits;
-  plan.O = O, plan.I = I, plan.P = P, plan.rank = rank, plan.g = g, plan.scaling = scaling;
-  plan.dot = dtype == kBf16 && level >= kAvx512Ext;
-  plan.K = plan.dot ? (rank + 1) / 2 : rank;
-  plan.tile = std::max(g, kColumns / g * g);
-  plan.ld = (plan.tile + 15) / 16 * 16;
-  plan.tiles = (I + plan.tile - 1) / plan.tile;
-  return plan;
-}
-
-// f(weight type, lora type) for the dtypes.
 template <class F>
-int by_dtypes(int dtype, int lora_dtype, const F& f) {
-  if (dtype == kF32 && lora_dtype == kF32) return f(float{}, float{});
-  if (dtype == kF32 && lora_dtype == kBf16) return f(float{}, bf16{});
-  if (dtype == kBf16 && lora_dtype == kF32) return f(bf16{}, float{});
-  if (dtype == kBf16 && lora_dtype == kBf16) return f(bf16{}, bf16{});
+int run(const MixPlan& plan, int64_t begin, int64_t end, int threads, const F& f) {
+  if (!plan.level) return kIsaMissing;
+  if (plan.dtype == kF32 && plan.lora_dtype == kF32) return run<float, float>(plan, begin, end, threads, f);
+  if (plan.dtype == kF32 && plan.lora_dtype == kBf16) return run<float, bf16>(plan, begin, end, threads, f);
+  if (plan.dtype == kBf16 && plan.lora_dtype == kF32) return run<bf16, float>(plan, begin, end, threads, f);
+  if (plan.dtype == kBf16 && plan.lora_dtype == kBf16) return run<bf16, bf16>(plan, begin, end, threads, f);
   return kBadArgument;
 }
 
 }  // namespace
-}  // namespace jnk
 
-using namespace jnk;
-
-int jn_cpu_quant_lora_mix(const void* w, const void* lora_a, const void* lora_b, const float* probs, const float* clip,
-                          const int* bits, void* out, int64_t O, int64_t I, int64_t P, int64_t rank, int64_t g,
-                          float scaling, int dtype, int lora_dtype, int threads, int isa) {
-  int level;
-  MixPlan plan = make_plan(w, lora_b, probs, clip, bits, O, I, P, rank, g, scaling, dtype, isa, level);
-  if (!level) return kIsaMissing;
+// out [O, I] = sum_p probs[p] * Q_p(w + scaling * B_p A_p); kAvx512Ext: AVX512_BF16, for bf16 weights
+int cpu_quant_lora_mix(const MixInputs& inputs, void* out, const MixSizes& sizes, int threads, int isa) {
+  MixPlan plan(inputs, sizes, isa);
   plan.out = out;
-  plan.nontemporal = O * I * (dtype == kBf16 ? 2 : 4) > (8 << 20);
-  return by_dtypes(dtype, lora_dtype, [&](auto t, auto l) {
-    using T = decltype(t);
-    return run<T, decltype(l)>(plan, lora_a, 0, O, threads,
-                               [&](const MixPlan& ready, int64_t row0, int64_t rows, int64_t, float* scratch) {
-                                 JN_DISPATCH(level, mix_rows<T>(ready, row0, rows, scratch));
-                               });
-  });
+  plan.nontemporal = plan.O * plan.I * (plan.dtype == kBf16 ? 2 : 4) > kCache;
+  return run(plan, 0, plan.O, threads,
+             [](auto t, const MixPlan& ready, int64_t row0, int64_t rows, int64_t, float* scratch) {
+               JN_DISPATCH(ready.level, mix_rows<decltype(t)>(ready, row0, rows, scratch));
+             });
 }
+JN_EXPORT(cpu_quant_lora_mix);
 
-int jn_cpu_quant_lora_mix_backward(const void* w, const void* lora_a, const void* lora_b, const float* probs,
-                                   const float* clip, const int* bits, const void* grad, void* masked, float* dprobs,
-                                   float* dclip, int64_t begin, int64_t count, int64_t O, int64_t I, int64_t P,
-                                   int64_t rank, int64_t g, float scaling, int dtype, int lora_dtype, int grad_dtype,
-                                   int threads, int isa) {
-  int level;
-  const MixPlan plan = make_plan(w, lora_b, probs, clip, bits, O, I, P, rank, g, scaling, dtype, isa, level);
-  if (!level) return kIsaMissing;
+// The backward's reductions for some rows of the gradient.
+int cpu_quant_lora_mix_backward(const MixInputs& inputs, const MixGrad& grad, const MixSizes& sizes, int grad_dtype,
+                                int threads, int isa) {
   if (grad_dtype != kF32 && grad_dtype != kBf16) return kBadArgument;
-  const MixGrad rows_of{grad, masked, dclip, begin, count};
-  return by_dtypes(dtype, lora_dtype, [&](auto t, auto l) {
-    using T = decltype(t);
-    return run<T, decltype(l)>(
-        plan, lora_a, begin, begin + count, threads,
-        [&](const MixPlan& ready, int64_t row0, int64_t rows, int64_t chunk, float* scratch) {
-          float* sums = dprobs + chunk * P;
-          if (grad_dtype == kF32)
-            JN_DISPATCH(level, mix_backward_rows<T, float>(ready, rows_of, row0, rows, sums, scratch));
-          else
-            JN_DISPATCH(level, mix_backward_rows<T, bf16>(ready, rows_of, row0, rows, sums, scratch));
-        });
-  });
+  return run(MixPlan(inputs, sizes, isa), grad.begin, grad.begin + grad.count, threads,
+             [&](auto t, const MixPlan& ready, int64_t row0, int64_t rows, int64_t chunk, float* scratch) {
+               using T = decltype(t);
+               float* sums = grad.dprobs + chunk * ready.P;
+               if (grad_dtype == kF32)
+                 JN_DISPATCH(ready.level, mix_backward_rows<T, float>(ready, grad, row0, rows, sums, scratch));
+               else
+                 JN_DISPATCH(ready.level, mix_backward_rows<T, bf16>(ready, grad, row0, rows, sums, scratch));
+             });
 }
+JN_EXPORT(cpu_quant_lora_mix_backward);
+
+}  // namespace jointnas
 
 #endif

@@ -1,8 +1,6 @@
 // Per-token dynamic activation quantization, written in the byte order the int8 kernels read: one block per token, one
-// read of x, one write of a. Every step is rounded to x's type, as torch and compressed-tensors do it
-// (jointnas_kernels/ops/lowbit_linear.py: quantize_tokens).
-#include "cuda_ops.h"
-#include "lowbit.cuh"
+// read of x, one write of a. Every step is rounded to x's type, as torch and compressed-tensors do it.
+#include "cuda/lowbit.cuh"
 
 namespace jointnas {
 namespace {
@@ -13,6 +11,16 @@ template <class T> JN_DEVICE float rounded(float v) { return ptx::to_float(ptx::
 
 // Eight inputs per thread and step: 32i + 8t .. + 7 of a group, two words (s = 0, 1) of the packed token.
 constexpr int kStep = 8;
+
+// The extremes of a warp's lanes, in all of them.
+JN_DEVICE void meet(float& low, float& high) {
+#pragma unroll
+  for (int m = 16; m; m /= 2) {
+    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
+    low = l < low ? l : low;
+    high = h > high ? h : high;
+  }
+}
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -28,8 +36,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   float low = 0, high = 0;
   for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
     T v[kStep];
-    for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
-      reinterpret_cast<Vec4*>(v)[j] = ptx::load16(reinterpret_cast<const Vec4*>(x + k) + j);
+    *reinterpret_cast<Vec4*>(v) = ptx::load16(x + k);
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const float f = ptx::to_float(v[j]);
@@ -37,12 +44,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       high = f > high ? f : high;
     }
   }
-#pragma unroll
-  for (int m = 16; m; m /= 2) {
-    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
-    low = l < low ? l : low;
-    high = h > high ? h : high;
-  }
+  meet(low, high);
   if (lane == 0) {
     partial[warp] = low;
     partial[32 + warp] = high;
@@ -52,12 +54,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     low = partial[lane];
     high = partial[32 + lane];
   }
-#pragma unroll
-  for (int m = 16; m; m /= 2) {  // lanes without a warp still hold their own warp's extremes
-    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
-    low = l < low ? l : low;
-    high = h > high ? h : high;
-  }
+  meet(low, high);  // lanes without a warp still hold their own warp's extremes
 
   const float qmin = -static_cast<float>(1 << (bits - 1)), qmax = -qmin - 1, levels = qmax - qmin;
   float s, z = 0;
@@ -77,8 +74,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 
   for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
     T v[kStep];
-    for (int j = 0; j < kStep * static_cast<int>(sizeof(T)) / 16; ++j)
-      reinterpret_cast<Vec4*>(v)[j] = ptx::load16(reinterpret_cast<const Vec4*>(x + k) + j);
+    *reinterpret_cast<Vec4*>(v) = ptx::load16(x + k);
     int level[kStep];
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
@@ -136,34 +132,35 @@ __global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, V
   for (int sh = 0; sh < 4; ++sh) out[i * 4 + sh] = to[sh];
 }
 
-template <class T> int run(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
-                           int symmetric, int layout, float tiny, cudaStream_t stream) {
-  const int threads = min_of((inputs / kStep + 31) / 32 * 32, kMaxThreads);
-  return launch(act_quant_kernel<T>, dim3(tokens), dim3(threads), 64 * sizeof(float), stream, true,
-                static_cast<const T*>(x), a, scale, zero, inputs, bits, symmetric, layout, tiny);
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits,
-                      int symmetric, int layout, int dtype, void* stream) {
-  if (inputs % jointnas::kGroup || tokens < 1 || (bits != 2 && bits != 4 && bits != 8)) return 1;
-  auto s = static_cast<cudaStream_t>(stream);
-  // a token of zeros has scale 0; the smallest step of the type stands in (torch.finfo(dtype).eps)
-  const auto run = [&](auto type, float tiny) {
-    return jointnas::run<decltype(type)>(x, a, scale, zero, tokens, inputs, bits, symmetric, layout, tiny, s);
-  };
-  if (dtype == JN_F16) return run(jointnas::F16{}, 0x1p-10f);
-  if (dtype == JN_BF16) return run(jointnas::BF16{}, 0x1p-7f);
-  return 1;
+// Per-token dynamic quantization of x[M, I] (dtype, I a multiple of 128) in the order the kernels read. Writes scale[M]
+// (the rounded scale, as fp32), zero[M] and, by layout,
+//   0  int8 [M, I] for lowbit_stream and lowbit_tile       1  int8 [M, I] for lowbit_wgmma
+//   2  int8 [I / 128, ceil(M / 8), 8, 128] for lowbit_int8, swizzled; tokens past the end are not written
+//   3  bits [M, I / 128, bits, 128] for lowbit_bitplane: plane j holds bit j of the two's complement, input k at bit k
+int act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits, int symmetric,
+                   int layout, int dtype, cudaStream_t stream) {
+  if (inputs % kGroup || tokens < 1 || (bits != 2 && bits != 4 && bits != 8)) return kBadArgument;
+  const int threads = min_of((inputs / kStep + 31) / 32 * 32, kMaxThreads);
+  return dispatch([&](auto type) {
+    using T = Half<type>;
+    // a token of zeros has scale 0; the smallest step of the type stands in (torch.finfo(dtype).eps)
+    const float tiny = type == kF16 ? 0x1p-10f : 0x1p-7f;
+    return launch(act_quant_kernel<T>, dim3(tokens), dim3(threads), 64 * sizeof(float), stream, true,
+                  static_cast<const T*>(x), a, scale, zero, inputs, bits, symmetric, layout, tiny);
+  }, Type{dtype});
 }
+JN_EXPORT(act_quant_pack);
 
-int jn_token_layout(const void* x, void* out, int tokens, int inputs, void* stream) {
-  if (inputs % jointnas::kGroup || tokens < 1) return 1;
+// x[M, I] of a 16-bit type to the order lowbit_wgmma reads.
+int token_layout(const void* x, void* out, int tokens, int inputs, cudaStream_t stream) {
+  if (inputs % kGroup || tokens < 1) return kBadArgument;
   const long long blocks = static_cast<long long>(tokens) * inputs / 32;
-  const auto grid = static_cast<unsigned>((blocks + jointnas::kThreads - 1) / jointnas::kThreads);
-  return jointnas::launch(jointnas::token_layout_kernel, dim3(grid), dim3(jointnas::kThreads), 0,
-                          static_cast<cudaStream_t>(stream), false, static_cast<const jointnas::Vec4*>(x),
-                          static_cast<jointnas::Vec4*>(out), blocks);
+  const auto grid = static_cast<unsigned>((blocks + kThreads - 1) / kThreads);
+  return launch(token_layout_kernel, dim3(grid), dim3(kThreads), 0, stream, false, static_cast<const Vec4*>(x),
+                static_cast<Vec4*>(out), blocks);
 }
+JN_EXPORT(token_layout);
+
+}  // namespace jointnas

@@ -2,13 +2,13 @@
 // last plane counts negatively), so a group's sum is sum_ij +-2^(i+j) popcount(w_i AND a_j), one b1 product per weight
 // plane. The A planes of a token are columns of B: with one token and 8 planes the product is full, with 4 or 2 planes
 // two or four tokens fill it. No weight is ever unpacked.
-#include "lowbit_stream.cuh"
+#include "cuda/lowbit_stream.cuh"
 
 namespace jointnas {
 namespace {
 
 // Weights: word 2i + r of lane 4g + t holds plane i of row 8r + g, inputs 32t .. 32t + 31.
-// Activations: [token][group][plane] 128 bits, as jn_act_quant_pack writes them with layout 3.
+// Activations: [token][group][plane] 128 bits, as act_quant_pack writes them with layout 3.
 template <int BITS, int ABITS, int NT> struct PlaneMath {
   static constexpr int kWarps = NT < 4 ? 16 : 8, kTogether = 2, kColumns = ABITS;
   static constexpr float kUnit = 1;
@@ -16,8 +16,8 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
   uint32_t x[NT];
 
   JN_DEVICE static float combine(int plane) { return plane == ABITS - 1 ? -(1 << plane) : 1 << plane; }
-  JN_DEVICE void begin(const JnLowbitArgs&, int, int) {}
-  JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
+  JN_DEVICE void begin(const LowbitArgs&, int, int) {}
+  JN_DEVICE void load(const LowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int column = 8 * n + lane / 4, token = min_of(first_token + column / ABITS, p.tokens - 1);
@@ -40,36 +40,16 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
   }
 };
 
-template <class T, int BITS, int ABITS> int run_tiles(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.token_tiles) {
-    case 1: return run_stream<T, PlaneMath<BITS, ABITS, 1>, BITS, 1>(p, stream);
-    case 2: return run_stream<T, PlaneMath<BITS, ABITS, 2>, BITS, 2>(p, stream);
-    case 4: return run_stream<T, PlaneMath<BITS, ABITS, 4>, BITS, 4>(p, stream);
-    default: return 1;  // cudaErrorInvalidValue
-  }
-}
-template <class T, int BITS> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.a_bits) {
-    case 2: return run_tiles<T, BITS, 2>(p, stream);
-    case 4: return run_tiles<T, BITS, 4>(p, stream);
-    case 8: return run_tiles<T, BITS, 8>(p, stream);
-    default: return 1;
-  }
-}
-template <class T> int run(const JnLowbitArgs& p, cudaStream_t stream) {
-  if (p.w_bits == 2) return run_bits<T, 2>(p, stream);
-  if (p.w_bits == 4) return run_bits<T, 4>(p, stream);
-  return 1;
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_lowbit_bitplane(const JnLowbitArgs* args, void* stream) {
-  const JnLowbitArgs& p = *args;
-  if (!jointnas::stream_arguments(p) || !p.act_scale || !p.row_sum) return 1;
-  auto s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == JN_F16) return jointnas::run<jointnas::F16>(p, s);
-  if (p.dtype == JN_BF16) return jointnas::run<jointnas::BF16>(p, s);
-  return 1;
+// Few tokens, W{2,4} x A{2,4,8} on bit-planes, zero points by row_sum: weight as ops/lowbit lays bit-planes out, x of
+// act_quant_pack(layout 3); warp_rows and splits as for the streaming kernel.
+int lowbit_bitplane(const LowbitArgs& p, cudaStream_t stream) {
+  if (!sound(p) || !p.act_scale || !p.row_sum) return kBadArgument;
+  return dispatch([&](auto type, auto bits, auto a_bits, auto tiles) {
+    return run_stream<Half<type>, PlaneMath<bits, a_bits, tiles>, bits, tiles>(p, stream);
+  }, Type{p.dtype}, OneOf<2, 4>{p.w_bits}, OneOf<2, 4, 8>{p.a_bits}, OneOf<1, 2, 4>{p.token_tiles});
 }
+JN_EXPORT(lowbit_bitplane);
+
+}  // namespace jointnas

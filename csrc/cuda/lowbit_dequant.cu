@@ -1,7 +1,6 @@
 // Tiled low-bit weights to a dense [O, I] matrix, for prefill: with many tokens the library's 16-bit GEMM at full rate
 // plus one pass over the weights beats dequantising inside a GEMM. q * scale, rounded once to the output type.
-#include "cuda_ops.h"
-#include "lowbit.cuh"
+#include "cuda/lowbit.cuh"
 
 namespace jointnas {
 namespace {
@@ -46,28 +45,21 @@ __global__ void __launch_bounds__(kWarps * 32)
   }
 }
 
-template <class T> int run(const void* weight, const void* scale, void* out, int rows, int inputs, int bits,
-                           cudaStream_t stream) {
+}  // namespace
+
+// Tiled weights and scales to dense [O, I] of dtype.
+int lowbit_dequant(const void* weight, const void* scale, void* out, int rows, int inputs, int bits, int dtype,
+                   cudaStream_t stream) {
+  if (inputs % kGroup || rows < 1) return kBadArgument;
   const int groups = inputs / kGroup, tiles = (rows + kTileRows - 1) / kTileRows;
   const auto blocks = static_cast<unsigned>((static_cast<long long>(tiles) * groups + kWarps - 1) / kWarps);
-  const auto go = [&](auto kernel) {
-    return launch(kernel, dim3(blocks), dim3(kWarps * 32), 0, stream, false, static_cast<const Vec4*>(weight),
-                  static_cast<const T*>(scale), static_cast<T*>(out), rows, groups, tiles);
-  };
-  if (bits == 2) return go(dequant_kernel<T, 2>);
-  if (bits == 4) return go(dequant_kernel<T, 4>);
-  if (bits == 8) return go(dequant_kernel<T, 8>);
-  return 1;  // cudaErrorInvalidValue
+  return dispatch([&](auto type, auto width) {
+    using T = Half<type>;
+    return launch(dequant_kernel<T, width>, dim3(blocks), dim3(kWarps * 32), 0, stream, false,
+                  static_cast<const Vec4*>(weight), static_cast<const T*>(scale), static_cast<T*>(out), rows, groups,
+                  tiles);
+  }, Type{dtype}, OneOf<2, 4, 8>{bits});
 }
+JN_EXPORT(lowbit_dequant);
 
-}  // namespace
 }  // namespace jointnas
-
-int jn_lowbit_dequant(const void* weight, const void* scale, void* out, int rows, int inputs, int bits, int dtype,
-                      void* stream) {
-  if (inputs % jointnas::kGroup || rows < 1) return 1;
-  auto s = static_cast<cudaStream_t>(stream);
-  if (dtype == JN_F16) return jointnas::run<jointnas::F16>(weight, scale, out, rows, inputs, bits, s);
-  if (dtype == JN_BF16) return jointnas::run<jointnas::BF16>(weight, scale, out, rows, inputs, bits, s);
-  return 1;
-}

@@ -10,10 +10,9 @@
 // FFMA, 2/128 = 1/64 clock of issue slots (I2FP alone 1/64, 64 lanes per clock). So scaling can hide behind multiplying,
 // but takes half of all issue slots. Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256
 // tokens in pairs and W4 24 KB per 1024 clocks at full rate.
-#include "cuda_ops.h"
-#include "hopper.cuh"
-#include "lowbit.cuh"
-#include "wgmma.cuh"
+#include "cuda/hopper.cuh"
+#include "cuda/lowbit.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {
@@ -46,7 +45,7 @@ struct Part { int row_block, token_block; };
   return {band * kBand + rest % width, rest / width};
 }
 
-JN_HOST_DEVICE int row_blocks_of(const JnLowbitArgs& p) {  // whole clusters
+JN_HOST_DEVICE int row_blocks_of(const LowbitArgs& p) {  // whole clusters
   return ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
 }
 
@@ -57,7 +56,7 @@ template <int N> JN_DEVICE void scale_chunk(float (&total)[N / 2], const int (&s
 }
 
 template <class T, int BITS, int N>
-__global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
 #if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   JN_DYNAMIC_SHARED(shared);
   using S = Shape<BITS, N>;
@@ -123,12 +122,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p)
       const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes) + warp * kTileRows + 2 * g;
       const float low = ptx::to_float(scales[0]), high = ptx::to_float(scales[1]);  // rows g, g + 8
       uint32_t w[2 * BITS];
-#pragma unroll
-      for (int v = 0; v < BITS / 2; ++v) {
-        const Vec4 u = *reinterpret_cast<const Vec4*>(weights + v * 512);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-      }
+      load_words<BITS>(weights, w);
       uint32_t a[4][4];
       int sum[2][kChunk / 2];
       spread_tile<BITS>(w, a);
@@ -194,35 +188,22 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const JnLowbitArgs p)
 #endif
 }
 
-template <class T, int BITS, int N> int run(const JnLowbitArgs& p, cudaStream_t stream) {
+template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, N>;
   const dim3 grid(row_blocks_of(p) * ((p.tokens + N - 1) / N));
   return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kThreads), S::bytes, stream, p.cluster, p);
 }
-template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {
-  if (p.token_tiles == 16) return run<T, BITS, 128>(p, stream);
-  if (p.token_tiles == 32) return run<T, BITS, 256>(p, stream);
-  return 1;  // cudaErrorInvalidValue
-}
-template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.w_bits) {
-    case 2: return run_tokens<T, 2>(p, stream);
-    case 4: return run_tokens<T, 4>(p, stream);
-    case 8: return run_tokens<T, 8>(p, stream);
-    default: return 1;
-  }
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_lowbit_int8(const JnLowbitArgs* args, void* stream) {
-  const JnLowbitArgs& p = *args;
-  if (p.inputs % jointnas::kGroup || p.splits != 1 || p.tokens < 1 || p.rows < 1) return 1;
-  if (p.cluster < 1 || p.cluster > 2 || !p.act_scale || !p.act_zero || !p.row_sum) return 1;
-  if (jointnas::compute_capability() != 90) return 209;  // cudaErrorNoKernelImageForDevice
-  auto s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
-  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
-  return 1;
+// Quantized tokens only, sm_90a only, warp-specialised: blocks of 128 rows x 128 or 256 tokens; x of
+// act_quant_pack(layout 2); no splits.
+int lowbit_int8(const LowbitArgs& p, cudaStream_t stream) {
+  if (!sound(p) || p.splits != 1 || p.cluster < 1 || p.cluster > 2 || !p.act_scale || !p.act_zero || !p.row_sum)
+    return kBadArgument;
+  if (compute_capability() != 90) return kIsaMissing;
+  return dispatch([&](auto type, auto bits, auto tiles) { return run<Half<type>, bits, tiles * 8>(p, stream); },
+                  Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<16, 32>{p.token_tiles});
 }
+JN_EXPORT(lowbit_int8);
+
+}  // namespace jointnas

@@ -1,5 +1,5 @@
 // The streaming GEMM (lowbit_stream.cuh) for 16-bit and 8-bit activations on the tensor cores' bf16, f16 and s8 products.
-#include "lowbit_stream.cuh"
+#include "cuda/lowbit_stream.cuh"
 
 namespace jointnas {
 namespace {
@@ -17,9 +17,9 @@ template <class T, int BITS, int NT> struct HalfMath {
   Vec4 x[NT][4];  // [token tile][i]: inputs 32i + 8t .. + 7 of token g
 
   JN_DEVICE static float combine(int) { return 1; }
-  JN_DEVICE void begin(const JnLowbitArgs&, int, int) {}
+  JN_DEVICE void begin(const LowbitArgs&, int, int) {}
 
-  JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
+  JN_DEVICE void load(const LowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = min_of(first_token + 8 * n + lane / 4, p.tokens - 1);
@@ -61,14 +61,14 @@ template <int BITS, int NT> struct IntMath {
   int zero[NT][2];  // of tokens 2t, 2t + 1
 
   JN_DEVICE static float combine(int) { return 1; }
-  JN_DEVICE void begin(const JnLowbitArgs& p, int first_token, int lane) {
+  JN_DEVICE void begin(const LowbitArgs& p, int first_token, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int c = 0; c < 2; ++c) zero[n][c] = p.act_zero[min_of(first_token + 8 * n + lane % 4 * 2 + c, p.tokens - 1)];
   }
 
-  JN_DEVICE void load(const JnLowbitArgs& p, int first_token, int group, int lane) {
+  JN_DEVICE void load(const LowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
       const int token = min_of(first_token + 8 * n + lane / 4, p.tokens - 1);
@@ -106,35 +106,17 @@ template <int BITS, int NT> struct IntMath {
   }
 };
 
-template <class T, int BITS, int NT> int run(const JnLowbitArgs& p, cudaStream_t stream) {
-  return p.act_scale ? run_stream<T, IntMath<BITS, NT>, BITS, NT>(p, stream)
-                     : run_stream<T, HalfMath<T, BITS, NT>, BITS, NT>(p, stream);
-}
-template <class T, int BITS> int run_tiles(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.token_tiles) {
-    case 1: return run<T, BITS, 1>(p, stream);
-    case 2: return run<T, BITS, 2>(p, stream);
-    case 4: return run<T, BITS, 4>(p, stream);
-    default: return 1;  // cudaErrorInvalidValue
-  }
-}
-template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.w_bits) {
-    case 2: return run_tiles<T, 2>(p, stream);
-    case 4: return run_tiles<T, 4>(p, stream);
-    case 8: return run_tiles<T, 8>(p, stream);
-    default: return 1;
-  }
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_lowbit_stream(const JnLowbitArgs* args, void* stream) {
-  const JnLowbitArgs& p = *args;
-  if (!jointnas::stream_arguments(p)) return 1;
-  auto s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
-  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
-  return 1;
+// Few tokens: each warp streams weights of its own, once.
+int lowbit_stream(const LowbitArgs& p, cudaStream_t stream) {
+  if (!sound(p)) return kBadArgument;
+  return dispatch([&](auto type, auto bits, auto tiles) {
+    using T = Half<type>;
+    return p.act_scale ? run_stream<T, IntMath<bits, tiles>, bits, tiles>(p, stream)
+                       : run_stream<T, HalfMath<T, bits, tiles>, bits, tiles>(p, stream);
+  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<1, 2, 4>{p.token_tiles});
 }
+JN_EXPORT(lowbit_stream);
+
+}  // namespace jointnas

@@ -5,9 +5,8 @@
 // weight is dequantised twice and a token fragment read from shared memory four times per block.
 #include <type_traits>
 
-#include "cuda_ops.h"
-#include "lowbit.cuh"
-#include "lowbit_finish.cuh"
+#include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
 
 namespace jointnas {
 namespace {
@@ -36,8 +35,15 @@ template <int BYTES> JN_HOST_DEVICE constexpr int swizzle(int token, int v) {
   return BYTES == 2 ? v ^ (token % 2 * 4) : v ^ (token % 2);
 }
 
+template <class F> JN_DEVICE void four(F f) {
+  f(std::integral_constant<int, 0>{});
+  f(std::integral_constant<int, 1>{});
+  f(std::integral_constant<int, 2>{});
+  f(std::integral_constant<int, 3>{});
+}
+
 template <class T, int BITS, int NT, bool QUANTIZED>
-__global__ void __launch_bounds__(kThreads, 1) tile_kernel(const JnLowbitArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
   JN_DYNAMIC_SHARED(shared);
   constexpr int bytes = QUANTIZED ? 1 : 2;
   using S = Shape<BITS, NT, bytes>;
@@ -139,10 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const JnLowbitArgs p)
           for (int r = 0; r < kWarpTiles; ++r) ptx::mma_m16n8k32_s8(sum[r][n], a[r], b[0], b[1]);
         }
       };
-      step(std::integral_constant<int, 0>{});
-      step(std::integral_constant<int, 1>{});
-      step(std::integral_constant<int, 2>{});
-      step(std::integral_constant<int, 3>{});
+      four(step);
     } else {
       auto step = [&](auto index) {  // 32 inputs: fields 4I .. 4I + 3, two k16 products
         constexpr int I = decltype(index)::value, f = 4 * I;
@@ -172,10 +175,7 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const JnLowbitArgs p)
           }
         }
       };
-      step(std::integral_constant<int, 0>{});
-      step(std::integral_constant<int, 1>{});
-      step(std::integral_constant<int, 2>{});
-      step(std::integral_constant<int, 3>{});
+      four(step);
     }
 #pragma unroll
     for (int r = 0; r < kWarpTiles; ++r) {
@@ -209,38 +209,21 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const JnLowbitArgs p)
                   [&](int token, int row) { return sums[token * kSumPitch + row]; });
 }
 
-template <class T, int BITS, int NT, bool QUANTIZED> int run(const JnLowbitArgs& p, cudaStream_t stream) {
+template <class T, int BITS, int NT, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, NT, QUANTIZED ? 1 : 2>;
   const int block_rows = kBlockTiles * kTileRows;
   const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + S::tokens - 1) / S::tokens);
   return launch(tile_kernel<T, BITS, NT, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, p.early != 0, p);
 }
-template <class T, int BITS, int NT> int run_quantized(const JnLowbitArgs& p, cudaStream_t stream) {
-  return p.act_scale ? run<T, BITS, NT, true>(p, stream) : run<T, BITS, NT, false>(p, stream);
-}
-template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {
-  if (p.token_tiles == 8) return run_quantized<T, BITS, 4>(p, stream);
-  if (p.token_tiles == 16) return run_quantized<T, BITS, 8>(p, stream);
-  return 1;  // cudaErrorInvalidValue
-}
-template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.w_bits) {
-    case 2: return run_tokens<T, 2>(p, stream);
-    case 4: return run_tokens<T, 4>(p, stream);
-    case 8: return run_tokens<T, 8>(p, stream);
-    default: return 1;
-  }
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_lowbit_tile(const JnLowbitArgs* args, void* stream) {
-  const JnLowbitArgs& p = *args;
-  if (p.inputs % jointnas::kGroup || p.splits < 1 || p.tokens < 1 || p.rows < 1) return 1;
-  if (p.splits > 1 && !(p.partial && p.locks)) return 1;
-  auto s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
-  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
-  return 1;
+// Many tokens: blocks of 128 rows x 64 or 128 tokens.
+int lowbit_tile(const LowbitArgs& p, cudaStream_t stream) {
+  if (!sound(p)) return kBadArgument;
+  return dispatch([&](auto type, auto bits, auto tiles, auto quantized) {
+    return run<Half<type>, bits, tiles / 2, quantized != 0>(p, stream);
+  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<8, 16>{p.token_tiles}, OneOf<0, 1>{p.act_scale != nullptr});
 }
+JN_EXPORT(lowbit_tile);
+
+}  // namespace jointnas

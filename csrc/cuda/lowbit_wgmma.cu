@@ -2,14 +2,13 @@
 // weights go from shared memory through registers (dequantised once per block) straight into wgmma's A operand, tokens
 // are its B operand in shared memory, so Y^T = W X^T. While one warpgroup scales its group sums the other multiplies.
 //
-// wgmma reads B in memory order, so tokens come in the order of the A registers (place_for_wgmma, act_quant_pack.cu).
+// wgmma reads B in memory order, so tokens come in the order of the A registers (place_for_wgmma, lowbit.cuh).
 // Zero points of the activations enter once, at the end, through the row sums of the dequantised weights.
 #include <type_traits>
 
-#include "cuda_ops.h"
-#include "lowbit.cuh"
-#include "lowbit_finish.cuh"
-#include "wgmma.cuh"
+#include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {
@@ -34,14 +33,8 @@ template <bool QUANTIZED> constexpr int kSteps = QUANTIZED ? 2 : 4;  // products
 // Half HALF of the warp's tile at `src` (this lane's first vector) as A operands.
 template <class T, int BITS, bool QUANTIZED, int HALF>
 JN_DEVICE void unpack(const unsigned char* src, uint32_t (&a)[kSteps<QUANTIZED>][4]) {
-  constexpr int first = HALF * BITS / 4, count = (BITS + 3) / 4;  // of the tile's vectors; W2 has one
   uint32_t w[2 * BITS];
-#pragma unroll
-  for (int v = first; v < first + count; ++v) {
-    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-  }
+  load_words<BITS, HALF * BITS / 4, (BITS + 3) / 4>(src, w);  // half of the tile's vectors; W2 has one
   if constexpr (QUANTIZED) spread_steps<BITS, HALF * 2, 2>(w, a);
   else dequant_steps<T, BITS, HALF * 4, 4>(w, a);
 }
@@ -61,7 +54,7 @@ JN_DEVICE void multiply(Sum (&sum)[N / 2], const uint32_t (&a)[kSteps<QUANTIZED>
 }
 
 template <class T, int BITS, int N, bool QUANTIZED>
-__global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p) {
+__global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const LowbitArgs p) {
 #if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   JN_DYNAMIC_SHARED(shared);
   constexpr int bytes = QUANTIZED ? 1 : 2;
@@ -148,40 +141,22 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const JnLowbitArgs p
 #endif
 }
 
-template <class T, int BITS, int N, bool QUANTIZED> int run(const JnLowbitArgs& p, cudaStream_t stream) {
+template <class T, int BITS, int N, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, N, QUANTIZED ? 1 : 2>;
   const int block_rows = kBlockTiles * kTileRows;
   const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + N - 1) / N);
   return launch(wgmma_kernel<T, BITS, N, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, false, p);
 }
-template <class T, int BITS, int N> int run_quantized(const JnLowbitArgs& p, cudaStream_t stream) {
-  return p.act_scale ? run<T, BITS, N, true>(p, stream) : run<T, BITS, N, false>(p, stream);
-}
-template <class T, int BITS> int run_tokens(const JnLowbitArgs& p, cudaStream_t stream) {
-  if (p.token_tiles == 8) return run_quantized<T, BITS, 64>(p, stream);
-  if (p.token_tiles == 16) return run_quantized<T, BITS, 128>(p, stream);
-  return 1;  // cudaErrorInvalidValue
-}
-template <class T> int run_bits(const JnLowbitArgs& p, cudaStream_t stream) {
-  switch (p.w_bits) {
-    case 2: return run_tokens<T, 2>(p, stream);
-    case 4: return run_tokens<T, 4>(p, stream);
-    case 8: return run_tokens<T, 8>(p, stream);
-    default: return 1;
-  }
-}
-
 }  // namespace
-}  // namespace jointnas
 
-int jn_lowbit_wgmma(const JnLowbitArgs* args, void* stream) {
-  const JnLowbitArgs& p = *args;
-  if (p.inputs % jointnas::kGroup || p.splits < 1 || p.tokens < 1 || p.rows < 1) return 1;
-  if (p.splits > 1 && !(p.partial && p.locks)) return 1;
-  if (p.act_scale && !p.row_sum) return 1;
-  if (jointnas::compute_capability() != 90) return 209;  // cudaErrorNoKernelImageForDevice
-  auto s = static_cast<cudaStream_t>(stream);
-  if (p.dtype == JN_F16) return jointnas::run_bits<jointnas::F16>(p, s);
-  if (p.dtype == JN_BF16) return jointnas::run_bits<jointnas::BF16>(p, s);
-  return 1;
+// As lowbit_tile, on sm_90a only; x in the order of token_layout or act_quant_pack(layout 1).
+int lowbit_wgmma(const LowbitArgs& p, cudaStream_t stream) {
+  if (!sound(p) || (p.act_scale && !p.row_sum)) return kBadArgument;
+  if (compute_capability() != 90) return kIsaMissing;
+  return dispatch([&](auto type, auto bits, auto tiles, auto quantized) {
+    return run<Half<type>, bits, tiles * 8, quantized != 0>(p, stream);
+  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<8, 16>{p.token_tiles}, OneOf<0, 1>{p.act_scale != nullptr});
 }
+JN_EXPORT(lowbit_wgmma);
+
+}  // namespace jointnas

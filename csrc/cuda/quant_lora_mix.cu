@@ -1,6 +1,6 @@
 // W~ = sum_p probs[p] * Q_p(W + B'_p A_p) for half-type weights: one read of W, one write of W~, B' = scaling * B.
 // And the same tiles for the arch step: sum(dW * Q_p) for every p, from W and some rows of dW.
-// Semantics and gradients: jointnas_kernels/ops/quant_lora_mix.py.
+// Semantics and gradients: the docstring of the op.
 //
 // A warp owns tiles of 16 rows by 128 inputs in the accumulator layout of mma.m16n8k16, so a quad of lanes holds a row
 // of a group: 32 values per lane, two shuffles per group maximum. The columns of the 16 n-tiles are permuted so that a
@@ -15,10 +15,30 @@
 #include <cmath>
 #include <type_traits>
 
-#include "cuda_ops.h"
-#include "ptx.cuh"
+#include "cuda/dispatch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace jointnas {
+
+// W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), or, if there is a grad, sum(grad * Q_p) of the rows begin .. end - 1,
+// one partial sum per warp.
+struct MixArgs {
+  const void* weight;   // [O, I] dtype, I a multiple of 128
+  const void* lora_a;   // [P, r, I] dtype, r 8, 16, 24 or 32
+  const void* lora_b;   // [P, O, r] dtype
+  const void* grad;     // [end - begin, I] dtype, or null
+  const float* probs;   // [P], P at most 4
+  const float* clip;    // [P, O, I / group_size], or null
+  void* out;            // [O, I] dtype; not written if there is a grad
+  float* partial;       // [P, ceil(I / 128 / columns) * splits * kWarps]; only if there is a grad
+  int rows, begin, end; // O, and the rows to work on
+  int inputs, rank, precisions, group_size;  // I, r, P; group_size 32, 64 or 128
+  int bits;             // bit width of precision p in byte p
+  int dtype;
+  int columns, splits;  // 128-input tiles per block; blocks along the rows
+  float scaling;
+};
+
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrecisions = 4;  // rank padded to 32
@@ -50,9 +70,6 @@ template <int GROUPS, bool CLIP, bool REDUCE> struct Layout {
   static constexpr int kSums = kRatios + (CLIP ? 2 * kRatioBuffer * 4 : 0);
   static constexpr int kBytes = kSums + (REDUCE ? kPrecisions * 32 * 4 : 0);
 };
-
-template <class T> JN_DEVICE float low_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v)}); }
-template <class T> JN_DEVICE float high_half(uint32_t v) { return ptx::to_float(T{static_cast<uint16_t>(v >> 16)}); }
 
 // A_p of this block's columns as B operands of the products: word k/8 of lane 4 n + (k/2 % 4) holds
 // ranks k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
@@ -299,33 +316,18 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
   }
 }
 
-template <class T, int GROUP, bool CLIP> int run(const Params& p, int splits, cudaStream_t stream) {
+template <class T, int GROUP, bool CLIP, bool REDUCE> int run(const Params& p, int splits, cudaStream_t stream) {
   const dim3 grid((p.inputs / kTile + p.columns - 1) / p.columns, splits);
-  const size_t bytes = fragment_bytes(p.columns, p.precisions);
-  constexpr int kReduce = kWarps * Layout<kTile / GROUP, CLIP, true>::kBytes;
-  constexpr int kMix = kWarps * Layout<kTile / GROUP, CLIP, false>::kBytes;
-  return p.grad ? launch(mix_kernel<T, GROUP, CLIP, true>, grid, dim3(kThreads), bytes + kReduce, stream, false, p)
-                : launch(mix_kernel<T, GROUP, CLIP, false>, grid, dim3(kThreads), bytes + kMix, stream, false, p);
-}
-template <class T, int GROUP> int by_clip(const Params& p, int splits, cudaStream_t stream) {
-  return p.clip ? run<T, GROUP, true>(p, splits, stream) : run<T, GROUP, false>(p, splits, stream);
-}
-template <class T> int by_group(const Params& p, int group, int splits, cudaStream_t stream) {
-  if (group == 128) return by_clip<T, 128>(p, splits, stream);
-  if (group == 64) return by_clip<T, 64>(p, splits, stream);
-  return by_clip<T, 32>(p, splits, stream);
+  const size_t bytes = fragment_bytes(p.columns, p.precisions) + kWarps * Layout<kTile / GROUP, CLIP, REDUCE>::kBytes;
+  return launch(mix_kernel<T, GROUP, CLIP, REDUCE>, grid, dim3(kThreads), bytes, stream, false, p);
 }
 
 }  // namespace
-}  // namespace jointnas
 
-int jn_quant_lora_mix(const JnMixArgs* args, void* stream) {
-  using namespace jointnas;
-  const JnMixArgs& a = *args;
+int quant_lora_mix(const MixArgs& a, cudaStream_t stream) {
   if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 8 || a.rank > 32 || a.rank % 8 || a.inputs % kTile ||
-      (a.group_size != 32 && a.group_size != 64 && a.group_size != 128) || a.columns < 1 || a.splits < 1 ||
-      a.begin < 0 || a.begin >= a.end || a.end > a.rows || a.inputs == 0)
-    return 1;
+      a.columns < 1 || a.splits < 1 || a.begin < 0 || a.begin >= a.end || a.end > a.rows || a.inputs == 0)
+    return kBadArgument;
   Params p{a.weight, a.lora_a, a.lora_b, a.grad, a.probs, a.clip, a.out, a.partial, a.rows, a.begin, a.end, a.inputs,
            a.rank, a.precisions, a.columns, 0, a.scaling, 0, {}, {}, {}};
   const int tiles = (a.end - a.begin + kRows - 1) / kRows;
@@ -337,8 +339,10 @@ int jn_quant_lora_mix(const JnMixArgs* args, void* stream) {
     p.inverse[i] = static_cast<float>(1 / divisor);
     p.rest[i] = static_cast<float>(1 / divisor - p.inverse[i]);
   }
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (a.dtype == JN_BF16) return by_group<BF16>(p, a.group_size, a.splits, s);
-  if (a.dtype == JN_F16) return by_group<F16>(p, a.group_size, a.splits, s);
-  return 1;
+  return dispatch([&](auto type, auto group, auto clip, auto reduce) {
+    return run<Half<type>, group, clip != 0, reduce != 0>(p, a.splits, stream);
+  }, Type{a.dtype}, OneOf<32, 64, 128>{a.group_size}, OneOf<0, 1>{p.clip != nullptr}, OneOf<0, 1>{p.grad != nullptr});
 }
+JN_EXPORT(quant_lora_mix);
+
+}  // namespace jointnas

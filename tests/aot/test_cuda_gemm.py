@@ -36,7 +36,7 @@ CASES = [(name, arch) for name in SOURCES for arch in ("80", "90a") if (name, ar
 def cubin(request, tmp_path_factory):
     name, arch = request.param
     target = tmp_path_factory.mktemp("cubin") / f"{name}_{arch}.cubin"
-    command = [NVCC, "-O3", "-std=c++17", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = [NVCC, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}"]
     command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     command += ["-cubin", str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(target)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

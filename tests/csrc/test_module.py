@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ MODULE = Path(str(load().__file__))
 
 def test_links_neither_torch_nor_an_openmp_runtime() -> None:
     linked = subprocess.run(["ldd", str(MODULE)], capture_output=True, text=True, check=True).stdout
+    linked = re.sub(r"\(0x\w+\)", "", linked)  # an address may hold "c10"
     assert not [name for name in ("torch", "c10", "gomp", "iomp", "libomp") if name in linked], linked
 
 
@@ -56,7 +58,8 @@ def test_features_are_those_of_the_system() -> None:
 
 def test_unknown_instruction_set_is_refused() -> None:
     x = torch.ones(4)
-    assert load().cpu_channel_mask(x.data_ptr(), 0, x.data_ptr(), x.data_ptr(), 0, 1, 4, 1, 0, 1, 9) == 2
+    code = load().cpu_channel_mask(x.data_ptr(), 0, x.data_ptr(), x.data_ptr(), 0, 1, 4, 1, 0, 1, 9)
+    assert load().ERRORS[code] == "this processor lacks the instructions"
     with pytest.raises(JointNASError, match="lacks the instructions"):
         cpu.call("channel_mask", x, None, x, x, None, 1, 4, 1, 0, isa=-1)
 

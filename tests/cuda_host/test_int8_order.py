@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
-#include "lowbit_int8.cu"
+#include "cuda/lowbit_int8.cu"
 #include <set>
 using namespace jointnas;
 int main() {
@@ -15,7 +15,7 @@ int main() {
   for (int cluster = 1; cluster <= 2; ++cluster)
     for (int rows = 1; rows <= 70 * kBlockRows; rows += 61)
       for (int token_blocks : {1, 2, 3, 7, 16, 33}) {
-        JnLowbitArgs p{};
+        LowbitArgs p{};
         p.rows = rows;
         p.cluster = cluster;
         const int row_blocks = row_blocks_of(p);
@@ -52,7 +52,7 @@ def test_parts_and_places(tmp_path):
     source = tmp_path / "order.cpp"
     source.write_text(PROGRAM)
     command = ["g++", "-std=c++17", "-O1", "-DJN_EMULATE", "-Wno-unknown-pragmas"]
-    command += [f"-I{ROOT / 'csrc' / name}" for name in ("include", "cuda")]
+    command += [f"-I{ROOT / 'csrc'}"]
     command += [str(source), "-o", str(tmp_path / "order")]
     subprocess.run(command, check=True)
     assert subprocess.run([tmp_path / "order"], check=False).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.core import cuda
@@ -56,7 +57,7 @@ def test_launch_failure_is_reported_and_not_repeated(monkeypatch):
 
     def fail(*args):
         calls.append(args)
-        cuda.check_launch(209, "lowbit_int8")
+        _ext.check(209, "lowbit_int8")
 
     monkeypatch.setattr(lowbit_cuda, "multiply", fail)
     for _ in range(2):

@@ -1,7 +1,7 @@
 // One kernel per PTX wrapper: 32 lanes (128 for wgmma) read their operands from `in` and write the result to `out`.
 // Built by nvcc for a device and by g++ on the emulation; both must give the same (tests/gpu/test_wrappers.py).
-#include "lowbit.cuh"
-#include "wgmma.cuh"
+#include "cuda/lowbit.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {

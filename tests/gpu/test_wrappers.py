@@ -24,7 +24,7 @@ def builds(tmp_path_factory: pytest.TempPathFactory) -> tuple[ctypes.CDLL, ctype
     folder = tmp_path_factory.mktemp("wrappers")
     capability = torch.cuda.get_device_capability()
     arch = f"{capability[0]}{capability[1]}" + ("a" if capability == (9, 0) else "")
-    common = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc' / 'include'}", "-shared"]
+    common = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-shared"]
     device, host = folder / "device.so", folder / "host.so"
     target = f"-gencode=arch=compute_{arch},code=sm_{arch}"
     subprocess.run([NVCC, *common, "-Xcompiler", "-fPIC", target, str(SOURCE), "-o", str(device)], check=True)

@@ -84,7 +84,7 @@ extern "C" long half_quotients(int fraction) {
       }
   return wrong;
 }
-// Levels of every x / s in [2^-16, 300) and every zero point, as csrc/include/act_quant.h computes them; kind 0: fused,
+// Levels of every x / s in [2^-16, 300) and every zero point, as csrc/cpu/act_quant.h computes them; kind 0: fused,
 // 1: not fused (its scalar pass), 2: without the second rounding
 template <int kKind>
 static long levels() {

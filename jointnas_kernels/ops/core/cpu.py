@@ -11,14 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from jointnas_kernels._ext import load
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels._ext import check, load
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("the best of this processor", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "AVX-512 with the kernel's extension",
         "AMX")
 HUGE_FROM = 4 << 20  # bytes; glibc serves smaller blocks from memory that is already mapped
-_ERRORS = {1: "an argument it does not support", 2: "this processor lacks the instructions", 3: "out of memory"}
 
 
 def call(name: str, *args: Tensor | int | float | None, threads: int | None = None, isa: int = 0) -> None:
@@ -32,16 +30,16 @@ def call(name: str, *args: Tensor | int | float | None, threads: int | None = No
     values = [
         a if type(a) in (int, float, bool) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args
     ]
-    error = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
-    if error:
-        raise JointNASError(f"CPU kernel {name!r} with {ISAS[isa]}: {_ERRORS.get(error, f'error {error}')}")
+    code = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
+    if code:
+        check(code, f"CPU kernel {name!r} with {ISAS[isa]}")
 
 
 # ---- arguments and results ----
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """A dense result like ``tensor``, large ones on huge pages (csrc/include/cpu_ops.h says why)."""
+    """A dense result like ``tensor``, large ones on huge pages (csrc/cpu/huge_pages.cpp says why)."""
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     size = out.numel() * out.element_size()
     if size >= HUGE_FROM:

@@ -8,15 +8,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import _ext
-from jointnas_kernels.errors import JointNASError
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
-
-
-def check_launch(code: int, what: str) -> None:
-    """Raise unless a launcher returned cudaSuccess."""
-    if code:
-        raise JointNASError(f"{what} failed to launch: CUDA error {code}")
 
 
 def current_stream(tensor: Tensor) -> int:
@@ -44,4 +37,4 @@ def call(name: str, *args: Tensor | int | float | None, on: Tensor) -> None:
         a if type(a) in (int, float, bool) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args
     ]
     with torch.cuda.device_of(on):
-        check_launch(getattr(_ext.load(cuda=True), name)(*values, current_stream(on)), name)
+        _ext.check(getattr(_ext.load(cuda=True), name)(*values, current_stream(on)), name)

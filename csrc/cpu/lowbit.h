@@ -1,11 +1,8 @@
-// What the files of the low-bit CPU kernels share: the prepared weights' layout (ops/lowbit_prepared.py describes it)
-// and the activations' one.
+// What the files of the low-bit CPU kernels share: the layout of prepared weights and that of activations.
 #pragma once
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
 
-namespace jnk {
+namespace jointnas {
 
 constexpr int64_t kBlock = 64;  // output rows per block, adjacent lanes
 
@@ -48,9 +45,4 @@ inline int64_t entries_per_group(int64_t group, Kind kind, int a_bits) {
 constexpr int64_t kTileRows = 16;
 inline int64_t tile_entries(int64_t entries) { return entries % 16 == 0 ? 16 : entries == 8 ? 8 : 0; }
 
-using Memory = std::unique_ptr<void, void (*)(void*)>;
-inline Memory allocate(int64_t bytes) {
-  return Memory(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64)), std::free);
-}
-
-}  // namespace jnk
+}  // namespace jointnas

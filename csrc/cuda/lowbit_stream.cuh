@@ -6,7 +6,7 @@
 // cores sum (in fp32, or exactly in int32), then one fma per output applies the scale: weights are never rounded to q*s.
 //
 // What a lane does with a tile's words is the Math class: lowbit_stream.cu has 16-bit and 8-bit activations,
-// lowbit_planes.cu bit-planes. A Math has
+// lowbit_bitplane.cu bit-planes. A Math has
 //   kWarps     warps per block; kTogether: tiles multiplied together, so that chains of dependent products overlap
 //   kColumns   columns of B per token
 //   Sum        type of a group's sums; kUnit: what they are to be multiplied with at the end
@@ -15,9 +15,8 @@
 //   tiles(words, sums)                  sums of kTogether tiles, all columns
 //   combine(column in token)            factor of a column in its token's result
 #pragma once
-#include "cuda_ops.h"
-#include "lowbit.cuh"
-#include "lowbit_finish.cuh"
+#include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
 
 namespace jointnas {
 
@@ -35,7 +34,7 @@ template <class Math, int BITS, int NT> struct StreamShape {
 };
 
 template <class T, class Math, int BITS, int NT>
-__global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const JnLowbitArgs p) {
+__global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const LowbitArgs p) {
   JN_DYNAMIC_SHARED(shared);
   using S = StreamShape<Math, BITS, NT>;
   constexpr int warps = Math::kWarps, stages = S::stages, tile_bytes = S::tile_bytes, stage_bytes = S::stage_bytes;
@@ -91,13 +90,7 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const JnLo
     for (int first = 0; first < kStrip; first += together) {
       uint32_t w[together][2 * BITS];
 #pragma unroll
-      for (int r = 0; r < together; ++r)
-#pragma unroll
-        for (int v = 0; v < BITS / 2; ++v) {
-          const Vec4 u = *reinterpret_cast<const Vec4*>(src + (first + r) * tile_bytes + v * 512);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) w[r][4 * v + j] = u.w[j];
-        }
+      for (int r = 0; r < together; ++r) load_words<BITS>(src + (first + r) * tile_bytes, w[r]);
       typename Math::Sum sum[together][NT][4] = {};
       math.tiles(w, sum);
 #pragma unroll
@@ -142,20 +135,13 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const JnLo
   });
 }
 
-template <class T, class Math, int BITS, int NT> int run_stream(const JnLowbitArgs& p, cudaStream_t stream) {
+template <class T, class Math, int BITS, int NT> int run_stream(const LowbitArgs& p, cudaStream_t stream) {
   constexpr int block_tokens = NT * 8 / Math::kColumns;
   const int block_rows = 64 * p.warp_rows;
-  if (Math::kWarps % p.warp_rows) return 1;  // cudaErrorInvalidValue
+  if (p.warp_rows < 1 || p.warp_rows > 8 || Math::kWarps % p.warp_rows) return kBadArgument;
   const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + block_tokens - 1) / block_tokens);
   constexpr size_t bytes = StreamShape<Math, BITS, NT>::bytes;
   return launch(stream_kernel<T, Math, BITS, NT>, grid, dim3(Math::kWarps * 32), bytes, stream, p.early != 0, p);
-}
-
-// Whether the arguments every streaming kernel shares are sound.
-inline bool stream_arguments(const JnLowbitArgs& p) {
-  const bool strips = p.warp_rows == 1 || p.warp_rows == 2 || p.warp_rows == 4 || p.warp_rows == 8;
-  return strips && p.inputs % kGroup == 0 && p.splits > 0 && p.tokens > 0 && p.rows > 0 &&
-         (p.splits == 1 || (p.partial && p.locks));
 }
 
 }  // namespace jointnas

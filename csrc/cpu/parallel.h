@@ -11,9 +11,14 @@
 // inside a nested region). A kernel's chunk grid never depends on the thread count and partial sums are kept per
 // chunk, so results are bit-identical for every number of threads.
 #pragma once
+#include <atomic>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 
-namespace jnk {
+#include "errors.h"
+
+namespace jointnas {
 
 using Task = void (*)(void* context, int64_t chunk);
 
@@ -25,7 +30,27 @@ void parallel_for(int64_t chunks, int threads, const F& f) {
                const_cast<void*>(static_cast<const void*>(&f)));
 }
 
+// Cache lines of their own, and one line more than asked for; null when there is no memory.
+using Memory = std::unique_ptr<void, void (*)(void*)>;
+inline Memory allocate(int64_t bytes) {
+  return Memory(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64 + 64)), std::free);
+}
+
+// f(chunk, memory), each with `bytes` of memory.
+template <class F>
+int parallel_for(int64_t chunks, int threads, int64_t bytes, const F& f) {
+  std::atomic<int> error{kOk};
+  parallel_for(chunks, threads, [&](int64_t chunk) {
+    const Memory memory = allocate(bytes);
+    if (memory)
+      f(chunk, memory.get());
+    else
+      error = kNoMemory;
+  });
+  return error;
+}
+
 // "openmp" (runtime found in the process) or "std::thread"
 const char* parallel_backend();
 
-}  // namespace jnk
+}  // namespace jointnas

@@ -1,8 +1,7 @@
 // Prepared weights times many tokens, per instruction set (each_isa.h, hence no guard; included by cpu/lowbit.cpp):
 // register tiles, and what a group and an output need, shared with the one-pass product there.
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // Vectors and tokens of a register tile: 24 sums of 32 registers, 8 of 16; the scalar pass just runs.
 #if defined(JN_AVX512)
@@ -149,5 +148,4 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
   });
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

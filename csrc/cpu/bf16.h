@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace jnk {
+namespace jointnas {
 
 struct bf16 {
   uint16_t bits;
@@ -34,4 +34,4 @@ inline bf16 from_float<bf16>(float x) {
   return bf16{static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
 }
 
-}  // namespace jnk
+}  // namespace jointnas

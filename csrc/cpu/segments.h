@@ -4,20 +4,19 @@
 #define JN_SEGMENTS_H
 #include <cstdint>
 
-namespace jnk {
+namespace jointnas {
 constexpr int64_t kMaxChoices = 64;
 // Channels are cut where a choice ends: ends [S] ascending; choice i keeps segments 0..kept[i].
 struct Segments {
   int64_t S, K;
   const int64_t *ends, *kept;
 };
-}  // namespace jnk
+}  // namespace jointnas
 #endif
 
 #ifdef JN_ISA
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // t[s] = sum of value_i over kept[i] >= s
 inline void spread(const Segments& seg, const float* value, float* t) {
@@ -46,6 +45,14 @@ void prefix_sums(const Segments& seg, float* prefix, const F& term) {
     prefix[s] = total;
     start = seg.ends[s];
   }
+}
+
+// f(segment, begin, end) for every segment, and zeros into `out` behind the last one
+template <class T, class F>
+void each_segment(const Segments& seg, T* out, int64_t N, const F& f) {
+  int64_t start = 0;
+  for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) f(s, start, seg.ends[s]);
+  each(start, N, [=](auto at) { at.put(out, set(0.0f)); });
 }
 
 // inv[i] = rsqrt(mean of the squares of x before choice i's end + eps), t[s] = sum of alpha_i inv_i over kept[i] >= s
@@ -80,7 +87,6 @@ void norm_backward_factors(const T* g, const T* x, const float* scale, const flo
   spread(seg, value, back);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA
 
 #endif

@@ -1,35 +1,19 @@
 // W 32-bit integers for the instruction set of the current pass, and four bytes per lane where dots are concerned
 // (included once per pass, hence no guard).
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 #if defined(JN_AVX512)
 
 struct vi {
   __m512i v;
 };
+using Words = uint32_t __attribute__((vector_size(4 * W)));
+using Integers = int32_t __attribute__((vector_size(4 * W)));
 inline vi seti(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
 inline vi loadi(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline vi loadi(const uint32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(lanes(n), p)}; }
 inline void storei(uint32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
-inline vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
-inline vi operator^(vi a, vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
-inline vi operator+(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
-inline vi operator-(vi a, vi b) { return {_mm512_sub_epi32(a.v, b.v)}; }
-inline vi operator*(vi a, vi b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
-template <int N>
-inline vi shr(vi a) {
-  return {_mm512_srli_epi32(a.v, N)};
-}
-template <int N>
-inline vi shl(vi a) {
-  return {_mm512_slli_epi32(a.v, N)};
-}
-template <int N>
-inline vi sar(vi a) {
-  return {_mm512_srai_epi32(a.v, N)};
-}
 inline vf convert(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
 // Pairs of bytes, unsigned times signed, to saturated int16 (maddubs) and pairs of int16 to int32 (madd).
 inline vi maddubs(vi a, vi b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
@@ -42,6 +26,8 @@ inline vi sar16(vi a) { return {_mm512_srai_epi16(a.v, 8)}; }
 struct vi {
   __m256i v;
 };
+using Words = uint32_t __attribute__((vector_size(4 * W)));
+using Integers = int32_t __attribute__((vector_size(4 * W)));
 inline vi seti(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
 inline vi loadi(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline vi loadi(const uint32_t* p, int64_t n) {
@@ -50,23 +36,6 @@ inline vi loadi(const uint32_t* p, int64_t n) {
   return loadi(t);
 }
 inline void storei(uint32_t* p, vi a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
-inline vi operator&(vi a, vi b) { return {_mm256_and_si256(a.v, b.v)}; }
-inline vi operator^(vi a, vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
-inline vi operator+(vi a, vi b) { return {_mm256_add_epi32(a.v, b.v)}; }
-inline vi operator-(vi a, vi b) { return {_mm256_sub_epi32(a.v, b.v)}; }
-inline vi operator*(vi a, vi b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
-template <int N>
-inline vi shr(vi a) {
-  return {_mm256_srli_epi32(a.v, N)};
-}
-template <int N>
-inline vi shl(vi a) {
-  return {_mm256_slli_epi32(a.v, N)};
-}
-template <int N>
-inline vi sar(vi a) {
-  return {_mm256_srai_epi32(a.v, N)};
-}
 inline vf convert(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
 inline vi maddubs(vi a, vi b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
 inline vi madd(vi a, vi b) { return {_mm256_madd_epi16(a.v, b.v)}; }
@@ -78,36 +47,42 @@ inline vi sar16(vi a) { return {_mm256_srai_epi16(a.v, 8)}; }
 struct vi {
   uint32_t v;
 };
+using Words = uint32_t;
+using Integers = int32_t;
 inline vi seti(uint32_t x) { return {x}; }
 inline vi loadi(const uint32_t* p) { return {*p}; }
 inline vi loadi(const uint32_t* p, int64_t) { return {*p}; }
 inline void storei(uint32_t* p, vi a) { *p = a.v; }
-inline vi operator&(vi a, vi b) { return {a.v & b.v}; }
-inline vi operator^(vi a, vi b) { return {a.v ^ b.v}; }
-inline vi operator+(vi a, vi b) { return {a.v + b.v}; }
-inline vi operator-(vi a, vi b) { return {a.v - b.v}; }
-inline vi operator*(vi a, vi b) { return {a.v * b.v}; }
-template <int N>
-inline vi shr(vi a) {
-  return {a.v >> N};
-}
-template <int N>
-inline vi shl(vi a) {
-  return {a.v << N};
-}
-template <int N>
-inline vi sar(vi a) {
-  return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> N)};
-}
 inline vf convert(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
 
 #endif
 
+// Lane by lane, as unsigned integers but for sar.
+template <class V>
+inline vi words(V a) {
+  return {(decltype(vi::v))a};
+}
+inline vi operator&(vi a, vi b) { return {a.v & b.v}; }
+inline vi operator^(vi a, vi b) { return {a.v ^ b.v}; }
+inline vi operator+(vi a, vi b) { return words((Words)a.v + (Words)b.v); }
+inline vi operator-(vi a, vi b) { return words((Words)a.v - (Words)b.v); }
+inline vi operator*(vi a, vi b) { return words((Words)a.v * (Words)b.v); }
+template <int N>
+inline vi shr(vi a) {
+  return words((Words)a.v >> N);
+}
+template <int N>
+inline vi shl(vi a) {
+  return words((Words)a.v << N);
+}
+template <int N>
+inline vi sar(vi a) {
+  return words((Integers)a.v >> N);
+}
+
 inline vf as_float(vi a) {
-#if defined(JN_AVX512)
-  return {_mm512_castsi512_ps(a.v)};
-#elif defined(JN_AVX2)
-  return {_mm256_castsi256_ps(a.v)};
+#if defined(JN_AVX512) || defined(JN_AVX2)
+  return {(decltype(vf::v))a.v};
 #else
   vf f;
   std::memcpy(&f, &a, 4);
@@ -116,10 +91,8 @@ inline vf as_float(vi a) {
 }
 
 inline vi bits_of(vf a) {
-#if defined(JN_AVX512)
-  return {_mm512_castps_si512(a.v)};
-#elif defined(JN_AVX2)
-  return {_mm256_castps_si256(a.v)};
+#if defined(JN_AVX512) || defined(JN_AVX2)
+  return {(decltype(vi::v))a.v};
 #else
   vi u;
   std::memcpy(&u, &a, 4);
@@ -222,5 +195,4 @@ inline void transpose(const Row& row, int64_t n, const Out& out) {
 #endif
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

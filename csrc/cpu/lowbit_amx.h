@@ -3,10 +3,9 @@
 // group: 16 tokens by 16 rows of weights. Per group of 128 inputs 2 products of bytes or 4 of bf16 make a tile, 16 cycles
 // each, and about as many are needed to add it, scaled, to the totals.
 
-#include "amx.h"
+#include "cpu/amx.h"
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 inline amx::Config tile_config(int64_t tokens, int64_t entries) {
   amx::Config c;
@@ -103,5 +102,4 @@ void gemm_amx(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint3
   });
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

@@ -1,9 +1,8 @@
 // A vector of W floats for the instruction set of the current pass (see each_isa.h; hence no include guard).
 // load/store convert from and to float or bf16; the forms with a count handle tails (missing lanes are 0).
-#include "bf16.h"
+#include "cpu/bf16.h"
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 #if defined(JN_AVX512)
 
@@ -40,7 +39,6 @@ inline void store(bf16* p, vf a) { _mm256_storeu_si256(reinterpret_cast<__m256i*
 inline void store(bf16* p, vf a, int64_t n) { _mm256_mask_storeu_epi16(p, lanes(n), narrow(a)); }
 // Non-temporal stores of 2 W elements, p aligned to 64 bytes: the line about to be overwritten is not read first.
 // Only whole lines are worth it: mixed_weight of a 4096^2 bf16 matrix ran at 5.6 GB/s with half lines, 46 with whole.
-constexpr bool kStreams = true;
 inline void stream2(float* p, vf a, vf b) {
   _mm512_stream_ps(p, a.v);
   _mm512_stream_ps(p + W, b.v);
@@ -48,16 +46,8 @@ inline void stream2(float* p, vf a, vf b) {
 inline void stream2(bf16* p, vf a, vf b) {
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), narrow2(a, b));
 }
-inline void store2(float* p, vf a, vf b) {
-  store(p, a);
-  store(p + W, b);
-}
 inline void store2(bf16* p, vf a, vf b) { _mm512_storeu_si512(p, narrow2(a, b)); }
 inline void stream_end() { _mm_sfence(); }
-inline vf operator+(vf a, vf b) { return {_mm512_add_ps(a.v, b.v)}; }
-inline vf operator-(vf a, vf b) { return {_mm512_sub_ps(a.v, b.v)}; }
-inline vf operator*(vf a, vf b) { return {_mm512_mul_ps(a.v, b.v)}; }
-inline vf operator/(vf a, vf b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline vf fma(vf a, vf b, vf c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline vf fnma(vf a, vf b, vf c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 inline vf min(vf a, vf b) { return {_mm512_min_ps(a.v, b.v)}; }
@@ -84,12 +74,6 @@ inline vf set(float x) { return {_mm256_set1_ps(x)}; }
 inline vf load(const float* p) { return {_mm256_loadu_ps(p)}; }
 inline vf widen(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
 inline vf load(const bf16* p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-template <class T>
-inline vf load(const T* p, int64_t n) {
-  T t[W] = {};
-  std::memcpy(t, p, static_cast<size_t>(n) * sizeof(T));
-  return load(t);
-}
 inline __m256i rounded(vf a) {  // the upper halves are bf16
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
@@ -106,16 +90,6 @@ inline __m128i narrow(vf a) {
 }
 inline void store(float* p, vf a) { _mm256_storeu_ps(p, a.v); }
 inline void store(bf16* p, vf a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(a)); }
-template <class T>
-inline void store(T* p, vf a, int64_t n) {
-  T t[W];
-  store(t, a);
-  std::memcpy(p, t, static_cast<size_t>(n) * sizeof(T));
-}
-inline vf operator+(vf a, vf b) { return {_mm256_add_ps(a.v, b.v)}; }
-inline vf operator-(vf a, vf b) { return {_mm256_sub_ps(a.v, b.v)}; }
-inline vf operator*(vf a, vf b) { return {_mm256_mul_ps(a.v, b.v)}; }
-inline vf operator/(vf a, vf b) { return {_mm256_div_ps(a.v, b.v)}; }
 inline vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 inline vf fnma(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
 inline vf min(vf a, vf b) { return {_mm256_min_ps(a.v, b.v)}; }
@@ -131,18 +105,6 @@ inline float sum(vf a) {
   store(t, a);
   return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
 }
-inline float hmax(vf a) {
-  float t[W];
-  store(t, a);
-  for (int i = 1; i < W; ++i) t[0] = t[0] < t[i] ? t[i] : t[0];
-  return t[0];
-}
-inline float hmin(vf a) {
-  float t[W];
-  store(t, a);
-  for (int i = 1; i < W; ++i) t[0] = t[i] < t[0] ? t[i] : t[0];
-  return t[0];
-}
 
 #else  // scalar
 
@@ -156,22 +118,10 @@ inline vf load(const T* p) {
   return {to_float(*p)};
 }
 template <class T>
-inline vf load(const T* p, int64_t) {
-  return {to_float(*p)};
-}
-template <class T>
 inline void store(T* p, vf a) {
   *p = from_float<T>(a.v);
 }
-template <class T>
-inline void store(T* p, vf a, int64_t) {
-  store(p, a);
-}
 inline vf round_bf16(vf a) { return {to_float(from_float<bf16>(a.v))}; }
-inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
-inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
-inline vf operator*(vf a, vf b) { return {a.v * b.v}; }
-inline vf operator/(vf a, vf b) { return {a.v / b.v}; }
 inline vf fma(vf a, vf b, vf c) { return {a.v * b.v + c.v}; }
 inline vf fnma(vf a, vf b, vf c) { return {c.v - a.v * b.v}; }
 // As the vector instructions: the second operand if either is NaN.
@@ -189,24 +139,51 @@ inline vf scale2(vf p, vf t) {
 }
 inline vf less(vf a, vf b, vf x, vf y) { return a.v < b.v ? x : y; }
 inline float sum(vf a) { return a.v; }
-inline float hmax(vf a) { return a.v; }
-inline float hmin(vf a) { return a.v; }
 
 #endif
 
+inline vf operator+(vf a, vf b) { return {a.v + b.v}; }
+inline vf operator-(vf a, vf b) { return {a.v - b.v}; }
+inline vf operator*(vf a, vf b) { return {a.v * b.v}; }
+inline vf operator/(vf a, vf b) { return {a.v / b.v}; }
+
 #if !defined(JN_AVX512)
-constexpr bool kStreams = false;
+template <class T>
+inline vf load(const T* p, int64_t n) {
+  T t[W] = {};
+  std::memcpy(t, p, static_cast<size_t>(n) * sizeof(T));
+  return load(t);
+}
+template <class T>
+inline void store(T* p, vf a, int64_t n) {
+  T t[W];
+  store(t, a);
+  std::memcpy(p, t, static_cast<size_t>(n) * sizeof(T));
+}
+inline float hmax(vf a) {
+  float t[W];
+  store(t, a);
+  for (int i = 1; i < W; ++i) t[0] = t[0] < t[i] ? t[i] : t[0];
+  return t[0];
+}
+inline float hmin(vf a) {
+  float t[W];
+  store(t, a);
+  for (int i = 1; i < W; ++i) t[0] = t[i] < t[0] ? t[i] : t[0];
+  return t[0];
+}
+template <class T>
+inline void stream2(T* p, vf a, vf b) {
+  store(p, a);
+  store(p + W, b);
+}
+inline void stream_end() {}
+#endif
 template <class T>
 inline void store2(T* p, vf a, vf b) {
   store(p, a);
   store(p + W, b);
 }
-template <class T>
-inline void stream2(T* p, vf a, vf b) {
-  store2(p, a, b);
-}
-inline void stream_end() {}
-#endif
 
 // Two vectors of consecutive elements, a whole line of bf16 with AVX-512: half the loop, and independent work to fill
 // latencies. A vf stands for two equal ones.
@@ -227,7 +204,10 @@ inline vf2 max(vf2 x, vf2 y) { return {max(x.a, y.a), max(x.b, y.b)}; }
 inline vf2 round(vf2 x) { return {round(x.a), round(x.b)}; }
 inline vf2 scale2(vf2 p, vf2 t) { return {scale2(p.a, t.a), scale2(p.b, t.b)}; }
 inline vf2 round_bf16(vf2 x) { return {round_bf16(x.a), round_bf16(x.b)}; }
-inline vf2 load2(const float* p) { return {load(p), load(p + W)}; }
+template <class T>
+inline vf2 load2(const T* p) {
+  return {load(p), load(p + W)};
+}
 #if defined(JN_AVX512)
 inline vf2 load2(const bf16* p) {  // one permutation for each half instead of a conversion and a shift
   alignas(64) static const uint16_t low[32] = {0, 0, 0, 1, 0, 2,  0, 3,  0, 4,  0, 5,  0, 6,  0, 7,
@@ -236,8 +216,6 @@ inline vf2 load2(const bf16* p) {  // one permutation for each half instead of a
   const auto spread = [&](__m512i i) { return vf{_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, i, line))}; };
   return {spread(at), spread(_mm512_add_epi16(at, _mm512_set1_epi16(16)))};
 }
-#else
-inline vf2 load2(const bf16* p) { return {load(p), load(p + W)}; }
 #endif
 // Sums along a row: s += x y; a tail of one vector goes to the first half.
 inline void add_product(vf2& s, vf2 x, vf2 y) { s = fma(x, y, s); }
@@ -260,40 +238,32 @@ inline V exp_minus(V x) {
 
 // One step of a loop over a row: at(p) loads, at.put(p, v) stores, at.add(p, v) and at.add_product(p, x, y) accumulate,
 // at.prefetch(p) brings its bytes into the cache.
-struct Whole {
-  int64_t j;
+template <bool kWhole>
+struct Step {
+  int64_t j, n = W;  // elements j .. j + n - 1
   template <class T>
   vf operator()(const T* p) const {
-    return load(p + j);
+    if constexpr (kWhole)
+      return load(p + j);
+    else
+      return load(p + j, n);
   }
   template <class T>
   void put(T* p, vf v) const {
-    store(p + j, v);
+    if constexpr (kWhole)
+      store(p + j, v);
+    else
+      store(p + j, v, n);
   }
   template <class T>
   void prefetch(const T* p) const {
     __builtin_prefetch(p + j);
   }
-  void add(float* p, vf v) const { store(p + j, load(p + j) + v); }
-  void add_product(float* p, vf x, vf y) const { store(p + j, fma(x, y, load(p + j))); }
+  void add(float* p, vf v) const { put(p, (*this)(p) + v); }
+  void add_product(float* p, vf x, vf y) const { put(p, fma(x, y, (*this)(p))); }
 };
-struct Tail {
-  int64_t j, n;
-  template <class T>
-  vf operator()(const T* p) const {
-    return load(p + j, n);
-  }
-  template <class T>
-  void put(T* p, vf v) const {
-    store(p + j, v, n);
-  }
-  template <class T>
-  void prefetch(const T* p) const {
-    __builtin_prefetch(p + j);
-  }
-  void add(float* p, vf v) const { store(p + j, load(p + j, n) + v, n); }
-  void add_product(float* p, vf x, vf y) const { store(p + j, fma(x, y, load(p + j, n)), n); }
-};
+using Whole = Step<true>;
+using Tail = Step<false>;
 template <class F>
 inline void each(int64_t begin, int64_t end, const F& f) {
   int64_t j = begin;
@@ -322,10 +292,8 @@ struct Pair {
     __builtin_prefetch(p + j);
     if (2 * W * sizeof(T) > 64) __builtin_prefetch(p + j + W);
   }
-  void add(float* p, vf2 v) const { store2(p + j, load(p + j) + v.a, load(p + j + W) + v.b); }
-  void add_product(float* p, vf2 x, vf2 y) const {
-    store2(p + j, fma(x.a, y.a, load(p + j)), fma(x.b, y.b, load(p + j + W)));
-  }
+  void add(float* p, vf2 v) const { Pair{j, false}.put(p, (*this)(p) + v); }
+  void add_product(float* p, vf2 x, vf2 y) const { Pair{j, false}.put(p, fma(x, y, (*this)(p))); }
 };
 template <class F>
 inline void pairs(int64_t begin, int64_t end, bool streamed, const F& f) {
@@ -338,5 +306,4 @@ inline void pairs(int64_t begin, int64_t end, const F& f) {
   pairs(begin, end, false, f);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

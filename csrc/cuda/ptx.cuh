@@ -5,8 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#define JN_INLINE __forceinline__
-
 namespace jointnas {
 struct F16 { uint16_t bits; };   // storage types: arithmetic only through the wrappers below
 struct BF16 { uint16_t bits; };
@@ -14,12 +12,12 @@ struct alignas(16) Vec4 { uint32_t w[4]; };
 }  // namespace jointnas
 
 #ifdef JN_EMULATE
-#include "emulate.h"
+#include "cuda/emulate/emulate.h"
 #else
 #include <cuda_runtime.h>
 
-#define JN_DEVICE __device__ JN_INLINE
-#define JN_HOST_DEVICE __host__ __device__ JN_INLINE
+#define JN_DEVICE __device__ __forceinline__
+#define JN_HOST_DEVICE __host__ __device__ __forceinline__
 #define JN_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace jointnas::ptx {
@@ -28,26 +26,8 @@ JN_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(
 
 // ---- tensor cores: fragment layouts as in the PTX manual, "Matrix Fragments for mma" ----
 template <class T> JN_DEVICE void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
-template <> JN_DEVICE void mma_m16n8k16<F16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-template <> JN_DEVICE void mma_m16n8k16<BF16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 // The same over 8 instead of 16 inputs: rows g and g + 8 of A in a0 and a1.
 template <class T> JN_DEVICE void mma_m16n8k8(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b);
-template <> JN_DEVICE void mma_m16n8k8<F16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
-}
-template <> JN_DEVICE void mma_m16n8k8<BF16>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
-}
 JN_DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
@@ -58,13 +38,6 @@ JN_DEVICE void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint3
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(low), "r"(high), "r"(b));
-}
-// the same over 256 bits
-JN_DEVICE void mma_m16n8k256_and(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- bits: one LOP3 each; left to itself the compiler takes two where both constants are immediates ----
@@ -81,16 +54,6 @@ JN_DEVICE uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) {
 
 // ---- packed half arithmetic: a * b + c on both halves, one rounding ----
 template <class T> JN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
-template <> JN_DEVICE uint32_t fma2<F16>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.f16x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-template <> JN_DEVICE uint32_t fma2<BF16>(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t d;
-  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
 
 // ---- conversions, round to nearest even ----
 JN_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
@@ -103,27 +66,38 @@ JN_DEVICE float to_float(F16 v) {
 JN_DEVICE float to_float(BF16 v) { return __uint_as_float(static_cast<uint32_t>(v.bits) << 16); }
 template <class T> JN_DEVICE T from_float(float v);
 template <> JN_DEVICE float from_float<float>(float v) { return v; }
-template <> JN_DEVICE F16 from_float<F16>(float v) {
-  F16 h;
-  asm("cvt.rn.f16.f32 %0,%1;" : "=h"(h.bits) : "f"(v));
-  return h;
-}
-template <> JN_DEVICE BF16 from_float<BF16>(float v) {
-  BF16 h;
-  asm("cvt.rn.bf16.f32 %0,%1;" : "=h"(h.bits) : "f"(v));
-  return h;
-}
 template <class T> JN_DEVICE uint32_t pack2(float low, float high);  // two halves of a word
-template <> JN_DEVICE uint32_t pack2<F16>(float low, float high) {
-  uint32_t d;
-  asm("cvt.rn.f16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-template <> JN_DEVICE uint32_t pack2<BF16>(float low, float high) {
-  uint32_t d;
-  asm("cvt.rn.bf16x2.f32 %0,%1,%2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
+
+// All of this for a half type, whose name is all that its instructions differ in.
+#define JN_HALF(T, name) \
+  template <> JN_DEVICE void mma_m16n8k16<T>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 " \
+        "{%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};" \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); \
+  } \
+  template <> JN_DEVICE void mma_m16n8k8<T>(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) { \
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name ".f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};" \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b)); \
+  } \
+  template <> JN_DEVICE uint32_t fma2<T>(uint32_t a, uint32_t b, uint32_t c) { \
+    uint32_t d; \
+    asm("fma.rn." name "x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); \
+    return d; \
+  } \
+  template <> JN_DEVICE T from_float<T>(float v) { \
+    T h; \
+    asm("cvt.rn." name ".f32 %0,%1;" : "=h"(h.bits) : "f"(v)); \
+    return h; \
+  } \
+  template <> JN_DEVICE uint32_t pack2<T>(float low, float high) { \
+    uint32_t d; \
+    asm("cvt.rn." name "x2.f32 %0,%1,%2;" : "=r"(d) : "f"(high), "f"(low)); \
+    return d; \
+  }
+JN_HALF(F16, "f16")
+JN_HALF(BF16, "bf16")
+
 JN_DEVICE float reciprocal(float a) {  // within 1 ulp
   float r;
   asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(a));
@@ -176,7 +150,6 @@ JN_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0x
 JN_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 JN_DEVICE int atomic_add(int* p, int v) { return atomicAdd(p, v); }
 JN_DEVICE void fence_device() { __threadfence(); }
-JN_DEVICE int popcount(uint32_t v) { return __popc(v); }
 // With programmatic dependent launch: let the next kernel start / wait for the previous one's results.
 JN_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -1,7 +1,7 @@
 // Test-only twin of ptx.cuh: runs a kernel's blocks (or clusters of blocks) one after another on the CPU, their threads
-// as fibers.
-// Barriers and warp-wide instructions switch fibers until every participant has arrived. Shared memory starts out as
-// 0xFF bytes; a cp.async destination holds 0xFF until its group is waited for, so a read that comes too early gives NaN.
+// as fibers. Barriers and warp-wide instructions switch fibers until every participant has arrived. Shared memory starts
+// out as 0xFF bytes; a cp.async destination holds 0xFF until its group is waited for, so a read that comes too early
+// gives NaN. What the hardware would not do ends the process.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -15,15 +15,10 @@
 #include <memory>
 #include <vector>
 
-#undef JN_INLINE
-#define JN_INLINE inline
 #define JN_DEVICE inline
 #define JN_HOST_DEVICE inline
 #define __global__
 #define __grid_constant__
-#define __device__
-#define __host__
-#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define JN_DYNAMIC_SHARED(name) unsigned char* name = ::jointnas::emu::shared_base()
 
@@ -32,8 +27,17 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 using cudaStream_t = void*;
+using cudaError_t = int;
+inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 
 namespace jointnas::emu {
+
+inline void require(bool sound, const char* what) {
+  if (sound) return;
+  std::fprintf(stderr, "%s\n", what);
+  std::abort();
+}
+inline void require_aligned(const void* p, const char* what) { require(reinterpret_cast<uintptr_t>(p) % 16 == 0, what); }
 
 struct Copy { void* dst; const void* src; bool valid; int bytes = 16; };
 struct BulkCopy { void* dst; const void* src; int bytes; };
@@ -87,10 +91,7 @@ inline unsigned char* shared_base() {  // 1024-byte aligned, as on the device
 }
 inline void Barrier::arrive() {
   block().idle = 0;
-  if (pending-- == 0) {
-    std::fprintf(stderr, "more arrivals at a barrier than it was initialised for\n");
-    std::abort();
-  }
+  require(pending-- > 0, "more arrivals at a barrier than it was initialised for");
   turn();
 }
 inline void Barrier::land() {
@@ -149,10 +150,7 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
     thread_index() = dim3(next % threads);
     block_index() = dim3(first.x + next / threads, first.y, first.z);
     Fiber& f = b.fibers[next];
-    if (++b.idle > static_cast<int>(all) * 4) {
-      std::fprintf(stderr, "emulated block is deadlocked: thread %u waits for ever\n", unsigned(next));
-      std::abort();
-    }
+    require(++b.idle <= static_cast<int>(all) * 4, "emulated block is deadlocked: its threads wait for ever");
     if (_setjmp(b.scheduler) == 0) {
       if (f.started) _longjmp(f.resume, 1);
       f.started = true;
@@ -300,16 +298,11 @@ inline void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint32_t
   const uint32_t a[4] = {low, high, 0, 0};
   mma(c, a, b, 0, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
 }
-inline void mma_m16n8k256_and(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  mma(c, a, b0, b1, [](uint32_t x, uint32_t y) { return __builtin_popcount(x & y); });
-}
 
 inline emu::Fiber& fiber() { return emu::block().fibers[emu::block().current]; }
 inline void cp_async16(void* dst, const void* src, bool valid) {
-  if (reinterpret_cast<uintptr_t>(dst) % 16 || (valid && reinterpret_cast<uintptr_t>(src) % 16)) {
-    std::fprintf(stderr, "cp.async with an address that is no multiple of 16\n");
-    std::abort();
-  }
+  for (const void* p : {static_cast<const void*>(dst), valid ? src : nullptr})
+    emu::require_aligned(p, "cp.async with an address that is no multiple of 16");
   std::memset(dst, 0xFF, 16);
   fiber().open.push_back({dst, src, valid});
 }
@@ -338,10 +331,7 @@ inline uint32_t load4(const void* p) { uint32_t v; std::memcpy(&v, p, 4); return
 struct RowIn { const unsigned char* row; };
 struct RowOut { uint32_t a[4]; };
 inline void ldmatrix4(uint32_t (&a)[4], const void* row) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) {
-    std::fprintf(stderr, "ldmatrix with an address that is no multiple of 16\n");
-    std::abort();
-  }
+  emu::require_aligned(row, "ldmatrix with an address that is no multiple of 16");
   const RowIn in{static_cast<const unsigned char*>(row)};
   const RowOut out = emu::warp_wide<RowIn, RowOut>(in, [](const RowIn* all, RowOut* result) {
     for (int lane = 0; lane < 32; ++lane)
@@ -361,7 +351,6 @@ template <class T> T shuffle_xor(T v, int mask) {
 }
 inline int atomic_add(int* p, int v) { const int old = *p; *p += v; return old; }
 inline void fence_device() {}
-inline int popcount(uint32_t v) { return __builtin_popcount(v); }
 inline void launch_dependents() {}
 inline void wait_dependencies() {}
 

@@ -1,16 +1,15 @@
 // Dynamic per-token quantization of activations, shared by act_quant.cpp, norm_quant.cpp and lowbit.cpp; included once
 // per instruction set (each_isa.h), hence no guard. Every operation is rounded to the activation's dtype T, because that
-// is what compressed-tensors executes: ops/act_quant_mix.py has the formulas.
+// is what compressed-tensors executes: the docstring of act_quant_mix has the formulas.
 
 #ifndef JN_ACT_QUANT_H
 #define JN_ACT_QUANT_H
-namespace jnk {
+namespace jointnas {
 constexpr int64_t kMaxPrecisions = 16;
 }
 #endif
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 template <class T, class V>
 inline V round_to(V x) {
@@ -189,5 +188,4 @@ inline void dot_token(const T* g, const T* x, const Precisions& all, float* dpro
   for (int64_t p = 0; p < all.n; ++p) dprobs[all.index[p]] = all.q[p].s * sum(dot[p]);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

@@ -1,7 +1,7 @@
 // What sm_90 adds for moving data: barriers in shared memory that count bytes, bulk copies that complete on them (also
 // into every block of a cluster at once), clusters of blocks, registers handed from one warpgroup to another.
 #pragma once
-#include "ptx.cuh"
+#include "cuda/ptx.cuh"
 
 namespace jointnas::ptx {
 
@@ -72,10 +72,7 @@ inline void barrier_init(uint64_t* barrier, int arrivals) { emu::block().barrier
 inline void fence_barrier_init() {}
 inline emu::Barrier& barrier_at(uint64_t* barrier) {
   auto found = emu::block().barriers.find(barrier);
-  if (found == emu::block().barriers.end()) {
-    std::fprintf(stderr, "barrier used before its initialisation\n");
-    std::abort();
-  }
+  emu::require(found != emu::block().barriers.end(), "barrier used before its initialisation");
   return found->second;
 }
 inline void barrier_expect(uint64_t* barrier, int bytes) {
@@ -93,10 +90,8 @@ inline void barrier_wait(uint64_t* barrier, int parity) {
   }
 }
 inline void bulk_copy_multicast(void* dst, const void* src, int bytes, uint64_t* barrier, int ranks) {
-  if (reinterpret_cast<uintptr_t>(dst) % 16 || reinterpret_cast<uintptr_t>(src) % 16 || bytes % 16 || bytes <= 0) {
-    std::fprintf(stderr, "bulk copy of %d bytes, not in units of 16\n", bytes);
-    std::abort();
-  }
+  for (const void* p : {static_cast<const void*>(dst), src}) emu::require_aligned(p, "bulk copy not in units of 16 bytes");
+  emu::require(bytes > 0 && bytes % 16 == 0, "bulk copy not in units of 16 bytes");
   for (int rank = 0; rank < 16; ++rank)
     if (ranks >> rank & 1) {
       std::memset(on_rank(static_cast<char*>(dst), rank), 0xFF, bytes);

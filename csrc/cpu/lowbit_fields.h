@@ -7,10 +7,9 @@
 //     Pairs   q as 2 bf16 times 2 bf16 (AVX512_BF16), exact products, fp32 sums
 //     Floats  q as fp32 times fp32
 //     Sums    two 2-bit q select q_0 a_0 + q_1 a_1 among the 16 such sums, which are as exact as an FMA
-#include "veci.h"
+#include "cpu/veci.h"
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 struct Broadcast {
   static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
@@ -152,5 +151,4 @@ inline void fields(const F& f) {
   fields(std::make_integer_sequence<int, N>{}, f);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

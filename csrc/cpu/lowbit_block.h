@@ -1,8 +1,7 @@
-// One block of weights from the storage layout (ops/pack.py) to the prepared one, per instruction set (each_isa.h,
-// hence no guard; needs lowbit_fields.h).
+// One block of weights from the storage layout to the prepared one, per instruction set (each_isa.h, hence no guard;
+// needs lowbit_fields.h).
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // Bits i, i + B, i + 2 B, ... of each lane, moved together.
 template <int B>
@@ -83,5 +82,4 @@ inline void pack_block(const LowbitLayout& l, const uint32_t* packed, const void
   f(l, packed, scale, scale_groups, bf16_scale, block, data);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

@@ -1,14 +1,45 @@
-// The tiled weight layout (ops/pack.py) and what a lane does with its words.
+// What the low-bit products share: their arguments, the tiled weight layout (packed by ops/lowbit) and what a lane
+// does with its words.
 //
 // A tile is 16 rows x 128 inputs = BITS*256 bytes: vectors [BITS/2][32 lanes] of 16 bytes. Field F = 4i + 2s + r of lane
 // 4g + t holds inputs 32i + 8t + 4s + {0..3} of row 8r + g, as bytes j = 2e + h for input 2h + e.
 #pragma once
-#include "ptx.cuh"
+#include "cuda/dispatch.cuh"
+#include "cuda/ptx.cuh"
 
 namespace jointnas {
 
+// y[M, O] = x_hat @ (q * scale)^T, groups of 128 inputs.
+struct LowbitArgs {
+  const void* weight;         // tiled layout: [tiles, groups, bits/2, 32, 4] int32
+  const void* scale;          // [groups, 16 * tiles], rows g and g + 8 of a tile adjacent; dtype
+  const void* x;              // [M, I] dtype, or int8 as written by act_quant_pack
+  const float* act_scale;     // [M]; null for 16-bit activations
+  const int* act_zero;        // [M]; null for 16-bit activations
+  const float* row_sum;       // [O], sums of q * scale over the inputs: zero points applied at the end (wgmma, int8,
+                              // bitplane); or null
+  void* y;                    // [M, O] dtype
+  float* partial;             // [splits, M, O] if splits > 1
+  int* locks;                 // [row blocks * token blocks], zero before and after, if splits > 1
+  int tokens, rows, inputs;   // M, O, I
+  int w_bits, dtype;
+  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile, wgmma), 16 or 32 (int8);
+                              // bitplane: tiles of 8 token planes, 1, 2 or 4
+  int warp_rows;              // stream, bitplane: 64-row strips per block: 1, 2, 4 or 8
+  int splits;                 // blocks along the inputs
+  int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
+  int a_bits;                 // bitplane: planes per token
+  int cluster;                // int8: blocks that share their tokens' copies, 1 or 2
+};
+
 constexpr int kTileRows = 16;
 constexpr int kGroup = 128;  // inputs per scale, and per tile
+
+// Whether the arguments every kernel shares are sound.
+inline bool sound(const LowbitArgs& p) {
+  const bool splits = p.splits == 1 || (p.splits > 1 && p.partial && p.locks);
+  return splits && p.inputs % kGroup == 0 && p.tokens > 0 && p.rows > 0;
+}
 
 JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
@@ -72,6 +103,17 @@ template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t w
     constexpr uint32_t down = both(half_bits(bf, 1.0 / (1 << p)));
     constexpr uint32_t off = both(half_bits(bf, -(double(1 << mantissa) / (1 << p) + offset)));
     return ptx::fma2<T>(ptx::and_or(word >> shift, mask, magic), down, off);
+  }
+}
+
+// This lane's words of a tile in shared memory, whose first vector is at `src`; or of COUNT vectors from FROM on.
+template <int BITS, int FROM = 0, int COUNT = BITS / 2>
+JN_DEVICE void load_words(const unsigned char* src, uint32_t (&w)[2 * BITS]) {
+#pragma unroll
+  for (int v = FROM; v < FROM + COUNT; ++v) {
+    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
   }
 }
 

@@ -3,8 +3,7 @@
 #pragma once
 #include <cstdint>
 
-namespace jnk {
-namespace amx {
+namespace jointnas::amx {
 
 struct alignas(64) Config {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -38,5 +37,4 @@ inline void dot_bf16() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-}  // namespace amx
-}  // namespace jnk
+}  // namespace jointnas::amx

@@ -3,10 +3,9 @@
 //
 // Entry (step, field) of a group takes, for its parts p, input  step * 32/b + p * fields + field.
 
-#include "act_quant.h"
+#include "cpu/act_quant.h"
 
-namespace jnk {
-namespace JN_ISA {
+namespace jointnas::JN_ISA {
 
 // Levels a [I], scale and zero of one token.
 template <class T>
@@ -130,5 +129,4 @@ void prepare_token(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m
   f(l, t, x, m, levels);
 }
 
-}  // namespace JN_ISA
-}  // namespace jnk
+}  // namespace jointnas::JN_ISA

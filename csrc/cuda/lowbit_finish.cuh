@@ -1,7 +1,6 @@
 // The end of every low-bit GEMM: a block's sums to y, or to the shares of a split along the inputs and then to y.
 #pragma once
-#include "cuda_ops.h"
-#include "lowbit.cuh"
+#include "cuda/lowbit.cuh"
 
 namespace jointnas {
 
@@ -10,7 +9,7 @@ namespace jointnas {
 // `shared` may be overwritten.
 // With quantized activations (act_scale) the sums are multiplied by `unit` and the token's scale.
 template <class T, class Sum>
-JN_DEVICE void finish_block(const JnLowbitArgs& p, float unit, int threads, int first_row, int block_rows, int first_token,
+JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int first_row, int block_rows, int first_token,
                             int block_tokens, void* shared, Sum sum) {
   const int tokens = p.tokens - first_token < block_tokens ? p.tokens - first_token : block_tokens;
   auto store = [&](int token, int row, float v) {
