@@ -24,11 +24,13 @@ else
 TORCH := $(BIN)/pip install --retries 1 --extra-index-url $(CPU_INDEX) "torch==2.13.0+cpu" || $(BIN)/pip install "torch>=2.11"
 endif
 
+# Without build isolation, whose temporary paths would have the extension compiled twice.
 $(STAMP): pyproject.toml setup.py
 	@echo "setting up $(VENV), once, in about 5 minutes"
 	@$(SETUP) venv sh -c '$(PYTHON) -m venv $(VENV) && $(BIN)/pip install --upgrade pip && $(BIN)/python --version'
 	@$(SETUP) torch sh -c '($(TORCH)) && $(BIN)/python -c "import torch; print(torch.__version__)"'
-	@$(SETUP) packages sh -c '$(BIN)/pip install -e ".[dev]" && echo "$$($(BIN)/pip list | wc -l) packages"'
+	@$(SETUP) packages sh -c '$(BIN)/pip install setuptools pybind11 ninja && $(BIN)/pip install --no-build-isolation -e ".[dev]" \
+		&& echo "$$($(BIN)/pip list | wc -l) packages, extension"'
 	@touch $(STAMP)
 
 demo: setup ## the whole mission on the embedded small model: profile, search, prune, distil, export, evaluate
