@@ -19,8 +19,8 @@ PUBLIC = ("jointnas", "jointnas_kernels.ops", "jointnas_kernels.hf", "jointnas_k
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_runs(path: Path, tmp_path: Path) -> None:
-    """In an empty folder; what it writes stays there."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}"}
+    """In an empty folder; what it writes stays there. One thread: two on a busy machine wait for each other."""
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, path], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
