@@ -44,6 +44,7 @@ from benchmarks.harness import (
     peak_memory,
     time_interleaved,
 )
+from jointnas import assets
 from jointnas_kernels import hf
 from jointnas_kernels.hf.graphs import stand_ins
 from jointnas_kernels.space import SearchSpace
@@ -75,8 +76,6 @@ class Bench:
     @classmethod
     def embedded(cls, args: argparse.Namespace) -> Bench:
         """The package's own small model in fp32: what the demo searches."""
-        from jointnas import assets
-
         base = assets.load_model(torch.float32).to(args.device).requires_grad_(False).train()
         return cls(args.device, True, torch.float32, base.config, base)
 

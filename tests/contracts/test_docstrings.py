@@ -117,6 +117,17 @@ def test_tensors_are_described() -> None:
     assert not missing, "\n".join(missing)
 
 
+def test_described_arguments_exist() -> None:
+    """What a section Args names, a function has."""
+    wrong = [
+        f"{path}: {name}"
+        for path, function, doc in documented()
+        for name in entries(re.split(r"\n(?!Args:)\w+:\n", doc.partition("Args:\n")[2])[0])
+        if name not in fields(function)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 @cache
 def bodies(module: str) -> dict[str, ast.AST]:
     """Functions of a module and methods of its classes, by qualified name."""
