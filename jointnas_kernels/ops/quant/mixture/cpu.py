@@ -32,25 +32,27 @@ def gradients(mix: Mixture, upstream: Upstream, want: Want) -> Gradients:
     w, (a, b, lora), p = mix.weight.contiguous(), _lora(mix), len(mix.bits)
     rows, width = w.shape
     dclip = cpu.floats(*mix.clip.shape) if want.clip and mix.clip is not None else None
-    sums, da, db = cpu.floats(p).zero_(), cpu.floats(*a.shape).zero_(), cpu.floats(*b.shape)
+    dprobs = cpu.floats(p).zero_() if want.probs else None
+    da, db = (cpu.floats(*a.shape).zero_(), cpu.floats(*b.shape)) if want.lora else (None, None)
     pi, clips, bits = cpu.vector(mix.probs), cpu.optional(mix.clip), cpu.integers(mix.bits)
-    factor = pi.view(-1, 1, 1)
     for tile in tiles(rows, ROW_TILE):
-        g = upstream.rows(tile).contiguous()
-        masked = None
+        g, masked = upstream.rows(tile).contiguous(), None
+        count = tile.stop - tile.start
         if want.probs or mix.ste == "clip":
             if want.lora and mix.ste == "clip":
-                masked = torch.empty((p, *g.shape), dtype=g.dtype, device=g.device)
-            partial = cpu.floats(-(-len(g) // 12), p)
-            cpu.call("quant_lora_mix_backward", w, a, b, pi, clips, bits, g, masked, partial, dclip, tile.start, len(g),
+                masked = torch.empty((p, count, width), dtype=g.dtype, device=g.device)
+            partial = cpu.floats(-(-count // 12), p)
+            cpu.call("quant_lora_mix_backward", w, a, b, pi, clips, bits, g, masked, partial, dclip, tile.start, count,
                      rows, width, p, a.shape[1], mix.group_size, float(mix.scaling), cpu.DTYPES[w.dtype], lora,
                      cpu.DTYPES[g.dtype])
-            sums += partial.sum(0)
-        if want.lora:
-            of_each = g.expand(p, -1, -1) if masked is None else masked
+            if dprobs is not None:
+                dprobs += partial.sum(0)
+        if da is not None and db is not None:
+            of_each, factor = g.expand(p, -1, -1) if masked is None else masked, pi.view(-1, 1, 1)
             right, left = a.to(w.dtype).to(g.dtype), (b[:, tile].float() * mix.scaling).to(w.dtype).to(g.dtype)
             db[:, tile] = (of_each @ right.mT).float() * (factor * mix.scaling)
             da += (left.mT @ of_each).float() * factor
-    found = (da if want.lora else None, db if want.lora else None, sums if want.probs else None, dclip)
-    da_, db_, dprobs, dclip = (in_dtype_of(total, like) for total, like in zip(found, mix[1:5], strict=True))
-    return da_, db_, dprobs, dclip
+    return (
+        in_dtype_of(da, mix.lora_a), in_dtype_of(db, mix.lora_b), in_dtype_of(dprobs, mix.probs),
+        in_dtype_of(dclip, mix.clip),
+    )  # fmt: skip

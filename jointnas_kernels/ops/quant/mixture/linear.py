@@ -91,7 +91,7 @@ _op = Op(
     {how: partial(_backward, how) for how in BACKENDS},
     frozen=("weight",),
     read_for={"x": ("lora_a", "lora_b", "probs", "clip"), "saved0": ("x",)},  # dx alone needs W~ but not x
-    choose=lambda x, bias, *args: choose(Mixture(*args[:-2]), args[-1]),
+    choose=lambda x, bias, *args: choose(*args[:-2], args[-1]),
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops.core.backends import resolve
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, without_autocast
@@ -26,13 +26,14 @@ BACKWARD: dict[str, Callable[[Mixture, Upstream, Want], Gradients]] = {
 }  # fmt: skip
 
 
-def choose(mix: Mixture, backend: str | None) -> str:
-    """The backend for these arguments; by itself "cuda" only where its kernel takes them."""
-    reason = cuda.unsupported(mix)
-    automatic = backend is None or backend == "auto"
-    chosen = resolve("quant_lora_mix", backend, mix.weight, BACKENDS[1:] if automatic and reason else BACKENDS)
+def choose(weight: Tensor, *args: Any) -> str:
+    """The backend for these arguments of the operator; by itself "cuda" only where its kernel takes them."""
+    backend = args[-1]
+    reason = cuda.unsupported(Mixture(weight, *args[:-1])) if weight.is_cuda else "it runs on CUDA"
+    available = BACKENDS[1:] if reason and (backend is None or backend == "auto") else BACKENDS
+    chosen = resolve("quant_lora_mix", backend, weight, available)
     if chosen == "cuda" and reason:
-        raise JointNASError(f"quant_lora_mix: backend 'cuda' cannot run: {reason}")
+        raise bad("quant_lora_mix", f"backend 'cuda' cannot run: {reason}")
     return chosen
 
 
@@ -61,7 +62,7 @@ _op = Op(
     {how: partial(_forward, how) for how in BACKENDS[:-1]} | {"reference": _reference},
     {how: partial(_backward, how) for how in BACKENDS},
     frozen=("weight",),
-    choose=lambda *args: choose(Mixture(*args[:-1]), args[-1]),
+    choose=choose,
 )
 
 
