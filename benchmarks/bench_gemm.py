@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks import gemm_cpu
 from benchmarks.harness import Recorder, arguments, gate, guarded, rotation, time_rotated
-from jointnas_kernels.latency import LinearWeight, OpSpec, Target, Workload
+from jointnas_kernels.latency import OpSpec, Target, Workload
 from jointnas_kernels.latency.backends import Gemlite, Humming, Marlin
+from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import dequantize
-from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.lowbit.linear import INT8_TOKENS, STREAM_TOKENS
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 GROUP = 128
@@ -52,10 +52,10 @@ class Case:
         self.rows, self.inputs, self.bits, self.dtype = rows, inputs, bits, dtype
         low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
         self.q = torch.randint(low, high + 1, (rows, inputs), dtype=torch.int8, device=device)
-        self.packed = pack_weight(self.q, bits)
-        self.scale = (torch.rand(rows, inputs // GROUP, device=device) * 0.01 + 0.005).to(dtype)
-        self.nbytes = self.packed.numel() * 4 + self.scale.numel() * 2
-        self.dense = dequantize(self.packed, self.scale, bits, GROUP, torch.float32)
+        scale = (torch.rand(rows, inputs // GROUP, device=device) * 0.01 + 0.005).to(dtype)
+        self.weight = LowbitWeight.pack(self.q, scale, bits, GROUP, layout="storage")
+        self.nbytes = self.q.numel() * bits // 8 + scale.numel() * 2
+        self.dense = self.weight.dequantized(dtype=torch.float32)
 
     def reference(self, x: Tensor, a_bits: int, symmetric: bool = False) -> Tensor:
         if a_bits < 16:
@@ -64,17 +64,12 @@ class Case:
         return x.double() @ self.dense.double().t()
 
 
-def ours(case: Case, planes: bool = False) -> Any:
-    return lowbit_cuda.CudaWeight.build(case.packed, case.scale, case.bits, planes)
+def ours(case: Case, planes: bool = False) -> LowbitWeight:
+    return case.weight.laid_out("cuda", planes)
 
 
-def our_product(weight: lowbit_cuda.CudaWeight, x: Tensor, a_bits: int) -> Tensor:
-    return lowbit_cuda.matmul(x, weight, a_bits)
-
-
-def bitplane_product(weight: lowbit_cuda.CudaWeight, x: Tensor, a_bits: int) -> Tensor:
-    a, scale, zero = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
-    return lowbit_cuda.bitplane(a, weight, (scale, zero), a_bits)
+def our_product(weight: LowbitWeight, x: Tensor, a_bits: int) -> Tensor:
+    return lowbit_matmul(x, weight, a_bits)
 
 
 def peer_product(layer: Any, x: Tensor) -> Tensor:
@@ -87,14 +82,13 @@ def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable
     if not peers:
         found["ours"] = (partial(ours, case), partial(our_product, a_bits=a_bits), False)
         if case.bits < 8 and a_bits < 16:
-            found["ours, bitplane"] = (partial(ours, case, True), partial(bitplane_product, a_bits=a_bits), False)
+            found["ours, bitplane"] = (partial(ours, case, True), partial(our_product, a_bits=a_bits), False)
         return found
     spec = OpSpec("linear", 1, case.rows, case.inputs, case.bits, a_bits, GROUP)
     target = Target(case.q.device, Workload("decode", dtype=str(case.dtype)[6:]), 1)
-    weight = LinearWeight(levels=case.q, scale=case.scale.float(), bits=case.bits, group=GROUP)
     for peer in PEERS:
         if peer.unsupported(spec, target) is None:
-            found[peer.name] = (partial(peer.prepare, spec, target, weight), peer_product, True)
+            found[peer.name] = (partial(peer.prepare, spec, target, case.weight), peer_product, True)
     return found
 
 
@@ -113,7 +107,7 @@ def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, pe
             calls: dict[str, Callable[[Any], Tensor]] = {name: partial(product, x=x)}
             if planes:
                 a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
-                calls[f"{name}, quantized x"] = partial(given_planes, a, s, z, a_bits)
+                calls[f"{name}, quantized x"] = partial(given, "bitplane", a, (s, z))
             elif not peers:
                 calls |= variants(x, a_bits)
             for label, call in calls.items():
@@ -123,8 +117,8 @@ def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, pe
         torch.cuda.empty_cache()
 
 
-def given_planes(a: Tensor, scale: Tensor, zero: Tensor, a_bits: int, weight: lowbit_cuda.CudaWeight) -> Tensor:
-    return lowbit_cuda.bitplane(a, weight, (scale, zero), a_bits)
+def given(kernel: str, x: Tensor, activation: tuple[Tensor, Tensor] | None, weight: LowbitWeight) -> Tensor:
+    return lowbit_cuda.multiply(kernel, x, weight, activation)
 
 
 def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
@@ -132,21 +126,18 @@ def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
     found: dict[str, Callable[[Any], Tensor]] = {}
     hopper = torch.cuda.get_device_capability() == (9, 0)
     if a_bits < 16:
-        a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
-        kernel = lowbit_cuda.stream if x.shape[0] <= lowbit_cuda.STREAM_TOKENS[a_bits] else lowbit_cuda.tile
-        found["ours, quantized x"] = lambda w: kernel(a, w, (s, z))
+        few = "stream" if x.shape[0] <= STREAM_TOKENS[a_bits] else "tile"
+        kernels = {few: "ours, quantized x"}
         if hopper and x.shape[0] >= 64:
-            b, sb, zb = lowbit_cuda.quantize_pack(x, a_bits, layout=1)
-            found["ours, wgmma, quantized x"] = lambda w: lowbit_cuda.wgmma(b, w, (sb, zb))
-        if hopper and x.shape[0] >= lowbit_cuda.INT8_TOKENS:
-            c, sc, zc = lowbit_cuda.quantize_pack(x, a_bits, layout=2)
-            found["ours, int8, quantized x"] = lambda w: lowbit_cuda.int8(c, w, (sc, zc))
+            kernels["wgmma"] = "ours, wgmma, quantized x"
+        if hopper and x.shape[0] >= INT8_TOKENS:
+            kernels["int8"] = "ours, int8, quantized x"
+        for kernel, name in kernels.items():
+            a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=lowbit_cuda.ACT_LAYOUTS[kernel])
+            found[name] = partial(given, kernel, a, (s, z))
     elif x.shape[0] >= 64:
-        if x.shape[0] == 64:
-            found["ours, stream"] = lambda w: lowbit_cuda.stream(x, w)
-        if hopper:
-            found["ours, wgmma"] = lambda w: lowbit_cuda.wgmma(x, w)
-        found["ours, tile"] = lambda w: lowbit_cuda.tile(x, w)
+        for kernel in (*(("stream",) if x.shape[0] == 64 else ()), *(("wgmma",) if hopper else ()), "tile"):
+            found[f"ours, {kernel}"] = partial(given, kernel, x, None)
         found["ours, dense"] = lambda w: x @ lowbit_cuda.dense(w).t()
     return found
 
@@ -256,24 +247,23 @@ def planned(x: Tensor, case: Case, a_bits: int, sms: int) -> dict[tuple[str, Any
     default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, case.bits, sms)
     for warp_rows in (1, 2, 4) if tokens <= 64 else ():
         for splits in (1, 2, 3, 4, 6, 8):
-            plan = lowbit_cuda.StreamPlan(default.token_tiles, warp_rows, splits)
+            plan = default._replace(warp_rows=warp_rows, splits=splits)
             if plan == default or sms // 2 < plan.blocks(tokens, case.rows) <= 2 * sms:
                 for early in (False, True):
                     found["stream", plan, early] = partial(
-                        lowbit_cuda.stream, operand, activation=activation, plan=plan, early=early
+                        lowbit_cuda.multiply, "stream", operand, activation=activation, plan=plan, early=early
                     )
     hopper = torch.cuda.get_device_capability() == (9, 0)
     for tiles in (8, 16) if hopper and tokens > 16 else ():
         for splits in (1, 2, 3, 4):
-            blocks = -(-case.rows // 128) * -(-tokens // (8 * tiles)) * splits
-            if splits == 1 or blocks <= 2 * sms:
-                wide = lowbit_cuda.TilePlan(tiles, splits)
+            wide = lowbit_cuda.Plan(tiles, splits=splits)
+            if splits == 1 or wide.blocks(tokens, case.rows) <= 2 * sms:
                 wgmma_operand, wgmma_activation = x, None
                 if a_bits < 16:
                     wgmma_operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=1)
                     wgmma_activation = (s, z)
                 found["wgmma", wide, False] = partial(
-                    lowbit_cuda.wgmma, wgmma_operand, activation=wgmma_activation, plan=wide
+                    lowbit_cuda.multiply, "wgmma", wgmma_operand, activation=wgmma_activation, plan=wide
                 )
     return found
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from benchmarks.harness import Recorder, Timing, gate, guarded, rotation, time_interleaved, time_rotated
 from jointnas_kernels._ext import load
 from jointnas_kernels.latency.timing import cache_bytes
-from jointnas_kernels.ops import lowbit_matmul, lowbit_pack, pack_weight
-from jointnas_kernels.ops.core import cpu_calls as cpu
+from jointnas_kernels.ops import LowbitWeight, lowbit_matmul, pack_weight
+from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 GROUP = 128
@@ -63,8 +63,8 @@ class Weights:
             return ((a.double() - z.double()) * s.double()) @ dense.t()
         return x.double() @ dense.t()
 
-    def ours(self, planes: bool = False) -> Any:
-        return lowbit_pack(self.packed, self.scale, self.bits, GROUP, planes)
+    def ours(self, planes: bool = False) -> LowbitWeight:
+        return LowbitWeight.pack(self.packed, self.scale, self.bits, GROUP, layout="cpu", planes=planes)
 
     def int4pack(self) -> tuple[Tensor, Tensor]:
         pairs = torch.stack((self.scale.t(), torch.zeros_like(self.scale.t())), -1).contiguous()
@@ -74,7 +74,7 @@ class Weights:
         return self.q.clone(), self.scale[:, 0].contiguous()
 
 
-def ours(weight: Any, x: Tensor, a_bits: int) -> Tensor:
+def ours(weight: LowbitWeight, x: Tensor, a_bits: int) -> Tensor:
     return lowbit_matmul(x, weight, a_bits)
 
 
@@ -128,8 +128,9 @@ class Contender:
         self.samples.append(statistics.median(times))
 
 
-def read_weight(weight: Any, x: Tensor) -> None:
-    load().cpu_read(weight.data.data_ptr(), weight.data.numel() * 4, torch.get_num_threads(), 0)
+def read_weight(weight: LowbitWeight, x: Tensor) -> None:
+    data = weight.tensors[0]
+    load().cpu_read(data.data_ptr(), data.numel() * 4, torch.get_num_threads(), 0)
 
 
 class Bench:

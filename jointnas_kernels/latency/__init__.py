@@ -1,6 +1,6 @@
 """Latency tables: measure every operation of a search space on a device, predict and differentiate whole models."""
 
-from jointnas_kernels.latency.backends import Backend, LinearWeight, Target, register, survey, unregister
+from jointnas_kernels.latency.backends import Backend, Target, register, survey, unregister
 from jointnas_kernels.latency.compare import compare, interpolate
 from jointnas_kernels.latency.measure import calibrate, deploy, feasible_choices, measure_choices, measure_model
 from jointnas_kernels.latency.profiler import profile
@@ -13,7 +13,6 @@ __all__ = [
     "Coverage",
     "Expected",
     "LatencyTable",
-    "LinearWeight",
     "OpSpec",
     "Target",
     "Workload",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, quantize_weight
+from jointnas_kernels.latency.backends.base import Target, Weight, quantize_weight
 from jointnas_kernels.latency.compare import measured_by
 from jointnas_kernels.latency.schema import Calibration
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
@@ -36,7 +36,7 @@ class BackendLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, spec: OpSpec, target: Target, backend: str, weight: LinearWeight, bias: Tensor | None = None
+        self, spec: OpSpec, target: Target, backend: str, weight: Weight, bias: Tensor | None = None
     ) -> None:
         super().__init__()
         self.register_buffer("bias", bias)
@@ -80,7 +80,7 @@ def deploy(
             if row is None:
                 raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
             dense = linear.weight.detach()
-            weight = LinearWeight(dense=dense) if wbits == DENSE else quantize_weight(dense, wbits, g)
+            weight = dense if wbits == DENSE else quantize_weight(dense, wbits, g)
             bias = None if linear.bias is None else linear.bias.detach()
             setattr(parent, name, BackendLinear(spec, target, measured_by(table, row), weight, bias))
     return model

@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, excuse, random_input, random_weight, verified
+from jointnas_kernels.latency.backends.base import Target, Weight, excuse, random_input, random_weight, verified
 from jointnas_kernels.latency.meters import UNITS, meter
 from jointnas_kernels.latency.schema import (
     INTERPOLATED,
@@ -220,12 +219,12 @@ class Weights:
     def __init__(self, target: Target, model_bytes: int, generator: torch.Generator) -> None:
         self.target, self.model_bytes, self.generator = target, model_bytes, generator
         self._key: tuple[int, ...] = ()
-        self._weight = LinearWeight()
+        self._weight: Weight = torch.empty(0)
 
-    def of(self, spec: OpSpec) -> LinearWeight:
+    def of(self, spec: OpSpec) -> Weight:
         key = (spec.n, spec.k, spec.wbits, spec.group)
         if key != self._key:
-            self._weight = LinearWeight()  # the old one's memory first
+            self._weight = torch.empty(0)  # the old one's memory first
             self._key, self._weight = key, random_weight(spec, self.target, self.generator)
         return self._weight
 
@@ -289,7 +288,7 @@ def time_operation(
     return rows
 
 
-def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_bytes: int) -> list[LinearWeight | None]:
+def _copies(spec: OpSpec, target: Target, weight: Weight | None, model_bytes: int) -> list[Weight | None]:
     """The weight at all other addresses that the timing rotates through; None: as many other inputs."""
     if spec.op == "embedding":  # one of up to gigabytes; its rows are far apart
         return []
@@ -298,8 +297,4 @@ def _copies(spec: OpSpec, target: Target, weight: LinearWeight | None, model_byt
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
     count = copies(spec.n * spec.k * bits // 8, model_bytes, target.device)
-    clone = lambda t: None if t is None else t.clone()  # noqa: E731
-    return [
-        replace(weight, dense=clone(weight.dense), levels=clone(weight.levels), scale=clone(weight.scale))
-        for _ in range(count - 1)
-    ]
+    return [weight.clone() for _ in range(count - 1)]

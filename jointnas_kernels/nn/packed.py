@@ -21,33 +21,30 @@ import torch
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.core.dispatch import resolve, why_not
-from jointnas_kernels.ops.lowbit.cuda import DTYPES as CUDA_DTYPES
-from jointnas_kernels.ops.lowbit.cuda import CudaWeight, packed_matmul
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear
-from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS
-from jointnas_kernels.ops.lowbit.prepared import PreparedWeight, lowbit_matmul, lowbit_pack
+from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.lowbit.linear import lowbit_matmul
+from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
+BUFFERS = ("weight_packed", "weight_scale", "row_sum", "locks")  # of a weight's tensors; the first two are stored
 
 
 class PackedLinear(nn.Module):
     """y = x_hat (q scale)^T + bias on packed weights.
 
     Args:
-        packed: int32 [O, I bits / 32] (ops/pack.py).
+        packed: int32 [O, I bits / 32] (ops/lowbit/pack.py).
         scale: [O, I / group], in the dtype of the activations.
         bias: [O] or None.
         weight_bits: 2, 4 or 8.
         act_bits: 2, 4, 8: activations are quantized dynamically per token; 16: they are not.
         act_symmetric: without zero point.
         backend: of `lowbit_linear`; "auto" chooses once, by the device of `packed`.
+
+    Raises:
+        JointNASError: tensors that do not fit together, or a backend that cannot run on them.
     """
 
-    weight_packed: Tensor
-    weight_scale: Tensor
-    locks: Tensor
-    row_sum: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -61,21 +58,23 @@ class PackedLinear(nn.Module):
         backend: str | None = "auto",
     ) -> None:
         super().__init__()
-        self.out_features, self.in_features = packed.shape[0], packed.shape[1] * 32 // weight_bits
+        weight = LowbitWeight.stored(packed, scale, weight_bits, packed.shape[1] * 32 // weight_bits // scale.shape[1])
+        self.backend = choose(backend, weight)
+        weight = weight.laid_out(self.backend if self.backend in ("cuda", "cpu") else "storage")
+        self.out_features, self.in_features, self.group_size = weight.outputs, weight.inputs, weight.group_size
         self.weight_bits, self.act_bits, self.act_symmetric = weight_bits, act_bits, act_symmetric
-        self.group_size = self.in_features // scale.shape[1]
-        self.backend = choose(backend, scale, weight_bits, self.group_size)
-        if self.backend == "cuda":
-            tiled = CudaWeight.build(packed, scale, weight_bits)
-            packed, scale = tiled.weight, tiled.scale
-            self.register_buffer("locks", tiled.locks, persistent=False)
-            self.register_buffer("row_sum", tiled.row_sum, persistent=False)
-        self.scale_bytes = scale.element_size()
-        if self.backend == "cpu":  # one stream that holds the scales too
-            packed, scale = lowbit_pack(packed, scale, weight_bits, self.group_size).data, scale.new_empty(0)
-        self.register_buffer("weight_packed", packed)
-        self.register_buffer("weight_scale", scale)
+        self.layout, self.names, self.scale_bytes = weight.layout, BUFFERS[: len(weight.tensors)], scale.element_size()
+        for name, tensor in zip(self.names, weight.tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=name in BUFFERS[:2])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def weight(self) -> LowbitWeight:
+        """The buffers, wherever they are now, as `lowbit_matmul` takes them."""
+        return LowbitWeight(
+            [getattr(self, name) for name in self.names], self.layout, False, self.out_features, self.in_features,
+            self.weight_bits, self.group_size,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return (
@@ -98,37 +97,23 @@ class PackedLinear(nn.Module):
         """x [..., I] -> [..., O]."""
         if x.requires_grad and torch.is_grad_enabled():
             raise JointNASError("a packed linear has no gradients; use torch.no_grad(), or train before the export")
-        packed, scale = self.weight_packed, self.weight_scale
-        if x.shape[-1] != self.in_features or x.device != packed.device:
+        weight = self.weight
+        first = weight.tensors[0]
+        if x.shape[-1] != self.in_features or x.device != first.device:
             raise JointNASError(
-                f"a packed linear of {self.in_features} inputs on {packed.device} got {tuple(x.shape)} on {x.device}"
+                f"a packed linear of {self.in_features} inputs on {first.device} got {tuple(x.shape)} on {x.device}"
             )
-        if not x.is_cpu and self.backend == "cpu":
-            raise JointNASError(f"weights laid out for the CPU were moved to {x.device}; load the model there instead")
-        if self.backend == "cuda":
-            y = packed_matmul(
-                x, packed, scale, self.locks, self.row_sum, self.weight_bits, self.act_bits, self.act_symmetric
-            )
-        elif self.backend == "cpu":
-            weight = PreparedWeight(packed, self.out_features, self.in_features, self.weight_bits, self.group_size)
-            y = lowbit_matmul(x, weight, self.act_bits, self.act_symmetric)
-        else:
-            y = lowbit_linear(
-                x, packed, scale, self.weight_bits, self.act_bits, self.group_size, self.backend, self.act_symmetric
-            )
+        backend = self.backend if self.layout == "storage" else None
+        y = lowbit_matmul(x, weight, self.act_bits, self.act_symmetric, backend)
         return y if self.bias is None else y + self.bias
 
 
-def choose(backend: str | None, scale: Tensor, weight_bits: int, group_size: int) -> str:
+def choose(backend: str | None, weight: LowbitWeight) -> str:
     """The backend of a layer, for the life of the layer."""
     if backend not in (None, "auto"):
-        return resolve("PackedLinear", backend, scale, BACKENDS[1:])
-    if scale.is_cuda:
-        fits = group_size == TILE_INPUTS and scale.dtype in CUDA_DTYPES
-        return resolve("PackedLinear", "auto", scale, (*(("cuda",) if fits else ()), "triton"))
-    reason = why_not("cpu", scale)
-    if reason is None and group_size % (32 // weight_bits):
-        reason = f"{weight_bits}-bit groups must be multiples of {32 // weight_bits} inputs and these have {group_size}"
-    if reason is not None:
-        raise JointNASError(f"PackedLinear: the CPU kernels cannot run: {reason}; backend='reference' can, slowly")
-    return "cpu"
+        return resolve("PackedLinear", backend, weight.tensors[1], BACKENDS[1:])
+    first, *others = ("cuda", "triton") if weight.tensors[1].is_cuda else ("cpu",)
+    reason = weight.misfit(first)
+    if reason is None or others:
+        return first if reason is None else resolve("PackedLinear", None, weight.tensors[1], others)
+    raise JointNASError(f"PackedLinear: the CPU kernels cannot run: {reason}; backend='reference' can, slowly")

@@ -3,9 +3,9 @@
 Every op takes ``backend=None`` ("triton" on CUDA, C++ or the reference on CPU) or an explicit backend name.
 """
 
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear, lowbit_matmul
 from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
-from jointnas_kernels.ops.lowbit.prepared import PreparedWeight, lowbit_matmul, lowbit_pack
+from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
@@ -23,7 +23,7 @@ from jointnas_kernels.ops.width.swiglu import masked_swiglu
 from jointnas_kernels.ops.width.weight import choice_masks, mixed_weight
 
 __all__ = [
-    "PreparedWeight",
+    "LowbitWeight",
     "act_quant_mix",
     "channel_mask",
     "choice_masks",
@@ -32,7 +32,6 @@ __all__ = [
     "head_rmsnorm",
     "lowbit_linear",
     "lowbit_matmul",
-    "lowbit_pack",
     "masked_rope",
     "masked_swiglu",
     "membership",

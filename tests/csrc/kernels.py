@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jointnas_kernels._ext import load
-from jointnas_kernels.ops.core import cpu_calls as cpu
+from jointnas_kernels.ops.core import cpu, cpu_calls
 
 LEVELS = {"scalar": 1, "avx2": 2, "avx512": 4, "avx512ext": 5}
 LOWBIT_LEVELS = LEVELS | {"avxvnni": 3, "amx": 6}  # what only the low-bit products have variants for
@@ -23,7 +23,8 @@ def force(monkeypatch: pytest.MonkeyPatch, isa: int, threads: int) -> None:
     if not supported(isa):
         pytest.skip(f"this processor lacks {cpu.ISAS[isa]}")
     real = cpu.call
-    monkeypatch.setattr(cpu, "call", lambda name, *args: real(name, *args, threads=threads, isa=isa))
+    for module in (cpu, cpu_calls):
+        monkeypatch.setattr(module, "call", lambda name, *args: real(name, *args, threads=threads, isa=isa))
 
 
 def _forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:

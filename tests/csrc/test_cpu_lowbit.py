@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops import lowbit_linear, lowbit_matmul, lowbit_pack
-from jointnas_kernels.ops.core import cpu_calls as cpu
+from jointnas_kernels.ops import LowbitWeight, lowbit_linear, lowbit_matmul
 from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
@@ -53,9 +52,9 @@ def test_values(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
         for symmetric, scale_dtype in ((False, torch.float32), (True, torch.bfloat16)):
             scales = scale.to(scale_dtype)
             want = exact(x, q, scales, group, a_bits, symmetric)
-            prepared = lowbit_pack(packed, scales, w_bits, group)
+            prepared = LowbitWeight.pack(packed, scales, w_bits, group)
             with poisoned():
-                out = cpu.lowbit_linear(x, packed, scales, w_bits, a_bits, group, symmetric)
+                out = lowbit_linear(x, packed, scales, w_bits, a_bits, group, "cpu", symmetric)
                 again = lowbit_matmul(x, prepared, a_bits, symmetric)
             assert_close(out, want, what=f"{(m, o, i, group)}")
             assert torch.equal(out, again)
@@ -69,11 +68,11 @@ def test_bit_planes(w_bits: int, a_bits: int, dtype: torch.dtype) -> None:
     for m, o, i, group in [shape for shape in SHAPES if shape[3] % 32 == 0]:
         _, packed, scale = weights(o, i, group, w_bits)
         x = torch.randn(m, i).to(dtype)
-        prepared = lowbit_pack(packed, scale, w_bits, group, planes=True)
+        prepared = LowbitWeight.pack(packed, scale, w_bits, group, planes=True)
         for symmetric in (False, True):
             with poisoned():
                 out = lowbit_matmul(x, prepared, a_bits, symmetric)
-            assert torch.equal(out, cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group, symmetric))
+            assert torch.equal(out, lowbit_linear(x, packed, scale, w_bits, a_bits, group, "cpu", symmetric))
 
 
 @W_BITS
@@ -82,7 +81,7 @@ def test_packing_round_trips(w_bits: int) -> None:
         _, packed, scale = weights(o, i, group, w_bits)
         for planes in (False, True) if w_bits < 8 and group % 32 == 0 else (False,):
             for scales in (scale - 0.6, (scale - 0.6).bfloat16()):
-                back, scale_back = lowbit_pack(packed, scales, w_bits, group, planes).unpack()
+                back, scale_back = LowbitWeight.pack(packed, scales, w_bits, group, planes=planes).unpack()
                 assert torch.equal(back, packed)
                 assert torch.equal(scale_back, scales)
                 assert scale_back.dtype == scales.dtype
@@ -95,7 +94,7 @@ def test_every_byte_keeps_its_level() -> None:
     for w_bits in (2, 4, 8):
         i = 64 // w_bits
         q = unpack_weight(packed, w_bits, (256, i))
-        prepared = lowbit_pack(packed, torch.ones(256, 1), w_bits, i)
+        prepared = LowbitWeight.pack(packed, torch.ones(256, 1), w_bits, i)
         for a_bits in (8, 16):
             assert torch.equal(lowbit_matmul(torch.eye(i) * 255, prepared, a_bits), q.T.float() * 255)
 
@@ -108,7 +107,7 @@ def test_integer_part_is_exact(w_bits: int) -> None:
         x = torch.randint(-128, 128, (m, i)).float()
         x[:, 0], x[:, 1] = -128, 127  # the range is exactly that of 8 bits: scale 1, zero point 0
         x[m // 2] += 128  # here zero point -128, levels from -128 to 127
-        out = cpu.lowbit_linear(x, packed, torch.ones(o, i // group), w_bits, 8, group, False)
+        out = lowbit_linear(x, packed, torch.ones(o, i // group), w_bits, 8, group, "cpu")
         assert torch.equal(out, x @ q.float().T)
 
 
@@ -121,7 +120,7 @@ def test_extreme_levels_do_not_saturate() -> None:
         for m in (1, 8):
             x = torch.full((m, 512), 127.0)
             x[:, ::128] = -128.0
-            out = cpu.lowbit_linear(x, packed, torch.ones(4, 4), w_bits, 8, 128, False)
+            out = lowbit_linear(x, packed, torch.ones(4, 4), w_bits, 8, 128, "cpu")
             assert torch.equal(out, x @ q.float().T)
 
 
@@ -138,12 +137,12 @@ def test_the_op_chooses_it(dtype: torch.dtype) -> None:
 
 def test_prepared_weights_in_a_compiled_graph() -> None:
     q, packed, scale = weights(12, 256, 128, 4)
-    prepared = lowbit_pack(packed, scale, 4, 128)
+    prepared = LowbitWeight.pack(packed, scale, 4, 128)
     x = torch.randn(2, 3, 256)
     compiled = torch.compile(lambda x: lowbit_matmul(x, prepared, 8), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), lowbit_matmul(x, prepared, 8))
-    arguments = (x, prepared.data, 12, 4, 8, 128, False, False)
+    arguments = (x, *prepared, 8, False, None)
     torch.library.opcheck(torch.ops.jointnas.lowbit_matmul.default, arguments)
     for dtype in (torch.float64, torch.float16):  # no kernel: the reference, from the same weights
         out = lowbit_matmul(x.to(dtype), prepared, 16).flatten(0, 1)
@@ -153,16 +152,16 @@ def test_prepared_weights_in_a_compiled_graph() -> None:
 
 def test_bad_preparation() -> None:
     _, packed, scale = weights(12, 256, 128, 4)
-    prepared = lowbit_pack(packed, scale, 4, 128)
+    prepared, planes = (LowbitWeight.pack(packed, scale, 4, 128, planes=planes) for planes in (False, True))
     for call, message in [
-        (lambda: lowbit_pack(packed, scale, 3, 128), "w_bits must be one of 2, 4, 8"),
-        (lambda: lowbit_pack(packed, scale, 8, 128, planes=True), "w_bits must be one of 2, 4"),
-        (lambda: lowbit_pack(packed, scale, 4, 100), "group_size must divide"),
-        (lambda: lowbit_pack(packed, scale, 4, 64), "scale must be"),
-        (lambda: lowbit_pack(packed.float(), scale, 4, 128), "packed must be int32"),
+        (lambda: LowbitWeight.pack(packed, scale, 3, 128), "w_bits must be one of 2, 4, 8"),
+        (lambda: LowbitWeight.pack(packed, scale, 8, 128, planes=True), "w_bits must be one of 2, 4"),
+        (lambda: LowbitWeight.pack(packed, scale, 4, 100), "group_size must divide"),
+        (lambda: LowbitWeight.pack(packed, scale, 4, 64), "scale must be"),
+        (lambda: LowbitWeight.pack(packed.float(), scale, 4, 128), "packed must be int32"),
         (lambda: lowbit_matmul(torch.randn(1, 128), prepared, 8), "256 inputs"),
         (lambda: lowbit_matmul(torch.randn(1, 256), prepared, 3), "a_bits must be one of"),
-        (lambda: lowbit_matmul(torch.randn(1, 256), lowbit_pack(packed, scale, 4, 128, planes=True), 8), "a_bits must"),
+        (lambda: lowbit_matmul(torch.randn(1, 256), planes, 8), "a_bits must"),
     ]:
         with pytest.raises(JointNASError, match=message):
             call()

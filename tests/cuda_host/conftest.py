@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jointnas_kernels.ops.core import cuda
+from jointnas_kernels.ops.core import backends, cuda
 from jointnas_kernels.ops.quant.mixture import cuda as mixture_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,3 +83,4 @@ def on_cpu(emulated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "current_stream", lambda tensor: 0)
     monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 4)
     monkeypatch.setattr(mixture_cuda, "shared_limit", lambda tensor: 227 * 1024)
+    monkeypatch.setattr(backends, "why_not", lambda backend, tensor: None)

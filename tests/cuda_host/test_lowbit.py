@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import dequantize, reference
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.lowbit.reference import dequantize, reference
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
@@ -35,9 +36,9 @@ def test_matmul(shape, w_bits, a_bits, dtype):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype)
     x = torch.randn(tokens, inputs).to(dtype)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
     with poisoned():
-        y = lowbit_cuda.matmul(x, weight, a_bits)
+        y = lowbit_matmul(x, weight, a_bits)
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
 
 
@@ -45,36 +46,36 @@ def test_matmul(shape, w_bits, a_bits, dtype):
 @pytest.mark.parametrize("plan", [(1, 1, 3), (1, 2, 4), (2, 4, 2), (2, 8, 1), (4, 2, 5)], ids=str)
 def test_stream_plans(plan, a_bits):
     packed, scale = make(150, 1024, 4, torch.float16)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, 4)
+    weight = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda")
     x = torch.randn(21, 1024).half()
     operand, activation = x, None
     if a_bits < 16:
         operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
         activation = (s, z)
     with poisoned():
-        y = lowbit_cuda.stream(operand, weight, activation, lowbit_cuda.StreamPlan(*plan))
+        y = lowbit_cuda.multiply("stream", operand, weight, activation, lowbit_cuda.Plan(*plan))
     assert_close(y, expected(x, packed, scale, 4, a_bits))
-    assert not weight.locks.any()
+    assert not weight.tensors[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
 @pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
 @pytest.mark.parametrize(("shape", "plan"), [((70, 150, 384), (8, 1)), ((130, 129, 1280), (16, 3))], ids=str)
-@pytest.mark.parametrize("kernel", [lowbit_cuda.tile, lowbit_cuda.wgmma], ids=["tile", "wgmma"])
+@pytest.mark.parametrize("kernel", ["tile", "wgmma"])
 def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
     x = torch.randn(tokens, inputs).to(dtype)
     with poisoned():
         operand, activation = x, None
         if a_bits < 16:
-            operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=int(kernel is lowbit_cuda.wgmma))
+            operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=int(kernel == "wgmma"))
             activation = (s, z)
-        y = kernel(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
+        y = lowbit_cuda.multiply(kernel, operand, weight, activation, lowbit_cuda.Plan(plan[0], splits=plan[1]))
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
-    assert not weight.locks.any()
+    assert not weight.tensors[3].any()
 
 
 @pytest.mark.parametrize(("w_bits", "dtype"), [(2, DTYPES[0]), (4, DTYPES[1]), (8, DTYPES[0])], ids=str)
@@ -86,11 +87,11 @@ def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
 def test_int8(shape, plan, w_bits, dtype):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
     x = (torch.randn(tokens, inputs) + 0.5).to(dtype)
     with poisoned():
         a, s, z = lowbit_cuda.quantize_pack(x, 8, layout=2)
-        y = lowbit_cuda.int8(a, weight, (s, z), lowbit_cuda.Int8Plan(*plan))
+        y = lowbit_cuda.multiply("int8", a, weight, (s, z), lowbit_cuda.Plan(plan[0], cluster=plan[1]))
     assert_close(y, expected(x, packed, scale, w_bits, 8), what=f"W{w_bits}A8")
 
 
@@ -100,7 +101,7 @@ def test_int8(shape, plan, w_bits, dtype):
 def test_dense(rows, bits, dtype):
     packed, scale = make(rows, 384, bits, dtype)
     with poisoned():
-        out = lowbit_cuda.dense(lowbit_cuda.CudaWeight.build(packed, scale, bits))
+        out = lowbit_cuda.dense(LowbitWeight.pack(packed, scale, bits, 128, layout="cuda"))
     assert torch.equal(out, dequantize(packed, scale, bits, 128, torch.float32).to(dtype))
 
 
@@ -110,13 +111,13 @@ def test_dense(rows, bits, dtype):
 @pytest.mark.parametrize(("tokens", "plan"), [(1, (1, 1, 1)), (3, (2, 2, 2)), (9, (4, 8, 1))], ids=str)
 def test_planes(tokens, plan, w_bits, a_bits, dtype):
     packed, scale = make(150, 768, w_bits, dtype)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits, planes=True)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda", planes=True)
     x = (torch.randn(tokens, 768) + 0.5).to(dtype)
     with poisoned():
         a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
-        y = lowbit_cuda.bitplane(a, weight, (s, z), a_bits, lowbit_cuda.StreamPlan(*plan))
+        y = lowbit_cuda.multiply("bitplane", a, weight, (s, z), lowbit_cuda.Plan(*plan))
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
-    assert not weight.locks.any()
+    assert not weight.tensors[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

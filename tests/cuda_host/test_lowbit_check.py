@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.core import cuda
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import reference
+from jointnas_kernels.ops.lowbit.linear import kernel_for
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.lowbit.reference import reference
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 
@@ -26,7 +28,7 @@ def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def build(rows: int, inputs: int, bits: int, planes: bool = False):
     q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (rows, inputs), dtype=torch.int8)
     packed, scale = pack_weight(q, bits), (torch.rand(rows, inputs // 128) * 0.02 + 0.01).half()
-    return packed, scale, lowbit_cuda.CudaWeight.build(packed, scale, bits, planes)
+    return packed, scale, LowbitWeight.pack(packed, scale, bits, 128, layout="cuda", planes=planes)
 
 
 @pytest.mark.parametrize("kernel", list(lowbit_check.KERNELS))
@@ -37,14 +39,14 @@ def test_kernels_verify_themselves(kernel):
 
 @pytest.mark.parametrize("kernel", list(lowbit_check.KERNELS))
 def test_one_wrong_output_is_enough(kernel, monkeypatch):
-    right = getattr(lowbit_cuda, kernel)
+    right = lowbit_cuda.multiply
 
     def wrong(*args):
         y = right(*args)
         y[1, 2] += 0.05 * y.abs().max()
         return y
 
-    monkeypatch.setattr(lowbit_cuda, kernel, wrong)
+    monkeypatch.setattr(lowbit_cuda, "multiply", wrong)
     assert not lowbit_check.verified(kernel, 4, torch.float16, CPU)
     assert lowbit_check._results[(kernel, 4, torch.float16, CPU)].startswith("1 of ")
 
@@ -56,7 +58,7 @@ def test_launch_failure_is_reported_and_not_repeated(monkeypatch):
         calls.append(args)
         cuda.check_launch(209, "lowbit_int8")
 
-    monkeypatch.setattr(lowbit_cuda, "int8", fail)
+    monkeypatch.setattr(lowbit_cuda, "multiply", fail)
     for _ in range(2):
         assert not lowbit_check.verified("int8", 4, torch.float16, CPU)
     assert len(calls) == 1
@@ -67,16 +69,16 @@ def test_launch_failure_is_reported_and_not_repeated(monkeypatch):
 def test_choice(trusted, monkeypatch):
     monkeypatch.setattr(lowbit_check, "verified", lambda *key: trusted)
     _, _, weight = build(300, 128, 4)
-    chosen = [lowbit_cuda.choose(tokens, weight, 8, CPU) for tokens in (1, 32, 33, 127, 128, 4096)]
+    chosen = [kernel_for(tokens, weight, 8) for tokens in (1, 32, 33, 127, 128, 4096)]
     some, many = ("wgmma", "int8") if trusted else ("tile", "tile")
     assert chosen == ["stream", "stream", some, some, many, many]
-    assert [lowbit_cuda.choose(tokens, weight, 16, CPU) for tokens in (1, 128, 129)] == ["stream", "stream", "dense"]
+    assert [kernel_for(tokens, weight, 16) for tokens in (1, 128, 129)] == ["stream", "stream", "dense"]
     monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 132)  # too few blocks, and no splits
-    assert lowbit_cuda.choose(128, weight, 8, CPU) == some
+    assert kernel_for(128, weight, 8) == some
     _, _, planes = build(20, 128, 2, planes=True)
-    assert lowbit_cuda.choose(1, planes, 4, CPU) == "bitplane"
+    assert kernel_for(1, planes, 4) == "bitplane"
     with pytest.raises(JointNASError, match="bit-plane weights take activations of"):
-        lowbit_cuda.choose(1, planes, 16, CPU)
+        kernel_for(1, planes, 16)
 
 
 @pytest.mark.parametrize(("tokens", "planes", "a_bits"), [(150, False, 4), (3, True, 2)], ids=["int8", "bitplane"])
@@ -84,7 +86,7 @@ def test_matmul_with_the_chosen_kernel(tokens, planes, a_bits):
     packed, scale, weight = build(150, 256, 4, planes)
     x = torch.randn(2, tokens, 256).half()
     with poisoned():
-        y = lowbit_cuda.matmul(x, weight, a_bits)
+        y = lowbit_matmul(x, weight, a_bits)
     a, s, z = quantize_tokens(x, a_bits)
     assert_close(y, reference((a.double() - z.double()) * s.double(), packed, scale, 4, 16, 128, False))
 
@@ -94,6 +96,6 @@ def test_int8_plans_never_lose_a_wave_to_wide_blocks(sms):
     for rows in (1, 128, 129, 1024, 4096, 8192, 14336):
         for tokens in (128, 200, 256, 512, 1000, 4096):
             plan = lowbit_cuda.int8_plan(tokens, rows, sms)
-            cost = {t: t * -(-lowbit_cuda.Int8Plan(t, plan.cluster).blocks(tokens, rows) // sms) for t in (16, 32)}
+            cost = {t: t * -(-lowbit_cuda.Plan(t, cluster=plan.cluster).blocks(tokens, rows) // sms) for t in (16, 32)}
             assert cost[plan.token_tiles] <= 1.1 * min(cost.values())
             assert plan.blocks(tokens, rows) % plan.cluster == 0

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from jointnas_kernels import _ext
+from jointnas_kernels.ops import LowbitWeight, lowbit_linear, lowbit_matmul
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import dequantize, lowbit_linear, reference
+from jointnas_kernels.ops.lowbit.linear import kernel_for
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.lowbit.reference import dequantize, reference
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close
 
@@ -53,14 +55,14 @@ def test_cuda_matches_reference(shape, w_bits, a_bits, dtype, device):
 @pytest.mark.parametrize("early", [False, True])
 def test_stream_plans(plan, early, dtype, device):
     packed, scale = make(300, 2048, 4, dtype, device)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, 4)
+    weight = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda")
     x = torch.randn(21, 2048, device=device).to(dtype)
     torch.cuda.synchronize()
-    first = lowbit_cuda.stream(x, weight, plan=lowbit_cuda.StreamPlan(*plan), early=early)
+    first = lowbit_cuda.multiply("stream", x, weight, plan=lowbit_cuda.Plan(*plan), early=early)
     assert_close(first, reference(x.double(), packed, scale, 4, 16, 128, False))
-    assert not weight.locks.any()
+    assert not weight.tensors[3].any()
     for _ in range(20):  # the order of the final sum is fixed
-        again = lowbit_cuda.stream(x, weight, plan=lowbit_cuda.StreamPlan(*plan), early=early)
+        again = lowbit_cuda.multiply("stream", x, weight, plan=lowbit_cuda.Plan(*plan), early=early)
         assert torch.equal(first, again)
 
 
@@ -68,23 +70,23 @@ def test_stream_plans(plan, early, dtype, device):
 @pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
 @pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
 @pytest.mark.parametrize("plan", [(8, 1), (8, 3), (16, 1), (16, 4)], ids=str)
-@pytest.mark.parametrize("kernel", [lowbit_cuda.tile, lowbit_cuda.wgmma], ids=["tile", "wgmma"])
+@pytest.mark.parametrize("kernel", ["tile", "wgmma"])
 def test_many_tokens(kernel, plan, w_bits, a_bits, dtype, device):
-    if kernel is lowbit_cuda.wgmma and torch.cuda.get_device_capability() != (9, 0):
+    if kernel == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("wgmma is Hopper's")
     packed, scale = make(300, 2048, w_bits, dtype, device)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
     x = torch.randn(133, 2048, device=device).to(dtype)
     operand, activation = x, None
     target = x.double()
     if a_bits < 16:
-        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=int(kernel is lowbit_cuda.wgmma))
+        operand, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=int(kernel == "wgmma"))
         activation = (s, z)
         a, sx, zx = quantize_tokens(x, a_bits)
         target = (a.double() - zx.double()) * sx.double()
-    y = kernel(operand, weight, activation, lowbit_cuda.TilePlan(*plan))
+    y = lowbit_cuda.multiply(kernel, operand, weight, activation, lowbit_cuda.Plan(plan[0], splits=plan[1]))
     assert_close(y, reference(target, packed, scale, w_bits, 16, 128, False))
-    assert not weight.locks.any()
+    assert not weight.tensors[3].any()
 
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -99,15 +101,16 @@ HOPPER = pytest.mark.skipif(not IS_HOPPER, reason="the kernel is Hopper's")
 def test_int8(shape, plan, a_bits, w_bits, dtype, device):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype, device)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
     x = (torch.randn(tokens, inputs, device=device) + 0.5).to(dtype)
     a, s, z = quantize_tokens(x, a_bits)
     expected = reference((a.double() - z.double()) * s.double(), packed, scale, w_bits, 16, 128, False)
     operand, sx, zx = lowbit_cuda.quantize_pack(x, a_bits, layout=2)
-    y = lowbit_cuda.int8(operand, weight, (sx, zx), lowbit_cuda.Int8Plan(*plan))
+    p = lowbit_cuda.Plan(plan[0], cluster=plan[1])
+    y = lowbit_cuda.multiply("int8", operand, weight, (sx, zx), p)
     assert_close(y, expected)
     for _ in range(5):
-        assert torch.equal(y, lowbit_cuda.int8(operand, weight, (sx, zx), lowbit_cuda.Int8Plan(*plan)))
+        assert torch.equal(y, lowbit_cuda.multiply("int8", operand, weight, (sx, zx), p))
 
 
 @HOPPER
@@ -117,12 +120,12 @@ def test_int8_sums_are_exact(w_bits, device):
     tokens, rows, inputs = 300, 700, 128
     q = torch.randint(-2, 2, (rows, inputs), dtype=torch.int8, device=device)
     scale = torch.ones(rows, 1, dtype=torch.float16, device=device)
-    weight = lowbit_cuda.CudaWeight.build(pack_weight(q, w_bits), scale, w_bits)
+    weight = LowbitWeight.pack(q, scale, w_bits, 128, layout="cuda")
     x = torch.randint(-7, 9, (tokens, inputs), device=device).half()
     x[:, 0], x[:, 1] = -7, 8  # 16 levels: the 4-bit step is 1
     operand, s, z = lowbit_cuda.quantize_pack(x, 4, layout=2)
     assert (s == 1).all()
-    assert torch.equal(lowbit_cuda.int8(operand, weight, (s, z)).double(), x.double() @ q.double().t())
+    assert torch.equal(lowbit_cuda.multiply("int8", operand, weight, (s, z)).double(), x.double() @ q.double().t())
 
 
 @HOPPER
@@ -130,15 +133,15 @@ def test_int8_sums_are_exact(w_bits, device):
 def test_int8_under_load(rows, device):
     """Every multiprocessor busy, every barrier phase wrapped many times; the same bits from run to run."""
     packed, scale = make(rows, 8192, 4, torch.bfloat16, device)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, 4)
+    weight = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda")
     x = torch.randn(1500, 8192, device=device).bfloat16()
-    y = lowbit_cuda.matmul(x, weight, 8)
-    assert lowbit_cuda.choose(1500, weight, 8, x.device) == "int8"
+    y = lowbit_matmul(x, weight, 8)
+    assert kernel_for(1500, weight, 8) == "int8"
     a, s, z = quantize_tokens(x, 8)
     dense = dequantize(packed, scale, 4, 128, torch.float64)
     assert_close(y, (a.double() - z.double()) * s.double() @ dense.t())
     for _ in range(20):
-        assert torch.equal(y, lowbit_cuda.matmul(x, weight, 8))
+        assert torch.equal(y, lowbit_matmul(x, weight, 8))
 
 
 def test_kernels_verify_themselves(device):
@@ -151,7 +154,7 @@ def test_kernels_verify_themselves(device):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_dense(bits, dtype, device):
     packed, scale = make(1000, 1152, bits, dtype, device)
-    out = lowbit_cuda.dense(lowbit_cuda.CudaWeight.build(packed, scale, bits))
+    out = lowbit_cuda.dense(LowbitWeight.pack(packed, scale, bits, 128, layout="cuda"))
     assert torch.equal(out, dequantize(packed, scale, bits, 128, torch.float32).to(dtype))
 
 
@@ -162,14 +165,14 @@ def test_dense(bits, dtype, device):
 def test_planes(shape, w_bits, a_bits, dtype, device):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype, device)
-    weight = lowbit_cuda.CudaWeight.build(packed, scale, w_bits, planes=True)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda", planes=True)
     x = (torch.randn(tokens, inputs, device=device) + 0.5).to(dtype)
     operand, sx, zx = lowbit_cuda.quantize_pack(x, a_bits, layout=3)
-    y = lowbit_cuda.bitplane(operand, weight, (sx, zx), a_bits)
+    y = lowbit_cuda.multiply("bitplane", operand, weight, (sx, zx))
     a, s, z = quantize_tokens(x, a_bits)
     expected = reference((a.double() - z.double()) * s.double(), packed, scale, w_bits, 16, 128, False)
     assert_close(y, expected)
-    assert not weight.locks.any()
+    assert not weight.tensors[3].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

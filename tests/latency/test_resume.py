@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jointnas_kernels.latency import (
     LatencyTable,
-    LinearWeight,
     OpSpec,
     Target,
     Workload,
@@ -22,8 +21,10 @@ from jointnas_kernels.latency import (
     unregister,
 )
 from jointnas_kernels.latency import backends as registry
+from jointnas_kernels.latency.backends import Weight
 from jointnas_kernels.latency.measure import fit
 from jointnas_kernels.latency.schema import read
+from jointnas_kernels.ops import LowbitWeight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency.tables import CONFIG, calm
@@ -50,8 +51,8 @@ class Right(Wrong):
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         return None if spec.op == "linear" and (spec.wbits, spec.abits) == (4, 8) else "W4A8 only"
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        assert weight is not None
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Callable[[Tensor], Tensor]:
+        assert isinstance(weight, LowbitWeight)
         dense = weight.dequantized(dtype=target.dtype)
 
         def call(x: Tensor) -> Tensor:

@@ -17,14 +17,15 @@ from jointnas.environment import collect, text
 from jointnas_kernels.latency import LatencyTable, OpSpec, Target, Workload, profile
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import (
-    LinearWeight,
     ThirdParty,
+    Weight,
     disagreement,
     failure,
     random_input,
     random_weight,
 )
 from jointnas_kernels.latency.backends.humming import Humming
+from jointnas_kernels.ops import LowbitWeight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency import stand_ins
@@ -239,7 +240,7 @@ class Mistaken:
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         return None
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Callable[[Tensor], Tensor]:
         return weight.levles  # type: ignore[union-attr]
 
 
@@ -292,7 +293,8 @@ def test_fp8_is_another_function() -> None:
         spec = OpSpec("linear", 64, 256, 1024, 8, 8, 128)
         weight, x = random_weight(spec, BF16, generator), random_input(spec, BF16, generator)
         a, scale, zero = quantize_tokens(x, 8)
-        q, group_scale = weight.quantized()
+        assert isinstance(weight, LowbitWeight)
+        q, group_scale = weight.levels(), weight.unpack()[1]
         w = fp8(q) * group_scale.double().repeat_interleave(128, 1)
         found = disagreement(spec, x, weight, fp8(a.double() - zero.double()) * scale.double() @ w.T)
         assert found is not None

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from jointnas_kernels.latency import LinearWeight, OpSpec, Target
+from jointnas_kernels.latency import OpSpec, Target
+from jointnas_kernels.latency.backends import Weight
+from jointnas_kernels.ops import LowbitWeight
 
 
 class Wrong:
@@ -23,8 +25,8 @@ class Wrong:
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         return None if spec.op == "linear" and spec.wbits == 4 else "W4 only"
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        assert weight is not None
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Callable[[Tensor], Tensor]:
+        assert isinstance(weight, LowbitWeight)
         dense = weight.dequantized(dtype=target.dtype)
         return lambda x: self.how(x, dense)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops import LowbitWeight, lowbit_linear
 from jointnas_kernels.ops.lowbit.cuda import stream_plan, tile_plan
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear
 from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close
@@ -74,7 +74,8 @@ def test_a_zero_token_gives_zero():
 def test_registration():
     _, packed, scale = case(9, 128, 4, 128, torch.float32)
     x = torch.randn(3, 128)
-    torch.library.opcheck(torch.ops.jointnas.lowbit_linear.default, (x, packed, scale, 4, 8, 128, False, None))
+    arguments = (x, *LowbitWeight.stored(packed, scale, 4, 128), 8, False, None)
+    torch.library.opcheck(torch.ops.jointnas.lowbit_matmul.default, arguments)
     compiled = torch.compile(lambda x: lowbit_linear(x, packed, scale, 4, 8, 128), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), lowbit_linear(x, packed, scale, 4, 8, 128))
 

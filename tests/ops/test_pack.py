@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.lowbit import pack
+from jointnas_kernels.ops.lowbit import pack, tiles
 from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS
 
 BITS = PACKED_WEIGHT_BITS
@@ -44,9 +44,9 @@ def test_tiles(rows, bits):
     inputs = 384
     q = integers(rows, inputs, bits)
     packed = pack.pack_weight(q, bits)
-    tiled = pack.tile_weight(packed, bits)
+    tiled = tiles.tile_weight(packed, bits)
     assert tiled.shape == (-(-rows // 16), inputs // 128, bits // 2, 32, 4)
-    assert torch.equal(pack.untile_weight(tiled, bits, rows), packed)
+    assert torch.equal(tiles.untile_weight(tiled, bits, rows), packed)
     per_byte = 8 // bits
     for row, k in torch.stack([torch.randint(rows, (400,)), torch.randint(inputs, (400,))], 1).tolist():
         r, g, i, t = row % 16 // 8, row % 8, k % 128 // 32, k % 32 // 8
@@ -64,9 +64,9 @@ def test_planes(rows, bits):
     inputs = 256
     q = integers(rows, inputs, bits)
     packed = pack.pack_weight(q, bits)
-    tiled = pack.tile_planes(packed, bits)
+    tiled = tiles.tile_planes(packed, bits)
     assert tiled.shape == (-(-rows // 16), inputs // 128, bits // 2, 32, 4)
-    assert torch.equal(pack.untile_planes(tiled, bits, rows), packed)
+    assert torch.equal(tiles.untile_planes(tiled, bits, rows), packed)
     for row, k in torch.stack([torch.randint(rows, (200,)), torch.randint(inputs, (200,))], 1).tolist():
         lane = 4 * (row % 8) + k % 128 // 32
         for plane in range(bits):
@@ -78,8 +78,8 @@ def test_planes(rows, bits):
 @pytest.mark.parametrize("rows", [1, 16, 17, 40])
 def test_scale_tiles(rows):
     scale = torch.rand(rows, 3)
-    tiled = pack.tile_scale(scale)
-    assert torch.equal(pack.untile_scale(tiled, rows), scale)
+    tiled = tiles.tile_scale(scale)
+    assert torch.equal(tiles.untile_scale(tiled, rows), scale)
     padded = tiled.view(3, -1, 8, 2)
     for row in range(rows):
         assert torch.equal(padded[:, row // 16, row % 8, row % 16 // 8], scale[row])
@@ -95,7 +95,7 @@ def test_bad_input():
         (lambda: pack.pack_weight(q.float(), 4), "2-D integer"),
         (lambda: pack.pack_weight(q + 8, 4), r"must lie in \[-8, 7\]"),
         (lambda: pack.unpack_weight(pack.pack_weight(q, 4), 4, (2, 40)), "int32"),
-        (lambda: pack.tile_weight(pack.pack_weight(q, 4), 4), "multiple of 128"),
+        (lambda: tiles.tile_weight(pack.pack_weight(q, 4), 4), "multiple of 128"),
     ]:
         with pytest.raises(JointNASError, match=message):
             call()

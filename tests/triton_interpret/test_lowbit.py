@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear, reference
+from jointnas_kernels.ops.lowbit.linear import lowbit_linear
 from jointnas_kernels.ops.lowbit.pack import pack_weight
+from jointnas_kernels.ops.lowbit.reference import reference
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close, poisoned
 

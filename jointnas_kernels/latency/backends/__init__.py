@@ -7,9 +7,9 @@ import torch
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency.backends.base import (
     Backend,
-    LinearWeight,
     Target,
     ThirdParty,
+    Weight,
     failure,
     random_input,
     random_weight,
@@ -76,6 +76,6 @@ def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, 
 
 
 __all__ = [
-    "Backend", "Gemlite", "Humming", "LinearWeight", "Marlin", "Target", "ThirdParty", "get", "names", "register",
+    "Backend", "Gemlite", "Humming", "Marlin", "Target", "ThirdParty", "Weight", "get", "names", "register",
     "survey", "unregister",
 ]  # fmt: skip

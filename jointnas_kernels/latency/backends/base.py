@@ -1,8 +1,8 @@
 """What a backend is, the weight it gets, and the check it must pass before it is timed.
 
-Adding a backend is one file next to this one: a class with the members of `Backend`, and its name in
+Adding a backend is one file next to this one, a class with the members of `Backend`, and its name in
 `backends/__init__.py`. `unsupported` declares what it cannot do; `prepare` packs the weight once and returns the
-call that is timed. Both see the same `LinearWeight`, so nobody can time something that computes another function.
+call that is timed. All see the same weight, so nobody can time something that computes another function.
 The backend of another library derives from `ThirdParty` and is a few declarations and `prepare`.
 """
 
@@ -11,17 +11,18 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
-from jointnas_kernels.ops.lowbit.pack import pack_weight
-from jointnas_kernels.ops.quant.spec import quantize_groups, quantize_tokens
+from jointnas_kernels.ops.lowbit.weight import LowbitWeight
+from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS, quantize_groups, quantize_tokens
 
-T = TypeVar("T")
+Weight = Tensor | LowbitWeight  # [N, K]: dense in the model's dtype, or in the storage layout with scales in that dtype
+Call = Callable[[Tensor], Tensor]
 # Relative Frobenius error allowed against the fp64 reference. bf16 inputs, scales and outputs each round by up to
 # 2^-9 = 0.002; a wrong scale, zero point or nibble order is off by more than 0.1. Integer products round their output
 # alone (seen: 0.0019), and must be told from those of activations that were quantized otherwise (`random_input`).
@@ -43,55 +44,40 @@ class Target:
         return getattr(torch, self.workload.dtype)
 
 
-@dataclass(frozen=True)
-class LinearWeight:
-    """[N, K] weight: dense, or int8 levels with one fp32 scale per (row, group of K)."""
-
-    dense: Tensor | None = None  # [N, K] in the model's dtype
-    levels: Tensor | None = None  # [N, K] int8, in [-2^(b-1), 2^(b-1)-1]
-    scale: Tensor | None = None  # [N, K/group] fp32, representable in the model's dtype
-    bits: int = DENSE
-    group: int = 0
-    # what a backend made of it, for its own next `prepare`: a copy of packed weights is much cheaper than packing. All
-    # copies that a timing rotates through share it, and so do operations that differ in their activations only.
-    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    def packed(self, name: str, pack: Callable[[], T], copy: Callable[[T], T]) -> T:
-        """`pack()` the first time, copies of that afterwards: every call returns storage of its own."""
-        if name not in self.memo:
-            self.memo[name] = pack()
-        return copy(self.memo[name])
-
-    def words(self) -> Tensor:
-        """The levels as int32 [N, K * bits / 32] (ops/pack.py)."""
-        return self.packed("words", lambda: pack_weight(self.quantized()[0], self.bits), torch.clone)
-
-    def dequantized(self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
-        if self.dense is not None:
-            return self.dense[rows].to(dtype)
-        levels, scale = self.quantized()
-        return levels[rows].to(dtype) * scale[rows].to(dtype).repeat_interleave(self.group, 1)
-
-    def quantized(self) -> tuple[Tensor, Tensor]:
-        """(levels, scale)."""
-        if self.levels is None or self.scale is None:
-            raise TypeError("this weight is dense")
-        return self.levels, self.scale
-
-
 class Backend(Protocol):
+    """What is timed: some operations on some devices.
+
+    name: of the backend in tables, unique.
+    """
+
     name: str
 
-    def version(self) -> str: ...
+    def version(self) -> str:
+        """Of the library; a table notes it with every row."""
+        ...
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         """Why it cannot run this; None if it can."""
         ...
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        """Packs the weight; the returned function maps the input [M, K] to [M, N] (linear, lm_head), or is one
-        of the other parts on inputs of its own."""
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        """Packs the weight into storage of its own; the returned function maps the input [M, K] to [M, N] (linear,
+        lm_head), or is one of the other parts on inputs of its own."""
         ...
+
+
+class Torch:
+    """What backends of torch's own operations share."""
+
+    def version(self) -> str:
+        return torch.__version__
+
+
+def stored(weight: Weight | None) -> tuple[Tensor, Tensor]:
+    """(packed int32 [N, K bits / 32], scale [N, K / group]) of a low-bit weight, in storage of their own."""
+    assert isinstance(weight, LowbitWeight)
+    packed, scale = weight.clone().unpack()
+    return packed, scale
 
 
 class ThirdParty:
@@ -138,37 +124,40 @@ class ThirdParty:
             return f"n must be a multiple of {n} and k of {k}, got {spec.n} and {spec.k}"
         return None
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        raise NotImplementedError
 
+def quantize_weight(weight: Tensor, bits: int, group: int) -> LowbitWeight:
+    """The levels of [N, K] by the project's symmetric quantizer (ops/quant/spec.py), in the storage layout.
 
-def quantize_weight(weight: Tensor, bits: int, group: int) -> LinearWeight:
-    """The levels of [N, K] by the project's symmetric quantizer (ops/quant/spec.py)."""
+    Widths that are not packed (3, 5, 6, 7) or do not fill whole words are stored in the next one that is and does.
+
+    Raises:
+        JointNASError: K is no multiple of 4, so that no width fills whole words.
+    """
     q, scale, _ = quantize_groups(weight, bits, group).integers()
-    return LinearWeight(levels=q.flatten(-2), scale=scale.squeeze(-1), bits=bits, group=group)
+    wide = next((b for b in PACKED_WEIGHT_BITS if b >= bits and weight.shape[1] * b % 32 == 0), 8)
+    return LowbitWeight.pack(q.flatten(-2), scale.squeeze(-1).to(weight.dtype), wide, group, layout="storage")
 
 
-def random_weight(spec: OpSpec, target: Target, generator: torch.Generator) -> LinearWeight:
+def random_weight(spec: OpSpec, target: Target, generator: torch.Generator) -> Weight:
     """Gaussian weights at the spec's bits (zeros would run faster than data).
 
     A million distinct values, repeated: drawing 58 million for every 14336x4096 would cost more than the timing."""
     count = spec.n * spec.k
     values = torch.randn(min(count, 1_000_003), generator=generator).mul_(spec.k**-0.5).to(target.device, target.dtype)
     dense = values.repeat(-(-count // len(values)))[:count].view(spec.n, spec.k)
-    if spec.wbits == DENSE:
-        return LinearWeight(dense=dense)
-    return quantize_weight(dense, spec.wbits, spec.group)
+    return dense if spec.wbits == DENSE else quantize_weight(dense, spec.wbits, spec.group)
 
 
-def linear_reference(spec: OpSpec, x: Tensor, weight: LinearWeight, columns: Tensor) -> Tensor:
+def linear_reference(spec: OpSpec, x: Tensor, weight: Weight, columns: Tensor) -> Tensor:
     """y[:, columns] = Q_a(x) dequantized(W)[columns]^T in fp64."""
     if spec.abits < DENSE:
         levels, scale, zero = quantize_tokens(x, spec.abits)
         x = (levels.double() - zero.double()) * scale.double()
-    return x.double() @ weight.dequantized(columns).T
+    w = weight[columns].double() if isinstance(weight, Tensor) else weight.dequantized(columns)
+    return x.double() @ w.T
 
 
-def disagreement(spec: OpSpec, x: Tensor, weight: LinearWeight, got: Tensor) -> str | None:
+def disagreement(spec: OpSpec, x: Tensor, weight: Weight, got: Tensor) -> str | None:
     """Why `got` = run(x) is not the function of `linear_reference`; None if it is, within the tolerance."""
     if got.shape != (spec.m, spec.n):
         return f"output shape {tuple(got.shape)} instead of {(spec.m, spec.n)}"
@@ -182,14 +171,14 @@ def disagreement(spec: OpSpec, x: Tensor, weight: LinearWeight, got: Tensor) -> 
     return None
 
 
-def failure(backend: Backend, spec: OpSpec, target: Target, x: Tensor, weight: LinearWeight) -> str | None:
+def failure(backend: Backend, spec: OpSpec, target: Target, x: Tensor, weight: Weight) -> str | None:
     """Runs `backend` once on (x, weight): why it must not be used; None if it computes the reference."""
     return verified(backend, spec, target, x, weight)[1]
 
 
 def verified(
-    backend: Backend, spec: OpSpec, target: Target, x: Tensor, weight: LinearWeight
-) -> tuple[Callable[[Tensor], Tensor] | None, str | None]:
+    backend: Backend, spec: OpSpec, target: Target, x: Tensor, weight: Weight
+) -> tuple[Call | None, str | None]:
     """(the prepared call, None) if it computes the reference, else (None, why it must not be used)."""
     try:
         with torch.inference_mode():

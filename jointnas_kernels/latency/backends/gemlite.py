@@ -7,13 +7,11 @@ with a zero point.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, ThirdParty
+from jointnas_kernels.latency.backends.base import Call, Target, ThirdParty, Weight, stored
 from jointnas_kernels.latency.spec import OpSpec
+from jointnas_kernels.ops.lowbit.pack import to_fields
 
 
 class Gemlite(ThirdParty):
@@ -21,13 +19,10 @@ class Gemlite(ThirdParty):
     wbits = (2, 4, 8)
     multiples = (32, 32)  # it checks k alone, but loads the scales of whole tiles of outputs
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         from gemlite.helper import A16Wn
 
-        assert weight is not None
-        levels, scale = weight.quantized()
-        middle = 1 << (spec.wbits - 1)
-        unsigned = (levels.to(torch.int16) + middle).to(torch.uint8)
-        scale = scale.to(target.dtype)
+        packed, scale = stored(weight)
+        zero = torch.full_like(scale, 1 << (spec.wbits - 1))
         helper = A16Wn(device=str(target.device), dtype=target.dtype)
-        return helper.from_weights(unsigned, scale, torch.full_like(scale, middle), spec.wbits, spec.group)
+        return helper.from_weights(to_fields(packed, spec.wbits), scale, zero, spec.wbits, spec.group)

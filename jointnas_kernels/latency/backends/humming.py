@@ -7,11 +7,7 @@ lowest input first. Its int8 activations are symmetric, those of a table's choic
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from torch import Tensor
-
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, ThirdParty
+from jointnas_kernels.latency.backends.base import Call, Target, ThirdParty, Weight, stored
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 
@@ -25,10 +21,10 @@ class Humming(ThirdParty):
         """symmetric: A8 too, for callers (the benchmark) that hold it to the symmetric reference."""
         self.abits = (8, DENSE) if symmetric else (DENSE,)
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         from humming.layer import HummingLayer
 
-        assert weight is not None
+        packed, scale = stored(weight)
         layer = HummingLayer(
             shape_n=spec.n,
             shape_k=spec.k,
@@ -36,6 +32,6 @@ class Humming(ThirdParty):
             input_config={"dtype": "int8"} if spec.abits == 8 else None,
             torch_dtype=target.dtype,
         ).to(target.device)
-        layer.load_from_tensors({"weight": weight.words(), "weight_scale": weight.quantized()[1].to(target.dtype)})
+        layer.load_from_tensors({"weight": packed, "weight_scale": scale})
         layer.transform()
         return layer

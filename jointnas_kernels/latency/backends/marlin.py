@@ -8,13 +8,11 @@ other arguments and another name. They know the kernel's layout, and take GPTQ's
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 
 import torch
-from torch import Tensor
 
-from jointnas_kernels.latency.backends.base import LinearWeight, Target, ThirdParty
+from jointnas_kernels.latency.backends.base import Call, Target, ThirdParty, Weight, stored
 from jointnas_kernels.latency.spec import OpSpec
 
 MODULES = {  # where `gptq_marlin_repack`, the other functions and `scalar_types` are
@@ -32,24 +30,17 @@ class Marlin(ThirdParty):
     def __init__(self, package: str) -> None:
         self.name, self.package, self.distribution = f"marlin-{package}", package, package
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        assert weight is not None
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        packed, scale = stored(weight)
         repacking, library, types = (import_module(name) for name in MODULES[self.package])
         none = torch.empty(0, dtype=torch.int32, device=target.device)  # no order of the inputs, no zero points
-
-        def pack() -> tuple[Tensor, Tensor]:
-            levels = repacking.gptq_marlin_repack(
-                b_q_weight=weight.words().t().contiguous(), perm=none, size_k=spec.k, size_n=spec.n, num_bits=spec.wbits
-            )
-            scale = library.marlin_permute_scales(
-                s=weight.quantized()[1].t().contiguous().to(target.dtype),
-                size_k=spec.k,
-                size_n=spec.n,
-                group_size=spec.group if spec.group < spec.k else -1,
-            )
-            return levels, scale
-
-        levels, scale = weight.packed(self.name, pack, lambda both: (both[0].clone(), both[1].clone()))
+        levels = repacking.gptq_marlin_repack(
+            b_q_weight=packed.t().contiguous(), perm=none, size_k=spec.k, size_n=spec.n, num_bits=spec.wbits
+        )
+        group = spec.group if spec.group < spec.k else -1
+        scale = library.marlin_permute_scales(
+            s=scale.t().contiguous(), size_k=spec.k, size_n=spec.n, group_size=group
+        )
         workspace = library.marlin_make_workspace_new(target.device)
         kind = {4: "uint4b8", 8: "uint8b128"}[spec.wbits]  # stored with this bias
         fixed = {

@@ -1,20 +1,15 @@
-"""This package's `lowbit_linear`: every W{2,4,8} x A{2,4,8,16}, one backend per implementation."""
+"""This package's low-bit product: every W{2,4,8} x A{2,4,8,16}, one backend per implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
 import jointnas_kernels
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.backends.base import LinearWeight, Target
+from jointnas_kernels.latency.backends.base import Call, Target, Weight
 from jointnas_kernels.latency.spec import DENSE, OpSpec
-from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import lowbit_linear
-from jointnas_kernels.ops.lowbit.pack import pack_weight
-from jointnas_kernels.ops.lowbit.prepared import lowbit_matmul, lowbit_pack
+from jointnas_kernels.ops.lowbit.linear import lowbit_matmul
+from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 
 BITS = (2, 4, 8)
 
@@ -23,6 +18,7 @@ class Ours:
     def __init__(self, implementation: str, device: str) -> None:
         self.implementation, self.device = implementation, device
         self.name = f"ours-{implementation}"
+        self.layout = "storage" if implementation == "triton" else implementation
 
     def version(self) -> str:
         return jointnas_kernels.__version__
@@ -37,24 +33,13 @@ class Ours:
         try:  # one row of the smallest legal size tells whether the implementation is built and loads
             levels = torch.ones(8, spec.group, dtype=torch.int8, device=target.device)
             scale = torch.ones(8, 1, device=target.device, dtype=target.dtype)
-            x = torch.ones(1, spec.group, device=target.device, dtype=target.dtype)
-            lowbit_linear(
-                x, pack_weight(levels, spec.wbits), scale, spec.wbits, spec.abits, spec.group,
-                backend=self.implementation,
-            )  # fmt: skip
+            weight = LowbitWeight.pack(levels, scale, spec.wbits, spec.group, layout="storage")
+            self.prepare(spec, target, weight)(scale[:1].expand(1, spec.group))
         except JointNASError as error:
             return str(error)
         return None
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        assert weight is not None
-        packed, scale = weight.words(), weight.quantized()[1].to(target.dtype)
-        if self.implementation == "cuda":  # its own weight layout, made once as in a deployed model
-            tiled = lowbit_cuda.CudaWeight.build(packed, scale, spec.wbits)
-            return lambda x: lowbit_cuda.matmul(x, tiled, spec.abits)
-        if self.implementation == "cpu":
-            prepared = lowbit_pack(packed, scale, spec.wbits, spec.group)
-            return lambda x: lowbit_matmul(x, prepared, spec.abits)
-        return lambda x: lowbit_linear(
-            x, packed, scale, spec.wbits, spec.abits, spec.group, backend=self.implementation
-        )
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        assert isinstance(weight, LowbitWeight)
+        laid_out = weight.laid_out(self.layout)  # once, as in a deployed model
+        return lambda x: lowbit_matmul(x, laid_out, spec.abits, backend=self.implementation)

@@ -12,26 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from jointnas_kernels.latency.backends.base import LinearWeight, Target
+from jointnas_kernels.latency.backends.base import Call, Target, Torch, Weight
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 
-class TorchDense:
+class TorchDense(Torch):
     name = "torch"
-
-    def version(self) -> str:
-        return torch.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         if (spec.wbits, spec.abits) != (DENSE, DENSE):
             return "dense only: W16A16"
         return None
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         if weight is not None:
-            dense = weight.dense
-            assert dense is not None
-            return lambda x: F.linear(x, dense)
+            assert isinstance(weight, Tensor)
+            return lambda x: F.linear(x, weight)
         part = _PARTS[spec.op](spec, target)
         return lambda _: part()
 

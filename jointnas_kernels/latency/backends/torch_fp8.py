@@ -8,27 +8,19 @@ the check before a timing allows: an exported model would not run on the kernel 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
-
-from jointnas_kernels.latency.backends.base import LinearWeight, Target
+from jointnas_kernels.latency.backends.base import Call, Target, Torch, Weight
 from jointnas_kernels.latency.spec import OpSpec
 
 REASON = "another function than integer W8A8: e4m3 holds 80 of the 256 levels of 8 bits"
 
 
-class TorchFp8:
+class TorchFp8(Torch):
     name = "torch-fp8"
-
-    def version(self) -> str:
-        return torch.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         if spec.op != "linear" or (spec.wbits, spec.abits) != (8, 8):
             return "W8A8 linears only"
         return REASON
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         raise NotImplementedError(REASON)

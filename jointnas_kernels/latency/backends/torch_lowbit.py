@@ -6,33 +6,21 @@ added, which is what a user of torch would have to write; the cost of that is th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from jointnas_kernels.latency.backends.base import LinearWeight, Target
+from jointnas_kernels.latency.backends.base import Call, Target, Torch, Weight, stored
 from jointnas_kernels.latency.spec import DENSE, OpSpec
+from jointnas_kernels.ops.lowbit.pack import to_fields, unpack_weight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 
-def _groups(weight: LinearWeight) -> list[tuple[slice, Tensor, Tensor]]:
-    """(columns, levels [N, group] contiguous, scale [N]) of every group."""
-    levels, scale = weight.quantized()
-    found = []
-    for g in range(scale.shape[1]):
-        columns = slice(g * weight.group, (g + 1) * weight.group)
-        found.append((columns, levels[:, columns].contiguous(), scale[:, g].contiguous()))
-    return found
-
-
-class TorchInt8:
+class TorchInt8(Torch):
     """W8A16 through `_weight_int8pack_mm` (CPU), W8A8 through `_int_mm`."""
 
     name = "torch-int8"
-
-    def version(self) -> str:
-        return torch.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         if spec.op != "linear" or spec.wbits != 8 or spec.abits not in (8, DENSE):
@@ -46,42 +34,41 @@ class TorchInt8:
                 return "_int_mm on CUDA needs sizes that are multiples of 8"
         return None
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        assert weight is not None
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        packed, scale = stored(weight)
+        levels = unpack_weight(packed, 8, (spec.n, spec.k)).split(spec.group, 1)
         if spec.abits == DENSE:
-            packed = [(c, q, s.to(target.dtype)) for c, q, s in _groups(weight)]
+            groups = [(q.contiguous(), s.contiguous()) for q, s in zip(levels, scale.unbind(1), strict=True)]
 
             def weight_only(x: Tensor) -> Tensor:
-                total: Tensor | None = None
-                for columns, levels, scale in packed:
-                    y = torch.ops.aten._weight_int8pack_mm(x[:, columns].contiguous(), levels, scale)
-                    total = y if total is None else total.add_(y)
-                assert total is not None
-                return total
+                parts = zip(x.split(spec.group, 1), groups, strict=True)
+                return reduce(
+                    Tensor.add_, (torch.ops.aten._weight_int8pack_mm(p.contiguous(), q, s) for p, (q, s) in parts)
+                )
 
             return weight_only
 
         # sum_k s_x (q_x - z) q_w s_w = s_x s_w (q_x q_w - z sum_k q_w): the last sum is known beforehand
-        integer = [(c, q.t(), s, q.sum(1, dtype=torch.float32)) for c, q, s in _groups(weight)]
+        integer = [
+            (q.contiguous().t(), s.contiguous(), q.sum(1, dtype=torch.float32))
+            for q, s in zip(levels, scale.float().unbind(1), strict=True)
+        ]
 
         def both(x: Tensor) -> Tensor:
             levels, scale, zero = quantize_tokens(x, 8)
             total = torch.zeros(x.shape[0], spec.n, device=x.device)
-            for columns, weight_t, weight_scale, sums in integer:
-                y = torch._int_mm(levels[:, columns].contiguous(), weight_t).float()
+            for part, (weight_t, weight_scale, sums) in zip(levels.split(spec.group, 1), integer, strict=True):
+                y = torch._int_mm(part.contiguous(), weight_t).float()
                 total.addcmul_(y.addcmul_(zero.float(), sums, value=-1), weight_scale)
             return (total * scale.float()).to(x.dtype)
 
         return both
 
 
-class TorchInt4:
+class TorchInt4(Torch):
     """W4A16 through torch's int4pack (groups of 32, 64, 128 or 256)."""
 
     name = "torch-int4"
-
-    def version(self) -> str:
-        return torch.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         if spec.op != "linear" or spec.wbits != 4 or spec.abits != DENSE:
@@ -97,15 +84,13 @@ class TorchInt4:
             return f"n must be a multiple of 16, got {spec.n}"
         return None
 
-    def prepare(self, spec: OpSpec, target: Target, weight: LinearWeight | None) -> Callable[[Tensor], Tensor]:
-        assert weight is not None
-        levels, scale = weight.quantized()
-        unsigned = levels.to(torch.int32) + 8  # torch dequantizes (u - 8) * scale + zero
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        packed, scale = stored(weight)
+        unsigned = to_fields(packed, 4)  # torch dequantizes (u - 8) * scale + zero
         pairs = torch.stack((scale.t(), torch.zeros_like(scale.t())), -1)  # [K/g, N, 2]
-        pairs = pairs.to(target.dtype).contiguous()
         if target.device.type == "cuda":
-            nibbles = (unsigned[:, ::2] << 4 | unsigned[:, 1::2]).to(torch.uint8)
-            packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, 8)
-            return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, spec.group, pairs)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned, 1)
-        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, spec.group, pairs)
+            nibbles = unsigned[:, ::2] << 4 | unsigned[:, 1::2]
+            tiles = torch.ops.aten._convert_weight_to_int4pack(nibbles, 8)
+            return lambda x: torch.ops.aten._weight_int4pack_mm(x, tiles, spec.group, pairs)
+        tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.to(torch.int32), 1)
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, spec.group, pairs)

@@ -29,7 +29,9 @@ def call(name: str, *args: Tensor | int | float | None, threads: int | None = No
         isa: index into ISAS, to force an instruction set.
     """
     # plain numbers first: of a product that takes 150 us, every microsecond here is visible
-    values = [a if type(a) in (int, float) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args]
+    values = [
+        a if type(a) in (int, float, bool) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args
+    ]
     error = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
     if error:
         raise JointNASError(f"CPU kernel {name!r} with {ISAS[isa]}: {_ERRORS.get(error, f'error {error}')}")

@@ -40,6 +40,8 @@ def call(name: str, *args: Tensor | int | float | None, on: Tensor) -> None:
     Raises:
         JointNASError: the kernel could not be launched, or the extension has no CUDA part.
     """
-    values = [a if type(a) in (int, float) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args]
+    values = [
+        a if type(a) in (int, float, bool) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args
+    ]
     with torch.cuda.device_of(on):
         check_launch(getattr(_ext.load(cuda=True), name)(*values, current_stream(on)), name)

@@ -31,7 +31,7 @@ from jointnas_kernels.ops.core.tensors import empty_slot
 Implementations = Mapping[str, Callable[..., Any]]
 _KINDS = {  # of arguments
     Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", bool: "bool", str: "str",
-    Sequence[int]: "int[]", Sequence[bool]: "bool[]",
+    Sequence[Tensor]: "Tensor[]", Sequence[int]: "int[]", Sequence[bool]: "bool[]",
 }  # fmt: skip
 
 

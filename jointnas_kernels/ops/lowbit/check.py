@@ -11,12 +11,19 @@ from __future__ import annotations
 import torch
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.cuda import CudaWeight, Int8Plan, TilePlan
-from jointnas_kernels.ops.lowbit.pack import pack_weight
-from jointnas_kernels.ops.quant.spec import quantize_tokens
+from jointnas_kernels.ops.core.cuda import DTYPES
+from jointnas_kernels.ops.lowbit import cuda
+from jointnas_kernels.ops.lowbit.cuda import Plan
+from jointnas_kernels.ops.lowbit.reference import product
+from jointnas_kernels.ops.lowbit.weight import LowbitWeight
+from jointnas_kernels.ops.quant.spec import level_range
 
 KERNELS = {"int8": (2, 4, 8), "wgmma": (2, 4, 8), "bitplane": (2, 4)}  # weight bits
+CASES = {  # tokens, bits of activations, plan
+    "bitplane": ((5, 4, None), (17, 2, None)),
+    "int8": ((133, 8, Plan(16, cluster=2)), (300, 4, Plan(32, cluster=2))),
+    "wgmma": tuple((m, a, Plan(t, splits=2)) for m, a, t in ((133, 8, 8), (300, 4, 16), (133, 16, 8), (300, 16, 16))),
+}
 ROWS, INPUTS = 200, 1152  # rows off every tile, more groups than any pipeline has stages
 Key = tuple[str, int, torch.dtype, torch.device]
 _results: dict[Key, str] = {}  # "" or what went wrong; results of checks, not state of a device
@@ -24,36 +31,18 @@ _results: dict[Key, str] = {}  # "" or what went wrong; results of checks, not s
 
 def differences(kernel: str, bits: int, dtype: torch.dtype, device: torch.device) -> str:
     """Run ``kernel`` beside the fp64 reference: "" if they agree, else where they do not."""
-    from jointnas_kernels.ops.lowbit.linear import dequantize
-
     generator = torch.Generator(device).manual_seed(bits)
-    q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (ROWS, INPUTS), device=device, generator=generator)
+    low, high = level_range(bits)
+    q = torch.randint(low, high + 1, (ROWS, INPUTS), device=device, generator=generator)
     scale = (torch.rand(ROWS, INPUTS // 128, device=device, generator=generator) + 0.5).to(dtype)
-    packed = pack_weight(q.to(torch.int8), bits)
-    weight = CudaWeight.build(packed, scale, bits, planes=kernel == "bitplane")
-    dense = dequantize(packed, scale, bits, 128, torch.float64)
-    cases = {
-        "bitplane": ((5, 4, 0), (17, 2, 0)),
-        "int8": ((133, 8, 16), (300, 4, 32)),
-        "wgmma": ((133, 8, 8), (300, 4, 16), (133, 16, 8), (300, 16, 16)),
-    }
-    for tokens, a_bits, tiles in cases[kernel]:
+    weight = LowbitWeight.pack(q, scale, bits, 128, layout="cuda", planes=kernel == "bitplane")
+    for tokens, a_bits, plan in CASES[kernel]:
         x = (torch.randn(tokens, INPUTS, device=device, generator=generator) + 0.5).to(dtype)
-        operand, activation, exact = x, None, x.double()
+        expected = product(x, *weight.unpack(), bits, a_bits, 128, False, torch.float64)
+        activation = None
         if a_bits < 16:
-            a, s, z = quantize_tokens(x, a_bits)
-            exact = (a.double() - z.double()) * s.double()
-            operand, *parts = lowbit_cuda.quantize_pack(x, a_bits, layout=lowbit_cuda.LAYOUTS[kernel])
-            activation = (parts[0], parts[1])
-        expected = exact @ dense.t()
-        if kernel == "wgmma":
-            y = lowbit_cuda.wgmma(operand, weight, activation, TilePlan(tiles, 2))
-        else:
-            assert activation is not None
-            if kernel == "int8":
-                y = lowbit_cuda.int8(operand, weight, activation, Int8Plan(tiles, 2))
-            else:
-                y = lowbit_cuda.bitplane(operand, weight, activation, a_bits)
+            x, *activation = cuda.quantize_pack(x, a_bits, layout=cuda.ACT_LAYOUTS[kernel])
+        y = cuda.multiply(kernel, x, weight, activation, plan)
         # every element within one rounding of the output (bf16: 2^-9) and fp32 noise of the sums
         wrong = ~((y.double() - expected).abs() <= 2**-8 * expected.abs() + 1e-4 * expected.abs().max())
         if wrong.any():
@@ -79,7 +68,7 @@ def report(device: torch.device) -> dict[str, str]:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     lines = {}
-    for kernel, bits, dtype in ((k, b, d) for k, widths in KERNELS.items() for b in widths for d in lowbit_cuda.DTYPES):
+    for kernel, bits, dtype in ((k, b, d) for k, widths in KERNELS.items() for b in widths for d in DTYPES):
         reason = "" if verified(kernel, bits, dtype, device) else _results[(kernel, bits, dtype, device)]
         lines[f"W{bits} {kernel} {str(dtype)[6:]}"] = reason or "verified"
     return lines

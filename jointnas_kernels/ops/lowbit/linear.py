@@ -1,94 +1,182 @@
-"""lowbit_linear: y = x_hat @ (q * scale)^T with packed W{2,4,8} weights and A{2,4,8,16} activations.
+"""lowbit_matmul: the product of reference.py with a LowbitWeight; lowbit_linear: the same from the storage layout.
 
-    x [..., I] any float, packed int32 [O, I*w_bits/32] (ops/pack.py), scale [O, I/group_size]  ->  y [..., O] as x
-
-x_hat is x quantized per token (ops/quant/spec.py; asymmetric unless ``symmetric``), with levels ``a``, scales ``s`` and
-zero points ``z`` that match compressed-tensors bit for bit; x itself at 16 bits.
-The product is then  y[m, n] = s[m] * sum_g scale[n, g] * (sum_{k in g} q[n, k] * (a[m, k] - z[m])): the inner sum is an
-integer, exact in every backend; the outer one is fp32 (fp64 in the fp64 reference). Inference only: no gradients.
-
-A runtime that multiplies the same weights again and again lays them out once: on the CPU ``lowbit_pack`` and
-``lowbit_matmul`` (ops/lowbit_prepared.py), on CUDA ``lowbit_cuda.CudaWeight``. From the storage layout the CPU kernels
-lay out each block on the way, which costs a second pass over the weights.
+Inference only: no gradients. From the storage layout the CPU kernels lay out each block on the way, which costs a
+second pass over the weights, and ``backend="cuda"`` lays out everything on every call, which is meant for tests:
+whoever multiplies the same weight again and again keeps a LowbitWeight.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch import Tensor
 
-from jointnas_kernels.ops.core import cpu_calls as cpu
-from jointnas_kernels.ops.core.dispatch import bad, check, compute_dtype, custom_op, resolve, rows
-from jointnas_kernels.ops.lowbit.cuda import DTYPES, CudaWeight, matmul
-from jointnas_kernels.ops.lowbit.pack import TILE_INPUTS, check_bits, unpack_weight
-from jointnas_kernels.ops.quant.spec import PACKED_ACT_BITS, PACKED_WEIGHT_BITS, fake_quant_tokens
+from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core import cuda as calls
+from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.ops.core.tensors import bad, rows
+from jointnas_kernels.ops.lowbit import blocks, check, cuda, portable, tiles
+from jointnas_kernels.ops.lowbit.pack import check_bits
+from jointnas_kernels.ops.lowbit.reference import reference
+from jointnas_kernels.ops.lowbit.weight import LowbitWeight
+from jointnas_kernels.ops.quant.spec import PACKED_ACT_BITS
 
-NAME = "lowbit_linear"
-
-
-def dequantize(packed: Tensor, scale: Tensor, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:
-    """q * scale as [O, I] in ``dtype``."""
-    outputs, groups = scale.shape
-    q = unpack_weight(packed, bits, (outputs, groups * group_size)).to(dtype)
-    return (q.view(outputs, groups, group_size) * scale.to(dtype)[:, :, None]).view(outputs, -1)
-
-
-def reference(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
-              symmetric: bool) -> Tensor:
-    w = dequantize(packed, scale, w_bits, group_size, compute_dtype(x))
-    return (fake_quant_tokens(x, a_bits, symmetric) @ w.t()).to(x.dtype)
+NAME = "lowbit_matmul"
+# Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, wgmma 47,
+# tile 62, the library's GEMM on dequantised weights 84; at 512: wgmma 149, dense 130. 32 tokens more cost stream 18.
+STREAM_TOKENS = {16: 128, 8: 32, 4: 32, 2: 32}
+INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
+PLANE_BITS = (2, 4, 8)  # activations of the bit-plane kernel
 
 
-SCHEMA = (
-    "(Tensor x, Tensor packed, Tensor scale, int w_bits, int a_bits, int group_size, bool symmetric, str? backend)"
-    " -> Tensor"
+def _reference(
+    x: Tensor, tensors: Sequence[Tensor], layout: str, planes: bool, outputs: int, inputs: int, w_bits: int,
+    group_size: int, a_bits: int, symmetric: bool,
+) -> Tensor:  # fmt: skip
+    weight = LowbitWeight(tensors, layout, planes, outputs, inputs, w_bits, group_size)
+    return reference(x, *weight.unpack(), w_bits, a_bits, group_size, symmetric)
+
+
+def _triton(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tensor:
+    packed, scale = (t.contiguous() for t in weight.tensors)
+    y = portable.run(rows(x), packed, scale, weight.w_bits, a_bits, weight.group_size, symmetric)
+    return y.view(*x.shape[:-1], weight.outputs)
+
+
+def _cpu(x: Tensor, *rest: Any) -> Tensor:
+    tensors, layout, planes, outputs, inputs, w_bits, group_size, a_bits, symmetric = rest
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], outputs)  # a microsecond less than torch.empty
+    count, dtype = x.numel() // inputs, cpu.DTYPES[x.dtype]
+    if layout == "storage":
+        packed, scale = tensors[0].contiguous(), blocks.dense_scale(tensors[1])
+        cpu.call("lowbit_linear", x, packed, scale, y, count, outputs, inputs, w_bits, a_bits, group_size,
+                 blocks.stored_group(group_size, w_bits), symmetric, dtype, cpu.DTYPES[scale.dtype])
+    else:
+        data = tensors[0]
+        shape = data.shape
+        stored = inputs // shape[1]
+        bf16 = shape[2] == 1 + stored * w_bits // 32
+        cpu.call("lowbit_matmul", x, data, y, count, outputs, inputs, w_bits, a_bits, stored, symmetric, planes, dtype,
+                 bf16)
+    return y
+
+
+def kernel_for(tokens: int, weight: LowbitWeight, a_bits: int) -> str:
+    """Which CUDA kernel multiplies that many tokens; one tied to a GPU generation only once it is verified."""
+    if weight.planes:
+        if a_bits not in PLANE_BITS:
+            raise bad(NAME, f"bit-plane weights take activations of {PLANE_BITS} bits, got {a_bits}")
+        return "bitplane"
+    if tokens <= STREAM_TOKENS[a_bits]:
+        return "stream"
+    if a_bits == 16:
+        return "dense"
+    key = weight.w_bits, weight.tensors[1].dtype, weight.tensors[1].device
+    fills = 2 * cuda.Plan(16, cluster=2).blocks(tokens, weight.outputs) >= calls.multiprocessors(weight.tensors[1])
+    if tokens >= INT8_TOKENS and fills and check.verified("int8", *key):  # it cannot split along the inputs
+        return "int8"
+    return "wgmma" if check.verified("wgmma", *key) else "tile"
+
+
+def _cuda(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tensor:
+    weight = weight.laid_out("cuda", weight.planes)
+    if x.dtype != weight.tensors[1].dtype:
+        raise bad(NAME, f"x is {x.dtype} but the weights' scales are {weight.tensors[1].dtype}")
+    flat, activation = x.reshape(-1, weight.inputs).contiguous(), None
+    kernel = kernel_for(flat.shape[0], weight, a_bits)
+    if kernel == "dense":
+        y = flat @ cuda.dense(weight).t()
+    else:
+        if a_bits < 16:
+            flat, *activation = cuda.quantize_pack(flat, a_bits, symmetric, cuda.ACT_LAYOUTS[kernel])
+        y = cuda.multiply(kernel, flat, weight, activation)
+    return y.view(*x.shape[:-1], weight.outputs)
+
+
+def _choose(
+    x: Tensor, tensors: Sequence[Tensor], layout: str, planes: bool, outputs: int, inputs: int, w_bits: int,
+    group_size: int, a_bits: int, symmetric: bool, backend: str | None,
+) -> str:  # fmt: skip
+    """The kernels of the weight's layout; from the storage layout the first that take it, in its dtypes, as it is."""
+    if layout == "cpu" and backend in (None, "cpu") and x.dtype in cpu.DTYPES and x.numel():
+        return "cpu"  # the short way
+    available: Sequence[str] = (layout, "reference")
+    if layout == "storage":
+        cuda_fits = group_size == tiles.INPUTS and x.dtype in cuda.DTYPES and x.dtype == tensors[1].dtype
+        available = (
+            *(("cuda",) if cuda_fits or backend == "cuda" else ()), "triton",
+            *(("cpu",) if group_size % (32 // w_bits) == 0 or backend == "cpu" else ()), "reference",
+        )  # fmt: skip
+    chosen = resolve(NAME, backend, x, available)
+    return chosen if x.numel() else "reference"
+
+
+def _of_weight(run: Callable[[Tensor, LowbitWeight, int, bool], Tensor]) -> Callable[..., Tensor]:
+    """An implementation of the op, which knows tensors and plain values only."""
+    return lambda x, *rest: run(x, LowbitWeight(*rest[:-2]), *rest[-2:])
+
+
+_op = Op(
+    NAME,
+    {"cuda": _of_weight(_cuda), "triton": _of_weight(_triton), "cpu": _cpu, "reference": _reference},
+    choose=_choose,
 )
 
 
-@custom_op("lowbit_linear", SCHEMA)
-def _lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
-                   symmetric: bool, backend: str | None) -> Tensor:
-    # the CUDA kernels take one layout only; asked for by name they say so, chosen automatically they are passed over
-    fits = group_size == TILE_INPUTS and x.dtype in DTYPES and scale.dtype == x.dtype
-    first = ("cuda",) if fits or backend == "cuda" else ()
-    # the CPU kernels need groups of whole words
-    second = ("cpu",) if group_size % (32 // w_bits) == 0 or backend == "cpu" else ()
-    chosen = resolve(NAME, backend, x, (*first, "triton", *second, "reference"))
-    if chosen == "reference" or x.numel() == 0:
-        return reference(x, packed, scale, w_bits, a_bits, group_size, symmetric)
-    if chosen == "cpu":
-        if group_size % (32 // w_bits):
-            raise bad(NAME, f"backend 'cpu' needs a group_size multiple of {32 // w_bits} at {w_bits} bits; it is "
-                            f"{group_size}")
-        return cpu.lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric)
-    if chosen == "cuda":
-        check(group_size == TILE_INPUTS, NAME, f"backend 'cuda' takes group_size {TILE_INPUTS}, got {group_size}")
-        return matmul(x, CudaWeight.build(packed, scale, w_bits), a_bits, symmetric)
-    from jointnas_kernels.ops.lowbit import portable as lowbit_triton
+def lowbit_matmul(
+    x: Tensor, weight: LowbitWeight, a_bits: int = 16, symmetric: bool = False, backend: str | None = None
+) -> Tensor:
+    """y = x_hat @ (q * scale)^T, x_hat being x with every token quantized to ``a_bits``.
 
-    y = lowbit_triton.run(rows(x), packed.contiguous(), scale.contiguous(), w_bits, a_bits, group_size, symmetric)
-    return y.view(*x.shape[:-1], -1)
+    Args:
+        x: [..., I], any floating dtype; on CUDA that of the scales.
+        weight: [O, I], laid out by `LowbitWeight.pack`.
+        a_bits: 2, 4, 8, or 16: x is not quantized. Weights of bit-planes take 2 and 4 (on CUDA also 8).
+        symmetric: quantize without zero point.
+        backend: None: the kernels of the weight's layout where they can run on x; "reference"; for a weight in the
+            storage layout also "triton", "cpu" or "cuda".
+
+    Returns:
+        [..., O] in x's dtype. Sums of levels are exact, the rest is computed in fp32 (fp64 for fp64). No gradients.
+
+    Raises:
+        JointNASError: bits, shapes or devices that do not fit, or a backend that cannot run.
+    """
+    bits = (2, 4) if weight.planes and weight.layout == "cpu" else PACKED_ACT_BITS
+    if a_bits not in bits:
+        check_bits(a_bits, bits, f"{NAME}: a_bits")
+    first = weight.tensors[0]
+    if x.shape[-1] != weight.inputs:
+        raise bad(NAME, f"x has {x.shape[-1]} inputs, the weight {weight.inputs} inputs; x is {tuple(x.shape)}")
+    if x.device != first.device:
+        raise bad(NAME, f"x is on {x.device} and the weight, in layout {weight.layout!r}, on {first.device}")
+    out: Tensor = _op(x, *weight, a_bits, symmetric, backend)
+    return out
 
 
-@_lowbit_linear.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int, symmetric: bool,
-      backend: str | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+def lowbit_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int, backend: str | None = "auto",
+    symmetric: bool = False,
+) -> Tensor:  # fmt: skip
+    """`lowbit_matmul` on weights as a checkpoint stores them.
 
+    Args:
+        x: [..., I], any floating dtype.
+        packed: int32 [O, I*w_bits/32], from `pack_weight`.
+        scale: [O, I/group_size], any floating dtype.
+        w_bits: 2, 4 or 8.
+        a_bits: 2, 4, 8 or 16.
+        group_size: inputs that share a scale; divides I.
+        backend: "cuda" (groups of 128, float16 or bfloat16), "triton", "cpu", "reference"; "auto": the first that can.
+        symmetric: quantize x without zero point.
 
-def lowbit_linear(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, group_size: int,
-                  backend: str | None = "auto", symmetric: bool = False) -> Tensor:
-    """y = x_hat @ (q * scale)^T; see the module docstring."""
-    check_bits(w_bits, PACKED_WEIGHT_BITS, f"{NAME}: w_bits")
-    check_bits(a_bits, PACKED_ACT_BITS, f"{NAME}: a_bits")
-    inputs = x.shape[-1]
-    if packed.dtype != torch.int32 or packed.dim() != 2 or packed.shape[1] * 32 != inputs * w_bits:
-        raise bad(NAME, f"x has {inputs} inputs, so {w_bits}-bit packed weights are int32 [O, {inputs * w_bits / 32:g}]"
-                        f"; got {packed.dtype} {tuple(packed.shape)}")
-    if group_size < 1 or inputs % group_size:
-        raise bad(NAME, f"group_size must divide the input size {inputs}, got {group_size}")
-    if scale.shape != (packed.shape[0], inputs // group_size):
-        raise bad(NAME, f"scale must be {(packed.shape[0], inputs // group_size)}, got {tuple(scale.shape)}")
-    if not x.device == packed.device == scale.device:
-        raise bad(NAME, f"x, packed and scale must be on one device, got {x.device}, {packed.device}, {scale.device}")
-    return _lowbit_linear(x, packed, scale, w_bits, a_bits, group_size, symmetric, backend)
+    Returns:
+        [..., O] in x's dtype.
+
+    Raises:
+        JointNASError: bits, shapes or devices that do not fit, or a backend that cannot run.
+    """
+    return lowbit_matmul(x, LowbitWeight.stored(packed, scale, w_bits, group_size), a_bits, symmetric, backend)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core.dispatch import interpreting
+from jointnas_kernels.ops.core.backends import interpreting
 
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
 
@@ -29,7 +29,7 @@ def quantize_kernel(
     x_ptr, level_ptr, scale_ptr, K, stride, LOW: tl.constexpr, TINY: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token per program: level = a - z (fp16 [K]) and its scale; the steps of spec.quantize_tokens."""
+    """One token per program: level = a - z (fp16 [K]) and its scale; the steps of quantize_tokens."""
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     high: tl.constexpr = -LOW - 1.0
