@@ -25,7 +25,7 @@ from jointnas_kernels.latency.backends.base import (
     random_weight,
 )
 from jointnas_kernels.latency.backends.humming import Humming
-from jointnas_kernels.ops import LowbitWeight
+from jointnas_kernels.ops import LowbitWeight, unpack_weight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency import stand_ins
@@ -294,7 +294,8 @@ def test_fp8_is_another_function() -> None:
         weight, x = random_weight(spec, BF16, generator), random_input(spec, BF16, generator)
         a, scale, zero = quantize_tokens(x, 8)
         assert isinstance(weight, LowbitWeight)
-        q, group_scale = weight.levels(), weight.unpack()[1]
+        packed, group_scale = weight.unpack()
+        q = unpack_weight(packed, 8, (256, 1024))
         w = fp8(q) * group_scale.double().repeat_interleave(128, 1)
         found = disagreement(spec, x, weight, fp8(a.double() - zero.double()) * scale.double() @ w.T)
         assert found is not None
