@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core.backends import resolve
 from jointnas_kernels.ops.lowbit.linear import lowbit_matmul
-from jointnas_kernels.ops.lowbit.weight import LowbitWeight
+from jointnas_kernels.ops.lowbit.weight import LAYOUTS, LowbitWeight
 
 BACKENDS = ("auto", "reference", "triton", "cuda", "cpu")
 BUFFERS = ("weight_packed", "weight_scale", "row_sum", "locks")  # of a weight's tensors; the first two are stored
@@ -48,33 +48,32 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self,
-        packed: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        weight_bits: int,
-        act_bits: int = 16,
-        act_symmetric: bool = False,
-        backend: str | None = "auto",
-    ) -> None:
+        self, packed: Tensor, scale: Tensor, bias: Tensor | None, weight_bits: int, act_bits: int = 16,
+        act_symmetric: bool = False, backend: str | None = "auto",
+    ) -> None:  # fmt: skip
         super().__init__()
-        weight = LowbitWeight.stored(packed, scale, weight_bits, packed.shape[1] * 32 // weight_bits // scale.shape[1])
-        self.backend = choose(backend, weight)
-        weight = weight.laid_out(self.backend if self.backend in ("cuda", "cpu") else "storage")
+        stored = LowbitWeight.stored(packed, scale, weight_bits, packed.shape[1] * 32 // weight_bits // scale.shape[1])
+        self.backend = choose(backend, stored)
+        weight = stored.laid_out(self.backend) if self.backend in LAYOUTS else stored
         self.out_features, self.in_features, self.group_size = weight.outputs, weight.inputs, weight.group_size
         self.weight_bits, self.act_bits, self.act_symmetric = weight_bits, act_bits, act_symmetric
-        self.layout, self.names, self.scale_bytes = weight.layout, BUFFERS[: len(weight.tensors)], scale.element_size()
+        self.stored_bytes = sum(t.numel() * t.element_size() for t in stored.tensors)  # as a checkpoint stores it
+        self.layout, self.names = weight.layout, BUFFERS[: len(weight.tensors)]
         for name, tensor in zip(self.names, weight.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=name in BUFFERS[:2])
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     @property
     def weight(self) -> LowbitWeight:
-        """The buffers, wherever they are now, as `lowbit_matmul` takes them."""
-        return LowbitWeight(
-            [getattr(self, name) for name in self.names], self.layout, False, self.out_features, self.in_features,
-            self.weight_bits, self.group_size,
-        )  # fmt: skip
+        """The buffers, wherever they are now."""
+        tensors = [getattr(self, name) for name in self.names]
+        shape = self.out_features, self.in_features, self.weight_bits, self.group_size
+        return LowbitWeight(tensors, self.layout, False, *shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of packed integers and scales as they are held, in the layout of the backend."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
 
     def extra_repr(self) -> str:
         return (
@@ -82,26 +81,15 @@ class PackedLinear(nn.Module):
             f"A{self.act_bits}, group={self.group_size}, backend={self.backend}"
         )
 
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of packed integers and scales as they are stored."""
-        values = self.out_features * self.in_features
-        return values * self.weight_bits // 8 + values // self.group_size * self.scale_bytes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of packed integers and scales as they are held, in the layout of the backend."""
-        return sum(b.numel() * b.element_size() for b in self.buffers())
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if x.requires_grad and torch.is_grad_enabled():
             raise JointNASError("a packed linear has no gradients; use torch.no_grad(), or train before the export")
         weight = self.weight
-        first = weight.tensors[0]
-        if x.shape[-1] != self.in_features or x.device != first.device:
+        device = weight.tensors[0].device
+        if x.shape[-1] != self.in_features or x.device != device:
             raise JointNASError(
-                f"a packed linear of {self.in_features} inputs on {first.device} got {tuple(x.shape)} on {x.device}"
+                f"a packed linear of {self.in_features} inputs on {device} got {tuple(x.shape)} on {x.device}"
             )
         backend = self.backend if self.layout == "storage" else None
         y = lowbit_matmul(x, weight, self.act_bits, self.act_symmetric, backend)
@@ -110,10 +98,11 @@ class PackedLinear(nn.Module):
 
 def choose(backend: str | None, weight: LowbitWeight) -> str:
     """The backend of a layer, for the life of the layer."""
+    scale = weight.tensors[1]
     if backend not in (None, "auto"):
-        return resolve("PackedLinear", backend, weight.tensors[1], BACKENDS[1:])
-    first, *others = ("cuda", "triton") if weight.tensors[1].is_cuda else ("cpu",)
-    reason = weight.misfit(first)
-    if reason is None or others:
-        return first if reason is None else resolve("PackedLinear", None, weight.tensors[1], others)
-    raise JointNASError(f"PackedLinear: the CPU kernels cannot run: {reason}; backend='reference' can, slowly")
+        return resolve("PackedLinear", backend, scale, BACKENDS[1:])
+    if scale.is_cuda:
+        return "triton" if weight.misfit("cuda") else "cuda"
+    if reason := weight.misfit("cpu"):
+        raise JointNASError(f"PackedLinear: the CPU kernels cannot run: {reason}; backend='reference' can, slowly")
+    return "cpu"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from jointnas.environment import collect, text
 from torch import Tensor
 
 from benchmarks import bench_gemm
-from jointnas.verbs.doctor import doctor, text
 from jointnas_kernels.latency import LatencyTable, OpSpec, Target, Workload, profile
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import (
@@ -25,7 +25,7 @@ from jointnas_kernels.latency.backends.base import (
     random_weight,
 )
 from jointnas_kernels.latency.backends.humming import Humming
-from jointnas_kernels.ops import LowbitWeight
+from jointnas_kernels.ops import LowbitWeight, unpack_weight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency import stand_ins
@@ -255,11 +255,11 @@ def test_mistakes_in_own_backends_are_raised() -> None:
 
 
 def test_what_is_not_there_is_named() -> None:
-    found = doctor()["backends"]
+    found = collect()["backends"]
     for name, package in zip(NAMES, ("humming-kernels", "gemlite", "vllm", "gptqmodel"), strict=True):
         if not pytest.importorskip("importlib.util").find_spec(backend_of(name).package):
             assert set(found[name].values()) == {f"not installed (cuda only; pip install {package})"}
-    shown = text({**doctor(), "backends": found})
+    shown = text({**collect(), "backends": found})
     assert "torch-fp8: nothing works here" in shown
     assert "W8A8: another function than integer W8A8: e4m3 holds 80 of the 256 levels of 8 bits" in shown
 
@@ -294,7 +294,8 @@ def test_fp8_is_another_function() -> None:
         weight, x = random_weight(spec, BF16, generator), random_input(spec, BF16, generator)
         a, scale, zero = quantize_tokens(x, 8)
         assert isinstance(weight, LowbitWeight)
-        q, group_scale = weight.levels(), weight.unpack()[1]
+        packed, group_scale = weight.unpack()
+        q = unpack_weight(packed, 8, (256, 1024))
         w = fp8(q) * group_scale.double().repeat_interleave(128, 1)
         found = disagreement(spec, x, weight, fp8(a.double() - zero.double()) * scale.double() @ w.T)
         assert found is not None

@@ -19,42 +19,51 @@ from jointnas_kernels.latency.backends.humming import Humming
 from jointnas_kernels.latency.backends.marlin import Marlin
 from jointnas_kernels.latency.backends.ours import Ours
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
-from jointnas_kernels.latency.backends.torch_fp8 import TorchFp8
-from jointnas_kernels.latency.backends.torch_lowbit import TorchInt4, TorchInt8
+from jointnas_kernels.latency.backends.torch_lowbit import TorchFp8, TorchInt4, TorchInt8
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
-
-_REGISTRY: dict[str, Backend] = {}
-
-
-def register(backend: Backend) -> None:
-    """Makes a backend known to `profile`, `deploy` and `doctor`."""
-    if backend.name in _REGISTRY:
-        raise JointNASError(f"a latency backend named {backend.name!r} is already registered")
-    _REGISTRY[backend.name] = backend
-
-
-def unregister(name: str) -> None:
-    get(name)
-    del _REGISTRY[name]
-
-
-def names() -> list[str]:
-    return list(_REGISTRY)
-
-
-def get(name: str) -> Backend:
-    if name not in _REGISTRY:
-        raise unknown("latency backend", name, _REGISTRY)
-    return _REGISTRY[name]
-
 
 # best first: a backend ten times slower than one before it is not timed thoroughly
 _BUILTIN: tuple[Backend, ...] = (
     TorchDense(), Ours("cpu", "cpu"), Ours("cuda", "cuda"), Ours("triton", "cuda"), Humming(), Marlin("vllm"),
     Marlin("gptqmodel"), Gemlite(), TorchInt8(), TorchInt4(), TorchFp8(),
 )  # fmt: skip
-for _backend in _BUILTIN:
-    register(_backend)
+_REGISTRY = {backend.name: backend for backend in _BUILTIN}
+
+
+def register(backend: Backend) -> None:
+    """Makes a backend known to `profile`, `deploy` and `doctor`.
+
+    Raises:
+        JointNASError: one of that name is there already.
+    """
+    if backend.name in _REGISTRY:
+        raise JointNASError(f"a latency backend named {backend.name!r} is already registered")
+    _REGISTRY[backend.name] = backend
+
+
+def unregister(name: str) -> None:
+    """Forgets a backend.
+
+    Raises:
+        JointNASError: there is none of that name.
+    """
+    del _REGISTRY[get(name).name]
+
+
+def names() -> list[str]:
+    """Of all backends, best first."""
+    return list(_REGISTRY)
+
+
+def get(name: str) -> Backend:
+    """The backend of a name.
+
+    Raises:
+        JointNASError: there is none.
+    """
+    if name not in _REGISTRY:
+        raise unknown("latency backend", name, _REGISTRY)
+    return _REGISTRY[name]
 
 
 def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, str]]:

@@ -45,10 +45,7 @@ class Target:
 
 
 class Backend(Protocol):
-    """What is timed: some operations on some devices.
-
-    name: of the backend in tables, unique.
-    """
+    """Times some operations on some devices under a unique ``name``."""
 
     name: str
 
@@ -67,21 +64,42 @@ class Backend(Protocol):
 
 
 class Torch:
-    """What backends of torch's own operations share."""
+    """Backends of torch's own operations."""
 
     def version(self) -> str:
         return torch.__version__
 
 
-def stored(weight: Weight | None) -> tuple[Tensor, Tensor]:
-    """(packed int32 [N, K bits / 32], scale [N, K / group]) of a low-bit weight, in storage of their own."""
-    assert isinstance(weight, LowbitWeight)
-    packed, scale = weight.clone().unpack()
-    return packed, scale
+class LowBit:
+    """Backends of low-bit linears, which declare what they take."""
+
+    wbits: tuple[int, ...] = (2, 4, 8)
+    abits: tuple[int, ...] = (DENSE,)
+    activations = ""  # why no others
+    device = ""  # any
+    groups: tuple[int, ...] = ()  # any
+    whole_rows = True  # as a group, whatever their length
+    multiples = (1, 1)  # of n and k
+
+    def unsupported(self, spec: OpSpec, target: Target) -> str | None:
+        n, k = self.multiples
+        if self.device and target.device.type != self.device:
+            return f"runs on {self.device} only"
+        if spec.op != "linear" or spec.wbits not in self.wbits:
+            return f"linears with W in {self.wbits} only"
+        if spec.abits not in self.abits:
+            return f"activations of {' and '.join(map(str, self.abits))} bits only{self.activations}"
+        if spec.k % spec.group:
+            return f"k must be a multiple of the group, got {spec.k} and {spec.group}"
+        if self.groups and spec.group not in self.groups and not (self.whole_rows and spec.group == spec.k):
+            return f"groups of {self.groups}{' or whole rows' if self.whole_rows else ''} only, got {spec.group}"
+        if spec.n % n or spec.k % k:
+            return f"n must be a multiple of {n} and k of {k}, got {spec.n} and {spec.k}"
+        return None
 
 
-class ThirdParty:
-    """What backends of other libraries share: looked for at run time, imported only where they run.
+class ThirdParty(LowBit):
+    """Backends of other libraries: looked for at run time, imported only where they run.
 
     Whatever such a library raises is reported and excludes it (`excuse`): it may not fit this machine, or have another
     interface than the one its adapter was written for.
@@ -90,11 +108,7 @@ class ThirdParty:
     name: str
     package: str  # what is imported
     distribution: str  # what pip installs
-    wbits: tuple[int, ...]
-    groups: tuple[int, ...] = (32, 64, 128)  # besides whole rows
-    multiples: tuple[int, int]  # of n and k
-    activations = "activations of 16 bits only"
-    abits: tuple[int, ...] = (DENSE,)
+    groups = (32, 64, 128)
     device = "cuda"
     capability = (8, 0)
 
@@ -105,24 +119,21 @@ class ThirdParty:
             return ""
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        n, k = self.multiples
         if importlib.util.find_spec(self.package) is None:
             return f"not installed ({self.device} only; pip install {self.distribution})"
-        if target.device.type != self.device:
-            return f"runs on {self.device} only"
-        if spec.op != "linear" or spec.wbits not in self.wbits:
-            return f"linears with W in {self.wbits} only"
-        if spec.abits not in self.abits:
-            return self.activations
-        if target.workload.dtype not in ("float16", "bfloat16"):
+        reason = super().unsupported(spec, target)
+        if reason is None and target.workload.dtype not in ("float16", "bfloat16"):
             return f"float16 and bfloat16 only, got {target.workload.dtype}"
-        if torch.cuda.get_device_capability(target.device) < self.capability:
+        if reason is None and torch.cuda.get_device_capability(target.device) < self.capability:
             return f"needs compute capability {self.capability[0]}.{self.capability[1]}"
-        if spec.group not in (*self.groups, spec.k):
-            return f"groups of {self.groups} or whole rows only, got {spec.group}"
-        if spec.n % n or spec.k % k:
-            return f"n must be a multiple of {n} and k of {k}, got {spec.n} and {spec.k}"
-        return None
+        return reason
+
+
+def stored(weight: Weight | None) -> tuple[Tensor, Tensor]:
+    """(packed int32 [N, K bits / 32], scale [N, K / group]) of a low-bit weight, in storage of their own."""
+    assert isinstance(weight, LowbitWeight)
+    packed, scale = weight.clone().unpack()
+    return packed, scale
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int) -> LowbitWeight:

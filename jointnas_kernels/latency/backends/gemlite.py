@@ -16,7 +16,6 @@ from jointnas_kernels.ops.lowbit.pack import to_fields
 
 class Gemlite(ThirdParty):
     name = package = distribution = "gemlite"
-    wbits = (2, 4, 8)
     multiples = (32, 32)  # it checks k alone, but loads the scales of whole tiles of outputs
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:

@@ -13,9 +13,8 @@ from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 class Humming(ThirdParty):
     name, package, distribution = "humming", "humming", "humming-kernels"
-    wbits = (2, 4, 8)
     multiples = (64, 32)
-    activations = "activations of 16 bits only: its int8 ones have no zero point, the table's have"
+    activations = ": its int8 ones have no zero point, the table's have"
 
     def __init__(self, symmetric: bool = False) -> None:
         """symmetric: A8 too, for callers (the benchmark) that hold it to the symmetric reference."""

@@ -6,15 +6,15 @@ import torch
 
 import jointnas_kernels
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.backends.base import Call, Target, Weight
+from jointnas_kernels.latency.backends.base import Call, LowBit, Target, Weight
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 from jointnas_kernels.ops.lowbit.linear import lowbit_matmul
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 
-BITS = (2, 4, 8)
 
+class Ours(LowBit):
+    abits = (2, 4, 8, DENSE)
 
-class Ours:
     def __init__(self, implementation: str, device: str) -> None:
         self.implementation, self.device = implementation, device
         self.name = f"ours-{implementation}"
@@ -24,12 +24,9 @@ class Ours:
         return jointnas_kernels.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        if spec.op != "linear" or spec.wbits not in BITS or spec.abits not in (*BITS, DENSE):
-            return "linears with W in (2, 4, 8) and A in (2, 4, 8, 16) only"
-        if target.device.type != self.device:
-            return f"runs on {self.device} only"
-        if spec.k % spec.group:
-            return f"k must be a multiple of the group, got {spec.k} and {spec.group}"
+        why = super().unsupported(spec, target)
+        if why is not None:
+            return why
         try:  # one row of the smallest legal size tells whether the implementation is built and loads
             levels = torch.ones(8, spec.group, dtype=torch.int8, device=target.device)
             scale = torch.ones(8, 1, device=target.device, dtype=target.dtype)

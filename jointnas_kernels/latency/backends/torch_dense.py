@@ -7,6 +7,8 @@ heads, the dynamic cache's concatenation while decoding), because that is the mo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,92 +22,57 @@ class TorchDense(Torch):
     name = "torch"
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        if (spec.wbits, spec.abits) != (DENSE, DENSE):
-            return "dense only: W16A16"
-        return None
+        return None if (spec.wbits, spec.abits) == (DENSE, DENSE) else "dense only: W16A16"
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        if weight is not None:
-            assert isinstance(weight, Tensor)
+        if isinstance(weight, Tensor):
             return lambda x: F.linear(x, weight)
-        part = _PARTS[spec.op](spec, target)
+        part = _part(spec, target)
         return lambda _: part()
 
 
-def _randn(target: Target, *shape: int) -> Tensor:
-    return torch.randn(shape, device=target.device, dtype=target.dtype)
+def _norm(x: Tensor, weight: Tensor) -> Tensor:
+    h = x.to(torch.float32)
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return weight * h.to(x.dtype)
 
 
-def _embedding(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
-    weight = _randn(target, spec.k, spec.n)
-    ids = torch.randint(spec.k, (target.workload.batch, target.workload.queries), device=target.device)
-    return lambda: F.embedding(ids, weight)
-
-
-def _norm(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
-    x, weight = _randn(target, 1, spec.m, spec.n), _randn(target, spec.n)
-
-    def run() -> Tensor:
-        h = x.to(torch.float32)
-        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
-        return weight * h.to(x.dtype)
-
-    return run
-
-
-def _add(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
-    x, y = _randn(target, 1, spec.m, spec.n), _randn(target, 1, spec.m, spec.n)
-    return lambda: x + y
-
-
-def _swiglu(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
-    gate, up = _randn(target, 1, spec.m, spec.n), _randn(target, 1, spec.m, spec.n)
-    return lambda: F.silu(gate) * up
-
-
-def _heads(target: Target, heads: int, tokens: int, dim: int) -> Tensor:
-    """[B, H, tokens, D] as it comes out of a projection: a transposed view."""
-    return _randn(target, target.workload.batch, tokens, heads, dim).transpose(1, 2)
-
-
-def _rope(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
-    tokens = target.workload.queries
-    q, k = _heads(target, spec.n, tokens, spec.k), _heads(target, target.kv_heads, tokens, spec.k)
-    cos, sin = _randn(target, 1, 1, tokens, spec.k), _randn(target, 1, 1, tokens, spec.k)
-
+def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
     def rotate(x: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
-    def run() -> Tensor:
-        rotate(k)
-        return rotate(q)
-
-    return run
+    return rotate(q), rotate(k)
 
 
-def _attention(spec: OpSpec, target: Target) -> Callable[[], Tensor]:
-    work = target.workload
-    q = _randn(target, work.batch, spec.n, work.queries, spec.k)
-    new = _randn(target, work.batch, target.kv_heads, work.queries, spec.k)
-    cached = _randn(target, work.batch, target.kv_heads, work.seq, spec.k)
-    gqa = spec.n != target.kv_heads
-
-    def run() -> Tensor:
-        k, v = new, new
-        if work.mode == "decode":
-            k, v = torch.cat((cached, new), 2), torch.cat((cached, new), 2)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=work.mode == "prefill", enable_gqa=gqa)
-        return y.transpose(1, 2).contiguous()
-
-    return run
+def _attention(q: Tensor, new: Tensor, cached: Tensor | None) -> Tensor:
+    k, v = new, new
+    if cached is not None:
+        k, v = torch.cat((cached, new), 2), torch.cat((cached, new), 2)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=cached is None, enable_gqa=q.shape[1] != new.shape[1])
+    return y.transpose(1, 2).contiguous()
 
 
-_PARTS: dict[str, Callable[[OpSpec, Target], Callable[[], Tensor]]] = {
-    "embedding": _embedding,
-    "norm": _norm,
-    "add": _add,
-    "swiglu": _swiglu,
-    "rope": _rope,
-    "attention": _attention,
-}
+def _part(spec: OpSpec, target: Target) -> Callable[[], Any]:
+    """An operation that is no linear, on inputs of its own."""
+    work, (op, m, n, k, *_) = target.workload, spec
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=target.device, dtype=target.dtype)
+
+    if op == "embedding":
+        ids = torch.randint(k, (work.batch, work.queries), device=target.device)
+        return partial(F.embedding, ids, randn(k, n))
+    if op == "norm":
+        return partial(_norm, randn(1, m, n), randn(n))
+    if op == "add":
+        return partial(torch.add, randn(1, m, n), randn(1, m, n))
+    if op == "swiglu":
+        gate, up = randn(1, m, n), randn(1, m, n)
+        return lambda: F.silu(gate) * up
+    heads = n, target.kv_heads
+    if op == "rope":  # as heads come out of a projection: a transposed view of [B, T, H, D]
+        of_heads = [randn(work.batch, work.queries, h, k).transpose(1, 2) for h in heads]
+        return partial(_rope, *of_heads, *(randn(1, 1, work.queries, k) for _ in range(2)))
+    q, new = (randn(work.batch, h, work.queries, k) for h in heads)
+    return partial(_attention, q, new, randn(work.batch, heads[1], work.seq, k) if work.mode == "decode" else None)

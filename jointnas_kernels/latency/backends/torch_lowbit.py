@@ -11,27 +11,26 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from jointnas_kernels.latency.backends.base import Call, Target, Torch, Weight, stored
+from jointnas_kernels.latency.backends.base import Call, LowBit, Target, Torch, Weight, stored
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 from jointnas_kernels.ops.lowbit.pack import to_fields, unpack_weight
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 
-class TorchInt8(Torch):
+class TorchInt8(Torch, LowBit):
     """W8A16 through `_weight_int8pack_mm` (CPU), W8A8 through `_int_mm`."""
 
     name = "torch-int8"
+    wbits, abits = (8,), (8, DENSE)
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        if spec.op != "linear" or spec.wbits != 8 or spec.abits not in (8, DENSE):
-            return "W8A8 and W8A16 linears only"
-        if spec.abits == DENSE and target.device.type != "cpu":
+        why = super().unsupported(spec, target)
+        if why or target.device.type == "cpu":
+            return why
+        if spec.abits == DENSE:
             return "_weight_int8pack_mm runs on the CPU only"
-        if spec.abits == 8 and target.device.type == "cuda":
-            if spec.m <= 16:
-                return f"_int_mm on CUDA needs more than 16 rows, got {spec.m}"
-            if spec.n % 8 or spec.group % 8:
-                return "_int_mm on CUDA needs sizes that are multiples of 8"
+        if spec.m <= 16 or spec.n % 8 or spec.group % 8:
+            return f"_int_mm on CUDA needs more than 16 rows and sizes that are multiples of 8, got {spec}"
         return None
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
@@ -65,24 +64,19 @@ class TorchInt8(Torch):
         return both
 
 
-class TorchInt4(Torch):
+class TorchInt4(Torch, LowBit):
     """W4A16 through torch's int4pack (groups of 32, 64, 128 or 256)."""
 
     name = "torch-int4"
+    wbits, groups, whole_rows = (4,), (32, 64, 128, 256), False
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        if spec.op != "linear" or spec.wbits != 4 or spec.abits != DENSE:
-            return "W4A16 linears only"
-        if spec.group not in (32, 64, 128, 256):
-            return f"groups of 32, 64, 128 and 256 only, got {spec.group}"
-        if target.device.type == "cuda":
-            if target.dtype != torch.bfloat16:
-                return f"bfloat16 only on CUDA, got {target.workload.dtype}"
-            if spec.k % 128 or spec.n % 8:
-                return "k must be a multiple of 128 and n of 8 on CUDA"
-        elif spec.n % 16:
-            return f"n must be a multiple of 16, got {spec.n}"
-        return None
+        why, on_cuda = super().unsupported(spec, target), target.device.type == "cuda"
+        if why is None and on_cuda and target.dtype != torch.bfloat16:
+            return f"bfloat16 only on CUDA, got {target.workload.dtype}"
+        if why is None and (spec.n % (8 if on_cuda else 16) or (on_cuda and spec.k % 128)):
+            return f"n must be a multiple of 16 (on CUDA n of 8, k of 128), got {spec.n} and {spec.k}"
+        return why
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         packed, scale = stored(weight)
@@ -94,3 +88,23 @@ class TorchInt4(Torch):
             return lambda x: torch.ops.aten._weight_int4pack_mm(x, tiles, spec.group, pairs)
         tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unsigned.to(torch.int32), 1)
         return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, tiles, spec.group, pairs)
+
+
+class TorchFp8(Torch, LowBit):
+    """torch's fp8 product `_scaled_mm`: listed, so that `doctor` says why no table has it.
+
+    A W8A8 choice is a model with integer levels; fp8 (e4m3) has a value for every integer up to 16 and for every 2nd,
+    4th and 8th up to 32, 64 and 128. Rounding weights and activations to those changes the product by 3 % (tests), more
+    than the check before a timing allows: an exported model would not run on the kernel that its latency came from.
+    `jointnas bench gemm` times it on operands of its own.
+    """
+
+    name = "torch-fp8"
+    wbits, abits = (8,), (8,)
+
+    def unsupported(self, spec: OpSpec, target: Target) -> str | None:
+        reason = "another function than integer W8A8: e4m3 holds 80 of the 256 levels of 8 bits"
+        return super().unsupported(spec, target) or reason
+
+    def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        raise NotImplementedError(self.unsupported(spec, target))

@@ -101,10 +101,13 @@ def _choose(
     group_size: int, a_bits: int, symmetric: bool, backend: str | None,
 ) -> str:  # fmt: skip
     """The kernels of the weight's layout; from the storage layout the first that take it, in its dtypes, as it is."""
-    if layout == "cpu" and backend in (None, "cpu") and x.dtype in cpu.DTYPES and x.numel():
+    if layout == "cpu" and backend in (None, "cpu") and x.is_cpu and x.dtype in cpu.DTYPES and x.numel():
         return "cpu"  # the short way
     available: Sequence[str] = (layout, "reference")
-    if layout == "storage":
+    if layout != "storage":
+        if backend is None and x.device.type != layout:
+            backend = layout  # moved elsewhere: an error that says so
+    else:
         cuda_fits = group_size == tiles.INPUTS and x.dtype in cuda.DTYPES and x.dtype == tensors[1].dtype
         available = (
             *(("cuda",) if cuda_fits or backend == "cuda" else ()), "triton",

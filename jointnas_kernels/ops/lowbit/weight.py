@@ -21,7 +21,7 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.ops.core import cuda
 from jointnas_kernels.ops.core.backends import why_not
 from jointnas_kernels.ops.lowbit import blocks, tiles
-from jointnas_kernels.ops.lowbit.pack import check_bits, pack_weight, unpack_weight
+from jointnas_kernels.ops.lowbit.pack import check_bits, pack_weight
 from jointnas_kernels.ops.lowbit.reference import dequantize
 from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS
 
@@ -63,15 +63,9 @@ class LowbitWeight(NamedTuple):
 
     @classmethod
     def pack(
-        cls,
-        q: Tensor,
-        scale: Tensor,
-        w_bits: int,
-        group_size: int,
-        device: torch.device | str | None = None,
-        layout: str | None = None,
-        planes: bool = False,
-    ) -> LowbitWeight:
+        cls, q: Tensor, scale: Tensor, w_bits: int, group_size: int, device: torch.device | str | None = None,
+        layout: str | None = None, planes: bool = False,
+    ) -> LowbitWeight:  # fmt: skip
         """Lay out a weight for the kernels of a device.
 
         Args:
@@ -124,10 +118,6 @@ class LowbitWeight(NamedTuple):
         return LAYOUTS[self.layout].read_back(
             self.tensors, self.outputs, self.inputs, self.w_bits, self.group_size, self.planes
         )
-
-    def levels(self) -> Tensor:
-        """q, int8 [O, I]."""
-        return unpack_weight(self.unpack()[0], self.w_bits, (self.outputs, self.inputs))
 
     def dequantized(self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
         """q * scale of some rows, [rows, I] in ``dtype``."""
