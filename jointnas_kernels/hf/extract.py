@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from jointnas_kernels.hf.families import ATTENTION, build, rotary
+from jointnas_kernels.hf.families import build, rotary
 from jointnas_kernels.hf.reorder import Order
 from jointnas_kernels.hf.supernet import Supernet
-from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from jointnas_kernels.layout import CONFIG, EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of, kept, size
+from jointnas_kernels.nn.block import ActQuant, SupernetBlock
 from jointnas_kernels.nn.choices import ArchParameters
-from jointnas_kernels.nn.linear import FakeQuantLinear, SupernetLinear
+from jointnas_kernels.nn.linear import FakeQuantLinear, joined
 from jointnas_kernels.ops.quant import grid
-from jointnas_kernels.ops.width.masks import strided_pair_index
-from jointnas_kernels.space import LINEARS, Choice, SearchSpace, kept_blocks, original_sizes
+from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, kept_blocks
 
 
 def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> PreTrainedConfig:
     """The config of the extracted model; `kept`: the original indices of its blocks, None: the first ones."""
-    data = {
-        **config.to_dict(),
-        "hidden_size": choice.hidden,
-        "num_attention_heads": choice.heads,
-        "head_dim": choice.head_dim,
-        "intermediate_size": choice.intermediate,
-        "num_hidden_layers": choice.blocks,
-    }
+    sizes = all_sizes(config, choice.widths)
+    data = {**config.to_dict(), **{name: size(axis, sizes) for name, axis in CONFIG.items()}}
+    data["num_hidden_layers"] = choice.blocks
     data.pop("_name_or_path", None)
     types = data.pop("layer_types", None)
     if types is not None:  # which blocks look through a sliding window
@@ -38,29 +34,21 @@ def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None
     return type(config)(**data)
 
 
-def kept_channels(config: Any, choice: Choice, device: torch.device | str = "cpu") -> dict[str, tuple[Tensor, Tensor]]:
-    """(rows, columns) that a choice keeps of each of a block's linears, in the reordered model."""
-    s, n_kv = original_sizes(config), config.num_key_value_heads
-    heads, dim, d = s["heads"], s["head_dim"], choice.head_dim
-    hidden, neurons = torch.arange(choice.hidden), torch.arange(choice.intermediate)
-    pairs, prefix = strided_pair_index(dim, d), torch.arange(d)
-    groups = torch.arange(n_kv)[:, None] * (heads // n_kv)
-    kept_heads = (groups + torch.arange(choice.heads // n_kv)).flatten()
+class _Cut:
+    """What a choice keeps of a supernet: original indices of its blocks, its config, and channels of any axis."""
 
-    def inside(of: Tensor, dims: Tensor) -> Tensor:
-        return (of[:, None] * dim + dims).flatten()
+    def __init__(self, supernet: Supernet, choice: Choice) -> None:
+        supernet.space.check(choice)
+        self.blocks = kept_blocks(supernet.block_rank, choice.blocks)
+        self.config = subnet_config(supernet.config, choice, self.blocks)
+        self._sizes = all_sizes(supernet.config), all_sizes(supernet.config, choice.widths)
+        self._device, self._channels = supernet.device, dict[Axis, Tensor]()
 
-    kv = torch.arange(n_kv)
-    rows_columns = (
-        (inside(kept_heads, pairs), hidden),
-        (inside(kv, pairs), hidden),
-        (inside(kv, prefix), hidden),
-        (hidden, inside(kept_heads, prefix)),
-        (neurons, hidden),
-        (neurons, hidden),
-        (hidden, neurons),
-    )
-    return {n: (r.to(device), c.to(device)) for n, (r, c) in zip(LINEARS, rows_columns, strict=True)}
+    def channels(self, axis: Axis) -> Tensor:
+        """Their indices in the reordered model."""
+        if axis not in self._channels:
+            self._channels[axis] = kept(axis, *self._sizes).to(self._device)
+        return self._channels[axis]
 
 
 @torch.no_grad()
@@ -71,39 +59,30 @@ def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     below 16, quantize their input per token (`FakeQuantLinear`). Its weights are copies. To train the choice further
     with its LoRA and quantizers alive, use `shrink`.
     """
-    space = supernet.space
-    space.check(choice)
-    kept = kept_blocks(supernet.block_rank, choice.blocks)
-    config = subnet_config(supernet.config, choice, kept)
+    cut = _Cut(supernet, choice)
     with torch.device("meta"):
-        model: Any = build(config)
-    hidden = slice(0, choice.hidden)
-    channels = kept_channels(supernet.config, choice, supernet.device)
-    pairs = _pairs(supernet, choice)
-    _set(model.model.embed_tokens, supernet.embedding[:, hidden])
-    _set(model.model.norm, supernet.norm.weight[hidden])
+        model: Any = build(cut.config)
+    layout, hidden = block_of(supernet.config), cut.channels(HIDDEN)
+    _set(model, EMBEDDING.module, supernet.embedding[:, hidden])
+    _set(model, FINAL_NORM.path, supernet.norm.weight[hidden])
     if supernet.lm_head is not None:
-        _set(model.lm_head, supernet.lm_head[:, hidden])
-    for target, b in zip(model.model.layers, kept, strict=True):
+        _set(model, HEAD.module, supernet.lm_head[:, hidden])
+    for target, b in zip(model.model.layers, cut.blocks, strict=True):
         source: Any = supernet.blocks[b]
-        _set(target.input_layernorm, source.input_norm.weight[hidden])
-        _set(target.post_attention_layernorm, source.post_norm.weight[hidden])
-        for norm, name in zip(source.attention.norms, ("q_norm", "k_norm"), strict=False):
-            _set(getattr(target.self_attn, name), norm.weight[pairs])
-        index = None if choice.weight_bits is None else space.sizes("weight_bits").index(choice.weight_bits[b])
-        act_bits = 16 if choice.act_bits is None else choice.act_bits[b]
-        for name in LINEARS:
-            part, new = (source.attention, target.self_attn) if name in ATTENTION else (source.mlp, target.mlp)
-            linear: SupernetLinear = getattr(part, name)
-            rows, columns = channels[name]
-            weight = linear.merged(index)[rows][:, columns].contiguous()
-            bias = None if linear.bias is None else linear.bias[rows].clone()
-            if index is None and act_bits == 16:
-                _set(getattr(new, name), weight, bias)
+        for norm in layout.norms:
+            _set(target, norm.path, source.norms[norm.name].weight[cut.channels(norm.axis)])
+        bits, act_bits = choice.bits(b)
+        linears = source.linears
+        for path, members in layout.modules.items():
+            old = [(linears[m.name], cut.channels(m.rows), cut.channels(m.columns)) for m in members]
+            weight = joined(m.merged(m.index_of(bits))[rows][:, columns] for m, rows, columns in old)
+            bias = joined(None if m.bias is None else m.bias[rows] for m, rows, _ in old)
+            if bits is None and act_bits == 16:
+                _set(target, path, weight, bias)
             else:
-                of = None if choice.weight_bits is None else grid.find(weight, choice.weight_bits[b], linear.group_size)
-                setattr(new, name, FakeQuantLinear(weight, bias, of, act_bits, part.act.symmetric))
-    model.model.rotary_emb = rotary(config).to(supernet.device)
+                of = None if bits is None else grid.find(weight, bits, old[0][0].group_size)
+                target.set_submodule(path, FakeQuantLinear(weight, bias, of, act_bits, source.mlp.act.symmetric))
+    model.model.rotary_emb = rotary(cut.config).to(supernet.device)
     model.tie_weights()
     if supernet.generation_config is not None:
         model.generation_config = copy.deepcopy(supernet.generation_config)
@@ -119,56 +98,44 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
 
     Quantizing sliced weights equals slicing quantized ones up to the rounding of s B A, whose GEMM has another shape.
     """
-    space = supernet.space
-    space.check(choice)
-    kept = kept_blocks(supernet.block_rank, choice.blocks)
-    config = subnet_config(supernet.config, choice, kept)
-    small_space = SearchSpace(
-        (choice.hidden,), (choice.heads,), (choice.head_dim,), (choice.intermediate,), (choice.blocks,),
-        space.weight_bits, space.act_bits, space.group_size,
-    )
-    rank = {b: i for i, b in enumerate(kept)}
+    cut, space, layout = _Cut(supernet, choice), supernet.space, block_of(supernet.config)
+    structure: dict[str, Any] = {k: (getattr(choice, k),) for k in STRUCTURE}
+    small_space = SearchSpace(**structure, weight_bits=space.weight_bits, act_bits=space.act_bits,
+                              group_size=space.group_size)  # fmt: skip
+    rank = {b: i for i, b in enumerate(cut.blocks)}
     block_rank = tuple(rank[b] for b in supernet.block_rank if b in rank)
     order = Order(supernet.order.hidden[: choice.hidden], block_rank)
-    channels = kept_channels(supernet.config, choice, supernet.device)
-    pairs = _pairs(supernet, choice)
-    hidden = slice(0, choice.hidden)
 
-    def norm(module: SupernetNorm) -> SupernetNorm:
-        return SupernetNorm(module.weight[hidden].clone(), module.eps, module.backend)
+    def norm(old: Any, axis: Axis) -> Any:
+        return type(old)(old.weight[cut.channels(axis)], old.eps, old.backend)
 
-    old: Any = supernet.blocks[kept[0]]
-    act = ActQuant(old.mlp.act.bits, old.mlp.act.symmetric, supernet.backend)
+    first: Any = supernet.blocks[cut.blocks[0]]
+    act = ActQuant(first.mlp.act.bits, first.mlp.act.symmetric, supernet.backend)
     blocks = []
-    for b in kept:
-        source: Any = supernet.blocks[b]
-        linears = [getattr(source.attention if n in ATTENTION else source.mlp, n) for n in LINEARS]
-        q, k, v, o, gate, up, down = (m.sliced(*channels[n]) for n, m in zip(LINEARS, linears, strict=True))
-        norms = tuple(HeadNorm(n.weight[pairs].clone(), n.eps, n.backend) for n in source.attention.norms)
-        attention = SupernetAttention(q, k, v, o, choice.head_dim, act, norms, source.attention.sliding)
-        mlp = SupernetMLP(gate, up, down, act)
-        blocks.append(SupernetBlock(norm(source.input_norm), attention, norm(source.post_norm), mlp))
+    for b in cut.blocks:
+        old: Any = supernet.blocks[b]
+        linears = {m.name: old.linears[m.name].sliced(cut.channels(m.rows), cut.channels(m.columns))
+                   for m in layout.linears}  # fmt: skip
+        norms = {n.name: norm(old.norms[n.name], n.axis) for n in layout.norms}
+        blocks.append(SupernetBlock(linears, norms, act, choice.head_dim, old.attention.sliding))
     arch = ArchParameters(
-        small_space, config, order.block_rank, relaxation=supernet.arch.relaxation,
+        small_space, cut.config, order.block_rank, relaxation=supernet.arch.relaxation,
         bit_relaxation=supernet.arch.bit_relaxation, tau=supernet.arch.tau,
     )
+    hidden = cut.channels(HIDDEN)
     small = Supernet(
-        config, small_space, order, arch, supernet.embedding[:, hidden].clone(), blocks, norm(supernet.norm),
-        None if supernet.lm_head is None else supernet.lm_head[:, hidden].clone(),
-        rotary(config).to(supernet.device), supernet.backend, supernet.generation_config,
+        cut.config, small_space, order, arch, supernet.embedding[:, hidden], blocks,
+        norm(supernet.norm, HIDDEN), None if supernet.lm_head is None else supernet.lm_head[:, hidden],
+        rotary(cut.config).to(supernet.device), supernet.backend, supernet.generation_config,
     )
     small.gradient_checkpointing = supernet.gradient_checkpointing
-    bits = {k: None if v is None else tuple(v[b] for b in kept)
-            for k, v in (("weight_bits", choice.weight_bits), ("act_bits", choice.act_bits))}
-    return small.fix(Choice(choice.hidden, choice.heads, choice.head_dim, choice.intermediate, choice.blocks, **bits))
+    of_all = {k: getattr(choice, k) for k in BITS}
+    bits: dict[str, Any] = {k: None if v is None else tuple(v[b] for b in cut.blocks) for k, v in of_all.items()}
+    return small.fix(replace(choice, **bits))
 
 
-def _pairs(supernet: Supernet, choice: Choice) -> Tensor:
-    """The query and key dims of each head that a choice keeps."""
-    return strided_pair_index(original_sizes(supernet.config)["head_dim"], choice.head_dim, supernet.device)
-
-
-def _set(module: nn.Module, weight: Tensor, bias: Tensor | None = None) -> None:
-    module.weight = nn.Parameter(weight.detach().clone())
+def _set(parent: nn.Module, path: str, weight: Tensor, bias: Tensor | None = None) -> None:
+    module: Any = parent.get_submodule(path)
+    module.weight = nn.Parameter(weight.detach())
     if bias is not None:
         module.bias = nn.Parameter(bias.detach())

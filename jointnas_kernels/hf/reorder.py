@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf.families import PATHS
 from jointnas_kernels.hf.importance import Importance
-from jointnas_kernels.space import original_sizes
+from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of
 
 
 @dataclass(frozen=True)
@@ -30,36 +29,40 @@ class Order:
     value_dims: Tensor | None = field(default=None, compare=False)  # [L, Hkv, D]
     neurons: Tensor | None = field(default=None, compare=False)  # [L, I]; None: of a shrunk supernet
 
-    def linears(self, block: int) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """(rows, columns) of the original weights, in the new order, of a block's linears; None: not moved."""
+    def channels(self, axis: Axis, block: int) -> Tensor | None:
+        """Original indices of an axis' channels in the new order; None: they are not moved."""
         if self.heads is None or self.value_dims is None or self.neurons is None:
             raise JointNASError("a shrunk supernet lacks channels of the original model, so it has no order of them.")
-        n_kv, dim = self.value_dims.shape[1:]
-        heads, dims, neurons = self.heads[block], self.value_dims[block], self.neurons[block]
-        hidden = torch.tensor(self.hidden)
-        q = (heads[:, None] * dim + torch.arange(dim)).flatten()
-        v = (torch.arange(n_kv)[:, None] * dim + dims).flatten()
-        o = (heads.view(n_kv, -1, 1) * dim + dims[:, None, :]).flatten()
-        return {
-            "q_proj": (q, hidden),
-            "k_proj": (None, hidden),
-            "v_proj": (v, hidden),
-            "o_proj": (hidden, o),
-            "gate_proj": (neurons, hidden),
-            "up_proj": (neurons, hidden),
-            "down_proj": (hidden, neurons),
+        groups, dim = self.value_dims.shape[1:]
+        first = torch.arange(groups)[:, None]
+        heads = self.heads[block].view(groups, -1)
+        # [1, channels], or [groups, channels] inside each key-value head
+        orders = {
+            "hidden": torch.tensor(self.hidden)[None],
+            "neurons": self.neurons[block][None],
+            "heads": heads - first * heads.shape[1],
+            "value_dims": self.value_dims[block],
         }
+        if not any(factor.order for factor in axis):
+            return None
+        if len(axis) == 1:
+            return orders[axis[0].order or ""][0]
+        index = first
+        for factor in axis[1:]:
+            inner = orders[factor.order] if factor.order else torch.arange(dim).expand(groups, -1)
+            index = (index[:, :, None] * inner.shape[1] + inner[:, None, :]).flatten(1)
+        return index.flatten()
 
 
 def identity_order(config: Any) -> Order:
     """Of a model that is not reordered: the first blocks count as the most important."""
-    s, n_kv = original_sizes(config), config.num_key_value_heads
+    s = all_sizes(config)
     blocks = s["blocks"]
     return Order(
         tuple(range(s["hidden"])),
         tuple(range(blocks)),
         torch.arange(s["heads"]).expand(blocks, -1),
-        torch.arange(s["head_dim"]).expand(blocks, n_kv, -1),
+        torch.arange(s["head_dim"]).expand(blocks, s["kv_heads"], -1),
         torch.arange(s["intermediate"]).expand(blocks, -1),
     )
 
@@ -69,28 +72,31 @@ def reorder(model: nn.Module, importance: Importance) -> Order:
     """Permute the weights of a model of a supported family in place, most important first."""
     config: Any = model.config
     importance.check(config)
-    s, n_kv = original_sizes(config), config.num_key_value_heads
-    per_group = s["heads"] // n_kv
-    hidden = _descending(importance.hidden)
-    first = torch.arange(n_kv)[:, None] * per_group
+    layout, sizes = block_of(config), all_sizes(config)
+    groups, per_group = sizes["kv_heads"], sizes["heads"] // sizes["kv_heads"]
+    first = torch.arange(groups)[:, None] * per_group
     order = Order(
-        tuple(hidden.tolist()),
+        tuple(_descending(importance.hidden).tolist()),
         tuple(_descending(importance.blocks).tolist()),
-        (first + _descending(importance.heads.view(-1, n_kv, per_group))).flatten(1),
+        (first + _descending(importance.heads.view(-1, groups, per_group))).flatten(1),
         _descending(importance.value_dims),
         _descending(importance.neurons),
     )
-    body: Any = model.get_submodule("model")
-    _permute(body.embed_tokens, columns=hidden)
-    head: Any = model.get_submodule("lm_head")
-    if head.weight is not body.embed_tokens.weight:
-        _permute(head, columns=hidden)
-    _permute_norm(body.norm, hidden)
-    for i, layer in enumerate(body.layers):
-        for name, (rows, columns) in order.linears(i).items():
-            _permute(layer.get_submodule(PATHS[name]), rows, columns)
-        _permute_norm(layer.input_layernorm, hidden)
-        _permute_norm(layer.post_attention_layernorm, hidden)
+    hidden = order.channels(HIDDEN, 0)
+    embedding, head = (model.get_submodule(outer.module).weight for outer in (EMBEDDING, HEAD))
+    for table in (embedding,) if head is embedding else (embedding, head):
+        _permute(table, columns=hidden)
+    _permute(model.get_submodule(FINAL_NORM.path).weight, hidden)
+    layers: Any = model.get_submodule("model.layers")
+    for i, layer in enumerate(layers):
+        for linear in layout.linears:
+            module, own = layer.get_submodule(linear.module), layout.rows(linear, sizes)
+            rows = order.channels(linear.rows, i)
+            _permute(module.weight[own], rows, order.channels(linear.columns, i))
+            if module.bias is not None:
+                _permute(module.bias[own], rows)
+        for norm in layout.norms:
+            _permute(layer.get_submodule(norm.path).weight, order.channels(norm.axis, i))
     return order
 
 
@@ -99,14 +105,6 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def _permute(module: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    weight = module.weight
-    new = weight if rows is None else weight[rows.to(weight.device)]
-    weight.copy_(new if columns is None else new[:, columns.to(weight.device)])
-    bias = getattr(module, "bias", None)
-    if bias is not None and rows is not None:
-        bias.copy_(bias[rows.to(bias.device)])
-
-
-def _permute_norm(module: Any, hidden: Tensor) -> None:
-    module.weight.copy_(module.weight[hidden.to(module.weight.device)])
+def _permute(tensor: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    new = tensor if rows is None else tensor[rows.to(tensor.device)]
+    tensor.copy_(new if columns is None else new[:, columns.to(tensor.device)])

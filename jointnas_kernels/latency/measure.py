@@ -20,11 +20,12 @@ from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import Target, Weight, quantize_weight
 from jointnas_kernels.latency.interpolation import measured_by
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
+from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, with_bits
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
-from jointnas_kernels.space import LINEARS, Choice, SearchSpace, count_params, kept_blocks
+from jointnas_kernels.layout import block_of
+from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks
 
 ENOUGH = 4  # whole models for the two terms of a calibration
 TURNS = 5  # of measuring a whole model
@@ -66,23 +67,22 @@ def deploy(
     if len(layers) != len(kept):
         raise JointNASError(f"the model has {len(layers)} blocks, the choice {len(kept)}")
     target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
-    group, o_group = groups(space)
+    modules = block_of(model.config).modules
     for layer, b in zip(layers, kept, strict=True):
         wbits = choice.weight_bits[b] if choice.weight_bits else DENSE
         abits = choice.act_bits[b] if choice.act_bits else DENSE
-        for name in LINEARS:
-            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-            linear = getattr(parent, name)
+        for path, members in modules.items():
+            linear = layer.get_submodule(path)
             n, k = linear.weight.shape
-            g = o_group if name == "o_proj" else group
-            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, g)
+            group = space.group(members[0])
+            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, group)
             row = table.best(spec)
             if row is None:
                 raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
             dense = linear.weight.detach()
-            weight = dense if wbits == DENSE else quantize_weight(dense, wbits, g)
+            weight = dense if wbits == DENSE else quantize_weight(dense, wbits, group)
             bias = None if linear.bias is None else linear.bias.detach()
-            setattr(parent, name, BackendLinear(spec, target, measured_by(table, row), weight, bias))
+            layer.set_submodule(path, BackendLinear(spec, target, measured_by(table, row), weight, bias))
     return model
 
 

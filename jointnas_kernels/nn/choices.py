@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.layout import HEADS, HIDDEN, NEURONS, PAIRS, VALUES, WIDTHS, Factor, all_sizes, traits
 from jointnas_kernels.ops.width.categorical import reinmax
-from jointnas_kernels.ops.width.masks import membership, strided_pair_mask
-from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, extras, keep_matrix, original_sizes
+from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, keep_matrix
 
 RELAXATIONS = ("dirichlet", "reinmax", "gumbel")
 BIT_RELAXATIONS = ("softmax", *RELAXATIONS)
@@ -164,30 +164,33 @@ class ArchParameters(nn.Module):
         if not tau > 0:
             raise JointNASError(f"tau is {tau}; a temperature must be positive.")
         self.space, self.relaxation, self.bit_relaxation, self.tau = space, relaxation, bit_relaxation, tau
-        full = original_sizes(config)
-        n_kv, heads, dim = config.num_key_value_heads, full["heads"], full["head_dim"]
+        full = all_sizes(config)
         self.block_rank = tuple(block_rank if block_rank is not None else range(full["blocks"]))
+
+        def members(factor: Factor) -> Tensor:
+            """[full size, K]: 1 where a choice of the factor's dimension keeps the channel."""
+            kept = [factor.mask(full, full | {factor.dim: size}) for size in space.sizes(factor.dim)]
+            return torch.stack(kept, dim=1).float()
+
         with torch.device("cpu"):
             logits = {}
-            for key in (*WIDTHS, "blocks"):
+            for key in STRUCTURE:
                 logits[key] = torch.zeros(len(space.sizes(key)))
                 logits[key][-1] = alpha_init
-            for key in ("weight_bits", "act_bits"):
+            for key in BITS:
                 if space.sizes(key):
                     logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
             self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
-            group = torch.tensor([h // n_kv for h in space.heads])
             self._member = {
-                "hidden": membership(space.hidden, full["hidden"]),
-                "heads": (torch.arange(heads)[:, None] % (heads // n_kv) < group).float(),
-                "pairs": torch.stack([strided_pair_mask(e, space.head_dim, dim)
-                                      for e in torch.eye(len(space.head_dim))], dim=1),
-                "prefix": membership(space.head_dim, dim),
+                "hidden": members(*HIDDEN),
+                "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
+                "pairs": members(*PAIRS),
+                "prefix": members(*VALUES),
                 "scale": torch.tensor([1 / math.sqrt(d) for d in space.head_dim], dtype=torch.float64),
-                "intermediate": membership(space.intermediate, full["intermediate"]),
+                "intermediate": members(*NEURONS),
                 "blocks": keep_matrix(space, self.block_rank).float(),
             }
-        self._kv, self._qk_norm = n_kv, extras(config).qk_norm
+        self._kv, self._qk_norm = full["kv_heads"], traits(config).qk_norm
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ArchParameters:
         return self  # stays on the host in fp32: see the top of this file
@@ -210,16 +213,15 @@ class ArchParameters(nn.Module):
     def argmax(self) -> Choice:
         """The most probable size of every dimension."""
         best: dict[str, Any] = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
-        widths = {k: self.space.sizes(k)[best[k]] for k in (*WIDTHS, "blocks")}
+        widths = {k: self.space.sizes(k)[best[k]] for k in STRUCTURE}
         bits = {k: tuple(self.space.sizes(k)[i] for i in best[k]) for k in best if k.endswith("_bits")}
         return Choice(**widths, **bits)  # type: ignore[arg-type]
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
         """Certain probabilities of a choice, keyed like `probs`."""
         self.space.check(choice)
-        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)])
-                  for k in (*WIDTHS, "blocks")}
-        for key in ("weight_bits", "act_bits"):
+        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)]) for k in STRUCTURE}
+        for key in BITS:
             if self.space.sizes(key):
                 rows = [[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)]
                 result[key] = torch.tensor(rows)
@@ -275,7 +277,7 @@ class ArchParameters(nn.Module):
             m["intermediate"] @ a["intermediate"],
             *((a["head_dim"] * scale, a["head_dim"]) if self._qk_norm else ()),
             m["blocks"] @ a["blocks"],
-            *(a[k] for k in ("weight_bits", "act_bits") if k in a),
+            *(a[k] for k in BITS if k in a),
         ]
 
     @torch.no_grad()
@@ -301,11 +303,11 @@ class ArchParameters(nn.Module):
         moved = host if device.type == "cpu" and out is None else list(_ToDevice.apply(device, out, *host))
         masks = Masks(*moved[:at])
         blocks = len(self.block_rank)
-        bits = dict(zip((k for k in ("weight_bits", "act_bits") if k in alphas), moved[at + 1 :], strict=True))
+        bits = dict(zip((k for k in BITS if k in alphas), moved[at + 1 :], strict=True))
         values = tuple(gates.detach().tolist())
         on_device = {"gate": moved[at].unbind()}
-        for key, name in (("weight_bits", "weight"), ("act_bits", "act")):
-            present = key in alphas
+        for key in BITS:
+            name, present = key.removesuffix("_bits"), key in alphas
             on_device[f"{name}_probs"] = bits[key].unbind() if present else (None,) * blocks
             on_device[f"{name}_index"] = self._certain(alphas[key]) if present else (None,) * blocks
         # a certain gate of 1 is no gate at all

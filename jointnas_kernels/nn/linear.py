@@ -10,7 +10,8 @@ groups they do not cut, and sit in the elementwise kernels around it:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +156,10 @@ class SupernetLinear(nn.Module):
         delta = (b.to(wide) @ a.to(wide)) * self.scaling
         return (self.weight.to(wide) + delta).to(self.weight.dtype)
 
+    def index_of(self, bits: int | None) -> int | None:
+        """Number of a precision; None for None."""
+        return None if bits is None or self.bits is None else self.bits.index(bits)
+
     def pair(self, index: int | None = None) -> tuple[Tensor, Tensor]:
         """A [r, I] and B [O, r]; with bits, those of precision number `index`."""
         if self.bits is None:
@@ -196,6 +201,12 @@ class SupernetLinear(nn.Module):
         if self.clip_logits is not None:
             small.register_parameter("clip_logits", nn.Parameter(self.clip_logits.detach()[:, rows][..., groups]))
         return small
+
+
+def joined(parts: Iterable[Tensor | None]) -> Any:
+    """Rows of several linears as those of one: a copy; None if there are none."""
+    found: list[Any] = list(parts)
+    return None if all(part is None for part in found) else torch.cat(found)
 
 
 class FakeQuantLinear(nn.Linear):

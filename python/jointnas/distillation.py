@@ -24,8 +24,10 @@ from jointnas.data import Batches
 from jointnas.metrics import Metrics
 from jointnas.trainable import TrainableQuantLinear
 from jointnas_kernels.hf import Supernet, extract, shrink
+from jointnas_kernels.layout import block_of
+from jointnas_kernels.nn.linear import joined
 from jointnas_kernels.progress import Progress
-from jointnas_kernels.space import LINEARS, Choice
+from jointnas_kernels.space import Choice
 
 Teacher = Callable[[Tensor], Tensor]
 
@@ -40,20 +42,19 @@ def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     assert small.choice is not None
     for i, (layer, block) in enumerate(zip(model.model.layers, small.blocks, strict=True)):
         source: Any = block
+        linears = source.linears
         weight_bits = small.choice.weight_bits[i] if small.choice.weight_bits else None
         act_bits = small.choice.act_bits[i] if small.choice.act_bits else None
-        for name in LINEARS:
-            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-            part = source.attention if hasattr(source.attention, name) else source.mlp
-            linear = getattr(part, name)
-            p = None if weight_bits is None else linear.bits.index(weight_bits)
-            weight, ratio = linear.adapted(p), linear.clip_ratio()
-            clip = None if p is None or ratio is None else ratio[p].detach().clone()
-            bias = None if linear.bias is None else linear.bias.detach().clone()
+        for path, members in block_of(model.config).modules.items():
+            old = [linears[m.name] for m in members]
+            p = old[0].index_of(weight_bits)
+            ratios = [linear.clip_ratio() for linear in old]
             layer_new = TrainableQuantLinear(
-                weight.clone(), bias, weight_bits, act_bits, linear.group_size, clip, part.act.symmetric
-            )
-            setattr(parent, name, layer_new)
+                joined(linear.adapted(p) for linear in old), joined(linear.bias for linear in old), weight_bits,
+                act_bits, old[0].group_size, joined(None if p is None or r is None else r[p] for r in ratios),
+                source.mlp.act.symmetric,
+            )  # fmt: skip
+            layer.set_submodule(path, layer_new)
     return model
 
 

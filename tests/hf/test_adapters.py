@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, load_adapters, save_adapters, shrink
-from jointnas_kernels.hf.families import PATHS
-from jointnas_kernels.space import LINEARS
+from jointnas_kernels.layout import LINEARS, all_sizes, block_of
 from tests.hf.hf_models import QUANT_SPACE, SPACE, ids, random_importance, randomize_lora, tiny_model
 
 FAMILIES = ["llama", "qwen2", "qwen3"]
@@ -36,13 +35,14 @@ def pair(
 
 def assert_merged(model: Any, supernet: Supernet, index: int | None) -> None:
     """The merged original, in the supernet's order, bit for bit."""
+    layout, sizes = block_of(model.config), all_sizes(model.config)
     for b, layer in enumerate(model.model.layers):
         block: Any = supernet.blocks[b]
-        for name, (rows, columns) in supernet.order.linears(b).items():
-            weight = layer.get_submodule(PATHS[name]).weight
+        for m in layout.linears:
+            rows, columns = (supernet.order.channels(axis, b) for axis in (m.rows, m.columns))
+            weight = layer.get_submodule(m.module).weight[layout.rows(m, sizes)]
             weight = weight if rows is None else weight[rows]
-            part = block.attention if "attn" in PATHS[name] else block.mlp
-            assert torch.equal(weight[:, columns], getattr(part, name).adapted(index)), (b, name)
+            assert torch.equal(weight[:, columns], block.linears[m.name].adapted(index)), (b, m.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -65,9 +65,8 @@ def _bare(wrapped: Any) -> Any:
     """The base model with its merged linears in their places."""
     model = copy.deepcopy(wrapped.base_model.model)
     for layer in model.model.layers:
-        for path in PATHS.values():
-            part, name = path.split(".")
-            setattr(layer.get_submodule(part), name, layer.get_submodule(path).get_base_layer())
+        for path in block_of(model.config).modules:
+            layer.set_submodule(path, layer.get_submodule(path).get_base_layer())
     return model
 
 

@@ -15,8 +15,9 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, extract, importance_scores, load, shrink, subnet_config
 from jointnas_kernels.hf.families import FAMILIES, build
 from jointnas_kernels.latency import LatencyTable, Workload, deploy, enumerate_ops, measure_model
+from jointnas_kernels.layout import sliding_windows
 from jointnas_kernels.nn import FakeQuantLinear
-from jointnas_kernels.space import Choice, SearchSpace, count_params, expected_params, kept_blocks, sliding_windows
+from jointnas_kernels.space import Choice, SearchSpace, count_params, expected_params, kept_blocks
 from tests.hf.hf_models import (
     MHA_SPACE,
     QUANT_SPACE,

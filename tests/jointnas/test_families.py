@@ -14,8 +14,8 @@ from jointnas import cli
 from jointnas.preparation import open_run
 from jointnas.run_folder import found_choice
 from jointnas_kernels import hf
-from jointnas_kernels.hf.families import PATHS
 from jointnas_kernels.latency import LatencyTable
+from jointnas_kernels.layout import all_sizes, block_of
 from tests.jointnas import tiny
 
 SPACE = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
@@ -50,11 +50,12 @@ def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fami
     original = AutoModelForCausalLM.from_pretrained(source)
     merged = PeftModel.from_pretrained(original, out / "adapters" / "w8", adapter_name="w8").merge_and_unload()
     supernet = open_run(str(run)).supernet
+    layout, sizes = block_of(original.config), all_sizes(original.config)
     for b, layer in enumerate(merged.model.layers):
-        for name, (rows, columns) in supernet.order.linears(b).items():
-            weight = layer.get_submodule(PATHS[name]).weight[..., columns]
-            block = supernet.blocks[b]
-            linear = getattr(block.attention if "attn" in PATHS[name] else block.mlp, name)
+        for m in layout.linears:
+            rows, columns = (supernet.order.channels(axis, b) for axis in (m.rows, m.columns))
+            weight = layer.get_submodule(m.module).weight[layout.rows(m, sizes)][..., columns]
+            linear = supernet.blocks[b].linears[m.name]
             assert torch.equal(weight if rows is None else weight[rows], linear.adapted(1))
 
 

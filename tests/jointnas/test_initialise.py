@@ -147,13 +147,13 @@ def test_transformation_is_exactly_equivalent(biased: bool) -> None:
     made = model(torch.float64, attention_bias=biased, mlp_bias=biased)
     original = made(windows(3)).logits
     walk = Blocks(made)
-    for b, layer in enumerate(made.model.layers):
+    for layer in made.model.layers:
         parameters = {k: v.detach() for k, v in layer.named_parameters()}
-        moved = identity(parameters, walk.names[b], layer.self_attn.head_dim)
+        moved = identity(parameters, walk)
         assert (moved.shift is not None) == biased
         for i, leaf in enumerate(moved.leaves()):
             leaf += random(*leaf.shape, seed=i)
-        new = equivalent(parameters, walk.names[b], moved)
+        new = equivalent(parameters, walk, moved)
         assert max(float((new[k] - v).abs().max()) for k, v in parameters.items()) > 0.1
         layer.load_state_dict(new)
     assert (made(windows(3)).logits - original).abs().max() <= 1e-10
@@ -164,7 +164,7 @@ def problem(made: LlamaForCausalLM, bits: int = 2, b: int = 1) -> Problem:
     x = walk.start(windows())
     for i in range(b):
         walk.advance(i, x)
-    return Problem(walk, b, x, walk.advance(b, x.clone()), bits, bits_of(made).groups())
+    return Problem(walk, b, x, walk.advance(b, x.clone()), bits, bits_of(made).groups(walk.modules))
 
 
 @pytest.mark.parametrize(("bits", "act"), [(2, 16), (4, 16), (4, 4), (8, 8)], ids=lambda v: str(v))
@@ -190,12 +190,12 @@ def test_smoothing_evens_out_an_outlier() -> None:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
             linear.weight[:, 5] /= 60
     todo = problem(made, 8)
-    start = identity(todo.parameters, todo.names, layer.self_attn.head_dim)
+    start = identity(todo.parameters, todo.blocks)
     smooth = smoothed(todo, start)
     assert smooth.log_scale["mlp"].argmax() == 5
     with todo.blocks.quantized_inputs(1, 4, False):
         plain, better = (
-            todo.error(todo.quantized(equivalent(todo.parameters, todo.names, t), todo.unclipped()))
+            todo.error(todo.quantized(equivalent(todo.parameters, todo.blocks, t), todo.unclipped()))
             for t in (start, smooth)
         )
     assert better < 0.5 * plain
@@ -220,7 +220,7 @@ def test_transformed_weights_scale_their_grid() -> None:
     """Likewise for weights: w · dQ/dw + the clipped part = Q; a gradient does not change values."""
     todo = problem(model(), 3)
     clips = {n: torch.full_like(c, 0.7) for n, c in todo.unclipped().items()}
-    name = f"{todo.names['o_proj']}.weight"
+    name = "self_attn.o_proj.weight"
     leaf = todo.parameters[name].double().requires_grad_()
     out = todo.quantized({**todo.weights, name: leaf}, clips)[name]
     with torch.no_grad():
