@@ -183,6 +183,7 @@ TRAITS = {
     "mistral": Traits(sliding="all"),
     "qwen2": Traits(qkv_bias=True, sliding="layer_types"),
     "qwen3": Traits("attention_bias", "attention_bias", qk_norm=True, sliding="layer_types"),
+    "phi3": Traits(fused=True, sliding="all", zeros=("attention_dropout", "resid_pdrop", "embd_pdrop")),
 }
 FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
          **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")}  # fmt: skip

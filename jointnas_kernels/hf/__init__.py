@@ -1,4 +1,4 @@
-"""Hugging Face models as supernets, and back: Llama, Mistral, Qwen2 and Qwen3."""
+"""Hugging Face models as supernets, and back: Llama, Mistral, Qwen2, Qwen3 and Phi-3."""
 
 from jointnas_kernels.hf.adapters import load_adapters, save_adapters
 from jointnas_kernels.hf.convert import convert

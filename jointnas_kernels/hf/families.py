@@ -12,12 +12,14 @@ from torch import nn
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
@@ -37,6 +39,7 @@ FAMILIES = {
     "mistral": Family(MistralForCausalLM, MistralRMSNorm, MistralRotaryEmbedding),
     "qwen2": Family(Qwen2ForCausalLM, Qwen2RMSNorm, Qwen2RotaryEmbedding),
     "qwen3": Family(Qwen3ForCausalLM, Qwen3RMSNorm, Qwen3RotaryEmbedding),
+    "phi3": Family(Phi3ForCausalLM, Phi3RMSNorm, Phi3RotaryEmbedding),
 }
 
 

@@ -1,4 +1,5 @@
-"""A search on a Qwen3 through the command line: profile, search, distil, export with adapters, reload, evaluate."""
+"""Searches of other families through the command line: profile, search, distil, export with adapters, reload, evaluate.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["qwen3"])
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
 def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr("jointnas.data.load", lambda *a, **k: tiny.streams())
     source, table, run, out = (tmp_path / n for n in ("model", "table.jsonl", "run", "out"))
@@ -33,7 +34,8 @@ def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fami
     profile = ["profile", "--out", str(table), "--model.source", str(source), "--latency.seq=8",
                "--latency.seconds=1e-4", "--latency.calibrate=2", "--progress=false", *SPACE]  # fmt: skip
     assert cli.main(profile) == 0
-    assert LatencyTable.load(table, device=None).dims.qk_norm
+    dims = LatencyTable.load(table, device=None).dims
+    assert (dims.qk_norm, dims.fused) == (family == "qwen3", family == "phi3")
     search = ["search", "--model.source", str(source), "--out", str(run), "--latency.table", str(table)]
     assert cli.main([*search, *SPACE, *SMALL]) == 0
     assert all(r["measured_ms"] > 0 for r in json.loads((run / "eval.json").read_text()))
@@ -64,4 +66,4 @@ def test_other_families_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     for verb in ("profile", "search"):
         assert cli.main([verb, "--model.source", str(tmp_path / "gpt2"), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert "'gpt2' is not supported. Supported model types: llama, mistral, qwen2, qwen3" in error
+        assert "'gpt2' is not supported. Supported model types: llama, mistral, qwen2, qwen3, phi3" in error
