@@ -268,5 +268,10 @@ def original_sizes(config: Any) -> dict[str, int]:
 
 def all_sizes(config: Any, widths: Sizes | None = None) -> dict[str, Any]:
     """These widths, or the original sizes, and what is not searched."""
-    fixed = {"kv_heads": config.num_key_value_heads, "vocab": config.vocab_size}
-    return {**(original_sizes(config) if widths is None else widths), **fixed}
+    widths = original_sizes(config) if widths is None else widths
+    return with_fixed(widths, config.num_key_value_heads, config.vocab_size)
+
+
+def with_fixed(widths: Sizes, kv_heads: int, vocab: int) -> dict[str, Any]:
+    """All sizes."""
+    return {**widths, "kv_heads": kv_heads, "vocab": vocab}

@@ -143,6 +143,15 @@ class SearchSpace(_Data):
         return _NAMED[name]
 
     @classmethod
+    def single(
+        cls, config: Any, weight_bits: Sequence[int] | None = None, act_bits: Sequence[int] | None = None,
+        group_size: int = 128,
+    ) -> SearchSpace:  # fmt: skip
+        """The space whose only structure is the model that a config describes."""
+        sizes: dict[str, Any] = {k: (v,) for k, v in original_sizes(config).items()}
+        return cls(**sizes, weight_bits=weight_bits, act_bits=act_bits, group_size=group_size)  # type: ignore[arg-type]
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "search space") -> SearchSpace:
         """From plain data; an optional key `base` names the space whose other dimensions are kept."""
         cls._known(data, "search-space", where, ("base",))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +13,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from jointnas_kernels.hf.families import build, rotary
 from jointnas_kernels.hf.reorder import Order
 from jointnas_kernels.hf.supernet import Supernet
-from jointnas_kernels.layout import CONFIG, EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of, kept, size
+from jointnas_kernels.layout import (
+    CONFIG,
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    HIDDEN,
+    Axis,
+    all_sizes,
+    block_of,
+    kept,
+    original_sizes,
+    size,
+)
 from jointnas_kernels.nn.block import ActQuant, SupernetBlock
 from jointnas_kernels.nn.choices import ArchParameters
 from jointnas_kernels.nn.linear import FakeQuantLinear, joined
 from jointnas_kernels.ops.quant import grid
-from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, kept_blocks
+from jointnas_kernels.space import BITS, Choice, SearchSpace, kept_blocks
 
 
 def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> PreTrainedConfig:
@@ -99,9 +110,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     Quantizing sliced weights equals slicing quantized ones up to the rounding of s B A, whose GEMM has another shape.
     """
     cut, space, layout = _Cut(supernet, choice), supernet.space, block_of(supernet.config)
-    structure: dict[str, Any] = {k: (getattr(choice, k),) for k in STRUCTURE}
-    small_space = SearchSpace(**structure, weight_bits=space.weight_bits, act_bits=space.act_bits,
-                              group_size=space.group_size)  # fmt: skip
+    small_space = SearchSpace.single(cut.config, space.weight_bits, space.act_bits, space.group_size)
     rank = {b: i for i, b in enumerate(cut.blocks)}
     block_rank = tuple(rank[b] for b in supernet.block_rank if b in rank)
     order = Order(supernet.order.hidden[: choice.hidden], block_rank)
@@ -131,7 +140,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     small.gradient_checkpointing = supernet.gradient_checkpointing
     of_all = {k: getattr(choice, k) for k in BITS}
     bits: dict[str, Any] = {k: None if v is None else tuple(v[b] for b in cut.blocks) for k, v in of_all.items()}
-    return small.fix(replace(choice, **bits))
+    return small.fix(Choice(**{**original_sizes(cut.config), **bits}))
 
 
 def _set(parent: nn.Module, path: str, weight: Tensor, bias: Tensor | None = None) -> None:

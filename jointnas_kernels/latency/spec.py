@@ -127,8 +127,8 @@ class Part:
 
     def spec(self, *widths: int) -> OpSpec:
         """At these sizes of `dims`."""
-        fixed = {"kv_heads": self.model.kv_heads, "vocab": self.model.vocab}
-        sizes = fixed | dict(zip(self.dims, widths, strict=True))
+        searched = dict(zip(self.dims, widths, strict=True))
+        sizes = layout.with_fixed(searched, self.model.kv_heads, self.model.vocab)
         n, k = sum(layout.size(axis, sizes) for axis in self.n), 0 if self.k is None else layout.size(self.k, sizes)
         return OpSpec(self.op, self.m * layout.size(self.heads, sizes), n, k)
 

@@ -34,7 +34,7 @@ from jointnas.initialise.problem import Clips, Parameters, Problem
 from jointnas.initialise.store import Store
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
-from jointnas_kernels.layout import Linear, original_sizes
+from jointnas_kernels.layout import Linear
 from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.ops.quant import grid
 from jointnas_kernels.ops.quant.grid import Grid
@@ -90,9 +90,7 @@ class Bits:
 
 def single_space(config: Any, weight: int, act: int = 16, group_size: int = 128) -> SearchSpace:
     """The space whose only choice is the model itself at one precision; raises if that precision does not fit it."""
-    own = original_sizes(config)
-    sizes = {k: (v,) for k, v in own.items()}
-    space = SearchSpace(**sizes, weight_bits=(weight,), act_bits=(act,), group_size=group_size)
+    space = SearchSpace.single(config, (weight,), (act,), group_size)
     space.validate(config)
     return space
 
