@@ -25,20 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.layout import (
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    Linear,
-    Sizes,
-    all_sizes,
-    block_of,
-    original_sizes,
-    size,
-)
-from jointnas_kernels.layout import WIDTHS as WIDTHS  # also known from here
 
+WIDTHS = layout.WIDTHS
 STRUCTURE = (*WIDTHS, "blocks")
 BITS = ("weight_bits", "act_bits")
 Probs = Mapping[str, Tensor]
@@ -52,11 +42,15 @@ class _Data:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
 
     @classmethod
-    def _known(cls, data: Mapping[str, Any], what: str, where: str, more: tuple[str, ...] = ()) -> None:
-        names = [*(f.name for f in fields(cls)), *more]  # type: ignore[arg-type]
+    def _check(cls, data: Mapping[str, Any], what: str, where: str, *base: str) -> None:
+        """Raise unless all keys are fields, or `base`, and without that one none of the structure's is missing."""
+        names = [*(f.name for f in fields(cls)), *base]  # type: ignore[arg-type]
         for key in data:
             if key not in names:
                 raise unknown(f"{what} key", key, names, where)
+        missing = [n for n in STRUCTURE if n not in data]
+        if missing and all(data.get(key) is None for key in base):
+            raise JointNASError(f"{where}: missing {', '.join(missing)}.")
 
 
 @dataclass(frozen=True)
@@ -84,8 +78,7 @@ class Choice(_Data):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
         """Inverse of `to_dict`; names missing and unknown keys."""
-        cls._known(data, "choice", where)
-        _complete(data, where)
+        cls._check(data, "choice", where)
         values: dict[str, Any] = {n: _integer(data[n], f"{where}: {n}") for n in STRUCTURE}
         for key in BITS:
             bits = data.get(key)
@@ -148,19 +141,16 @@ class SearchSpace(_Data):
         group_size: int = 128,
     ) -> SearchSpace:  # fmt: skip
         """The space whose only structure is the model that a config describes."""
-        sizes: dict[str, Any] = {k: (v,) for k, v in original_sizes(config).items()}
+        sizes: dict[str, Any] = {k: (v,) for k, v in layout.original_sizes(config).items()}
         return cls(**sizes, weight_bits=weight_bits, act_bits=act_bits, group_size=group_size)  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "search space") -> SearchSpace:
         """From plain data; an optional key `base` names the space whose other dimensions are kept."""
-        cls._known(data, "search-space", where, ("base",))
+        cls._check(data, "search-space", where, "base")
         values = dict(data)
         base = values.pop("base", None)
-        if base is not None:
-            values = {**cls.named(str(base)).to_dict(), **values}
-        _complete(values, where)
-        return cls(**values)
+        return cls(**values) if base is None else cls(**{**cls.named(str(base)).to_dict(), **values})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> SearchSpace:
@@ -190,7 +180,7 @@ class SearchSpace(_Data):
         """o_proj's quantization group: head_dim cuts its input inside each head, and cuts must fall between groups."""
         return min(self.group_size, self.head_dim[0])
 
-    def group(self, linear: Linear) -> int:
+    def group(self, linear: layout.Linear) -> int:
         """A linear's quantization group."""
         return self.o_proj_group if linear.cut_in_heads else self.group_size
 
@@ -254,7 +244,7 @@ class SearchSpace(_Data):
 
     def validate(self, config: Any) -> None:
         """Raise unless every choice is a sub-network of the model that `config` describes."""
-        own = original_sizes(config)
+        own = layout.original_sizes(config)
         for key in STRUCTURE:
             if self.sizes(key)[-1] > own[key]:
                 raise JointNASError(f"search space: {key} {self.sizes(key)[-1]} exceeds the model's {own[key]}.")
@@ -296,12 +286,6 @@ def _sequence(value: Any, where: str) -> Sequence[Any]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise JointNASError(f"{where}: expected a list of integers, found {value!r}.")
     return value
-
-
-def _complete(data: Mapping[str, Any], where: str) -> None:
-    missing = [n for n in STRUCTURE if n not in data]
-    if missing:
-        raise JointNASError(f"{where}: missing {', '.join(missing)}.")
 
 
 def _sizes(value: Any, where: str) -> tuple[int, ...]:
@@ -360,7 +344,7 @@ def count_params(config: Any, choice: Choice) -> int:
 
 def expected_params(config: Any, space: SearchSpace, probs: Probs) -> Tensor:
     """Exact E[count_params] for independent dimensions; fp64, differentiable in `probs` (keyed by dimension)."""
-    means = _means(space, probs, STRUCTURE)
+    means = _means(space, probs)
     return _total(config, means, means["blocks"], lambda _: means["blocks"])
 
 
@@ -373,7 +357,7 @@ def model_bytes(
     """
     kept = kept_blocks(block_rank or range(space.depth), choice.blocks)
 
-    def of_all(linear: Linear) -> float:
+    def of_all(linear: layout.Linear) -> float:
         return sum(_bytes_per_weight(space, linear, choice.bits(b)[0], dtype_bytes) for b in kept)
 
     return float(_total(config, choice.widths, choice.blocks, of_all, dtype_bytes))
@@ -385,21 +369,23 @@ def expected_bytes(
     """Exact E[model_bytes]; fp64, differentiable in `probs`."""
     keep = keep_probability(space, probs["blocks"], block_rank)
 
-    def of_all(linear: Linear) -> Tensor:
+    def of_all(linear: layout.Linear) -> Tensor:
         if space.weight_bits is None:
             return keep.sum() * dtype_bytes
         cost = [_bytes_per_weight(space, linear, bits, dtype_bytes) for bits in space.weight_bits]
         per_block = probs["weight_bits"].double() @ torch.tensor(cost, dtype=torch.float64, device=keep.device)
         return (keep * per_block).sum()
 
-    return _total(config, _means(space, probs, WIDTHS), keep.sum(), of_all, dtype_bytes)
+    return _total(config, _means(space, probs), keep.sum(), of_all, dtype_bytes)
 
 
-def _total(config: Any, widths: Sizes, blocks: Any, of_all: Callable[[Linear], Any], unit: int = 1) -> Any:
+def _total(
+    config: Any, widths: layout.Sizes, blocks: Any, of_all: Callable[[layout.Linear], Any], unit: int = 1
+) -> Any:
     """Σ of all parameters, in numbers or expectations: `unit` of each; of a linear's weights `of_all` in all blocks."""
-    sizes, block = all_sizes(config, widths), block_of(config)
-    tables = (EMBEDDING,) if config.tie_word_embeddings else (EMBEDDING, HEAD)
-    outside = sum(table.weights(sizes) for table in tables) + size(FINAL_NORM.axis, sizes)
+    sizes, block = layout.all_sizes(config, widths), layout.block_of(config)
+    tables = (layout.EMBEDDING,) if config.tie_word_embeddings else (layout.EMBEDDING, layout.HEAD)
+    outside = sum(table.weights(sizes) for table in tables) + layout.size(layout.FINAL_NORM.axis, sizes)
     total = (outside + blocks * block.others(sizes)) * unit
     return total + sum(linear.weights(sizes) * of_all(linear) for linear in block.linears)
 
@@ -417,11 +403,11 @@ def keep_matrix(space: SearchSpace, block_rank: Sequence[int] | None = None) -> 
     return (torch.tensor(space.blocks) > rank[:, None]).double()
 
 
-def _means(space: SearchSpace, probs: Probs, keys: Sequence[str]) -> dict[str, Tensor]:
+def _means(space: SearchSpace, probs: Probs) -> dict[str, Tensor]:
     """Expected sizes, fp64."""
-    p = {k: probs[k].double() for k in keys}
+    p = {k: probs[k].double() for k in STRUCTURE}
     return {k: v @ torch.tensor(space.sizes(k), dtype=torch.float64, device=v.device) for k, v in p.items()}
 
 
-def _bytes_per_weight(space: SearchSpace, linear: Linear, bits: int | None, dtype_bytes: int) -> float:
+def _bytes_per_weight(space: SearchSpace, linear: layout.Linear, bits: int | None, dtype_bytes: int) -> float:
     return float(dtype_bytes) if bits is None else bits / 8 + dtype_bytes / space.group(linear)

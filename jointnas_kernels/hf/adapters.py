@@ -172,30 +172,23 @@ def load_adapters(supernet: Supernet, folder: str | Path) -> None:
             if full > rank and not torch.equal(torch.block_diag(*(rows for _, rows in new)), b):
                 raise JointNASError(f"{path}: {keys[1]} mixes linears that the supernet keeps apart.")
             for pair, values in zip(pairs, new, strict=True):
-                copies += zip((pair.a, pair.b), pair.reordered(*values), strict=True)
+                copies += [(pair.a, values[0][:, pair.columns]), (pair.b, values[1][pair.rows])]
     for own, value in copies:
         own.copy_(value)
 
 
 class _Pair(NamedTuple):
-    """A and B of one linear and precision, and the original indices of its channels; None: they are not moved."""
+    """A and B of one linear and precision, and the original indices of its channels."""
 
     a: Tensor
     b: Tensor
-    columns: Tensor | None
-    rows: Tensor | None
+    columns: Tensor
+    rows: Tensor
 
     def original(self) -> tuple[Tensor, Tensor]:
         """A and B in the order of the original model, on the host."""
         a, b = (tensor.detach().to("cpu") for tensor in (self.a, self.b))
-        return (
-            a if self.columns is None else torch.empty_like(a).index_copy_(1, self.columns, a),
-            b if self.rows is None else torch.empty_like(b).index_copy_(0, self.rows, b),
-        )
-
-    def reordered(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverse of `original`."""
-        return (a if self.columns is None else a[:, self.columns]), (b if self.rows is None else b[self.rows])
+        return torch.empty_like(a).index_copy_(1, self.columns, a), torch.empty_like(b).index_copy_(0, self.rows, b)
 
 
 def _modules(layout: Block) -> dict[str, int]:
@@ -208,11 +201,10 @@ def _pairs(supernet: Supernet, index: int) -> Iterator[tuple[tuple[str, str], li
     layout, order = block_of(supernet.config), supernet.order
     block: Any
     for i, block in enumerate(supernet.blocks):
-        linears = block.linears
         for path, members in layout.modules.items():
             pairs = []
             for m in members:
-                a, b = linears[m.name].pair(index)
+                a, b = block.linears[m.name].pair(index)
                 pairs.append(_Pair(a, b, order.channels(m.columns, i), order.channels(m.rows, i)))
             prefix = f"base_model.model.model.layers.{i}.{path}"
             yield (f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"), pairs

@@ -83,9 +83,8 @@ def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
         for norm in layout.norms:
             _set(target, norm.path, source.norms[norm.name].weight[cut.channels(norm.axis)])
         bits, act_bits = choice.bits(b)
-        linears = source.linears
         for path, members in layout.modules.items():
-            old = [(linears[m.name], cut.channels(m.rows), cut.channels(m.columns)) for m in members]
+            old = [(source.linears[m.name], cut.channels(m.rows), cut.channels(m.columns)) for m in members]
             weight = joined(m.merged(m.index_of(bits))[rows][:, columns] for m, rows, columns in old)
             bias = joined(None if m.bias is None else m.bias[rows] for m, rows, _ in old)
             if bits is None and act_bits == 16:

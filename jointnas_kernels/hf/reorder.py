@@ -29,27 +29,23 @@ class Order:
     value_dims: Tensor | None = field(default=None, compare=False)  # [L, Hkv, D]
     neurons: Tensor | None = field(default=None, compare=False)  # [L, I]; None: of a shrunk supernet
 
-    def channels(self, axis: Axis, block: int) -> Tensor | None:
-        """Original indices of an axis' channels in the new order; None: they are not moved."""
+    def channels(self, axis: Axis, block: int) -> Tensor:
+        """Original indices of an axis' channels, in the new order."""
         if self.heads is None or self.value_dims is None or self.neurons is None:
             raise JointNASError("a shrunk supernet lacks channels of the original model, so it has no order of them.")
         groups, dim = self.value_dims.shape[1:]
-        first = torch.arange(groups)[:, None]
-        heads = self.heads[block].view(groups, -1)
-        # [1, channels], or [groups, channels] inside each key-value head
-        orders = {
+        first, heads = torch.arange(groups)[:, None], self.heads[block].view(groups, -1)
+        orders = {  # [1, channels], or [groups, channels] inside each key-value head
             "hidden": torch.tensor(self.hidden)[None],
             "neurons": self.neurons[block][None],
             "heads": heads - first * heads.shape[1],
             "value_dims": self.value_dims[block],
+            None: torch.arange(dim).expand(groups, -1),  # rotary pairs stay
         }
-        if not any(factor.order for factor in axis):
-            return None
         if len(axis) == 1:
-            return orders[axis[0].order or ""][0]
+            return orders[axis[0].order][0]
         index = first
-        for factor in axis[1:]:
-            inner = orders[factor.order] if factor.order else torch.arange(dim).expand(groups, -1)
+        for inner in (orders[factor.order] for factor in axis[1:]):
             index = (index[:, :, None] * inner.shape[1] + inner[:, None, :]).flatten(1)
         return index.flatten()
 
@@ -85,18 +81,17 @@ def reorder(model: nn.Module, importance: Importance) -> Order:
     hidden = order.channels(HIDDEN, 0)
     embedding, head = (model.get_submodule(outer.module).weight for outer in (EMBEDDING, HEAD))
     for table in (embedding,) if head is embedding else (embedding, head):
-        _permute(table, columns=hidden)
-    _permute(model.get_submodule(FINAL_NORM.path).weight, hidden)
+        _permute(table, 1, hidden)
+    _permute(model.get_submodule(FINAL_NORM.path).weight, 0, hidden)
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(layers):
         for linear in layout.linears:
             module, own = layer.get_submodule(linear.module), layout.rows(linear, sizes)
-            rows = order.channels(linear.rows, i)
-            _permute(module.weight[own], rows, order.channels(linear.columns, i))
-            if module.bias is not None:
-                _permute(module.bias[own], rows)
+            for tensor in (module.weight,) if module.bias is None else (module.weight, module.bias):
+                _permute(tensor[own], 0, order.channels(linear.rows, i))
+            _permute(module.weight[own], 1, order.channels(linear.columns, i))
         for norm in layout.norms:
-            _permute(layer.get_submodule(norm.path).weight, order.channels(norm.axis, i))
+            _permute(layer.get_submodule(norm.path).weight, 0, order.channels(norm.axis, i))
     return order
 
 
@@ -105,6 +100,5 @@ def _descending(scores: Tensor) -> Tensor:
     return scores.argsort(dim=-1, descending=True, stable=True)
 
 
-def _permute(tensor: Any, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    new = tensor if rows is None else tensor[rows.to(tensor.device)]
-    tensor.copy_(new if columns is None else new[:, columns.to(tensor.device)])
+def _permute(tensor: Any, dim: int, order: Tensor) -> None:
+    tensor.copy_(tensor.index_select(dim, order.to(tensor.device)))

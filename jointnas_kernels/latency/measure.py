@@ -69,8 +69,8 @@ def deploy(
     target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
     modules = block_of(model.config).modules
     for layer, b in zip(layers, kept, strict=True):
-        wbits = choice.weight_bits[b] if choice.weight_bits else DENSE
-        abits = choice.act_bits[b] if choice.act_bits else DENSE
+        weight_bits, abits = choice.bits(b)
+        wbits = weight_bits or DENSE
         for path, members in modules.items():
             linear = layer.get_submodule(path)
             n, k = linear.weight.shape

@@ -13,7 +13,7 @@ each head.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from jointnas_kernels.ops.width.group import mixed_linear_group
 from jointnas_kernels.ops.width.residual import gated_residual
 from jointnas_kernels.ops.width.rope import masked_rope
 from jointnas_kernels.ops.width.swiglu import masked_swiglu
-
-HEAD_NORMS = ("q_norm", "k_norm")
 
 
 class Step(NamedTuple):
@@ -115,17 +113,13 @@ class ActQuant(nn.Module):
 
 
 class SupernetAttention(nn.Module):
-    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked.
-
-    Args:
-        sliding: whether it looks through the model's sliding window.
-    """
+    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked."""
 
     def __init__(self, linears: Linears, norms: Norms, act: ActQuant, head_dim: int, sliding: bool) -> None:
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linears[name] for name in LINEARS[:4])
         self.act = act
-        self.norms = nn.ModuleList(norms[name] for name in HEAD_NORMS if name in norms)
+        self.norms = nn.ModuleList(norm for norm in norms.values() if isinstance(norm, HeadNorm))
         self.head_dim, self.sliding = head_dim, sliding
         self.gqa = self.q_proj.out_features != self.k_proj.out_features
 
@@ -170,29 +164,18 @@ class SupernetBlock(nn.Module):
     """One decoder block.
 
     Args:
-        linears, norms: by their names in the layout.
+        linears, norms: by their names in the layout; they stay attributes, too.
         act: may be shared with other blocks.
         sliding: whether it looks through the model's sliding window.
     """
 
     def __init__(self, linears: Linears, norms: Norms, act: ActQuant, head_dim: int, sliding: bool) -> None:
         super().__init__()
+        self.linears, self.norms = dict(linears), dict(norms)
         self.input_norm = norms["input_norm"]
         self.attention = SupernetAttention(linears, norms, act, head_dim, sliding)
         self.post_norm = norms["post_norm"]
         self.mlp = SupernetMLP(linears, act)
-
-    @property
-    def linears(self) -> dict[str, SupernetLinear]:
-        """By their names in the layout."""
-        children = (*self.attention.named_children(), *self.mlp.named_children())
-        return {name: module for name, module in children if isinstance(module, SupernetLinear)}
-
-    @property
-    def norms(self) -> dict[str, SupernetNorm | HeadNorm]:
-        """By their names in the layout."""
-        head_norms: Any = zip(HEAD_NORMS, self.attention.norms, strict=False)
-        return {"input_norm": self.input_norm, "post_norm": self.post_norm, **dict(head_norms)}
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N] -> [B, T, N]."""

@@ -42,11 +42,9 @@ def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     assert small.choice is not None
     for i, (layer, block) in enumerate(zip(model.model.layers, small.blocks, strict=True)):
         source: Any = block
-        linears = source.linears
-        weight_bits = small.choice.weight_bits[i] if small.choice.weight_bits else None
-        act_bits = small.choice.act_bits[i] if small.choice.act_bits else None
+        weight_bits, act_bits = small.choice.bits(i)
         for path, members in block_of(model.config).modules.items():
-            old = [linears[m.name] for m in members]
+            old = [source.linears[m.name] for m in members]
             p = old[0].index_of(weight_bits)
             ratios = [linear.clip_ratio() for linear in old]
             layer_new = TrainableQuantLinear(
