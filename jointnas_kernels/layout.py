@@ -50,7 +50,8 @@ class Factor:
         """[full size] bool: the channels that the smaller size keeps."""
         total, kept = self.size(full), self.size(small)
         channel = torch.arange(total, device="cpu")
-        return channel % (total // kept) == 0 if self.strided else channel < kept
+        mask: Tensor = channel % (total // kept) == 0 if self.strided else channel < kept
+        return mask
 
 
 Axis = tuple[Factor, ...]
@@ -190,7 +191,11 @@ FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
 
 
 def traits(config: Any) -> Traits:
-    """Of the model that a config describes, all decided; a config without a model type counts as a Llama's."""
+    """Of the model that a config describes, all decided; a config without a model type counts as a Llama's.
+
+    Raises:
+        JointNASError: a model type without a row here.
+    """
     kind = getattr(config, "model_type", "llama")
     if kind not in TRAITS:
         raise unknown("model type", kind, TRAITS)
@@ -235,16 +240,24 @@ def block(own: Traits) -> Block:
 
 
 def block_of(config: Any) -> Block:
-    """The block of the model that a config describes."""
+    """The block of the model that a config describes.
+
+    Raises:
+        JointNASError: a model type that has no traits.
+    """
     return block(traits(config))
 
 
 def sliding_windows(config: Any) -> tuple[int | None, ...]:
-    """Of every block: how many positions a token looks back at, itself included; None: all of them."""
+    """Of every block: how many positions a token looks back at, itself included; None: all of them.
+
+    Raises:
+        JointNASError: a model type that has no traits.
+    """
     which, window = traits(config).sliding, getattr(config, "sliding_window", None) or None
     if which == "layer_types":
         return tuple(window if kind == "sliding_attention" else None for kind in config.layer_types)
-    return (window if which == "all" else None,) * config.num_hidden_layers
+    return (window if which == "all" else None,) * int(config.num_hidden_layers)
 
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------

@@ -77,7 +77,11 @@ class Choice(_Data):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
-        """Inverse of `to_dict`; names missing and unknown keys."""
+        """Inverse of `to_dict`.
+
+        Raises:
+            JointNASError: missing or unknown keys, or other values than integers.
+        """
         cls._check(data, "choice", where)
         values: dict[str, Any] = {n: _integer(data[n], f"{where}: {n}") for n in STRUCTURE}
         for key in BITS:
@@ -89,7 +93,12 @@ class Choice(_Data):
 
 @dataclass(frozen=True)
 class SearchSpace(_Data):
-    """The allowed sizes of every dimension, ascending. Bits of None leave that part unquantized."""
+    """The allowed sizes of every dimension, ascending. Bits of None leave that part unquantized.
+
+    Raises:
+        JointNASError: sizes that are no distinct positive integers, bits that no kernel has, or quantization groups
+            that a width would cut.
+    """
 
     hidden: tuple[int, ...]
     heads: tuple[int, ...]
@@ -130,7 +139,11 @@ class SearchSpace(_Data):
 
     @classmethod
     def named(cls, name: str) -> SearchSpace:
-        """`llama3`, `qllama3`: Table 1 of arXiv 2606.04063 (Llama-3.1-8B). `tiny`: the embedded small model."""
+        """`llama3`, `qllama3`: Table 1 of arXiv 2606.04063 (Llama-3.1-8B). `tiny`: the embedded small model.
+
+        Raises:
+            JointNASError: another name.
+        """
         if name not in _NAMED:
             raise unknown("search space", name, _NAMED)
         return _NAMED[name]
@@ -146,7 +159,11 @@ class SearchSpace(_Data):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "search space") -> SearchSpace:
-        """From plain data; an optional key `base` names the space whose other dimensions are kept."""
+        """From plain data; an optional key `base` names the space whose other dimensions are kept.
+
+        Raises:
+            JointNASError: unknown or missing keys, or bad values.
+        """
         cls._check(data, "search-space", where, "base")
         values = dict(data)
         base = values.pop("base", None)
@@ -154,7 +171,11 @@ class SearchSpace(_Data):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> SearchSpace:
-        """One mapping with the fields of this class as keys, e.g. ``hidden: [128, 256]``."""
+        """One mapping with the fields of this class as keys, e.g. ``hidden: [128, 256]``.
+
+        Raises:
+            JointNASError: no file, no YAML, no mapping, or what `from_dict` refuses.
+        """
         import yaml  # here: only users of files need it
 
         path = Path(path)
@@ -185,15 +206,20 @@ class SearchSpace(_Data):
         return self.o_proj_group if linear.cut_in_heads else self.group_size
 
     def sizes(self, key: str) -> tuple[int, ...]:
-        """The choices of a dimension; an empty tuple for bits that are not searched."""
+        """The choices of a dimension; an empty tuple for bits that are not searched.
+
+        Raises:
+            JointNASError: no dimension has that name.
+        """
         if key not in (*STRUCTURE, *BITS):
             raise unknown("search-space dimension", key, (*STRUCTURE, *BITS))
-        return getattr(self, key) or ()
+        sizes: tuple[int, ...] | None = getattr(self, key)
+        return sizes or ()
 
     def size(self) -> int:
         """How many choices there are."""
         per_block = math.prod(len(self.sizes(k)) or 1 for k in BITS)
-        return math.prod(len(self.sizes(k)) for k in STRUCTURE) * per_block**self.depth
+        return int(math.prod(len(self.sizes(k)) for k in STRUCTURE) * per_block**self.depth)
 
     def full(self) -> Choice:
         """The largest size of every dimension, the highest precision everywhere."""
@@ -227,7 +253,11 @@ class SearchSpace(_Data):
                     yield Choice(**sizes, weight_bits=w, act_bits=a)
 
     def check(self, choice: Choice) -> None:
-        """Raise unless the choice is a point of this space."""
+        """Raise unless the choice is a point of this space.
+
+        Raises:
+            JointNASError: it is not.
+        """
         for key in STRUCTURE:
             if getattr(choice, key) not in self.sizes(key):
                 raise unknown(f"{key} choice", getattr(choice, key), self.sizes(key))
@@ -243,7 +273,11 @@ class SearchSpace(_Data):
                     raise unknown(f"{key} choice", b, sizes)
 
     def validate(self, config: Any) -> None:
-        """Raise unless every choice is a sub-network of the model that `config` describes."""
+        """Raise unless every choice is a sub-network of the model that `config` describes.
+
+        Raises:
+            JointNASError: the first size that is not, and what is allowed.
+        """
         own = layout.original_sizes(config)
         for key in STRUCTURE:
             if self.sizes(key)[-1] > own[key]:
@@ -345,7 +379,8 @@ def count_params(config: Any, choice: Choice) -> int:
 def expected_params(config: Any, space: SearchSpace, probs: Probs) -> Tensor:
     """Exact E[count_params] for independent dimensions; fp64, differentiable in `probs` (keyed by dimension)."""
     means = _means(space, probs)
-    return _total(config, means, means["blocks"], lambda _: means["blocks"])
+    total: Tensor = _total(config, means, means["blocks"], lambda _: means["blocks"])
+    return total
 
 
 def model_bytes(
@@ -376,7 +411,8 @@ def expected_bytes(
         per_block = probs["weight_bits"].double() @ torch.tensor(cost, dtype=torch.float64, device=keep.device)
         return (keep * per_block).sum()
 
-    return _total(config, _means(space, probs), keep.sum(), of_all, dtype_bytes)
+    total: Tensor = _total(config, _means(space, probs), keep.sum(), of_all, dtype_bytes)
+    return total
 
 
 def _total(
@@ -391,7 +427,7 @@ def _total(
 
 
 def keep_probability(space: SearchSpace, blocks: Tensor, block_rank: Sequence[int] | None = None) -> Tensor:
-    """P(block b is kept) = P(number of blocks > rank of b), for every original block b; [depth], fp64."""
+    """P(block b is kept) = P(number of blocks > rank of b), [depth] fp64, from probabilities blocks [K] of depths."""
     return keep_matrix(space, block_rank).to(blocks.device) @ blocks.double()
 
 

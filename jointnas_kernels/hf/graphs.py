@@ -29,16 +29,21 @@ from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample
 
 
 class Net(Protocol):
-    """What of a supernet is captured."""
+    """What graphs need of a supernet."""
 
     blocks: nn.ModuleList
     arch: ArchParameters
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+
     @property
-    def mask_dtype(self) -> torch.dtype: ...
-    def embed(self, input_ids: Tensor, sample: ArchSample) -> tuple[Tensor, Step]: ...
+    def mask_dtype(self) -> torch.dtype:
+        """Of masks, gates and probabilities."""
+
+    def embed(self, input_ids: Tensor, sample: ArchSample) -> tuple[Tensor, Step]:
+        """Masked embeddings [B, T, N] of token ids [B, T], and what the blocks share."""
 
 
 class Replay(NamedTuple):
@@ -173,15 +178,14 @@ class BlockGraphs:
     @staticmethod
     def run(replay: Replay, x: Tensor, step: Step, one: BlockSample, skipped: bool) -> Tensor:
         """Replay a block on x; gradients reach x, the parameters and the sample's vectors."""
-        if skipped:
-            return replay.call(x, one.gate)
-        if replay.vectors:
-            return replay.call(x, *_vectors(step, one), *replay.parameters)
-        return replay.call(x, *replay.parameters)
+        vectors = [one.gate] if skipped else _vectors(step, one) if replay.vectors else ()
+        y: Tensor = replay.call(x, *vectors, *replay.parameters)
+        return y
 
     def guard(self, x: Tensor, ticket: int) -> Tensor:
         """x, the last norm's output; its backward pass runs before anything that reads the buffer or a block."""
-        return _Guard.apply(x, self, ticket)
+        guarded: Tensor = _Guard.apply(x, self, ticket)  # type: ignore[no-untyped-call]
+        return guarded
 
 
 class _Guard(torch.autograd.Function):

@@ -26,16 +26,28 @@ Hook = Callable[..., None]
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, larger = more important, on the host in fp32."""
+    """Scores, larger = more important, on the host in fp32.
 
-    hidden: Tensor  # [N]
-    heads: Tensor  # [L, H]
-    value_dims: Tensor  # [L, Hkv, D]
-    neurons: Tensor  # [L, I]
-    blocks: Tensor  # [L]
+    Attributes:
+        hidden: [N].
+        heads: [L, H].
+        value_dims: [L, Hkv, D].
+        neurons: [L, I].
+        blocks: [L].
+    """
+
+    hidden: Tensor
+    heads: Tensor
+    value_dims: Tensor
+    neurons: Tensor
+    blocks: Tensor
 
     def check(self, config: Any) -> None:
-        """Raise unless the scores belong to a model of this config."""
+        """Raise unless the scores belong to a model of this config.
+
+        Raises:
+            JointNASError: other shapes, or scores that are not finite.
+        """
         s = all_sizes(config)
         shapes = {
             "hidden": ("hidden",),
@@ -57,7 +69,11 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
-        """Inverse of `save`."""
+        """Inverse of `save`.
+
+        Raises:
+            JointNASError: no file, or one of other tensors.
+        """
         if not Path(path).is_file():
             raise JointNASError(f"importance file {str(path)!r} does not exist.")
         data = load_file(str(path))
@@ -70,7 +86,11 @@ class Importance:
 
 @torch.no_grad()
 def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Importance:
-    """Run the model on calibration batches (token ids [B, T], or keyword arguments of its forward) and score it."""
+    """Run the model on calibration batches [B, T] of token ids, or keyword arguments of its forward, and score it.
+
+    Raises:
+        JointNASError: there are no batches.
+    """
     config: Any = model.config
     s, layout = all_sizes(config), block_of(config)
     layers: Any = model.get_submodule("model.layers")

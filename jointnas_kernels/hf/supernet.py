@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf.graphs import BlockGraphs
-from jointnas_kernels.hf.reorder import Order
+from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.layout import all_sizes, sliding_windows, traits
 from jointnas_kernels.nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
 from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks
@@ -29,6 +29,8 @@ class Supernet(nn.Module):
     (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample, not a fixed choice.
 
     Attributes:
+        embedding: [V, N], frozen like every weight.
+        lm_head: [V, N]; None: tied to the embedding.
         arch: the architecture parameters; they stay on the host.
         block_rank: original block indices, most important first.
         full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
@@ -77,7 +79,11 @@ class Supernet(nn.Module):
     # ---- what runs --------------------------------------------------------------------------------------------------
 
     def mode(self, name: str) -> Supernet:
-        """Whose gradients the next steps compute: "weight", "arch" or "full"."""
+        """Whose gradients the next steps compute: "weight", "arch" or "full".
+
+        Raises:
+            JointNASError: another name.
+        """
         if name not in MODES:
             raise unknown("mode", name, MODES)
         if name != self._mode:
@@ -156,7 +162,7 @@ class Supernet(nn.Module):
             self.sample = self.arch.assemble(alphas, device=self.device, dtype=self.mask_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Supernet:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.graphs = None
         self.sample = None  # its masks are on the old device
         self._refresh()
@@ -187,6 +193,9 @@ class Supernet(nn.Module):
         With labels the logits are left out unless `return_logits=True`: the loss is then computed chunk by chunk and
         the full logits never exist. `attention_mask` [B, T] marks padding with 0; leave it out when there is none,
         because only then attention can use the causal kernel. Labels are the input ids, shifted here; -100 is ignored.
+
+        Raises:
+            JointNASError: there is no architecture, by `draw` or `fix`.
         """
         if self.sample is None:
             raise JointNASError("the supernet has no architecture: call draw(generator) or fix(choice) before a step.")
@@ -334,7 +343,11 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def load_search_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `search_state`, for a supernet of the same model, space and importance."""
+        """Inverse of `search_state`.
+
+        Raises:
+            JointNASError: it is of another model, space or importance.
+        """
         for name, own in (("hidden", self.order.hidden), ("block_rank", self.order.block_rank)):
             saved = state.get(f"order.{name}")
             if saved is None or tuple(saved.tolist()) != own:

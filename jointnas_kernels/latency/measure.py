@@ -45,6 +45,7 @@ class BackendLinear(nn.Module):
         self._run = registry.get(backend).prepare(spec, target, weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
         y = self._run(x.reshape(-1, self.spec.k)).view(*x.shape[:-1], self.spec.n)
         return y if self.bias is None else y + self.bias
 
@@ -59,6 +60,9 @@ def deploy(
     """Replaces the linears of an extracted model's blocks by the table's fastest backend for its bits, in place.
 
     The weights are quantized by rounding to nearest: this model has the latency of the choice, not its quality.
+
+    Raises:
+        JointNASError: the model is not of this choice, or no backend in the table runs one of its linears.
     """
     if choice.weight_bits is None and choice.act_bits is None:
         return model
@@ -136,6 +140,9 @@ def calibrate(
 
     Weights are random: latency does not depend on them. Models that were disturbed are left out of the fit if enough
     others remain.
+
+    Raises:
+        JointNASError: too few random choices are feasible, or one of the given ones is not.
     """
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
@@ -164,7 +171,11 @@ def measure_choices(
     watch: Watch | None = None,
 ) -> list[Measured]:
     """Whole models of these choices, with random weights, each in several short turns: a machine that is slow for some
-    seconds is so for one turn of many models, not for all of one model."""
+    seconds is so for one turn of many models, not for all of one model.
+
+    Raises:
+        JointNASError: one of the choices is infeasible on this device.
+    """
     from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
     from jointnas_kernels.hf.families import build
 
@@ -220,7 +231,11 @@ def feasible_choices(
     seed: int = 0,
     fits: Callable[[Choice], bool] = lambda _: True,
 ) -> list[Choice]:
-    """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit."""
+    """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit.
+
+    Raises:
+        JointNASError: hardly any are feasible.
+    """
     generator = torch.Generator().manual_seed(seed)
     bound = table.bind(space)
     found: list[Choice] = []
@@ -255,7 +270,10 @@ def fit(points: Sequence[tuple[float, int, float]]) -> Calibration:
         return float((design @ torch.tensor(pair, dtype=torch.float64) - target).square().sum())
 
     fixed, per_block = min(candidates, key=residual)
-    error = lambda predicted: float(((predicted - measured).abs() / measured).mean())  # noqa: E731
+
+    def error(predicted: Tensor) -> float:
+        return float(((predicted - measured).abs() / measured).mean())
+
     return Calibration(
         fixed=fixed,
         per_block=per_block,

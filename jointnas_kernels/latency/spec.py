@@ -52,7 +52,11 @@ class OpSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """prefill: `batch` sequences of `seq` tokens at once. decode: one token per sequence after `seq` cached ones."""
+    """prefill: `batch` sequences of `seq` tokens at once. decode: one token per sequence after `seq` cached ones.
+
+    Raises:
+        JointNASError: an unknown mode or dtype, or sizes below 1.
+    """
 
     mode: Literal["prefill", "decode"] = "prefill"
     batch: int = 1
@@ -75,6 +79,7 @@ class Workload:
 
     @property
     def rows(self) -> int:
+        """Tokens that go through the model in one call."""
         return self.batch * self.queries
 
     @property
@@ -95,6 +100,7 @@ class ModelDims:
 
     @staticmethod
     def of(config: Any) -> ModelDims:
+        """Of the model that a config describes."""
         layers, kv_heads, vocab = config.num_hidden_layers, config.num_key_value_heads, config.vocab_size
         own = layout.traits(config)
         return ModelDims(int(layers), int(kv_heads), int(vocab), own.qk_norm, own.fused)
@@ -122,6 +128,7 @@ class Part:
 
     @functools.cached_property
     def dims(self) -> tuple[str, ...]:
+        """The widths that it depends on."""
         used = {factor.dim for axis in (*self.n, self.k or (), self.heads) for factor in axis}
         return tuple(d for d in WIDTHS if d in used)
 
@@ -164,6 +171,7 @@ def with_bits(spec: OpSpec, wbits: int, abits: int, group: int) -> OpSpec:
 
 
 def combinations(space: SearchSpace, dims: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    """All sizes of these widths."""
     return itertools.product(*(getattr(space, d) for d in dims))
 
 

@@ -41,34 +41,56 @@ FLOOR = 1e-3  # of the Dirichlet concentration: elu + 1 reaches 0 in fp32 below 
 
 
 class Masks(NamedTuple):
-    """Device vectors shared by all layers of one step."""
+    """Device vectors shared by all layers of one step.
 
-    alpha: Tensor  # [K] of the hidden size, for the norms
-    hidden: Tensor  # [N]
-    q: Tensor  # [H, D]
-    k: Tensor  # [Hkv, D]
-    value: Tensor  # [H * D]
-    intermediate: Tensor  # [I]
-    q_norm: Tensor | None = None  # [K] of the head dim, for norms on queries and keys
+    Attributes:
+        alpha: [K] of the hidden size, for the norms.
+        hidden: [N].
+        q: [H, D].
+        k: [Hkv, D].
+        value: [H * D].
+        intermediate: [I].
+        q_norm, k_norm: [K] of the head dim, for norms on queries and keys.
+    """
+
+    alpha: Tensor
+    hidden: Tensor
+    q: Tensor
+    k: Tensor
+    value: Tensor
+    intermediate: Tensor
+    q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
 
 class BlockSample(NamedTuple):
-    """What one block needs to know. `weight_index`, `act_index`: the one precision to compute, known on the host."""
+    """What one block needs to know.
 
-    gate: Tensor | None = None  # 0-dim; None: the block runs as it is
-    weight_probs: Tensor | None = None  # [P]
-    act_probs: Tensor | None = None  # [Q]
+    Attributes:
+        gate: scalar; None: the block runs as it is.
+        weight_probs: [P] of its weight precisions.
+        act_probs: [Q] of its activation precisions.
+        weight_index, act_index: the one precision to compute, known on the host.
+    """
+
+    gate: Tensor | None = None
+    weight_probs: Tensor | None = None
+    act_probs: Tensor | None = None
     weight_index: int | None = None
     act_index: int | None = None
 
 
 @dataclass(frozen=True)
 class ArchSample:
-    """One architecture sample. `alphas` are the drawn values on the host, keyed like the search space's dimensions."""
+    """One architecture sample.
+
+    Attributes:
+        alphas: the drawn values on the host, [K] or [blocks, K], keyed like the search space's dimensions.
+        gates: value of each block's gate.
+    """
 
     alphas: Mapping[str, Tensor]
-    gates: tuple[float, ...]  # value of each block's gate
+    gates: tuple[float, ...]
     masks: Masks
     blocks: tuple[BlockSample, ...]
 
@@ -143,6 +165,9 @@ class ArchParameters(nn.Module):
         tau: temperature of "gumbel", and of ReinMax's backward.
         alpha_init: added to the logit of the full size of every dimension but the bits. At 0 the Dirichlet starts
             uniform and, as producer and consumer masks compound, the network faint; 3 gives the full size 4x the mass.
+
+    Raises:
+        JointNASError: an unknown relaxation, or a temperature that is not positive.
     """
 
     def __init__(
@@ -233,7 +258,11 @@ class ArchParameters(nn.Module):
         return "reinmax" if key == "blocks" else self.bit_relaxation if key.endswith("_bits") else self.relaxation
 
     def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> dict[str, Tensor]:
-        """One draw of every dimension, keyed like `probs`, differentiable in the logits; a host generator."""
+        """One draw of every dimension, keyed like `probs`, differentiable in the logits; a host generator.
+
+        Raises:
+            JointNASError: an unknown relaxation.
+        """
         if relaxation is not None and relaxation not in RELAXATIONS:
             raise unknown("relaxation", relaxation, RELAXATIONS)
         result = {}
@@ -242,7 +271,7 @@ class ArchParameters(nn.Module):
             if kind == "softmax":
                 value = logits.softmax(-1)
             elif kind == "dirichlet":  # in fp64: a fp32 draw at the floor underflows to exact zeros
-                value = _Dirichlet.apply(self.concentration(key).double(), generator).to(logits.dtype)
+                value = _Dirichlet.apply(self.concentration(key).double(), generator).to(logits.dtype)  # type: ignore[no-untyped-call]
             elif kind == "reinmax":
                 value = reinmax(logits, self.tau, generator)
             else:
@@ -300,12 +329,14 @@ class ArchParameters(nn.Module):
         host = self._vectors(alphas, dtype)
         device, at = torch.device(device), 8 if self._qk_norm else 6  # masks, then gates, then bits
         gates = host[at]
-        moved = host if device.type == "cpu" and out is None else list(_ToDevice.apply(device, out, *host))
+        moved = host
+        if device.type != "cpu" or out is not None:
+            moved = list(_ToDevice.apply(device, out, *host))  # type: ignore[no-untyped-call]
         masks = Masks(*moved[:at])
         blocks = len(self.block_rank)
         bits = dict(zip((k for k in BITS if k in alphas), moved[at + 1 :], strict=True))
         values = tuple(gates.detach().tolist())
-        on_device = {"gate": moved[at].unbind()}
+        on_device: dict[str, tuple[Any, ...]] = {"gate": moved[at].unbind()}
         for key in BITS:
             name, present = key.removesuffix("_bits"), key in alphas
             on_device[f"{name}_probs"] = bits[key].unbind() if present else (None,) * blocks

@@ -35,7 +35,7 @@ Teacher = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     """The choice as a plain model of its own size with LoRA merged, its quantizers alive in every linear."""
-    model: Any = extract(supernet, choice)
+    model = extract(supernet, choice)
     if choice.weight_bits is None and choice.act_bits is None:
         return model
     small = shrink(supernet, choice)
@@ -62,7 +62,8 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
         for name, child in list(parent.named_children()):
             if isinstance(child, TrainableQuantLinear):
                 setattr(parent, name, child.baked())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def distil(
@@ -130,7 +131,8 @@ def distil(
         metrics.close()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_disable()
-    return student.eval()
+    student.eval()
+    return student
 
 
 def learning_rate(config: FinetuneConfig, step: int) -> float:

@@ -87,8 +87,10 @@ class Blocks:
         """Block b on x [n, T, N], with some of its parameters replaced, by name; differentiable in both."""
         args, kwargs = self._others[b]
         if parameters:
-            return functional_call(self.layers[b], dict(parameters), (x, *args), kwargs)
-        return self.layers[b](x, *args, **kwargs)
+            out: Tensor = functional_call(self.layers[b], dict(parameters), (x, *args), kwargs)
+        else:
+            out = self.layers[b](x, *args, **kwargs)
+        return out
 
     @torch.no_grad()
     def advance(self, b: int, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -143,7 +145,7 @@ class Blocks:
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
-    """`act_quant_mix` of one precision, whose gradient also knows that the scale s follows the token's range:
+    """`act_quant_mix` of one precision, whose gradient also knows that the scale s follows the token's range.
 
         dQ/dx = 1 + (q - z - x / s) ds/dx
 

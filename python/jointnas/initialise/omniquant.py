@@ -51,6 +51,7 @@ class Transform:
     shift: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
+        """What is learned."""
         return [*self.log_scale.values(), *([] if self.shift is None else [self.shift])]
 
     def of_heads(self, values: Tensor, channels: int) -> Tensor:

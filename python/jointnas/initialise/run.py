@@ -118,6 +118,7 @@ def initialise(
     and linears where activations are quantized.
 
     Args:
+        model: a supernet, or a plain transformers model.
         method: "rtn" (round to nearest), "clip" (and each group's clip ratio with the least squared error), "gptq", or
             "omniquant". The first two need no data; errors of blocks are reported only with it.
         calibration: token ids [windows, tokens].
@@ -125,6 +126,7 @@ def initialise(
         options: of the methods.
         folder: where finished blocks go, and are taken from if they are of the same model, data and options; None:
             nowhere, and a killed run starts again.
+        progress: show it.
         seed: of the order of windows in learning.
 
     Returns:
@@ -205,10 +207,12 @@ class Supernets:
         self.blocks, self.bits = Blocks(model, options.batch), model.space.weight_bits or ()
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
+        """What blocks in one folder must have in common."""
         about = {"space": self.model.space.to_dict(), "block_rank": list(self.model.block_rank)}
         return _settings(self, calibration) | {"supernet": about}
 
     def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
+        """What block b is changed to, and its errors, for inputs x and targets y [windows, tokens, N]."""
         groups = {path: self._linear(b, path).group_size for path in self.blocks.modules}
         clips: list[dict[str, Tensor]] = []
         rows: list[Row] = []
@@ -222,6 +226,7 @@ class Supernets:
         return {f"{path}.clip": torch.stack([c[path] for c in clips]) for path in groups}, rows
 
     def install(self, b: int, state: State) -> None:
+        """Change block b."""
         for path in self.blocks.modules:
             self._linear(b, path).set_clip(state[f"{path}.clip"])
 
@@ -251,9 +256,11 @@ class Plain:
                     raise JointNASError(f"initialise: block {b}, {path} is quantized already; load the original model")
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
+        """What blocks in one folder must have in common."""
         return _settings(self, calibration) | {"bits": json.loads(json.dumps(self.bits.__dict__))}
 
     def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
+        """What block b is changed to, and its errors, for inputs x and targets y [windows, tokens, N]."""
         bits, act, groups = self.bits.weight[b], self.bits.act[b], self.bits.groups(self.blocks.modules)
         problem = Problem(self.blocks, b, x, y, bits, groups)
         row: Row = {"block": b, "method": self.method, "weight_bits": bits, "act_bits": act}
@@ -298,6 +305,7 @@ class Plain:
         return values | scales
 
     def install(self, b: int, state: State) -> None:
+        """Change block b."""
         layer = self.blocks.layers[b]
         for name, value in state.items():
             path, _, what = name.rpartition(".")

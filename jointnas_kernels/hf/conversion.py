@@ -12,7 +12,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.adapters import lora_options
 from jointnas_kernels.hf.families import FAMILIES, rotary
 from jointnas_kernels.hf.importance import Importance, importance_scores
-from jointnas_kernels.hf.reorder import identity_order, reorder
+from jointnas_kernels.hf.ordering import identity_order, reorder
 from jointnas_kernels.hf.supernet import Supernet
 from jointnas_kernels.layout import FINAL_NORM, HIDDEN, PAIRS, Norm, all_sizes, block_of, kept, sliding_windows, traits
 from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetBlock, SupernetNorm
@@ -49,10 +49,15 @@ def convert(
     Args:
         model: of a supported family (`families.FAMILIES`), on any device, also meta (then without importance).
         space: must fit the model's config.
-        lora_rank, lora_alpha: LoRA on all seven linears of a block, scaled by alpha / rank.
+        lora_rank: of LoRA, on all seven linears of a block.
+        lora_alpha: LoRA is scaled by alpha / rank.
         lora: the same as a `peft.LoraConfig`, in place of rank and alpha; see `adapters.lora_options`.
-        importance: scores to reorder by. None: scored on `calibration` batches; neither: the original order.
-        relaxation, bit_relaxation, tau, alpha_init: see `ArchParameters`.
+        importance: scores to reorder by. None: scored on `calibration`; neither: the original order.
+        calibration: batches [B, T] of token ids, or keyword arguments of the model's forward.
+        relaxation: of the widths, see `ArchParameters`.
+        bit_relaxation: of the bits, see `ArchParameters`.
+        tau: temperature, see `ArchParameters`.
+        alpha_init: start of the full sizes, see `ArchParameters`.
         ste: straight-through estimator of the weight quantizers, "identity" or "clip".
         act_symmetric: activation quantizers without zero point.
         lora_dtype: of the trained parameters, default fp32.

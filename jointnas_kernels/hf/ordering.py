@@ -21,16 +21,27 @@ from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, a
 
 @dataclass(frozen=True)
 class Order:
-    """What was done: new position -> original channel, and the original blocks most important first (`block_rank`)."""
+    """What was done: new position -> original channel. A shrunk supernet knows that of its hidden channels only.
+
+    Attributes:
+        block_rank: the original blocks, most important first.
+        heads: [L, H], each in its own key-value group.
+        value_dims: [L, Hkv, D].
+        neurons: [L, I].
+    """
 
     hidden: tuple[int, ...]
     block_rank: tuple[int, ...]
-    heads: Tensor | None = field(default=None, compare=False)  # [L, H], each in its own key-value group
-    value_dims: Tensor | None = field(default=None, compare=False)  # [L, Hkv, D]
-    neurons: Tensor | None = field(default=None, compare=False)  # [L, I]; None: of a shrunk supernet
+    heads: Tensor | None = field(default=None, compare=False)
+    value_dims: Tensor | None = field(default=None, compare=False)
+    neurons: Tensor | None = field(default=None, compare=False)
 
     def channels(self, axis: Axis, block: int) -> Tensor:
-        """Original indices of an axis' channels, in the new order."""
+        """Original indices of an axis' channels, in the new order.
+
+        Raises:
+            JointNASError: of a shrunk supernet.
+        """
         if self.heads is None or self.value_dims is None or self.neurons is None:
             raise JointNASError("a shrunk supernet lacks channels of the original model, so it has no order of them.")
         groups, dim = self.value_dims.shape[1:]
@@ -65,7 +76,11 @@ def identity_order(config: Any) -> Order:
 
 @torch.no_grad()
 def reorder(model: nn.Module, importance: Importance) -> Order:
-    """Permute the weights of a model of a supported family in place, most important first."""
+    """Permute the weights of a model of a supported family in place, most important first.
+
+    Raises:
+        JointNASError: the scores are not of this model.
+    """
     config: Any = model.config
     importance.check(config)
     layout, sizes = block_of(config), all_sizes(config)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from jointnas_kernels.hf.families import build, rotary
-from jointnas_kernels.hf.reorder import Order
+from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.supernet import Supernet
 from jointnas_kernels.layout import (
     CONFIG,
@@ -42,7 +42,8 @@ def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None
     types = data.pop("layer_types", None)
     if types is not None:  # which blocks look through a sliding window
         data["layer_types"] = [types[b] for b in (range(choice.blocks) if kept is None else kept)]
-    return type(config)(**data)
+    made: PreTrainedConfig = type(config)(**data)
+    return made
 
 
 class _Cut:
@@ -69,6 +70,9 @@ def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     LoRA is merged; linears of searched precision hold the fake-quantized weight and, where the block's act_bits are
     below 16, quantize their input per token (`FakeQuantLinear`). Its weights are copies. To train the choice further
     with its LoRA and quantizers alive, use `shrink`.
+
+    Raises:
+        JointNASError: the choice is not one of the supernet's space.
     """
     cut = _Cut(supernet, choice)
     with torch.device("meta"):
@@ -96,9 +100,8 @@ def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     model.tie_weights()
     if supernet.generation_config is not None:
         model.generation_config = copy.deepcopy(supernet.generation_config)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.eval()
+    extracted: PreTrainedModel = model.requires_grad_(True).eval()
+    return extracted
 
 
 @torch.no_grad()
@@ -107,6 +110,9 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     small model, with LoRA and quantizers still trainable (quantization-aware fine-tuning). Blocks are renumbered.
 
     Quantizing sliced weights equals slicing quantized ones up to the rounding of s B A, whose GEMM has another shape.
+
+    Raises:
+        JointNASError: the choice is not one of the supernet's space.
     """
     cut, space, layout = _Cut(supernet, choice), supernet.space, block_of(supernet.config)
     small_space = SearchSpace.single(cut.config, space.weight_bits, space.act_bits, space.group_size)
