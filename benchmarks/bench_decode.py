@@ -34,8 +34,9 @@ from jointnas_kernels import hf
 from jointnas_kernels.latency import Workload, profile
 from jointnas_kernels.latency.measure import fit
 from jointnas_kernels.latency.watch import Watch
+from jointnas_kernels.layout import block_of
 from jointnas_kernels.nn import PackedLinear
-from jointnas_kernels.space import LINEARS, Choice, SearchSpace
+from jointnas_kernels.space import Choice, SearchSpace
 
 SCHEMES: dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None] = {  # bits of successive blocks, repeated
     "16 bit": None,
@@ -99,9 +100,8 @@ def block_models(device: str, dtype: torch.dtype, config: LlamaConfig) -> Iterat
             assert choice.weight_bits is not None
             assert choice.act_bits is not None
             for b, layer in enumerate(model.model.layers):
-                for i, linear in enumerate(LINEARS):
-                    parent = layer.self_attn if hasattr(layer.self_attn, linear) else layer.mlp
-                    shape, bits = getattr(parent, linear).weight.shape, choice.weight_bits[b]
+                for i, path in enumerate(block_of(config).modules):
+                    shape, bits = layer.get_submodule(path).weight.shape, choice.weight_bits[b]
                     first = stored.get((b, i, bits))
                     if first is None:
                         packed = torch.randint(-(2**31), 2**31, (shape[0], shape[1] * bits // 32), dtype=torch.int32)
@@ -110,7 +110,7 @@ def block_models(device: str, dtype: torch.dtype, config: LlamaConfig) -> Iterat
                         stored[b, i, bits] = first
                     shared = copy.copy(first)  # the same buffers
                     shared.act_bits = choice.act_bits[b]
-                    setattr(parent, linear, shared)
+                    layer.set_submodule(path, shared)
         for module in model.modules():
             for key, parameter in list(module.named_parameters(recurse=False)):
                 if parameter.is_meta:

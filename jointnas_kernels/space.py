@@ -8,7 +8,7 @@ A space lists the allowed sizes of each dimension; one choice picks one of each:
 
 Every key-value head is kept; `heads` query heads keep the first heads / n_kv of each key-value group. Sizes are
 counted from a config alone (any object with the attributes of transformers' LlamaConfig, or of the config of another
-supported family), so no weights are needed.
+supported family) by walking its layout, so no weights are needed.
 The number of parameters is multilinear in the independent dimensions, so its expectation is the same formula applied
 to expected sizes: exact, and differentiable in the probabilities.
 """
@@ -17,23 +17,44 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
 
-WIDTHS = ("hidden", "heads", "head_dim", "intermediate")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WIDTHS = layout.WIDTHS
+STRUCTURE = (*WIDTHS, "blocks")
+BITS = ("weight_bits", "act_bits")
 Probs = Mapping[str, Tensor]
 
 
+class _Data:
+    """Dataclasses from and to plain data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists, for JSON and YAML."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+    @classmethod
+    def _check(cls, data: Mapping[str, Any], what: str, where: str, *base: str) -> None:
+        """Raise unless all keys are fields, or `base`, and without that one none of the structure's is missing."""
+        names = [*(f.name for f in fields(cls)), *base]  # type: ignore[arg-type]
+        for key in data:
+            if key not in names:
+                raise unknown(f"{what} key", key, names, where)
+        missing = [n for n in STRUCTURE if n not in data]
+        if missing and all(data.get(key) is None for key in base):
+            raise JointNASError(f"{where}: missing {', '.join(missing)}.")
+
+
 @dataclass(frozen=True)
-class Choice:
+class Choice(_Data):
     """One point of a space. `blocks` says how many blocks stay (by importance); bits are indexed by original block."""
 
     hidden: int
@@ -44,23 +65,26 @@ class Choice:
     weight_bits: tuple[int, ...] | None = None
     act_bits: tuple[int, ...] | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON and YAML."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    @property
+    def widths(self) -> dict[str, int]:
+        """The sizes that all blocks share."""
+        return {k: getattr(self, k) for k in WIDTHS}
+
+    def bits(self, block: int) -> tuple[int | None, int]:
+        """(weight bits, None: not quantized; activation bits) of an original block."""
+        weight, act = self.weight_bits, self.act_bits
+        return None if weight is None else weight[block], 16 if act is None else act[block]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
-        """Inverse of `to_dict`; names missing and unknown keys."""
-        names = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in names:
-                raise unknown("choice key", key, names, where)
-        missing = [n for n in (*WIDTHS, "blocks") if n not in data]
-        if missing:
-            raise JointNASError(f"{where}: missing {', '.join(missing)}.")
-        values: dict[str, Any] = {n: _integer(data[n], f"{where}: {n}") for n in (*WIDTHS, "blocks")}
-        for key in ("weight_bits", "act_bits"):
+        """Inverse of `to_dict`.
+
+        Raises:
+            JointNASError: missing or unknown keys, or other values than integers.
+        """
+        cls._check(data, "choice", where)
+        values: dict[str, Any] = {n: _integer(data[n], f"{where}: {n}") for n in STRUCTURE}
+        for key in BITS:
             bits = data.get(key)
             if bits is not None:
                 values[key] = tuple(_integer(b, f"{where}: {key}") for b in _sequence(bits, f"{where}: {key}"))
@@ -68,8 +92,13 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class SearchSpace:
-    """The allowed sizes of every dimension, ascending. Bits of None leave that part unquantized."""
+class SearchSpace(_Data):
+    """The allowed sizes of every dimension, ascending. Bits of None leave that part unquantized.
+
+    Raises:
+        JointNASError: sizes that are no distinct positive integers, bits that no kernel has, or quantization groups
+            that a width would cut.
+    """
 
     hidden: tuple[int, ...]
     heads: tuple[int, ...]
@@ -81,11 +110,10 @@ class SearchSpace:
     group_size: int = 128
 
     def __post_init__(self) -> None:
-        for key in (*WIDTHS, "blocks", "weight_bits", "act_bits"):
+        for key in (*STRUCTURE, *BITS):
             values = getattr(self, key)
-            if values is None and key.endswith("_bits"):
-                continue
-            object.__setattr__(self, key, _sizes(values, f"search space: {key}"))
+            if values is not None or key in STRUCTURE:
+                object.__setattr__(self, key, _sizes(values, f"search space: {key}"))
         _integer(self.group_size, "search space: group_size")
         if self.group_size < 1:
             raise JointNASError(f"search space: group_size is {self.group_size}; it must be positive.")
@@ -111,30 +139,43 @@ class SearchSpace:
 
     @classmethod
     def named(cls, name: str) -> SearchSpace:
-        """`llama3`, `qllama3`: Table 1 of arXiv 2606.04063 (Llama-3.1-8B). `tiny`: the embedded small model."""
+        """`llama3`, `qllama3`: Table 1 of arXiv 2606.04063 (Llama-3.1-8B). `tiny`: the embedded small model.
+
+        Raises:
+            JointNASError: another name.
+        """
         if name not in _NAMED:
             raise unknown("search space", name, _NAMED)
         return _NAMED[name]
 
     @classmethod
+    def single(
+        cls, config: Any, weight_bits: Sequence[int] | None = None, act_bits: Sequence[int] | None = None,
+        group_size: int = 128,
+    ) -> SearchSpace:  # fmt: skip
+        """The space whose only structure is the model that a config describes."""
+        sizes: dict[str, Any] = {k: (v,) for k, v in layout.original_sizes(config).items()}
+        return cls(**sizes, weight_bits=weight_bits, act_bits=act_bits, group_size=group_size)  # type: ignore[arg-type]
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "search space") -> SearchSpace:
-        """From plain data; an optional key `base` names the space whose other dimensions are kept."""
-        names = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in (*names, "base"):
-                raise unknown("search-space key", key, (*names, "base"), where)
+        """From plain data; an optional key `base` names the space whose other dimensions are kept.
+
+        Raises:
+            JointNASError: unknown or missing keys, or bad values.
+        """
+        cls._check(data, "search-space", where, "base")
         values = dict(data)
         base = values.pop("base", None)
-        if base is not None:
-            values = {**cls.named(str(base)).to_dict(), **values}
-        missing = [n for n in (*WIDTHS, "blocks") if n not in values]
-        if missing:
-            raise JointNASError(f"{where}: missing {', '.join(missing)}.")
-        return cls(**values)
+        return cls(**values) if base is None else cls(**{**cls.named(str(base)).to_dict(), **values})
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> SearchSpace:
-        """One mapping with the fields of this class as keys, e.g. ``hidden: [128, 256]``."""
+        """One mapping with the fields of this class as keys, e.g. ``hidden: [128, 256]``.
+
+        Raises:
+            JointNASError: no file, no YAML, no mapping, or what `from_dict` refuses.
+        """
         import yaml  # here: only users of files need it
 
         path = Path(path)
@@ -148,11 +189,6 @@ class SearchSpace:
             raise JointNASError(f"{path}: expected a mapping of search-space keys, found {type(data).__name__}.")
         return cls.from_dict({str(k): v for k, v in data.items()}, where=str(path))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON and YAML."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-
     # ---- what is in it ----------------------------------------------------------------------------------------------
 
     @property
@@ -165,24 +201,29 @@ class SearchSpace:
         """o_proj's quantization group: head_dim cuts its input inside each head, and cuts must fall between groups."""
         return min(self.group_size, self.head_dim[0])
 
+    def group(self, linear: layout.Linear) -> int:
+        """A linear's quantization group."""
+        return self.o_proj_group if linear.cut_in_heads else self.group_size
+
     def sizes(self, key: str) -> tuple[int, ...]:
-        """The choices of a dimension; an empty tuple for bits that are not searched."""
-        keys = (*WIDTHS, "blocks", "weight_bits", "act_bits")
-        if key not in keys:
-            raise unknown("search-space dimension", key, keys)
-        return getattr(self, key) or ()
+        """The choices of a dimension; an empty tuple for bits that are not searched.
+
+        Raises:
+            JointNASError: no dimension has that name.
+        """
+        if key not in (*STRUCTURE, *BITS):
+            raise unknown("search-space dimension", key, (*STRUCTURE, *BITS))
+        sizes: tuple[int, ...] | None = getattr(self, key)
+        return sizes or ()
 
     def size(self) -> int:
         """How many choices there are."""
-        structure = math.prod(len(self.sizes(k)) for k in (*WIDTHS, "blocks"))
-        per_block = math.prod(len(self.sizes(k)) or 1 for k in ("weight_bits", "act_bits"))
-        return structure * per_block**self.depth
+        per_block = math.prod(len(self.sizes(k)) or 1 for k in BITS)
+        return int(math.prod(len(self.sizes(k)) for k in STRUCTURE) * per_block**self.depth)
 
     def full(self) -> Choice:
         """The largest size of every dimension, the highest precision everywhere."""
-        structure = {k: self.sizes(k)[-1] for k in (*WIDTHS, "blocks")}
-        bits = {k: (self.sizes(k)[-1],) * self.depth for k in ("weight_bits", "act_bits") if self.sizes(k)}
-        return Choice(**structure, **bits)  # type: ignore[arg-type]
+        return self._choice(lambda key, n: (self.sizes(key)[-1],) * n)
 
     def sample(self, generator: torch.Generator | None = None) -> Choice:
         """Uniform in every dimension, independently."""
@@ -191,24 +232,36 @@ class SearchSpace:
             sizes = self.sizes(key)
             return tuple(sizes[i] for i in torch.randint(len(sizes), (n,), generator=generator).tolist())
 
-        structure = {k: pick(k, 1)[0] for k in (*WIDTHS, "blocks")}
-        bits = {k: pick(k, self.depth) for k in ("weight_bits", "act_bits") if self.sizes(k)}
+        return self._choice(pick)
+
+    def _choice(self, pick: Callable[[str, int], tuple[int, ...]]) -> Choice:
+        """From `pick(dimension, how many)`."""
+        structure = {k: pick(k, 1)[0] for k in STRUCTURE}
+        bits = {k: pick(k, self.depth) for k in BITS if self.sizes(k)}
         return Choice(**structure, **bits)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Choice]:
         """Every choice, lazily: `size()` of them."""
-        for structure in itertools.product(*(self.sizes(k) for k in (*WIDTHS, "blocks"))):
-            for w in itertools.product(self.weight_bits, repeat=self.depth) if self.weight_bits else (None,):
-                for a in itertools.product(self.act_bits, repeat=self.depth) if self.act_bits else (None,):
-                    h, heads, d, i, n = structure
-                    yield Choice(h, heads, d, i, n, w, a)
+
+        def rows(key: str) -> Iterable[tuple[int, ...] | None]:
+            return itertools.product(self.sizes(key), repeat=self.depth) if self.sizes(key) else (None,)
+
+        for structure in itertools.product(*(self.sizes(k) for k in STRUCTURE)):
+            sizes: Any = dict(zip(STRUCTURE, structure, strict=True))
+            for w in rows("weight_bits"):
+                for a in rows("act_bits"):
+                    yield Choice(**sizes, weight_bits=w, act_bits=a)
 
     def check(self, choice: Choice) -> None:
-        """Raise unless the choice is a point of this space."""
-        for key in (*WIDTHS, "blocks"):
+        """Raise unless the choice is a point of this space.
+
+        Raises:
+            JointNASError: it is not.
+        """
+        for key in STRUCTURE:
             if getattr(choice, key) not in self.sizes(key):
                 raise unknown(f"{key} choice", getattr(choice, key), self.sizes(key))
-        for key in ("weight_bits", "act_bits"):
+        for key in BITS:
             bits, sizes = getattr(choice, key), self.sizes(key)
             if (bits is None) != (not sizes):
                 state = "searches" if sizes else "does not search"
@@ -220,9 +273,13 @@ class SearchSpace:
                     raise unknown(f"{key} choice", b, sizes)
 
     def validate(self, config: Any) -> None:
-        """Raise unless every choice is a sub-network of the model that `config` describes."""
-        own = original_sizes(config)
-        for key in (*WIDTHS, "blocks"):
+        """Raise unless every choice is a sub-network of the model that `config` describes.
+
+        Raises:
+            JointNASError: the first size that is not, and what is allowed.
+        """
+        own = layout.original_sizes(config)
+        for key in STRUCTURE:
             if self.sizes(key)[-1] > own[key]:
                 raise JointNASError(f"search space: {key} {self.sizes(key)[-1]} exceeds the model's {own[key]}.")
         n_kv = config.num_key_value_heads
@@ -309,94 +366,21 @@ _NAMED = {
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
 
-def original_sizes(config: Any) -> dict[str, int]:
-    """The sizes of the model that a config describes, under the names of the search dimensions."""
-    return {
-        "hidden": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        "intermediate": config.intermediate_size,
-        "blocks": config.num_hidden_layers,
-    }
-
-
-class Extras(NamedTuple):
-    """What the blocks of a model hold beside seven weights and two norms."""
-
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm over the dims of each head, on queries and on keys
-
-
-def extras(config: Any) -> Extras:
-    """Of the model that a config describes; a config without a model type counts as a Llama's."""
-    kind = getattr(config, "model_type", "llama")
-    if kind == "mistral":
-        return Extras()
-    if kind == "qwen2":
-        return Extras(qkv_bias=True)
-    attention = bool(getattr(config, "attention_bias", False))
-    if kind == "qwen3":
-        return Extras(attention, attention, qk_norm=True)
-    return Extras(attention, attention, bool(getattr(config, "mlp_bias", False)))
-
-
-def sliding_windows(config: Any) -> tuple[int | None, ...]:
-    """Of every block: how many positions a token looks back at, itself included; None: all of them."""
-    window, count = getattr(config, "sliding_window", None), config.num_hidden_layers
-    kind = getattr(config, "model_type", "llama")
-    if not window or kind not in ("mistral", "qwen2", "qwen3"):
-        return (None,) * count
-    types = ["sliding_attention"] * count if kind == "mistral" else config.layer_types
-    return tuple(window if t == "sliding_attention" else None for t in types)
-
-
-def linear_shapes(config: Any, choice: Choice) -> dict[str, tuple[int, int]]:
-    """(out, in) of the seven linears of a kept block."""
-    h, i, n_kv = choice.hidden, choice.intermediate, config.num_key_value_heads
-    q, kv = choice.heads * choice.head_dim, n_kv * choice.head_dim
-    return dict(zip(LINEARS, ((q, h), (kv, h), (kv, h), (h, q), (i, h), (i, h), (h, i)), strict=True))
-
-
 def kept_blocks(block_rank: Sequence[int], blocks: int) -> tuple[int, ...]:
     """Original indices of the `blocks` most important blocks, in the order they run."""
     return tuple(sorted(block_rank[:blocks]))
 
 
-def _block_params(config: Any, h: Any, heads: Any, d: Any, i: Any) -> tuple[dict[str, Any], Any]:
-    """Weights of each linear, and the rest of a block (norms, biases). Sizes may be numbers or expectations."""
-    n_kv = config.num_key_value_heads
-    q, kv, mlp = heads * d * h, n_kv * d * h, i * h
-    linears = dict(zip(LINEARS, (q, kv, kv, q, mlp, mlp, mlp), strict=True))
-    rest, extra = 2 * h, extras(config)
-    if extra.qkv_bias:
-        rest = rest + heads * d + 2 * n_kv * d
-    if extra.o_bias:
-        rest = rest + h
-    if extra.mlp_bias:
-        rest = rest + 2 * i + h
-    if extra.qk_norm:
-        rest = rest + 2 * d
-    return linears, rest
-
-
-def _outer_params(config: Any, h: Any) -> Any:
-    """Embedding, final norm, and lm_head unless tied."""
-    return config.vocab_size * h * (1 if config.tie_word_embeddings else 2) + h
-
-
 def count_params(config: Any, choice: Choice) -> int:
     """Parameters of the extracted model, as transformers counts them (tied embeddings once)."""
-    linears, rest = _block_params(config, choice.hidden, choice.heads, choice.head_dim, choice.intermediate)
-    return int(_outer_params(config, choice.hidden) + choice.blocks * (sum(linears.values()) + rest))
+    return int(_total(config, choice.widths, choice.blocks, lambda _: choice.blocks))
 
 
 def expected_params(config: Any, space: SearchSpace, probs: Probs) -> Tensor:
     """Exact E[count_params] for independent dimensions; fp64, differentiable in `probs` (keyed by dimension)."""
-    h, heads, d, i, blocks = (_mean(probs, space, k) for k in (*WIDTHS, "blocks"))
-    linears, rest = _block_params(config, h, heads, d, i)
-    return _outer_params(config, h) + blocks * (sum(linears.values()) + rest)
+    means = _means(space, probs)
+    total: Tensor = _total(config, means, means["blocks"], lambda _: means["blocks"])
+    return total
 
 
 def model_bytes(
@@ -406,35 +390,44 @@ def model_bytes(
 
     `block_rank` lists blocks most important first and says whose bits count; None means the original order.
     """
-    linears, rest = _block_params(config, choice.hidden, choice.heads, choice.head_dim, choice.intermediate)
-    total = float(_outer_params(config, choice.hidden) * dtype_bytes)
-    for b in kept_blocks(block_rank or range(space.depth), choice.blocks):
-        bits = choice.weight_bits[b] if choice.weight_bits is not None else None
-        total += rest * dtype_bytes
-        total += sum(n * _bytes_per_weight(space, name, bits, dtype_bytes) for name, n in linears.items())
-    return total
+    kept = kept_blocks(block_rank or range(space.depth), choice.blocks)
+
+    def of_all(linear: layout.Linear) -> float:
+        return sum(_bytes_per_weight(space, linear, choice.bits(b)[0], dtype_bytes) for b in kept)
+
+    return float(_total(config, choice.widths, choice.blocks, of_all, dtype_bytes))
 
 
 def expected_bytes(
     config: Any, space: SearchSpace, probs: Probs, block_rank: Sequence[int] | None = None, dtype_bytes: int = 2
 ) -> Tensor:
     """Exact E[model_bytes]; fp64, differentiable in `probs`."""
-    h, heads, d, i = (_mean(probs, space, k) for k in WIDTHS)
-    linears, rest = _block_params(config, h, heads, d, i)
     keep = keep_probability(space, probs["blocks"], block_rank)
-    total = _outer_params(config, h) * dtype_bytes + keep.sum() * rest * dtype_bytes
-    for name, n in linears.items():
+
+    def of_all(linear: layout.Linear) -> Tensor:
         if space.weight_bits is None:
-            total = total + keep.sum() * n * _bytes_per_weight(space, name, None, dtype_bytes)
-        else:
-            cost = [_bytes_per_weight(space, name, b, dtype_bytes) for b in space.weight_bits]
-            per_block = probs["weight_bits"].double() @ torch.tensor(cost, dtype=torch.float64, device=keep.device)
-            total = total + n * (keep * per_block).sum()
+            return keep.sum() * dtype_bytes
+        cost = [_bytes_per_weight(space, linear, bits, dtype_bytes) for bits in space.weight_bits]
+        per_block = probs["weight_bits"].double() @ torch.tensor(cost, dtype=torch.float64, device=keep.device)
+        return (keep * per_block).sum()
+
+    total: Tensor = _total(config, _means(space, probs), keep.sum(), of_all, dtype_bytes)
     return total
 
 
+def _total(
+    config: Any, widths: layout.Sizes, blocks: Any, of_all: Callable[[layout.Linear], Any], unit: int = 1
+) -> Any:
+    """Σ of all parameters, in numbers or expectations: `unit` of each; of a linear's weights `of_all` in all blocks."""
+    sizes, block = layout.all_sizes(config, widths), layout.block_of(config)
+    tables = (layout.EMBEDDING,) if config.tie_word_embeddings else (layout.EMBEDDING, layout.HEAD)
+    outside = sum(table.weights(sizes) for table in tables) + layout.size(layout.FINAL_NORM.axis, sizes)
+    total = (outside + blocks * block.others(sizes)) * unit
+    return total + sum(linear.weights(sizes) * of_all(linear) for linear in block.linears)
+
+
 def keep_probability(space: SearchSpace, blocks: Tensor, block_rank: Sequence[int] | None = None) -> Tensor:
-    """P(block b is kept) = P(number of blocks > rank of b), for every original block b; [depth], fp64."""
+    """P(block b is kept) = P(number of blocks > rank of b), [depth] fp64, from probabilities blocks [K] of depths."""
     return keep_matrix(space, block_rank).to(blocks.device) @ blocks.double()
 
 
@@ -446,12 +439,11 @@ def keep_matrix(space: SearchSpace, block_rank: Sequence[int] | None = None) -> 
     return (torch.tensor(space.blocks) > rank[:, None]).double()
 
 
-def _mean(probs: Probs, space: SearchSpace, key: str) -> Tensor:
-    p = probs[key].double()
-    return p @ torch.tensor(space.sizes(key), dtype=torch.float64, device=p.device)
+def _means(space: SearchSpace, probs: Probs) -> dict[str, Tensor]:
+    """Expected sizes, fp64."""
+    p = {k: probs[k].double() for k in STRUCTURE}
+    return {k: v @ torch.tensor(space.sizes(k), dtype=torch.float64, device=v.device) for k, v in p.items()}
 
 
-def _bytes_per_weight(space: SearchSpace, linear: str, bits: int | None, dtype_bytes: int) -> float:
-    if bits is None:
-        return float(dtype_bytes)
-    return bits / 8 + dtype_bytes / (space.o_proj_group if linear == "o_proj" else space.group_size)
+def _bytes_per_weight(space: SearchSpace, linear: layout.Linear, bits: int | None, dtype_bytes: int) -> float:
+    return float(dtype_bytes) if bits is None else bits / 8 + dtype_bytes / space.group(linear)

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.layout import all_sizes, block_of
 from jointnas_kernels.space import (
     WIDTHS,
     Choice,
@@ -16,7 +17,6 @@ from jointnas_kernels.space import (
     expected_params,
     keep_probability,
     kept_blocks,
-    linear_shapes,
     model_bytes,
 )
 
@@ -170,7 +170,8 @@ def test_bytes_of_a_block_by_hand() -> None:
     dense = model_bytes(TINY, SearchSpace(**{**space.to_dict(), "weight_bits": None}), Choice(256, 4, 64, 768, 2))
     assert dense == 2 * count_params(TINY, Choice(256, 4, 64, 768, 2))
     choice = Choice(256, 4, 64, 768, 2, weight_bits=(8, 8, 8, 4, 8, 2), act_bits=(16,) * 6)
-    weights = {n: o * i for n, (o, i) in linear_shapes(TINY, choice).items()}
+    sizes = all_sizes(TINY, choice.widths)
+    weights = {m.name: m.weights(sizes) for m in block_of(TINY).linears}
     expected = 2 * (4096 * 256 + 256) + 2 * (2 * 2 * 256)
     for bits in (4, 2):  # blocks 3 and 5 are the most important two
         expected += sum(n * bits // 8 + 2 * n // (32 if name == "o_proj" else 128) for name, n in weights.items())

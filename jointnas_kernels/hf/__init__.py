@@ -1,11 +1,11 @@
-"""Hugging Face models as supernets, and back: Llama, Mistral, Qwen2 and Qwen3."""
+"""Hugging Face models as supernets, and back: Llama, Mistral, Qwen2, Qwen3 and Phi-3."""
 
 from jointnas_kernels.hf.adapters import load_adapters, save_adapters
-from jointnas_kernels.hf.convert import convert
-from jointnas_kernels.hf.extract import extract, shrink, subnet_config
+from jointnas_kernels.hf.conversion import convert
+from jointnas_kernels.hf.extraction import extract, shrink, subnet_config
 from jointnas_kernels.hf.importance import Importance, importance_scores
-from jointnas_kernels.hf.load import load
-from jointnas_kernels.hf.reorder import Order, reorder
+from jointnas_kernels.hf.loading import load
+from jointnas_kernels.hf.ordering import Order, reorder
 from jointnas_kernels.hf.supernet import Supernet
 
 __all__ = [

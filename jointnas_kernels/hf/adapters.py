@@ -9,6 +9,9 @@ In the reordered supernet W' = W[rows][:, columns], so of a pair (A', B') the or
 B[rows] = B'. PEFT's merge of an adapter is then `SupernetLinear.adapted`, in the original order, bit for bit: both
 compute W + s (B A) with one rounding, and a dot product over the rank does not depend on where in the matrix it stands
 (seen for ranks up to 64). What is quantized is that sum. Architecture parameters are not part of the adapters.
+
+Where a family fuses n linears, each has its own pair in the supernet, and their module one in PEFT, of n times the
+rank and with their B on its diagonal. Of an adapter that PEFT trained, the linears share the one A.
 """
 
 from __future__ import annotations
@@ -17,20 +20,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf.families import PATHS
-from jointnas_kernels.space import LINEARS
+from jointnas_kernels.hf.supernet import Supernet
+from jointnas_kernels.layout import Block, block_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-
-    from jointnas_kernels.hf.supernet import Supernet
 
 WEIGHTS = "adapter_model.safetensors"
 READ = ("r", "lora_alpha", "use_rslora", "init_lora_weights", "target_modules", "lora_dropout")
@@ -50,9 +51,9 @@ def _peft() -> Any:
 # ---- configuration --------------------------------------------------------------------------------------------------
 
 
-def lora_options(config: LoraConfig) -> dict[str, Any]:
+def lora_options(config: LoraConfig, layout: Block) -> dict[str, Any]:
     """What a LoraConfig asks for, as options of `SupernetLinear`: r, lora_alpha, use_rslora, and init_lora_weights True
-    or "gaussian". target_modules may be left out, and otherwise means all seven linears.
+    or "gaussian". target_modules may be left out, and otherwise means all linears of a block.
 
     Raises:
         JointNASError: anything else that is set; the supernet would not do it.
@@ -65,11 +66,11 @@ def lora_options(config: LoraConfig) -> dict[str, Any]:
         value = getattr(config, f.name)
         if f.name not in (*READ, *IGNORED) and value != getattr(defaults, f.name):
             raise JointNASError(f"LoraConfig: {f.name}={value!r} is not supported. Supported: {', '.join(READ)}.")
-    targets = config.target_modules
-    if targets is not None and targets != "all-linear" and set(targets) != set(LINEARS):
+    targets, names = config.target_modules, _modules(layout)
+    if targets is not None and targets != "all-linear" and set(targets) != set(names):
         raise JointNASError(
             f"LoraConfig: target_modules {sorted(targets) if not isinstance(targets, str) else targets!r}: every linear"
-            f" of a block is searched and has LoRA. Allowed: None, 'all-linear', or all of {', '.join(LINEARS)}."
+            f" of a block is searched and has LoRA. Allowed: None, 'all-linear', or all of {', '.join(names)}."
         )
     if config.lora_dropout:
         raise JointNASError(
@@ -102,17 +103,21 @@ def save_adapters(supernet: Supernet, folder: str | Path) -> list[Path]:
     """
     peft, folder = _peft(), Path(folder)
     first = next(linear for _, linear in supernet.linears())
+    names = _modules(block_of(supernet.config))
+    fused = {name: count for name, count in names.items() if count > 1}
     config = peft.LoraConfig(
-        r=first.rank, lora_alpha=first.alpha, use_rslora=first.rslora, target_modules=list(LINEARS),
+        r=first.rank, lora_alpha=first.alpha, use_rslora=first.rslora, target_modules=list(names),
+        rank_pattern={name: count * first.rank for name, count in fused.items()},
+        alpha_pattern={name: first.alpha * (count**0.5 if first.rslora else count) for name, count in fused.items()},
         lora_dropout=0.0, bias="none", task_type="CAUSAL_LM", inference_mode=True,
         base_model_name_or_path=getattr(supernet.config, "_name_or_path", None) or None,
     )  # fmt: skip
     written = []
     for index, name in enumerate(adapter_names(supernet)):
-        tensors = {}
-        for key, own, dim, order in _pairs(supernet, index):
-            value = own.detach().to("cpu").contiguous()
-            tensors[key] = value if order is None else torch.empty_like(value).index_copy_(dim, order, value)
+        tensors: dict[str, Tensor] = {}
+        for keys, pairs in _pairs(supernet, index):
+            a, b = zip(*(pair.original() for pair in pairs), strict=True)
+            tensors |= dict(zip(keys, (torch.cat(a), torch.block_diag(*b)), strict=True))
         out = folder / name
         out.mkdir(parents=True, exist_ok=True)
         save_file(tensors, str(out / WEIGHTS), metadata={"format": "pt"})
@@ -137,35 +142,69 @@ def load_adapters(supernet: Supernet, folder: str | Path) -> None:
         if not (path / WEIGHTS).is_file() or not (path / "adapter_config.json").is_file():
             raise JointNASError(f"{path} is no PEFT adapter: it needs adapter_config.json and {WEIGHTS}.")
         config = peft.LoraConfig.from_pretrained(str(path))
-        scaling = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        if (config.r, scaling) != (first.rank, first.scaling):
-            raise JointNASError(
-                f"{path}: rank {config.r} and scaling {scaling:g}; the supernet has rank {first.rank} and scaling"
-                f" {first.scaling:g}."
-            )
+        for module, count in _modules(block_of(supernet.config)).items():
+            rank = config.rank_pattern.get(module, config.r)
+            alpha = config.alpha_pattern.get(module, config.lora_alpha)
+            scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+            if rank not in (first.rank, count * first.rank) or not math.isclose(scaling, first.scaling):
+                raise JointNASError(
+                    f"{path}: rank {rank} and scaling {scaling:g}; the supernet has rank {first.rank} and scaling"
+                    f" {first.scaling:g}."
+                )
         loaded.append((path, load_file(str(path / WEIGHTS))))
     copies: list[tuple[Tensor, Tensor]] = []  # all are checked before the first is changed
     for index, (path, tensors) in enumerate(loaded):
-        pairs = list(_pairs(supernet, index))
-        missing, extra = sorted({p[0] for p in pairs} - set(tensors)), sorted(set(tensors) - {p[0] for p in pairs})
+        modules = list(_pairs(supernet, index))
+        names = {key for keys, _ in modules for key in keys}
+        missing, extra = sorted(names - set(tensors)), sorted(set(tensors) - names)
         if missing or extra:
             raise JointNASError(f"{path}: {len(missing)} tensors missing {missing[:2]}, {len(extra)} extra {extra[:2]}")
-        for key, own, dim, order in pairs:
-            if tensors[key].shape != own.shape:
-                raise JointNASError(f"{path}: {key} is {tuple(tensors[key].shape)}; it must be {tuple(own.shape)}.")
-            copies.append((own, tensors[key] if order is None else tensors[key].index_select(dim, order)))
+        for keys, pairs in modules:
+            rank, count = len(pairs[0].a), len(pairs)
+            a, b = (tensors[key] for key in keys)
+            full = rank if len(a) == rank else count * rank
+            outputs = [len(pair.b) for pair in pairs]
+            for key, shape in zip(keys, ((full, pairs[0].a.shape[1]), (sum(outputs), full)), strict=True):
+                if tensors[key].shape != shape:
+                    raise JointNASError(f"{path}: {key} is {tuple(tensors[key].shape)}; it must be {shape}.")
+            ranks = [slice(i * rank, (i + 1) * rank) if full > rank else slice(None) for i in range(count)]
+            new = [(a[own], rows[:, own]) for own, rows in zip(ranks, b.split(outputs), strict=True)]
+            if full > rank and not torch.equal(torch.block_diag(*(rows for _, rows in new)), b):
+                raise JointNASError(f"{path}: {keys[1]} mixes linears that the supernet keeps apart.")
+            for pair, values in zip(pairs, new, strict=True):
+                copies += [(pair.a, values[0][:, pair.columns]), (pair.b, values[1][pair.rows])]
     for own, value in copies:
         own.copy_(value)
 
 
-def _pairs(supernet: Supernet, index: int) -> Iterator[tuple[str, Tensor, int, Tensor | None]]:
-    """Of one precision: PEFT's key, the supernet's tensor, its dim of channels, and their original indices."""
-    for b in range(len(supernet.blocks)):
-        block: Any = supernet.blocks[b]
-        for name, (rows, columns) in supernet.order.linears(b).items():
-            part, linear_name = PATHS[name].split(".")
-            linear = getattr(block.attention if part == "self_attn" else block.mlp, linear_name)
-            lora_a, lora_b = linear.pair(None if linear.bits is None else index)
-            prefix = f"base_model.model.model.layers.{b}.{PATHS[name]}"
-            yield f"{prefix}.lora_A.weight", lora_a, 1, columns
-            yield f"{prefix}.lora_B.weight", lora_b, 0, rows
+class _Pair(NamedTuple):
+    """A and B of one linear and precision, and the original indices of its channels."""
+
+    a: Tensor
+    b: Tensor
+    columns: Tensor
+    rows: Tensor
+
+    def original(self) -> tuple[Tensor, Tensor]:
+        """A and B in the order of the original model, on the host."""
+        a, b = (tensor.detach().to("cpu") for tensor in (self.a, self.b))
+        return torch.empty_like(a).index_copy_(1, self.columns, a), torch.empty_like(b).index_copy_(0, self.rows, b)
+
+
+def _modules(layout: Block) -> dict[str, int]:
+    """Names of the stored modules of a layer, and how many linears each holds."""
+    return {path.rpartition(".")[2]: len(members) for path, members in layout.modules.items()}
+
+
+def _pairs(supernet: Supernet, index: int) -> Iterator[tuple[tuple[str, str], list[_Pair]]]:
+    """Of one precision and every stored module: PEFT's keys of A and B, and the pairs of the linears it holds."""
+    layout, order = block_of(supernet.config), supernet.order
+    block: Any
+    for i, block in enumerate(supernet.blocks):
+        for path, members in layout.modules.items():
+            pairs = []
+            for m in members:
+                a, b = block.linears[m.name].pair(index)
+                pairs.append(_Pair(a, b, order.channels(m.columns, i), order.channels(m.rows, i)))
+            prefix = f"base_model.model.model.layers.{i}.{path}"
+            yield (f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"), pairs

@@ -50,6 +50,7 @@ class Scheme:
 
     @staticmethod
     def of(linear: FakeQuantLinear) -> Scheme:
+        """That of a linear."""
         group, symmetric = (linear.group_size, linear.zero is None) if linear.weight_bits else (0, True)
         return Scheme(linear.weight_bits, group, linear.act_bits, linear.act_symmetric, symmetric)
 

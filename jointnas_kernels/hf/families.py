@@ -1,9 +1,7 @@
-"""The model families that can be converted, one row each.
+"""The model families that can be converted: the classes of transformers that each is made of.
 
-All of them are decoders of the same form under the same names: model.embed_tokens, model.layers[i].{input_layernorm,
-self_attn.{q,k,v,o}_proj, post_attention_layernorm, mlp.{gate,up,down}_proj}, model.norm, lm_head; RMSNorm, SwiGLU,
-rotate-half RoPE. Where they differ is read from their configs: biases and q/k norms (`space.extras`), and sliding
-windows (`space.sliding_windows`).
+All of them are decoders of the same form under the same names: model.embed_tokens, model.layers[i] of RMSNorm,
+attention with rotate-half RoPE and SwiGLU, model.norm, lm_head. `layout` says what is in a layer.
 """
 
 from __future__ import annotations
@@ -14,17 +12,18 @@ from torch import nn
 from transformers import (
     LlamaForCausalLM,
     MistralForCausalLM,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.space import LINEARS
 
 
 class Family(NamedTuple):
@@ -40,9 +39,8 @@ FAMILIES = {
     "mistral": Family(MistralForCausalLM, MistralRMSNorm, MistralRotaryEmbedding),
     "qwen2": Family(Qwen2ForCausalLM, Qwen2RMSNorm, Qwen2RotaryEmbedding),
     "qwen3": Family(Qwen3ForCausalLM, Qwen3RMSNorm, Qwen3RotaryEmbedding),
+    "phi3": Family(Phi3ForCausalLM, Phi3RMSNorm, Phi3RotaryEmbedding),
 }
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-PATHS = {name: f"{'self_attn' if name in ATTENTION else 'mlp'}.{name}" for name in LINEARS}  # inside a layer
 
 
 def family(config: Any, what: str = "model") -> Family:

@@ -18,17 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn.block import Step
-from jointnas_kernels.nn.choices import ArchSample, BlockSample
+from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample
 
-if TYPE_CHECKING:
-    from jointnas_kernels.hf.supernet import Supernet
+
+class Net(Protocol):
+    """What graphs need of a supernet."""
+
+    blocks: nn.ModuleList
+    arch: ArchParameters
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+
+    @property
+    def mask_dtype(self) -> torch.dtype:
+        """Of masks, gates and probabilities."""
+
+    def embed(self, input_ids: Tensor, sample: ArchSample) -> tuple[Tensor, Step]:
+        """Masked embeddings [B, T, N] of token ids [B, T], and what the blocks share."""
 
 
 class Replay(NamedTuple):
@@ -52,7 +67,7 @@ class BlockGraphs:
 
     def __init__(
         self,
-        net: Supernet,
+        net: Net,
         batch: int,
         tokens: int,
         modes: Iterable[str],
@@ -76,7 +91,7 @@ class BlockGraphs:
         ids = torch.zeros(batch, tokens, dtype=torch.long, device=net.device)
         with torch.no_grad():
             # cos, sin and sliding windows depend on the length only
-            _, self.step = net._embed(ids, None, sample.masks, net.space.hidden, net.space.head_dim)
+            _, self.step = net.embed(ids, sample)
         pool = torch.cuda.graph_pool_handle() if cuda else None
         self._replays: dict[str, list[dict[bool, Replay]]] = {}
         for mode in self.modes:
@@ -88,32 +103,32 @@ class BlockGraphs:
 
     # ---- capture ----------------------------------------------------------------------------------------------------
 
-    def _typical(self, net: Supernet, grad: bool) -> ArchSample:
+    def _typical(self, net: Net, grad: bool) -> ArchSample:
         """A sample of the kind that draws make: full depth, no precision certain. Its values do not matter."""
         alphas = {k: torch.full_like(v, 1 / v.shape[-1]) for k, v in net.arch.logits.items()}
         alphas["blocks"] = torch.zeros_like(alphas["blocks"])
         alphas["blocks"][-1] = 1
         return self.assemble(net, {k: v.requires_grad_(grad) for k, v in alphas.items()})
 
-    def assemble(self, net: Supernet, alphas: Mapping[str, Tensor]) -> ArchSample:
+    def assemble(self, net: Net, alphas: Mapping[str, Tensor]) -> ArchSample:
         """The sample of these values, in the buffer; what the buffer held before is gone."""
         if self.buffer is None:
-            self.buffer = net.arch.buffer(net.device, net._mask_dtype)
+            self.buffer = net.arch.buffer(net.device, net.mask_dtype)
         self.ticket += 1
-        self.live = net.arch.assemble(alphas, device=net.device, dtype=net._mask_dtype, out=self.buffer)
+        self.live = net.arch.assemble(alphas, device=net.device, dtype=net.mask_dtype, out=self.buffer)
         return self.live
 
     def _capture(
-        self, net: Supernet, mode: str, ids: Tensor, make: Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
+        self, net: Net, mode: str, ids: Tensor, make: Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
     ) -> list[dict[bool, Replay]]:
         weights, vectors = mode != "arch", mode != "weight"
         sample = self._typical(net, vectors)
         with torch.no_grad():
-            x, _ = net._embed(ids, None, sample.masks, net.space.hidden, net.space.head_dim)
+            x, _ = net.embed(ids, sample)
         own_masks: list[Any] = [None if m is None else _leaf(m, vectors) for m in sample.masks]
         masks = type(sample.masks)(*own_masks)
         step = self.step._replace(masks=masks, mode=mode)
-        always = min(net.space.blocks)
+        always = min(net.arch.space.blocks)
         functions: list[Callable[..., Tensor]] = []
         block: Any
         arguments: list[tuple[Tensor, ...]] = []
@@ -123,7 +138,7 @@ class BlockGraphs:
                 gate, weight, act = (None if t is None else _leaf(t, vectors) for t in drawn[:3])
                 one = drawn._replace(gate=gate, weight_probs=weight, act_probs=act)
                 own = _trained(block) if weights else []
-                for skipped in (False, True) if vectors and net.block_rank.index(index) >= always else (False,):
+                for skipped in (False, True) if vectors and net.arch.block_rank.index(index) >= always else (False,):
                     into = vectors or index > 0  # the embedding is frozen: only its mask wants a gradient
                     tensors = [one.gate] if skipped else [*(_vectors(step, one) if vectors else ()), *own]
                     functions.append(_function(block.skipped if skipped else block, step, one))
@@ -163,15 +178,14 @@ class BlockGraphs:
     @staticmethod
     def run(replay: Replay, x: Tensor, step: Step, one: BlockSample, skipped: bool) -> Tensor:
         """Replay a block on x; gradients reach x, the parameters and the sample's vectors."""
-        if skipped:
-            return replay.call(x, one.gate)
-        if replay.vectors:
-            return replay.call(x, *_vectors(step, one), *replay.parameters)
-        return replay.call(x, *replay.parameters)
+        vectors = [one.gate] if skipped else _vectors(step, one) if replay.vectors else ()
+        y: Tensor = replay.call(x, *vectors, *replay.parameters)
+        return y
 
     def guard(self, x: Tensor, ticket: int) -> Tensor:
         """x, the last norm's output; its backward pass runs before anything that reads the buffer or a block."""
-        return _Guard.apply(x, self, ticket)
+        guarded: Tensor = _Guard.apply(x, self, ticket)  # type: ignore[no-untyped-call]
+        return guarded
 
 
 class _Guard(torch.autograd.Function):
@@ -201,12 +215,13 @@ class _Guard(torch.autograd.Function):
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _check(net: Supernet, modes: tuple[str, ...]) -> None:
+def _check(net: Net, modes: tuple[str, ...]) -> None:
     if torch.is_autocast_enabled(net.device.type) or torch.is_inference_mode_enabled():
         raise JointNASError("capture: leave autocast and inference mode first; graphs are for training steps.")
     if any(type(p) is not nn.Parameter for p in net.blocks.parameters()):
         raise JointNASError("capture: the blocks' parameters are sharded over devices; graphs need plain parameters.")
-    if "weight" in modes and (net.space.weight_bits or net.space.act_bits) and net.arch.bit_relaxation == "reinmax":
+    searched = net.arch.space.weight_bits or net.arch.space.act_bits
+    if "weight" in modes and searched and net.arch.bit_relaxation == "reinmax":
         raise JointNASError(
             'capture: bit_relaxation="reinmax" draws one precision per block, and in "weight" mode its kernels differ'
             ' from draw to draw; capture modes=("arch",), or relax the bits by "softmax".'

@@ -9,7 +9,7 @@ block            1 - mean over tokens of cos(block input, block output)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,45 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.space import original_sizes
+from jointnas_kernels.layout import HEADS, HIDDEN, NEURONS, VALUES, all_sizes, block_of
+
+Hook = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, larger = more important, on the host in fp32."""
+    """Scores, larger = more important, on the host in fp32.
 
-    hidden: Tensor  # [N]
-    heads: Tensor  # [L, H]
-    value_dims: Tensor  # [L, Hkv, D]
-    neurons: Tensor  # [L, I]
-    blocks: Tensor  # [L]
+    Attributes:
+        hidden: [N].
+        heads: [L, H].
+        value_dims: [L, Hkv, D].
+        neurons: [L, I].
+        blocks: [L].
+    """
+
+    hidden: Tensor
+    heads: Tensor
+    value_dims: Tensor
+    neurons: Tensor
+    blocks: Tensor
 
     def check(self, config: Any) -> None:
-        """Raise unless the scores belong to a model of this config."""
-        s, n_kv = original_sizes(config), config.num_key_value_heads
-        blocks = s["blocks"]
+        """Raise unless the scores belong to a model of this config.
+
+        Raises:
+            JointNASError: other shapes, or scores that are not finite.
+        """
+        s = all_sizes(config)
         shapes = {
-            "hidden": (s["hidden"],),
-            "heads": (blocks, s["heads"]),
-            "value_dims": (blocks, n_kv, s["head_dim"]),
-            "neurons": (blocks, s["intermediate"]),
-            "blocks": (blocks,),
+            "hidden": ("hidden",),
+            "heads": ("blocks", "heads"),
+            "value_dims": ("blocks", "kv_heads", "head_dim"),
+            "neurons": ("blocks", "intermediate"),
+            "blocks": ("blocks",),
         }
-        for name, shape in shapes.items():
-            scores = getattr(self, name)
+        for name, dims in shapes.items():
+            scores, shape = getattr(self, name), tuple(s[d] for d in dims)
             if tuple(scores.shape) != shape:
                 raise JointNASError(f"importance: {name} has shape {tuple(scores.shape)}; the model needs {shape}.")
             if not torch.isfinite(scores).all():
@@ -56,7 +69,11 @@ class Importance:
 
     @classmethod
     def load(cls, path: str | Path) -> Importance:
-        """Inverse of `save`."""
+        """Inverse of `save`.
+
+        Raises:
+            JointNASError: no file, or one of other tensors.
+        """
         if not Path(path).is_file():
             raise JointNASError(f"importance file {str(path)!r} does not exist.")
         data = load_file(str(path))
@@ -69,9 +86,13 @@ class Importance:
 
 @torch.no_grad()
 def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, Tensor]]) -> Importance:
-    """Run the model on calibration batches (token ids [B, T], or keyword arguments of its forward) and score it."""
+    """Run the model on calibration batches [B, T] of token ids, or keyword arguments of its forward, and score it.
+
+    Raises:
+        JointNASError: there are no batches.
+    """
     config: Any = model.config
-    s, n_kv = original_sizes(config), config.num_key_value_heads
+    s, layout = all_sizes(config), block_of(config)
     layers: Any = model.get_submodule("model.layers")
     device = next(model.parameters()).device
     count = s["blocks"]
@@ -79,8 +100,10 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float64, device=device)
 
-    hidden, neurons = zeros(2 * count, s["hidden"]), zeros(count, s["intermediate"])
+    norms = [norm for norm in layout.norms if norm.axis == HIDDEN]
+    hidden, neurons = zeros(count, len(norms), s["hidden"]), zeros(count, s["intermediate"])
     context = zeros(count, s["heads"] * s["head_dim"])
+    inputs_of = {NEURONS: neurons, (*HEADS, *VALUES): context}
     cosine, tokens, current = zeros(count), 0, None  # sums over tokens; `current`: padding mask of the running batch
 
     def rows(x: Tensor) -> Tensor:
@@ -90,13 +113,13 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
     def energy(total: Tensor, x: Tensor) -> None:
         total += rows(x).square().sum(0)
 
-    def norm_hook(i: int):
-        return lambda module, args, output: energy(hidden[i], output)
+    def output_hook(total: Tensor) -> Hook:
+        return lambda module, args, output: energy(total, output)
 
-    def input_hook(total: Tensor, i: int):
-        return lambda module, args: energy(total[i], args[0])
+    def input_hook(total: Tensor) -> Hook:
+        return lambda module, args: energy(total, args[0])
 
-    def block_hook(i: int):
+    def block_hook(i: int) -> Hook:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             x = args[0] if args else kwargs["hidden_states"]
             y = output[0] if isinstance(output, tuple) else output
@@ -106,13 +129,13 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
 
     hooks, training = [], model.training
     for i, layer in enumerate(layers):
-        hooks += [
-            layer.input_layernorm.register_forward_hook(norm_hook(2 * i)),
-            layer.post_attention_layernorm.register_forward_hook(norm_hook(2 * i + 1)),
-            layer.self_attn.o_proj.register_forward_pre_hook(input_hook(context, i)),
-            layer.mlp.down_proj.register_forward_pre_hook(input_hook(neurons, i)),
-            layer.register_forward_hook(block_hook(i), with_kwargs=True),
-        ]
+        hooks.append(layer.register_forward_hook(block_hook(i), with_kwargs=True))
+        for norm, total in zip(norms, hidden[i], strict=True):
+            hooks.append(layer.get_submodule(norm.path).register_forward_hook(output_hook(total)))
+        for linear in layout.linears:
+            if linear.columns in inputs_of:
+                hook = input_hook(inputs_of[linear.columns][i])
+                hooks.append(layer.get_submodule(linear.module).register_forward_pre_hook(hook))
     try:
         model.eval()
         for batch in batches:
@@ -129,9 +152,9 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
         model.train(training)
     if tokens == 0:
         raise JointNASError("importance: the calibration set is empty.")
-    per_dim = context.view(count, n_kv, s["heads"] // n_kv, s["head_dim"])
+    per_dim = context.view(count, s["kv_heads"], -1, s["head_dim"])
     scores = {
-        "hidden": hidden.sqrt().sum(0),
+        "hidden": hidden.sqrt().flatten(0, 1).sum(0),
         "heads": per_dim.sum(-1).flatten(1).sqrt(),
         "value_dims": per_dim.sum(2).sqrt(),
         "neurons": neurons.sqrt(),

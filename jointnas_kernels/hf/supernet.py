@@ -12,13 +12,14 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf.graphs import BlockGraphs
-from jointnas_kernels.hf.reorder import Order
+from jointnas_kernels.hf.ordering import Order
+from jointnas_kernels.layout import all_sizes, sliding_windows, traits
 from jointnas_kernels.nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
 from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks
 from jointnas_kernels.nn.linear import MODES, SupernetLinear
 from jointnas_kernels.nn.loss import linear_cross_entropy
 from jointnas_kernels.ops.width.channel import channel_mask
-from jointnas_kernels.space import Choice, SearchSpace, extras, original_sizes, sliding_windows
+from jointnas_kernels.space import Choice, SearchSpace
 
 
 class Supernet(nn.Module):
@@ -28,6 +29,8 @@ class Supernet(nn.Module):
     (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample, not a fixed choice.
 
     Attributes:
+        embedding: [V, N], frozen like every weight.
+        lm_head: [V, N]; None: tied to the embedding.
         arch: the architecture parameters; they stay on the host.
         block_rank: original block indices, most important first.
         full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
@@ -65,7 +68,7 @@ class Supernet(nn.Module):
         self.graphs: BlockGraphs | None = None
         self._mode = "weight"
         self._window = next((w for w in sliding_windows(config) if w is not None), None)
-        self._qk_norm = extras(config).qk_norm
+        self._qk_norm = traits(config).qk_norm
         self.replaced = sum(isinstance(m, (SupernetLinear, SupernetNorm, HeadNorm)) for m in self.modules())
 
     @property
@@ -76,7 +79,11 @@ class Supernet(nn.Module):
     # ---- what runs --------------------------------------------------------------------------------------------------
 
     def mode(self, name: str) -> Supernet:
-        """Whose gradients the next steps compute: "weight", "arch" or "full"."""
+        """Whose gradients the next steps compute: "weight", "arch" or "full".
+
+        Raises:
+            JointNASError: another name.
+        """
         if name not in MODES:
             raise unknown("mode", name, MODES)
         if name != self._mode:
@@ -95,7 +102,7 @@ class Supernet(nn.Module):
         if self.graphs is not None:
             self.sample = self.graphs.assemble(self, alphas)
         else:
-            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self._mask_dtype)
+            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self.mask_dtype)
         return self.sample
 
     def fix(self, choice: Choice) -> Supernet:
@@ -152,10 +159,10 @@ class Supernet(nn.Module):
     def _refresh(self) -> None:
         if self.choice is not None:
             alphas = self.arch.one_hot(self.choice)
-            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self._mask_dtype)
+            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self.mask_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Supernet:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.graphs = None
         self.sample = None  # its masks are on the old device
         self._refresh()
@@ -167,7 +174,8 @@ class Supernet(nn.Module):
         return self.embedding.device
 
     @property
-    def _mask_dtype(self) -> torch.dtype:
+    def mask_dtype(self) -> torch.dtype:
+        """Of masks, gates and probabilities."""
         return torch.float64 if self.embedding.dtype == torch.float64 else torch.float32
 
     # ---- forward ----------------------------------------------------------------------------------------------------
@@ -185,16 +193,16 @@ class Supernet(nn.Module):
         With labels the logits are left out unless `return_logits=True`: the loss is then computed chunk by chunk and
         the full logits never exist. `attention_mask` [B, T] marks padding with 0; leave it out when there is none,
         because only then attention can use the causal kernel. Labels are the input ids, shifted here; -100 is ignored.
+
+        Raises:
+            JointNASError: there is no architecture, by `draw` or `fix`.
         """
         if self.sample is None:
             raise JointNASError("the supernet has no architecture: call draw(generator) or fix(choice) before a step.")
         sample = self.sample
         graphs = self._replayable(sample, input_ids, attention_mask)
         ticket = 0 if graphs is None else graphs.begin()
-        known = None if graphs is None else graphs.step
-        x, step = self._embed(
-            input_ids, attention_mask, sample.masks, self.space.hidden, self.space.head_dim, known=known
-        )
+        x, step = self.embed(input_ids, sample, attention_mask, None if graphs is None else graphs.step)
         block: Any
         for index, (block, one, gate) in enumerate(zip(self.blocks, sample.blocks, sample.gates, strict=True)):
             skipped = gate == 0
@@ -229,35 +237,41 @@ class Supernet(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
     ) -> CausalLMOutput:
         """The model before conversion, from the same weights: a distillation teacher without a second copy."""
-        s, n_kv = original_sizes(self.config), self.config.num_key_value_heads
+        s = all_sizes(self.config)
 
         def ones(*shape: int) -> Tensor:
-            return torch.ones(*shape, dtype=self._mask_dtype, device=self.device)
+            return torch.ones(*shape, dtype=self.mask_dtype, device=self.device)
 
         heads, dim = s["heads"], s["head_dim"]
         queries, norms = ones(heads, dim), (ones(1) / dim**0.5, ones(1)) if self._qk_norm else ()
         masks = Masks(
-            ones(1), ones(s["hidden"]), queries if norms else queries / dim**0.5, ones(n_kv, dim), ones(heads * dim),
-            ones(s["intermediate"]), *norms,
+            ones(1), ones(s["hidden"]), queries if norms else queries / dim**0.5, ones(s["kv_heads"], dim),
+            ones(heads * dim), ones(s["intermediate"]), *norms,
         )  # fmt: skip
-        x, step = self._embed(input_ids, attention_mask, masks, (s["hidden"],), (dim,), original=True)
+        x = self._tokens(input_ids, masks)
+        step = self._step(x, masks, attention_mask)._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
         for block in self.blocks:
             x = block(x, step, BlockSample())
         return self._output(self.norm(x, step), labels, True)
 
-    def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor | None, masks: Masks, sizes: tuple[int, ...],
-        head_dims: tuple[int, ...], original: bool = False, known: Step | None = None,
+    def embed(
+        self, input_ids: Tensor, sample: ArchSample, attention_mask: Tensor | None = None, known: Step | None = None
     ) -> tuple[Tensor, Step]:
         """Masked embeddings [B, T, N], and what the blocks share; `known`: that of an earlier pass of this shape."""
+        x = self._tokens(input_ids, sample.masks)
+        if known is not None:
+            return x, known._replace(masks=sample.masks, mode=self._mode)
+        return x, self._step(x, sample.masks, attention_mask)
+
+    def _tokens(self, input_ids: Tensor, masks: Masks) -> Tensor:
         kind = self.device.type
         x = nn.functional.embedding(input_ids, self.embedding)
         if torch.is_autocast_enabled(kind):  # the whole residual stream runs in the autocast dtype
             x = x.to(torch.get_autocast_dtype(kind))
-        x = channel_mask(x, masks.hidden, backend=self.backend)
-        if known is not None:
-            return x, known._replace(masks=masks, mode=self._mode)
-        length = input_ids.shape[1]
+        return channel_mask(x, masks.hidden, backend=self.backend)
+
+    def _step(self, x: Tensor, masks: Masks, attention_mask: Tensor | None) -> Step:
+        length = x.shape[1]
         cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])
         look = near = None
         if attention_mask is not None:
@@ -265,7 +279,10 @@ class Supernet(nn.Module):
         if self._window is not None:  # up to its length a window hides nothing
             near = look if length <= self._window else self._visible(length, attention_mask, self._window)
         ones = (torch.ones_like(masks.q), torch.ones_like(masks.k)) if self._qk_norm else None
-        return x, Step(masks, sizes, cos, sin, look, near, head_dims, ones, self._mode, original)
+        return Step(
+            masks, self.space.hidden, cos, sin, look, near, head_dims=self.space.head_dim, rope_masks=ones,
+            mode=self._mode,
+        )  # fmt: skip
 
     def _visible(self, length: int, attention_mask: Tensor | None, window: int | None = None) -> Tensor:
         """[B or 1, 1, T, T]: True where a query may look."""
@@ -326,7 +343,11 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def load_search_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `search_state`, for a supernet of the same model, space and importance."""
+        """Inverse of `search_state`.
+
+        Raises:
+            JointNASError: it is of another model, space or importance.
+        """
         for name, own in (("hidden", self.order.hidden), ("block_rank", self.order.block_rank)):
             saved = state.get(f"order.{name}")
             if saved is None or tuple(saved.tolist()) != own:

@@ -20,11 +20,12 @@ from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import Target, Weight, quantize_weight
 from jointnas_kernels.latency.interpolation import measured_by
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, groups, with_bits
+from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, with_bits
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
-from jointnas_kernels.space import LINEARS, Choice, SearchSpace, count_params, kept_blocks
+from jointnas_kernels.layout import block_of
+from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks
 
 ENOUGH = 4  # whole models for the two terms of a calibration
 TURNS = 5  # of measuring a whole model
@@ -44,6 +45,7 @@ class BackendLinear(nn.Module):
         self._run = registry.get(backend).prepare(spec, target, weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
         y = self._run(x.reshape(-1, self.spec.k)).view(*x.shape[:-1], self.spec.n)
         return y if self.bias is None else y + self.bias
 
@@ -58,6 +60,9 @@ def deploy(
     """Replaces the linears of an extracted model's blocks by the table's fastest backend for its bits, in place.
 
     The weights are quantized by rounding to nearest: this model has the latency of the choice, not its quality.
+
+    Raises:
+        JointNASError: the model is not of this choice, or no backend in the table runs one of its linears.
     """
     if choice.weight_bits is None and choice.act_bits is None:
         return model
@@ -66,23 +71,22 @@ def deploy(
     if len(layers) != len(kept):
         raise JointNASError(f"the model has {len(layers)} blocks, the choice {len(kept)}")
     target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
-    group, o_group = groups(space)
+    modules = block_of(model.config).modules
     for layer, b in zip(layers, kept, strict=True):
-        wbits = choice.weight_bits[b] if choice.weight_bits else DENSE
-        abits = choice.act_bits[b] if choice.act_bits else DENSE
-        for name in LINEARS:
-            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-            linear = getattr(parent, name)
+        weight_bits, abits = choice.bits(b)
+        wbits = weight_bits or DENSE
+        for path, members in modules.items():
+            linear = layer.get_submodule(path)
             n, k = linear.weight.shape
-            g = o_group if name == "o_proj" else group
-            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, g)
+            group = space.group(members[0])
+            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, group)
             row = table.best(spec)
             if row is None:
                 raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
             dense = linear.weight.detach()
-            weight = dense if wbits == DENSE else quantize_weight(dense, wbits, g)
+            weight = dense if wbits == DENSE else quantize_weight(dense, wbits, group)
             bias = None if linear.bias is None else linear.bias.detach()
-            setattr(parent, name, BackendLinear(spec, target, measured_by(table, row), weight, bias))
+            layer.set_submodule(path, BackendLinear(spec, target, measured_by(table, row), weight, bias))
     return model
 
 
@@ -136,6 +140,9 @@ def calibrate(
 
     Weights are random: latency does not depend on them. Models that were disturbed are left out of the fit if enough
     others remain.
+
+    Raises:
+        JointNASError: too few random choices are feasible, or one of the given ones is not.
     """
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
@@ -164,7 +171,11 @@ def measure_choices(
     watch: Watch | None = None,
 ) -> list[Measured]:
     """Whole models of these choices, with random weights, each in several short turns: a machine that is slow for some
-    seconds is so for one turn of many models, not for all of one model."""
+    seconds is so for one turn of many models, not for all of one model.
+
+    Raises:
+        JointNASError: one of the choices is infeasible on this device.
+    """
     from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
     from jointnas_kernels.hf.families import build
 
@@ -220,7 +231,11 @@ def feasible_choices(
     seed: int = 0,
     fits: Callable[[Choice], bool] = lambda _: True,
 ) -> list[Choice]:
-    """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit."""
+    """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit.
+
+    Raises:
+        JointNASError: hardly any are feasible.
+    """
     generator = torch.Generator().manual_seed(seed)
     bound = table.bind(space)
     found: list[Choice] = []
@@ -255,7 +270,10 @@ def fit(points: Sequence[tuple[float, int, float]]) -> Calibration:
         return float((design @ torch.tensor(pair, dtype=torch.float64) - target).square().sum())
 
     fixed, per_block = min(candidates, key=residual)
-    error = lambda predicted: float(((predicted - measured).abs() / measured).mean())  # noqa: E731
+
+    def error(predicted: Tensor) -> float:
+        return float(((predicted - measured).abs() / measured).mean())
+
     return Calibration(
         fixed=fixed,
         per_block=per_block,

@@ -27,7 +27,7 @@ from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import Target, Weight, excuse, random_input, random_weight, verified
 from jointnas_kernels.latency.meters import UNITS, meter
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
-from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops, groups, parts
+from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops, parts
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
 from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
@@ -179,7 +179,7 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows
 def _weight_bytes(space: SearchSpace, workload: Workload, dims: ModelDims, target: Target) -> int:
     """Linears of the largest model of the space: how much is touched between two uses of one weight."""
     total = 0
-    for part in parts(workload, dims, *groups(space)):
+    for part in parts(workload, dims, space):
         spec = part.spec(*(space.sizes(d)[-1] for d in part.dims))
         if spec.op in ("linear", "lm_head"):
             total += spec.n * spec.k * part.count * (space.blocks[-1] if part.per_block else 1)

@@ -1,29 +1,33 @@
 """What has to be timed: one `OpSpec` per distinct operation of a search space on one workload.
 
-A model of a space point is the sum of these parts (T = rows of the workload, h hidden, H query heads, n key/value
-heads, d head dim, I intermediate, V vocabulary):
+A model of a space point is the sum of the operations of its layout (T = rows of the workload, h hidden, H query heads,
+n key/value heads, d head dim, I intermediate, V vocabulary):
 
     once       embedding [T,h] · final norm [T,h] · lm_head [B,h]x[V,h]  (only the last position needs logits)
     per block  2 norms, 2 residual adds [T,h] · q [H·d,h] · k, v [n·d,h] · rope, attention (H,d) · o [h,H·d]
                gate, up [I,h] · swiglu [T,I] · down [h,I]
                where queries and keys are normalised (Qwen3): norms [T·H,d] and [T·n,d]
+               where a family fuses linears: one [(H+2n)·d,h], one [2·I,h]
 
 Biases are not timed apart: a linear adds its own on the way out.
-Only the seven linears of a block depend on its bits. A part depends on at most three dimensions of the space,
+Only the linears of a block depend on its bits. A part depends on at most three dimensions of the space,
 so a table stays small although the space does not.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.space import extras, sliding_windows
+from jointnas_kernels.layout import HIDDEN, VOCAB, WIDTHS, Axis
+from jointnas_kernels.space import SearchSpace
 
-WIDTHS = ("hidden", "heads", "head_dim", "intermediate")
 OPS = ("linear", "lm_head", "embedding", "norm", "add", "rope", "attention", "swiglu")
 DENSE = 16  # "16 bit" = not quantized, whatever the model's dtype
 
@@ -48,7 +52,11 @@ class OpSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """prefill: `batch` sequences of `seq` tokens at once. decode: one token per sequence after `seq` cached ones."""
+    """prefill: `batch` sequences of `seq` tokens at once. decode: one token per sequence after `seq` cached ones.
+
+    Raises:
+        JointNASError: an unknown mode or dtype, or sizes below 1.
+    """
 
     mode: Literal["prefill", "decode"] = "prefill"
     batch: int = 1
@@ -71,6 +79,7 @@ class Workload:
 
     @property
     def rows(self) -> int:
+        """Tokens that go through the model in one call."""
         return self.batch * self.queries
 
     @property
@@ -87,61 +96,70 @@ class ModelDims:
     kv_heads: int
     vocab: int
     qk_norm: bool = False
+    fused: bool = False
 
     @staticmethod
     def of(config: Any) -> ModelDims:
+        """Of the model that a config describes."""
         layers, kv_heads, vocab = config.num_hidden_layers, config.num_key_value_heads, config.vocab_size
-        return ModelDims(int(layers), int(kv_heads), int(vocab), extras(config).qk_norm)
+        own = layout.traits(config)
+        return ModelDims(int(layers), int(kv_heads), int(vocab), own.qk_norm, own.fused)
+
+    @property
+    def block(self) -> layout.Block:
+        """The block, but for biases."""
+        return layout.block(layout.Traits(qk_norm=self.qk_norm, fused=self.fused))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One term of the sum: `count` times per block (or per model), depending on the widths in `dims`."""
+    """One term of the sum: `count` times per block (or per model), of a size that depends on the widths in `dims`."""
 
-    name: str
-    dims: tuple[str, ...]
-    spec: Callable[..., OpSpec]
+    name: str = field(compare=False)
+    op: str
+    m: int
+    n: tuple[Axis, ...]  # n is the sum of their sizes
+    k: Axis | None
+    model: ModelDims
+    heads: Axis = ()  # m is multiplied by their number
+    group: int = 0  # > 0: a linear that takes the block's bits, with this quantization group
     count: int = 1
     per_block: bool = True
-    group: int = 0  # > 0: a linear that takes the block's bits, with this quantization group
+
+    @functools.cached_property
+    def dims(self) -> tuple[str, ...]:
+        """The widths that it depends on."""
+        used = {factor.dim for axis in (*self.n, self.k or (), self.heads) for factor in axis}
+        return tuple(d for d in WIDTHS if d in used)
+
+    def spec(self, *widths: int) -> OpSpec:
+        """At these sizes of `dims`."""
+        searched = dict(zip(self.dims, widths, strict=True))
+        sizes = layout.with_fixed(searched, self.model.kv_heads, self.model.vocab)
+        n, k = sum(layout.size(axis, sizes) for axis in self.n), 0 if self.k is None else layout.size(self.k, sizes)
+        return OpSpec(self.op, self.m * layout.size(self.heads, sizes), n, k)
 
 
-def parts(workload: Workload, dims: ModelDims, group: int, o_group: int) -> tuple[Part, ...]:
-    """The parts of the model (module docstring), in execution order."""
-    t, n = workload.rows, dims.kv_heads
-
-    def linear(out: int, inp: int) -> OpSpec:
-        return OpSpec("linear", t, out, inp)
-
-    head_norms = (
-        Part("q_norm", ("heads", "head_dim"), lambda H, d: OpSpec("norm", t * H, d, 0)),
-        Part("k_norm", ("head_dim",), lambda d: OpSpec("norm", t * n, d, 0)),
-    )
+def parts(workload: Workload, model: ModelDims, space: SearchSpace) -> tuple[Part, ...]:
+    """The parts of the model (module docstring) in execution order; equal ones of a block are one with a count."""
+    t, modules, found = workload.rows, model.block.modules, Counter[Part]()
+    for op in model.block.ops:
+        if isinstance(op, layout.Norm):
+            found[Part(op.name, "norm", t, (op.axis,), None, model, op.heads)] += 1
+        elif isinstance(op, layout.Elementwise):
+            found[Part(op.name, op.name, t, (op.n,), op.k, model)] += 1
+        elif op == modules[op.module][0]:
+            rows = tuple(layout.counted(member.rows) for member in modules[op.module])
+            found[Part(op.name, "linear", t, rows, layout.counted(op.columns), model, group=space.group(op))] += 1
     return (
-        Part("embedding", ("hidden",), lambda h: OpSpec("embedding", t, h, dims.vocab), per_block=False),
-        Part("norm", ("hidden",), lambda h: OpSpec("norm", t, h, 0), count=2),
-        Part("q", ("hidden", "heads", "head_dim"), lambda h, H, d: linear(H * d, h), group=group),
-        Part("kv", ("hidden", "head_dim"), lambda h, d: linear(n * d, h), count=2, group=group),
-        *(head_norms if dims.qk_norm else ()),
-        Part("rope", ("heads", "head_dim"), lambda H, d: OpSpec("rope", t, H, d)),
-        Part("attention", ("heads", "head_dim"), lambda H, d: OpSpec("attention", t, H, d)),
-        Part("o", ("hidden", "heads", "head_dim"), lambda h, H, d: linear(h, H * d), group=o_group),
-        Part("add", ("hidden",), lambda h: OpSpec("add", t, h, 0), count=2),
-        Part("gate_up", ("hidden", "intermediate"), lambda h, i: linear(i, h), count=2, group=group),
-        Part("swiglu", ("intermediate",), lambda i: OpSpec("swiglu", t, i, 0)),
-        Part("down", ("hidden", "intermediate"), lambda h, i: linear(h, i), group=group),
-        Part("final_norm", ("hidden",), lambda h: OpSpec("norm", t, h, 0), per_block=False),
-        Part("lm_head", ("hidden",), lambda h: OpSpec("lm_head", workload.batch, dims.vocab, h), per_block=False),
+        Part("embedding", "embedding", t, (HIDDEN,), VOCAB, model, per_block=False),
+        *(replace(part, count=count) for part, count in found.items()),
+        Part("final_norm", "norm", t, (HIDDEN,), None, model, per_block=False),
+        Part("lm_head", "lm_head", workload.batch, (VOCAB,), HIDDEN, model, per_block=False),
     )
 
 
-def groups(space: Any) -> tuple[int, int]:
-    """(group of all linears, group of o_proj). o_proj's is capped by the smallest head dim, so that a width
-    mask is constant inside a group."""
-    return int(space.group_size), min(int(space.group_size), min(space.head_dim))
-
-
-def bit_choices(space: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def bit_choices(space: SearchSpace) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(weight bits, activation bits) a block can take; (16,) where the space does not search them."""
     return tuple(space.weight_bits or (DENSE,)), tuple(space.act_bits or (DENSE,))
 
@@ -152,17 +170,18 @@ def with_bits(spec: OpSpec, wbits: int, abits: int, group: int) -> OpSpec:
     return spec._replace(wbits=wbits, abits=abits, group=group if wbits < DENSE else 0)
 
 
-def combinations(space: Any, dims: Sequence[str]) -> Iterator[tuple[int, ...]]:
+def combinations(space: SearchSpace, dims: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    """All sizes of these widths."""
     return itertools.product(*(getattr(space, d) for d in dims))
 
 
-def enumerate_ops(space: Any, config: Any, workload: Workload) -> list[OpSpec]:
+def enumerate_ops(space: SearchSpace, config: Any, workload: Workload) -> list[OpSpec]:
     """Every distinct operation of the space, 16-bit twins of the quantized linears included, sorted by key.
 
     Raises:
         JointNASError: the workload is longer than a sliding window, whose attention is not among the operations.
     """
-    window = min((w for w in sliding_windows(config) if w is not None), default=workload.context)
+    window = min((w for w in layout.sliding_windows(config) if w is not None), default=workload.context)
     if window < workload.context:
         raise JointNASError(
             f"latency of attention through a sliding window is not measured: the model looks back {window} positions,"
@@ -171,7 +190,7 @@ def enumerate_ops(space: Any, config: Any, workload: Workload) -> list[OpSpec]:
     wbits, abits = bit_choices(space)
     pairs = {(DENSE, DENSE), *itertools.product(wbits, abits)}
     found: set[OpSpec] = set()
-    for part in parts(workload, ModelDims.of(config), *groups(space)):
+    for part in parts(workload, ModelDims.of(config), space):
         for values in combinations(space, part.dims):
             spec = part.spec(*values)
             found.update(with_bits(spec, w, a, part.group) for w, a in pairs) if part.group else found.add(spec)

@@ -35,7 +35,6 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Device, Header, Row, read, save
 from jointnas_kernels.latency.spec import (
     DENSE,
-    WIDTHS,
     ModelDims,
     OpSpec,
     Part,
@@ -43,12 +42,12 @@ from jointnas_kernels.latency.spec import (
     bit_choices,
     combinations,
     enumerate_ops,
-    groups,
     parts,
     with_bits,
 )
 from jointnas_kernels.latency.timing import describe, pinned_threads
 from jointnas_kernels.latency.watch import Watch, warn_once
+from jointnas_kernels.layout import WIDTHS
 from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
 
 
@@ -277,7 +276,7 @@ class Bound:
         self.rank = tuple(block_rank) if block_rank is not None else tuple(range(space.depth))
         self.keep = keep_matrix(space, self.rank)  # [blocks of the model, depth choices]
         self.wbits, self.abits = bit_choices(space)
-        self.parts = parts(table.workload, table.dims, *groups(space))
+        self.parts = parts(table.workload, table.dims, space)
         absent: list[OpSpec] = []
         self.values = {part.name: self._tensor(part, absent) for part in self.parts}
         if absent:

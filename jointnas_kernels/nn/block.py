@@ -12,11 +12,13 @@ each head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from jointnas_kernels.layout import LINEARS
 from jointnas_kernels.nn.choices import BlockSample, Masks
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
@@ -52,13 +54,15 @@ class Mixture(NamedTuple):
     symmetric: bool
 
 
-class SupernetNorm(nn.Module):
-    """RMSNorm with a frozen weight; the IN mask and the activation quantizer of the linears behind it are folded in."""
-
+class _Norm(nn.Module):
     def __init__(self, weight: Tensor, eps: float, backend: str | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.eps, self.backend = eps, backend
+
+
+class SupernetNorm(_Norm):
+    """RMSNorm with a frozen weight; the IN mask and the activation quantizer of the linears behind it are folded in."""
 
     def forward(self, x: Tensor, step: Step, mixture: Mixture | None = None) -> Tensor:
         """x [..., N] -> [..., N], quantized if there is a mixture."""
@@ -69,18 +73,17 @@ class SupernetNorm(nn.Module):
         )  # fmt: skip
 
 
-class HeadNorm(nn.Module):
+class HeadNorm(_Norm):
     """RMSNorm of each head with a frozen weight, behind the OUT mask of the linear that makes the heads."""
-
-    def __init__(self, weight: Tensor, eps: float, backend: str | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.eps, self.backend = eps, backend
 
     def forward(self, x: Tensor, mask: Tensor, alpha: Tensor | None, dims: tuple[int, ...]) -> Tensor:
         """x [..., H, D] -> [..., H, D]."""
         assert alpha is not None  # architecture samples of models with such norms have it
         return head_rmsnorm(x, self.weight, mask, alpha, dims, self.eps, backend=self.backend)
+
+
+Linears = Mapping[str, SupernetLinear]  # by their names in the layout
+Norms = Mapping[str, SupernetNorm | HeadNorm]
 
 
 class ActQuant(nn.Module):
@@ -110,22 +113,15 @@ class ActQuant(nn.Module):
 
 
 class SupernetAttention(nn.Module):
-    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked.
+    """Grouped-query attention; every key-value head is kept, query heads and head dims are masked."""
 
-    Args:
-        norms: of queries and of keys; empty where the family has none.
-        sliding: whether the block looks through the model's sliding window.
-    """
-
-    def __init__(
-        self, q: SupernetLinear, k: SupernetLinear, v: SupernetLinear, o: SupernetLinear, head_dim: int, act: ActQuant,
-        norms: tuple[HeadNorm, ...] = (), sliding: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, linears: Linears, norms: Norms, act: ActQuant, head_dim: int, sliding: bool) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.act = q, k, v, o, act
-        self.norms = nn.ModuleList(norms)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (linears[name] for name in LINEARS[:4])
+        self.act = act
+        self.norms = nn.ModuleList(norm for norm in norms.values() if isinstance(norm, HeadNorm))
         self.head_dim, self.sliding = head_dim, sliding
-        self.gqa = q.out_features != k.out_features
+        self.gqa = self.q_proj.out_features != self.k_proj.out_features
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
@@ -151,9 +147,10 @@ class SupernetAttention(nn.Module):
 class SupernetMLP(nn.Module):
     """SwiGLU MLP with masked neurons."""
 
-    def __init__(self, gate: SupernetLinear, up: SupernetLinear, down: SupernetLinear, act: ActQuant) -> None:
+    def __init__(self, linears: Linears, act: ActQuant) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act = gate, up, down, act
+        self.gate_proj, self.up_proj, self.down_proj = (linears[name] for name in LINEARS[4:])
+        self.act = act
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
@@ -164,33 +161,42 @@ class SupernetMLP(nn.Module):
 
 
 class SupernetBlock(nn.Module):
-    """One decoder block."""
+    """One decoder block.
 
-    def __init__(
-        self, input_norm: SupernetNorm, attention: SupernetAttention, post_norm: SupernetNorm, mlp: SupernetMLP
-    ) -> None:
+    Args:
+        linears, norms: by their names in the layout; they stay attributes, too.
+        act: may be shared with other blocks.
+        sliding: whether it looks through the model's sliding window.
+    """
+
+    def __init__(self, linears: Linears, norms: Norms, act: ActQuant, head_dim: int, sliding: bool) -> None:
         super().__init__()
-        self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
+        self.linears, self.norms = dict(linears), dict(norms)
+        self.input_norm = norms["input_norm"]
+        self.attention = SupernetAttention(linears, norms, act, head_dim, sliding)
+        self.post_norm = norms["post_norm"]
+        self.mlp = SupernetMLP(linears, act)
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N] -> [B, T, N]."""
-        backend, hidden = self.mlp.act.backend, step.masks.hidden
-        mixture = self.mlp.act.mixture(step, sample)
-        y = self.attention(self.input_norm(x, step, mixture), step, sample)
-        h = gated_residual(x, y, hidden, backend=backend)
-        y = self.mlp(self.post_norm(h, step, mixture), step, sample)
-        return gated_residual(h, y, hidden, sample.gate, None if sample.gate is None else x, backend=backend)
+        h, y = self._sums(x, step, sample, step.masks.hidden)
+        gated = None if sample.gate is None else x
+        return gated_residual(h, y, step.masks.hidden, sample.gate, gated, backend=self.mlp.act.backend)
 
     def skipped(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """The identity on x, with the exact gradient of a gate that is 0: the block runs without a graph of its own,
         because everything behind the gate is multiplied by 0."""
-        backend, hidden = self.mlp.act.backend, step.masks.hidden.detach()
+        hidden = step.masks.hidden.detach()
         with torch.no_grad():
-            mixture = self.mlp.act.mixture(step, sample)
-            y = self.attention(self.input_norm(x, step, mixture), step, sample)
-            h = gated_residual(x, y, hidden, backend=backend)
-            y = self.mlp(self.post_norm(h, step, mixture), step, sample)
-        return gated_residual(h, y, hidden, sample.gate, x, backend=backend)
+            h, y = self._sums(x, step, sample, hidden)
+        return gated_residual(h, y, hidden, sample.gate, x, backend=self.mlp.act.backend)
+
+    def _sums(self, x: Tensor, step: Step, sample: BlockSample, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention leaves in the residual stream, and what the MLP adds to it."""
+        mixture = self.mlp.act.mixture(step, sample)
+        y = self.attention(self.input_norm(x, step, mixture), step, sample)
+        h = gated_residual(x, y, hidden, backend=self.mlp.act.backend)
+        return h, self.mlp(self.post_norm(h, step, mixture), step, sample)
 
 
 def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample) -> list[Tensor]:

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.layout import HEADS, HIDDEN, NEURONS, PAIRS, VALUES, WIDTHS, Factor, all_sizes, traits
 from jointnas_kernels.ops.width.categorical import reinmax
-from jointnas_kernels.ops.width.masks import membership, strided_pair_mask
-from jointnas_kernels.space import WIDTHS, Choice, SearchSpace, extras, keep_matrix, original_sizes
+from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, keep_matrix
 
 RELAXATIONS = ("dirichlet", "reinmax", "gumbel")
 BIT_RELAXATIONS = ("softmax", *RELAXATIONS)
@@ -41,34 +41,56 @@ FLOOR = 1e-3  # of the Dirichlet concentration: elu + 1 reaches 0 in fp32 below 
 
 
 class Masks(NamedTuple):
-    """Device vectors shared by all layers of one step."""
+    """Device vectors shared by all layers of one step.
 
-    alpha: Tensor  # [K] of the hidden size, for the norms
-    hidden: Tensor  # [N]
-    q: Tensor  # [H, D]
-    k: Tensor  # [Hkv, D]
-    value: Tensor  # [H * D]
-    intermediate: Tensor  # [I]
-    q_norm: Tensor | None = None  # [K] of the head dim, for norms on queries and keys
+    Attributes:
+        alpha: [K] of the hidden size, for the norms.
+        hidden: [N].
+        q: [H, D].
+        k: [Hkv, D].
+        value: [H * D].
+        intermediate: [I].
+        q_norm, k_norm: [K] of the head dim, for norms on queries and keys.
+    """
+
+    alpha: Tensor
+    hidden: Tensor
+    q: Tensor
+    k: Tensor
+    value: Tensor
+    intermediate: Tensor
+    q_norm: Tensor | None = None
     k_norm: Tensor | None = None
 
 
 class BlockSample(NamedTuple):
-    """What one block needs to know. `weight_index`, `act_index`: the one precision to compute, known on the host."""
+    """What one block needs to know.
 
-    gate: Tensor | None = None  # 0-dim; None: the block runs as it is
-    weight_probs: Tensor | None = None  # [P]
-    act_probs: Tensor | None = None  # [Q]
+    Attributes:
+        gate: scalar; None: the block runs as it is.
+        weight_probs: [P] of its weight precisions.
+        act_probs: [Q] of its activation precisions.
+        weight_index, act_index: the one precision to compute, known on the host.
+    """
+
+    gate: Tensor | None = None
+    weight_probs: Tensor | None = None
+    act_probs: Tensor | None = None
     weight_index: int | None = None
     act_index: int | None = None
 
 
 @dataclass(frozen=True)
 class ArchSample:
-    """One architecture sample. `alphas` are the drawn values on the host, keyed like the search space's dimensions."""
+    """One architecture sample.
+
+    Attributes:
+        alphas: the drawn values on the host, [K] or [blocks, K], keyed like the search space's dimensions.
+        gates: value of each block's gate.
+    """
 
     alphas: Mapping[str, Tensor]
-    gates: tuple[float, ...]  # value of each block's gate
+    gates: tuple[float, ...]
     masks: Masks
     blocks: tuple[BlockSample, ...]
 
@@ -143,6 +165,9 @@ class ArchParameters(nn.Module):
         tau: temperature of "gumbel", and of ReinMax's backward.
         alpha_init: added to the logit of the full size of every dimension but the bits. At 0 the Dirichlet starts
             uniform and, as producer and consumer masks compound, the network faint; 3 gives the full size 4x the mass.
+
+    Raises:
+        JointNASError: an unknown relaxation, or a temperature that is not positive.
     """
 
     def __init__(
@@ -164,30 +189,33 @@ class ArchParameters(nn.Module):
         if not tau > 0:
             raise JointNASError(f"tau is {tau}; a temperature must be positive.")
         self.space, self.relaxation, self.bit_relaxation, self.tau = space, relaxation, bit_relaxation, tau
-        full = original_sizes(config)
-        n_kv, heads, dim = config.num_key_value_heads, full["heads"], full["head_dim"]
+        full = all_sizes(config)
         self.block_rank = tuple(block_rank if block_rank is not None else range(full["blocks"]))
+
+        def members(factor: Factor) -> Tensor:
+            """[full size, K]: 1 where a choice of the factor's dimension keeps the channel."""
+            kept = [factor.mask(full, full | {factor.dim: size}) for size in space.sizes(factor.dim)]
+            return torch.stack(kept, dim=1).float()
+
         with torch.device("cpu"):
             logits = {}
-            for key in (*WIDTHS, "blocks"):
+            for key in STRUCTURE:
                 logits[key] = torch.zeros(len(space.sizes(key)))
                 logits[key][-1] = alpha_init
-            for key in ("weight_bits", "act_bits"):
+            for key in BITS:
                 if space.sizes(key):
                     logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
             self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
-            group = torch.tensor([h // n_kv for h in space.heads])
             self._member = {
-                "hidden": membership(space.hidden, full["hidden"]),
-                "heads": (torch.arange(heads)[:, None] % (heads // n_kv) < group).float(),
-                "pairs": torch.stack([strided_pair_mask(e, space.head_dim, dim)
-                                      for e in torch.eye(len(space.head_dim))], dim=1),
-                "prefix": membership(space.head_dim, dim),
+                "hidden": members(*HIDDEN),
+                "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
+                "pairs": members(*PAIRS),
+                "prefix": members(*VALUES),
                 "scale": torch.tensor([1 / math.sqrt(d) for d in space.head_dim], dtype=torch.float64),
-                "intermediate": membership(space.intermediate, full["intermediate"]),
+                "intermediate": members(*NEURONS),
                 "blocks": keep_matrix(space, self.block_rank).float(),
             }
-        self._kv, self._qk_norm = n_kv, extras(config).qk_norm
+        self._kv, self._qk_norm = full["kv_heads"], traits(config).qk_norm
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ArchParameters:
         return self  # stays on the host in fp32: see the top of this file
@@ -210,16 +238,15 @@ class ArchParameters(nn.Module):
     def argmax(self) -> Choice:
         """The most probable size of every dimension."""
         best: dict[str, Any] = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
-        widths = {k: self.space.sizes(k)[best[k]] for k in (*WIDTHS, "blocks")}
+        widths = {k: self.space.sizes(k)[best[k]] for k in STRUCTURE}
         bits = {k: tuple(self.space.sizes(k)[i] for i in best[k]) for k in best if k.endswith("_bits")}
         return Choice(**widths, **bits)  # type: ignore[arg-type]
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
         """Certain probabilities of a choice, keyed like `probs`."""
         self.space.check(choice)
-        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)])
-                  for k in (*WIDTHS, "blocks")}
-        for key in ("weight_bits", "act_bits"):
+        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)]) for k in STRUCTURE}
+        for key in BITS:
             if self.space.sizes(key):
                 rows = [[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)]
                 result[key] = torch.tensor(rows)
@@ -231,7 +258,11 @@ class ArchParameters(nn.Module):
         return "reinmax" if key == "blocks" else self.bit_relaxation if key.endswith("_bits") else self.relaxation
 
     def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> dict[str, Tensor]:
-        """One draw of every dimension, keyed like `probs`, differentiable in the logits; a host generator."""
+        """One draw of every dimension, keyed like `probs`, differentiable in the logits; a host generator.
+
+        Raises:
+            JointNASError: an unknown relaxation.
+        """
         if relaxation is not None and relaxation not in RELAXATIONS:
             raise unknown("relaxation", relaxation, RELAXATIONS)
         result = {}
@@ -240,7 +271,7 @@ class ArchParameters(nn.Module):
             if kind == "softmax":
                 value = logits.softmax(-1)
             elif kind == "dirichlet":  # in fp64: a fp32 draw at the floor underflows to exact zeros
-                value = _Dirichlet.apply(self.concentration(key).double(), generator).to(logits.dtype)
+                value = _Dirichlet.apply(self.concentration(key).double(), generator).to(logits.dtype)  # type: ignore[no-untyped-call]
             elif kind == "reinmax":
                 value = reinmax(logits, self.tau, generator)
             else:
@@ -275,7 +306,7 @@ class ArchParameters(nn.Module):
             m["intermediate"] @ a["intermediate"],
             *((a["head_dim"] * scale, a["head_dim"]) if self._qk_norm else ()),
             m["blocks"] @ a["blocks"],
-            *(a[k] for k in ("weight_bits", "act_bits") if k in a),
+            *(a[k] for k in BITS if k in a),
         ]
 
     @torch.no_grad()
@@ -298,14 +329,16 @@ class ArchParameters(nn.Module):
         host = self._vectors(alphas, dtype)
         device, at = torch.device(device), 8 if self._qk_norm else 6  # masks, then gates, then bits
         gates = host[at]
-        moved = host if device.type == "cpu" and out is None else list(_ToDevice.apply(device, out, *host))
+        moved = host
+        if device.type != "cpu" or out is not None:
+            moved = list(_ToDevice.apply(device, out, *host))  # type: ignore[no-untyped-call]
         masks = Masks(*moved[:at])
         blocks = len(self.block_rank)
-        bits = dict(zip((k for k in ("weight_bits", "act_bits") if k in alphas), moved[at + 1 :], strict=True))
+        bits = dict(zip((k for k in BITS if k in alphas), moved[at + 1 :], strict=True))
         values = tuple(gates.detach().tolist())
-        on_device = {"gate": moved[at].unbind()}
-        for key, name in (("weight_bits", "weight"), ("act_bits", "act")):
-            present = key in alphas
+        on_device: dict[str, tuple[Any, ...]] = {"gate": moved[at].unbind()}
+        for key in BITS:
+            name, present = key.removesuffix("_bits"), key in alphas
             on_device[f"{name}_probs"] = bits[key].unbind() if present else (None,) * blocks
             on_device[f"{name}_index"] = self._certain(alphas[key]) if present else (None,) * blocks
         # a certain gate of 1 is no gate at all

@@ -10,7 +10,8 @@ groups they do not cut, and sit in the elementwise kernels around it:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,16 @@ class SupernetLinear(nn.Module):
     """W [O, I] and bias frozen; lora_a [r, I], lora_b [O, r], or with bits [P, r, I], [P, O, r].
 
     Args:
-        weight, bias: of the original layer; shared with it, not copied.
+        weight, bias: [O, I] and [O] of the original layer; shared with it, not copied.
         rank, alpha: of LoRA; s = alpha / rank, or alpha / sqrt(rank) with `rslora`.
         init: of A, "kaiming" or "gaussian", PEFT's two; B starts at 0, which leaves the base model.
         bits: the weight precisions, or None.
         group_size: quantization group along the input.
         ste: straight-through estimator, "identity" or "clip".
         lora_dtype: of the trained parameters; fp32 keeps AdamW's small steps that bf16 would round away.
+
+    Raises:
+        JointNASError: a rank below 1, or an unknown `init` or `ste`.
     """
 
     clip: Tensor | None  # [P, O, I / group]: ratio in (0, 1] of each group's absmax; set by `set_clip`
@@ -84,13 +88,18 @@ class SupernetLinear(nn.Module):
         self.register_parameter("clip_logits", None)
 
     def extra_repr(self) -> str:
+        """Sizes and quantizer, for `print`."""
         quant = "" if self.bits is None else f", bits={self.bits}, group={self.group_size}, ste={self.ste}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rank={self.rank}{quant}"
 
     # ---- quantizer state --------------------------------------------------------------------------------------------
 
     def set_clip(self, ratio: Tensor | None) -> None:
-        """Clip ratios [P, O, I / group] of a quantizer initialiser; None: the plain absmax."""
+        """Clip ratios [P, O, I / group] of a quantizer initialiser; None: the plain absmax.
+
+        Raises:
+            JointNASError: another shape.
+        """
         if ratio is not None:
             bits = self.bits or ()
             shape = (len(bits), self.out_features, self.in_features // self.group_size)
@@ -101,7 +110,11 @@ class SupernetLinear(nn.Module):
         self.clip, self.clip_logits = ratio, None
 
     def learn_clip(self) -> None:
-        """Turn the clip ratios into trained logits (sigmoid(4) = 0.98 where none were set); needs ste="clip"."""
+        """Turn the clip ratios into trained logits (sigmoid(4) = 0.98 where none were set).
+
+        Raises:
+            JointNASError: weight bits are not searched, or `ste` is not "clip".
+        """
         if self.bits is None or self.ste != "clip":
             raise JointNASError('learn_clip: needs searched weight bits and ste="clip".')
         shape = (len(self.bits), self.out_features, self.in_features // self.group_size)
@@ -120,7 +133,11 @@ class SupernetLinear(nn.Module):
         return (self.lora_a.detach(), self.lora_b.detach()) if mode == "arch" else (self.lora_a, self.lora_b)
 
     def forward(self, x: Tensor, mode: str = "full", probs: Tensor | None = None, index: int | None = None) -> Tensor:
-        """x [..., I] -> [..., O]. With bits: `probs` [P] mixes the precisions, `index` computes one of them only."""
+        """x [..., I] -> [..., O]. With bits: `probs` [P] mixes the precisions, `index` computes one of them only.
+
+        Raises:
+            JointNASError: bits are searched and neither is given.
+        """
         a, b = self.lora(mode)
         if self.bits is None:
             return mixed_linear(
@@ -155,8 +172,16 @@ class SupernetLinear(nn.Module):
         delta = (b.to(wide) @ a.to(wide)) * self.scaling
         return (self.weight.to(wide) + delta).to(self.weight.dtype)
 
+    def index_of(self, bits: int | None) -> int | None:
+        """Number of a precision; None for None."""
+        return None if bits is None or self.bits is None else self.bits.index(bits)
+
     def pair(self, index: int | None = None) -> tuple[Tensor, Tensor]:
-        """A [r, I] and B [O, r]; with bits, those of precision number `index`."""
+        """A [r, I] and B [O, r]; with bits, those of precision number `index`.
+
+        Raises:
+            JointNASError: bits are searched and no index is given.
+        """
         if self.bits is None:
             return self.lora_a, self.lora_b
         if index is None:
@@ -198,12 +223,18 @@ class SupernetLinear(nn.Module):
         return small
 
 
+def joined(parts: Iterable[Tensor | None]) -> Any:
+    """Rows of several linears as those of one: a copy; None if there are none."""
+    found: list[Any] = list(parts)
+    return None if all(part is None for part in found) else torch.cat(found)
+
+
 class FakeQuantLinear(nn.Linear):
     """A plain linear on a fake-quantized weight that fake-quantizes its input per token: what a quantized linear
     extracts to. It knows its weight's grid, so that an export can store the integers instead.
 
     Args:
-        weight, bias: plain tensors or parameters; the weight's values lie on `grid`.
+        weight, bias: [O, I] and [O], plain tensors or parameters; the weight's values lie on `grid`.
         grid: None for a weight that is not quantized.
         act_bits: 16 for an input that is not quantized.
     """
@@ -226,6 +257,7 @@ class FakeQuantLinear(nn.Linear):
 
     @property
     def grid(self) -> Grid | None:
+        """What the weight's values are multiples of; None: they are not quantized."""
         return None if self.weight_bits is None or self.scale is None else Grid(self.weight_bits, self.scale, self.zero)
 
     @property
@@ -234,6 +266,7 @@ class FakeQuantLinear(nn.Linear):
         return self.in_features // (1 if self.scale is None else self.scale.shape[1])
 
     def extra_repr(self) -> str:
+        """Sizes and quantizers, for `print`."""
         weight = "" if self.scale is None else f", weight_bits={self.weight_bits}, group={self.group_size}"
         return f"{super().extra_repr()}{weight}, act_bits={self.act_bits}, act_symmetric={self.act_symmetric}"
 

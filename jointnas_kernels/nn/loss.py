@@ -52,4 +52,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored); gradient to x only."""
-    return _LinearCrossEntropy.apply(x, weight.detach(), labels)
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight.detach(), labels)  # type: ignore[no-untyped-call]
+    return loss

@@ -24,8 +24,10 @@ from jointnas.data import Batches
 from jointnas.metrics import Metrics
 from jointnas.trainable import TrainableQuantLinear
 from jointnas_kernels.hf import Supernet, extract, shrink
+from jointnas_kernels.layout import block_of
+from jointnas_kernels.nn.linear import joined
 from jointnas_kernels.progress import Progress
-from jointnas_kernels.space import LINEARS, Choice
+from jointnas_kernels.space import Choice
 
 Teacher = Callable[[Tensor], Tensor]
 
@@ -33,27 +35,24 @@ Teacher = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     """The choice as a plain model of its own size with LoRA merged, its quantizers alive in every linear."""
-    model: Any = extract(supernet, choice)
+    model = extract(supernet, choice)
     if choice.weight_bits is None and choice.act_bits is None:
         return model
     small = shrink(supernet, choice)
     assert small.choice is not None
     for i, (layer, block) in enumerate(zip(model.model.layers, small.blocks, strict=True)):
         source: Any = block
-        weight_bits = small.choice.weight_bits[i] if small.choice.weight_bits else None
-        act_bits = small.choice.act_bits[i] if small.choice.act_bits else None
-        for name in LINEARS:
-            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-            part = source.attention if hasattr(source.attention, name) else source.mlp
-            linear = getattr(part, name)
-            p = None if weight_bits is None else linear.bits.index(weight_bits)
-            weight, ratio = linear.adapted(p), linear.clip_ratio()
-            clip = None if p is None or ratio is None else ratio[p].detach().clone()
-            bias = None if linear.bias is None else linear.bias.detach().clone()
+        weight_bits, act_bits = small.choice.bits(i)
+        for path, members in block_of(model.config).modules.items():
+            old = [source.linears[m.name] for m in members]
+            p = old[0].index_of(weight_bits)
+            ratios = [linear.clip_ratio() for linear in old]
             layer_new = TrainableQuantLinear(
-                weight.clone(), bias, weight_bits, act_bits, linear.group_size, clip, part.act.symmetric
-            )
-            setattr(parent, name, layer_new)
+                joined(linear.adapted(p) for linear in old), joined(linear.bias for linear in old), weight_bits,
+                act_bits, old[0].group_size, joined(None if p is None or r is None else r[p] for r in ratios),
+                source.mlp.act.symmetric,
+            )  # fmt: skip
+            layer.set_submodule(path, layer_new)
     return model
 
 
@@ -63,7 +62,8 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
         for name, child in list(parent.named_children()):
             if isinstance(child, TrainableQuantLinear):
                 setattr(parent, name, child.baked())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def distil(
@@ -131,7 +131,8 @@ def distil(
         metrics.close()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_disable()
-    return student.eval()
+    student.eval()
+    return student
 
 
 def learning_rate(config: FinetuneConfig, step: int) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 from jointnas.config import RunConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.table import Bound, joint
+from jointnas_kernels.layout import original_sizes
 from jointnas_kernels.space import (
     WIDTHS,
     Choice,
@@ -32,7 +33,6 @@ from jointnas_kernels.space import (
     expected_params,
     keep_probability,
     kept_blocks,
-    original_sizes,
 )
 
 Probs = Mapping[str, Tensor]

@@ -29,6 +29,7 @@ class TrainableQuantLinear(nn.Linear):
         self.register_buffer("one", torch.ones(1, device=weight.device), persistent=False)
 
     def quantized(self) -> Tensor:
+        """The weight [O, I] that is used, differentiable in the one that is trained."""
         if self.weight_bits is None:
             return self.weight
         clip = self.get_buffer("clip") if self.clip is not None else None

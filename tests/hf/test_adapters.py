@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, load_adapters, save_adapters, shrink
-from jointnas_kernels.hf.families import PATHS
-from jointnas_kernels.space import LINEARS
+from jointnas_kernels.layout import LINEARS, all_sizes, block_of
 from tests.hf.hf_models import QUANT_SPACE, SPACE, ids, random_importance, randomize_lora, tiny_model
 
-FAMILIES = ["llama", "qwen2", "qwen3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "phi3"]
 
 
 def pair(
@@ -36,13 +35,13 @@ def pair(
 
 def assert_merged(model: Any, supernet: Supernet, index: int | None) -> None:
     """The merged original, in the supernet's order, bit for bit."""
+    layout, sizes = block_of(model.config), all_sizes(model.config)
     for b, layer in enumerate(model.model.layers):
         block: Any = supernet.blocks[b]
-        for name, (rows, columns) in supernet.order.linears(b).items():
-            weight = layer.get_submodule(PATHS[name]).weight
-            weight = weight if rows is None else weight[rows]
-            part = block.attention if "attn" in PATHS[name] else block.mlp
-            assert torch.equal(weight[:, columns], getattr(part, name).adapted(index)), (b, name)
+        for m in layout.linears:
+            rows, columns = (supernet.order.channels(axis, b) for axis in (m.rows, m.columns))
+            weight = layer.get_submodule(m.module).weight[layout.rows(m, sizes)]
+            assert torch.equal(weight[rows][:, columns], block.linears[m.name].adapted(index)), (b, m.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -65,9 +64,8 @@ def _bare(wrapped: Any) -> Any:
     """The base model with its merged linears in their places."""
     model = copy.deepcopy(wrapped.base_model.model)
     for layer in model.model.layers:
-        for path in PATHS.values():
-            part, name = path.split(".")
-            setattr(layer.get_submodule(part), name, layer.get_submodule(path).get_base_layer())
+        for path in block_of(model.config).modules:
+            layer.set_submodule(path, layer.get_submodule(path).get_base_layer())
     return model
 
 
@@ -84,10 +82,11 @@ def test_the_adapted_original_is_the_unquantized_supernet(tmp_path: Path, family
     assert (before - own).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 @torch.no_grad()
-def test_adapters_survive_another_channel_order(tmp_path: Path) -> None:
+def test_adapters_survive_another_channel_order(tmp_path: Path, family: str) -> None:
     """Saved by one supernet, loaded by one in another order, saved again: the same files."""
-    model, supernet = pair()
+    model, supernet = pair(family)
     save_adapters(supernet, tmp_path / "a")
     other = convert(copy.deepcopy(model), QUANT_SPACE, lora_rank=4, importance=random_importance(model.config, 9))
     assert other.order != supernet.order
@@ -98,7 +97,7 @@ def test_adapters_survive_another_channel_order(tmp_path: Path) -> None:
         assert set(first) == set(second)
         assert all(torch.equal(first[k], second[k]) for k in first)
     # and without quantizers, whose groups depend on the order, both compute the same
-    model, supernet = pair(quantized=False)
+    model, supernet = pair(family, quantized=False)
     other = convert(copy.deepcopy(model), SPACE, lora_rank=4, importance=random_importance(model.config, 9))
     save_adapters(supernet, tmp_path)
     load_adapters(other, tmp_path)
@@ -106,9 +105,12 @@ def test_adapters_survive_another_channel_order(tmp_path: Path) -> None:
     assert (own - other.fix(SPACE.full())(ids()).logits).abs().max() <= 1e-5 * own.abs().max()
 
 
-def test_adapters_that_peft_trained_are_loaded(tmp_path: Path) -> None:
-    model, supernet = pair(quantized=False)
-    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=16, target_modules=list(LINEARS)))
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_adapters_that_peft_trained_are_loaded(tmp_path: Path, family: str) -> None:
+    """The one A of a fused module becomes that of each linear."""
+    model, supernet = pair(family, quantized=False)
+    targets = [path.rpartition(".")[2] for path in block_of(model.config).modules]
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(r=4, lora_alpha=16, target_modules=targets))
     for name, p in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1)
@@ -116,6 +118,20 @@ def test_adapters_that_peft_trained_are_loaded(tmp_path: Path) -> None:
     load_adapters(supernet, tmp_path)
     with torch.no_grad():
         assert (wrapped(ids()).logits - supernet.fix(SPACE.full())(ids()).logits).abs().max() <= 1e-4
+
+
+def test_adapters_that_mix_fused_linears_are_refused(tmp_path: Path) -> None:
+    model, supernet = pair("phi3", quantized=False)
+    config = LoraConfig(r=12, lora_alpha=48, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+                        rank_pattern={"o_proj": 4, "down_proj": 4, "gate_up_proj": 8},
+                        alpha_pattern={"o_proj": 16, "down_proj": 16, "gate_up_proj": 32})  # fmt: skip
+    wrapped = get_peft_model(model, config)
+    for name, p in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    wrapped.save_pretrained(tmp_path / "default")
+    with pytest.raises(JointNASError, match=r"qkv_proj.lora_B.weight mixes linears that the supernet keeps apart"):
+        load_adapters(supernet, tmp_path)
 
 
 @pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
@@ -135,6 +151,7 @@ def test_the_configuration_is_taken_over(tmp_path: Path, rslora: bool) -> None:
     with torch.no_grad():
         merged = PeftModel.from_pretrained(model, tmp_path / "w8", adapter_name="w8").merge_and_unload()
         assert_merged(merged, supernet, 2)
+    assert saved["rank_pattern"] == saved["alpha_pattern"] == {}
 
 
 def test_initialisations_are_pefts() -> None:

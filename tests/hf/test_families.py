@@ -15,8 +15,10 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, extract, importance_scores, load, shrink, subnet_config
 from jointnas_kernels.hf.families import FAMILIES, build
 from jointnas_kernels.latency import LatencyTable, Workload, deploy, enumerate_ops, measure_model
-from jointnas_kernels.nn import FakeQuantLinear
-from jointnas_kernels.space import Choice, SearchSpace, count_params, expected_params, kept_blocks, sliding_windows
+from jointnas_kernels.latency.measure import BackendLinear
+from jointnas_kernels.layout import sliding_windows
+from jointnas_kernels.nn import FakeQuantLinear, PackedLinear
+from jointnas_kernels.space import Choice, SearchSpace, count_params, expected_params, kept_blocks
 from tests.hf.hf_models import (
     MHA_SPACE,
     QUANT_SPACE,
@@ -45,6 +47,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3-linear": {
         "family": "qwen3", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
     },
+    "phi3": {"family": "phi3"},
+    "phi3-window": {"family": "phi3", "sliding_window": 4, "tie_word_embeddings": True},
+    "phi3-mha": {"family": "phi3", "num_key_value_heads": 4},
 }  # fmt: skip
 ALL = pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
 WIDTHS_AND_BITS = SearchSpace.from_dict({**QUANT_SPACE.to_dict(), "act_bits": None})
@@ -124,7 +129,7 @@ def test_reordering_keeps_the_logits(change: dict[str, Any]) -> None:
     assert difference(supernet.original(x).logits, reference) <= limit
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "qwen2", "qwen3", "qwen3-window", "qwen3-bias-mha"])
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2", "qwen3", "qwen3-window", "qwen3-bias-mha", "phi3-window"])
 @pytest.mark.parametrize("bits", [False, True], ids=["widths", "weight-bits"])
 def test_relaxed_forward_and_gradients_are_the_definition(name: str, bits: bool) -> None:
     """Eq. 5 as printed, biases masked with their rows, q and k norms as sums of the norms of the choices; fp64."""
@@ -153,7 +158,7 @@ def test_half_precision_qwen3_is_exact_within_its_rounding() -> None:
     assert_half_precision_is_exact_within_its_rounding(**VARIANTS["qwen3"])
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen2-window", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen2-window", "qwen3", "phi3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @torch.no_grad()
 def test_exports_reload(tmp_path, name: str, dtype: torch.dtype) -> None:
@@ -173,10 +178,35 @@ def test_exports_reload(tmp_path, name: str, dtype: torch.dtype) -> None:
         assert (load(tmp_path / "model")(x).logits - logits).norm() <= 0.05 * logits.norm()
 
 
+@torch.no_grad()
+def test_fused_linears_on_packed_kernels(tmp_path) -> None:
+    """q, k, v and gate, up are one packed linear each, of one scheme; the model says the same, token by token."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+    space = SearchSpace((32, 64), (2, 4), (16, 32), (32, 96), (1, 2, 3), (4, 8), (8, 16), group_size=32)
+    model = tiny_model(family="phi3", **sizes)
+    supernet = randomize_lora(convert(model, space, lora_rank=4, importance=random_importance(model.config)))
+    options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    for act in (16, 8):
+        choice = Choice(64, 2, 16, 96, 2, (4, 8, 8), (act,) * 3)
+        subnet = extract(supernet, choice)
+        exporting.export_model(subnet, tmp_path / "model", choice, supernet.block_rank)
+        packed = load(tmp_path / "model")
+        found = {n.rpartition(".")[2]: m for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
+        assert {n: (m.out_features, m.group_size) for n, m in found.items()} == {
+            "qkv_proj": (2 * 16 + 2 * 2 * 16, 32), "o_proj": (64, 16), "gate_up_proj": (192, 32), "down_proj": (64, 32),
+        }  # fmt: skip
+        groups = AutoConfig.from_pretrained(tmp_path / "model").quantization_config["config_groups"]
+        assert len(groups) == 4 * 2
+        prompt = ids(1, 5)
+        tokens = subnet.generate(prompt, **options)
+        assert torch.equal(packed.generate(prompt, **options), tokens)
+        assert len(tokens[0].unique()) > 3
+
+
 # ---- sliding windows ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window", "qwen3-window"])
+@pytest.mark.parametrize("name", ["mistral-window", "qwen2-window", "qwen3-window", "phi3-window"])
 @pytest.mark.parametrize("side", [None, "left", "right"], ids=["whole", "left", "right"])
 @torch.no_grad()
 def test_windows_are_respected(tmp_path, name: str, side: str | None) -> None:
@@ -230,6 +260,8 @@ def test_known_sizes() -> None:
                   596_049_920),
         "mistral": ({"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
                      "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}, 7_241_732_096),
+        "phi3": ({"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+                  "num_key_value_heads": 32, "vocab_size": 32064}, 3_821_079_552),
     }  # fmt: skip
     for kind, (values, count) in sizes.items():
         config = AutoConfig.for_model(kind, **values)
@@ -249,6 +281,26 @@ def test_latency_parts_of_qwen3() -> None:
     assert {(s.m, s.n) for s in norms} == {(8, 16), (8, 32)} | {(8 * h, d) for h in (2, 4) for d in (8, 16)}
     llama = {s for s in enumerate_ops(SPACE, tiny_config(), workload) if s.op == "norm"}
     assert {(s.m, s.n) for s in llama} == {(8, 16), (8, 32)}
+
+
+@torch.no_grad()
+def test_latency_and_deployment_of_fused_linears() -> None:
+    """One operation for q, k, v and one for gate, up; a deployed model has as many."""
+    sizes = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 192, "vocab_size": 97}
+    space = SearchSpace((64, 128), (2, 4), (16, 32), (64, 192), (1, 3), (4, 8), (8, 16), group_size=64)
+    config, choice = tiny_config("phi3", **sizes), Choice(64, 2, 16, 64, 1, (8, 8, 8), (16, 16, 16))
+    shapes = {(s.n, s.k) for s in enumerate_ops(space, config, Workload(seq=8)) if s.op == "linear"}
+    assert {(2 * 16 + 2 * 2 * 16, 64), (2 * 64, 64), (64, 2 * 16)} <= shapes
+    assert (2 * 16, 64) not in shapes
+    made_up = synthetic(space, config=config)
+    table = LatencyTable(made_up.header, [r.model_copy(update={"backend": "ours-cpu"}) for r in made_up.rows])
+    assert table.dims.fused
+    model: Any = build(subnet_config(config, choice)).eval()
+    x = torch.randint(97, (1, 16))
+    before = model(x).logits
+    deployed = deploy(model, choice, space, table)
+    assert sum(isinstance(m, BackendLinear) for m in deployed.modules()) == 4
+    assert difference(deployed(x).logits, before) <= 0.03 * before.abs().max()
 
 
 def test_latency_behind_a_window_is_refused() -> None:
@@ -285,6 +337,25 @@ def test_ropes_that_depend_on_head_dim_are_refused() -> None:
             convert(tiny_model(family=kind, rope_parameters=yarn, max_position_embeddings=256), SPACE)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resid_pdrop": 0.1}, "resid_pdrop 0.1 is not supported; set it to 0"),
+        ({"embd_pdrop": 0.1}, "embd_pdrop 0.1 is not supported; set it to 0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         "8 of 16 dims are rotated; all of them must be"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8,
+                              "long_factor": [2.0] * 8}, "num_attention_heads": 2},
+         r"rope type 'longrope'.*head_dim 8 of 16"),
+    ],
+    ids=["residual-dropout", "embedding-dropout", "partial-rotary", "longrope"],
+)  # fmt: skip
+def test_phi3s_that_differ_are_refused(change: dict[str, Any], message: str) -> None:
+    space = SearchSpace((16, 32), (2,), (8, 16), (16, 48), (1, 2, 3))
+    with pytest.raises(JointNASError, match=message):
+        convert(tiny_model(family="phi3", **change), space)
+
+
 def test_norms_of_another_kind_are_named() -> None:
     model = tiny_model(family="qwen3")
     model.model.layers[1].self_attn.k_norm = torch.nn.LayerNorm(16)
@@ -293,5 +364,5 @@ def test_norms_of_another_kind_are_named() -> None:
 
 
 def test_configs_of_other_families_are_named() -> None:
-    with pytest.raises(JointNASError, match=r"model of type 'gpt2' is not supported.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(JointNASError, match=r"type 'gpt2' is not supported.*llama, mistral, qwen2, qwen3, phi3"):
         build(SimpleNamespace(model_type="gpt2"))

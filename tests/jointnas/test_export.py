@@ -19,10 +19,11 @@ from jointnas.config import ModelConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract
 from jointnas_kernels.hf.families import rotary
+from jointnas_kernels.layout import block_of
 from jointnas_kernels.nn import FakeQuantLinear
 from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.quant import grid
-from jointnas_kernels.space import LINEARS, model_bytes
+from jointnas_kernels.space import model_bytes
 from tests.hf.exported import SPACE, exported, quantized_linears, supernet, uniform
 from tests.hf.hf_models import ids, tiny_model
 
@@ -120,11 +121,10 @@ def test_asymmetric_weights(tmp_path: Path, dtype: torch.dtype) -> None:
     model = tiny_model(dtype, hidden_size=64, intermediate_size=96, head_dim=32)
     model.model.rotary_emb = rotary(model.config)  # tiny_model rounds its frequencies to the dtype
     for i, layer in enumerate(model.model.layers):
-        for name in LINEARS:
-            parent = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-            old = getattr(parent, name)
+        for path in block_of(model.config).modules:
+            old = layer.get_submodule(path)
             values, of = grid.quantize(old.weight + 0.05, (2, 4, 8)[i], 16, symmetric=i == 1)
-            setattr(parent, name, FakeQuantLinear(values, None, of, (4, 8, 16)[i]))
+            layer.set_submodule(path, FakeQuantLinear(values, None, of, (4, 8, 16)[i]))
     choice = uniform(8, 8)
     exporting.export_model(model, tmp_path / "model", choice, (0, 1, 2))
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]

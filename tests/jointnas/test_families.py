@@ -1,4 +1,5 @@
-"""A search on a Qwen3 through the command line: profile, search, distil, export with adapters, reload, evaluate."""
+"""Searches of other families through the command line: profile, search, distil, export with adapters, reload, evaluate.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from jointnas import cli
 from jointnas.preparation import open_run
 from jointnas.run_folder import found_choice
 from jointnas_kernels import hf
-from jointnas_kernels.hf.families import PATHS
 from jointnas_kernels.latency import LatencyTable
+from jointnas_kernels.layout import all_sizes, block_of
 from tests.jointnas import tiny
 
 SPACE = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
@@ -25,7 +26,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["qwen3"])
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
 def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr("jointnas.data.load", lambda *a, **k: tiny.streams())
     source, table, run, out = (tmp_path / n for n in ("model", "table.jsonl", "run", "out"))
@@ -33,7 +34,8 @@ def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fami
     profile = ["profile", "--out", str(table), "--model.source", str(source), "--latency.seq=8",
                "--latency.seconds=1e-4", "--latency.calibrate=2", "--progress=false", *SPACE]  # fmt: skip
     assert cli.main(profile) == 0
-    assert LatencyTable.load(table, device=None).dims.qk_norm
+    dims = LatencyTable.load(table, device=None).dims
+    assert (dims.qk_norm, dims.fused) == (family == "qwen3", family == "phi3")
     search = ["search", "--model.source", str(source), "--out", str(run), "--latency.table", str(table)]
     assert cli.main([*search, *SPACE, *SMALL]) == 0
     assert all(r["measured_ms"] > 0 for r in json.loads((run / "eval.json").read_text()))
@@ -50,12 +52,12 @@ def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fami
     original = AutoModelForCausalLM.from_pretrained(source)
     merged = PeftModel.from_pretrained(original, out / "adapters" / "w8", adapter_name="w8").merge_and_unload()
     supernet = open_run(str(run)).supernet
+    layout, sizes = block_of(original.config), all_sizes(original.config)
     for b, layer in enumerate(merged.model.layers):
-        for name, (rows, columns) in supernet.order.linears(b).items():
-            weight = layer.get_submodule(PATHS[name]).weight[..., columns]
-            block = supernet.blocks[b]
-            linear = getattr(block.attention if "attn" in PATHS[name] else block.mlp, name)
-            assert torch.equal(weight if rows is None else weight[rows], linear.adapted(1))
+        for m in layout.linears:
+            rows, columns = (supernet.order.channels(axis, b) for axis in (m.rows, m.columns))
+            weight = layer.get_submodule(m.module).weight[layout.rows(m, sizes)]
+            assert torch.equal(weight[rows][:, columns], supernet.blocks[b].linears[m.name].adapted(1))
 
 
 def test_other_families_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,4 +65,4 @@ def test_other_families_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     for verb in ("profile", "search"):
         assert cli.main([verb, "--model.source", str(tmp_path / "gpt2"), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert "'gpt2' is not supported. Supported model types: llama, mistral, qwen2, qwen3" in error
+        assert "'gpt2' is not supported. Supported model types: llama, mistral, qwen2, qwen3, phi3" in error

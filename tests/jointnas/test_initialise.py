@@ -47,6 +47,18 @@ def windows(count: int = 12, length: int = 16) -> Tensor:
     return calibration_windows(tiny.streams().all, InitOptions(samples=count), length)
 
 
+def fused() -> tuple[Any, Any]:
+    """The tiny Llama, and a Phi-3 of the same function: the rows of its linears in fewer modules."""
+    phi = tiny.model("phi3").requires_grad_(False)
+    llama = model(rms_norm_eps=phi.config.rms_norm_eps)
+    weights = llama.state_dict()
+    for name, value in phi.state_dict().items():
+        one = name.replace("qkv_proj", "{}_proj").replace("gate_up_proj", "{}_proj")
+        parts = "qkv" if "qkv_proj" in name else ("gate", "up")
+        value.copy_(weights[name] if name in weights else torch.cat([weights[one.format(part)] for part in parts]))
+    return llama, phi
+
+
 def model(dtype: torch.dtype = torch.float32, **changes: Any) -> LlamaForCausalLM:
     """The tiny Llama (grouped-query attention), with biases of its own where the config has them."""
     made = tiny.model()
@@ -142,18 +154,21 @@ def test_gptq_survives_inputs_that_are_always_zero() -> None:
 # ---- OmniQuant ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
-def test_transformation_is_exactly_equivalent(biased: bool) -> None:
-    made = model(torch.float64, attention_bias=biased, mlp_bias=biased)
+@pytest.mark.parametrize("kind", ["plain", "biased", "fused"])
+def test_transformation_is_exactly_equivalent(kind: str) -> None:
+    biased = kind == "biased"
+    made: Any = model(torch.float64, attention_bias=biased, mlp_bias=biased)
+    if kind == "fused":
+        made = fused()[1].double()
     original = made(windows(3)).logits
     walk = Blocks(made)
-    for b, layer in enumerate(made.model.layers):
+    for layer in made.model.layers:
         parameters = {k: v.detach() for k, v in layer.named_parameters()}
-        moved = identity(parameters, walk.names[b], layer.self_attn.head_dim)
+        moved = identity(parameters, walk)
         assert (moved.shift is not None) == biased
         for i, leaf in enumerate(moved.leaves()):
             leaf += random(*leaf.shape, seed=i)
-        new = equivalent(parameters, walk.names[b], moved)
+        new = equivalent(parameters, walk, moved)
         assert max(float((new[k] - v).abs().max()) for k, v in parameters.items()) > 0.1
         layer.load_state_dict(new)
     assert (made(windows(3)).logits - original).abs().max() <= 1e-10
@@ -164,7 +179,7 @@ def problem(made: LlamaForCausalLM, bits: int = 2, b: int = 1) -> Problem:
     x = walk.start(windows())
     for i in range(b):
         walk.advance(i, x)
-    return Problem(walk, b, x, walk.advance(b, x.clone()), bits, bits_of(made).groups())
+    return Problem(walk, b, x, walk.advance(b, x.clone()), bits, bits_of(made).groups(walk.modules))
 
 
 @pytest.mark.parametrize(("bits", "act"), [(2, 16), (4, 16), (4, 4), (8, 8)], ids=lambda v: str(v))
@@ -190,12 +205,12 @@ def test_smoothing_evens_out_an_outlier() -> None:
         for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
             linear.weight[:, 5] /= 60
     todo = problem(made, 8)
-    start = identity(todo.parameters, todo.names, layer.self_attn.head_dim)
+    start = identity(todo.parameters, todo.blocks)
     smooth = smoothed(todo, start)
     assert smooth.log_scale["mlp"].argmax() == 5
     with todo.blocks.quantized_inputs(1, 4, False):
         plain, better = (
-            todo.error(todo.quantized(equivalent(todo.parameters, todo.names, t), todo.unclipped()))
+            todo.error(todo.quantized(equivalent(todo.parameters, todo.blocks, t), todo.unclipped()))
             for t in (start, smooth)
         )
     assert better < 0.5 * plain
@@ -220,7 +235,7 @@ def test_transformed_weights_scale_their_grid() -> None:
     """Likewise for weights: w · dQ/dw + the clipped part = Q; a gradient does not change values."""
     todo = problem(model(), 3)
     clips = {n: torch.full_like(c, 0.7) for n, c in todo.unclipped().items()}
-    name = f"{todo.names['o_proj']}.weight"
+    name = "self_attn.o_proj.weight"
     leaf = todo.parameters[name].double().requires_grad_()
     out = todo.quantized({**todo.weights, name: leaf}, clips)[name]
     with torch.no_grad():
@@ -257,6 +272,28 @@ def test_plain_model_lies_on_its_grid(method: run.Method, act: int, dtype: torch
         exporting.export_model(made, tmp_path / "m", choice, range(3))
         ids = windows(2)
         assert torch.equal(exporting.reload(tmp_path / "m")(ids).logits, made(ids).logits)
+
+
+@pytest.mark.parametrize(("method", "act"), [("rtn", 16), ("clip", 8), ("gptq", 8), ("omniquant", 4)])
+def test_fused_linears_are_quantized_row_by_row(method: run.Method, act: int, tmp_path: Path) -> None:
+    """As if they were stored apart; an equivalent transformation moves the rows of v and up alone."""
+    llama, phi = fused()
+    ids = windows()
+    assert torch.allclose(llama(ids).logits, phi(ids).logits, atol=1e-5)
+    errors = []
+    for made in (llama, phi):
+        rows = initialise(made, method, ids, bits_of(made, 4, act), options=OPTIONS, progress=False)
+        errors.append([r["mse"] for r in rows])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3 if method != "omniquant" else 0.05)
+    assert sum(isinstance(m, FakeQuantLinear) for m in phi.modules()) == 12
+    a, m = llama.model.layers[0].self_attn, llama.model.layers[0].mlp
+    if method != "omniquant":
+        apart = torch.cat([linear.weight for linear in (a.q_proj, a.k_proj, a.v_proj)])
+        own = phi.model.layers[0].self_attn.qkv_proj
+        assert (own.weight != apart).float().mean() <= (0.01 if method == "gptq" else 0)
+        assert (phi.model.layers[0].mlp.gate_up_proj.weight[: m.gate_proj.out_features] == m.gate_proj.weight).all()
+    exporting.export_model(phi, tmp_path / "m", run.single_space(phi.config, 4, act, G).full(), range(3))
+    assert torch.equal(exporting.reload(tmp_path / "m")(windows(2)).logits, phi(windows(2)).logits)
 
 
 def test_methods_keep_their_order() -> None:

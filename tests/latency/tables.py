@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from jointnas_kernels.latency import LatencyTable, OpSpec, Workload, describe, enumerate_ops
 from jointnas_kernels.latency.schema import Header, Row
@@ -35,18 +36,19 @@ def everything(spec: OpSpec) -> bool:
 
 
 def synthetic(
-    space: SearchSpace = SPACE, feasible: Callable[[OpSpec], bool] = everything, workload: Workload | None = None
-) -> LatencyTable:
+    space: SearchSpace = SPACE, feasible: Callable[[OpSpec], bool] = everything, workload: Workload | None = None,
+    config: Any = CONFIG,
+) -> LatencyTable:  # fmt: skip
     workload = workload or Workload(seq=16)
     header = Header(
         device=describe("cpu", 1),
         workload=workload,
-        model=ModelDims(layers=3, kv_heads=2, vocab=97),
+        model=ModelDims.of(config),
         torch="test",
         created="2026-01-01T00:00:00+00:00",
     )
     rows = []
-    for spec in enumerate_ops(space, CONFIG, workload):
+    for spec in enumerate_ops(space, config, workload):
         if feasible(spec):
             times = {"median": cost(spec), "p10": cost(spec) * 0.9, "p90": cost(spec) * 1.2}
             rows.append(Row(**spec._asdict(), backend="fast", **times, samples=9))

@@ -7,6 +7,7 @@ for a plain transformers model and for a supernet, whose blocks are run at full 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,16 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet
+from jointnas_kernels.layout import all_sizes, block_of
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.core.tensors import compute_dtype
 from jointnas_kernels.ops.quant import spec
 from jointnas_kernels.ops.quant.activations import act_quant_mix
-from jointnas_kernels.space import LINEARS
 
-# linears that read the same input, in the order they run
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+Place = tuple[str, slice]  # of a linear: path of its module in a block, and its rows there
 
 
 class _Stop(Exception):
@@ -31,18 +30,32 @@ class _Stop(Exception):
 
 
 class Blocks:
-    """Blocks of a transformers model or a supernet. `batch` windows are run at once."""
+    """Blocks of a transformers model or a supernet. `batch` windows are run at once.
+
+    Attributes:
+        modules: path of each module in a block that is quantized -> the linears that it holds.
+        stages: paths of the modules that read the same input, in the order they run.
+        places: where each linear is.
+        layout, sizes: of the model.
+    """
 
     def __init__(self, model: nn.Module, batch: int = 4) -> None:
         self.batch = batch
         self._forward: Callable[[Tensor], Any]
+        source: Any = model
+        layout = self.layout = block_of(source.config)
+        self.sizes, self.modules = all_sizes(source.config), layout.modules
         if isinstance(model, Supernet):
             self.layers, self._forward, self.device = list(model.blocks), model.original, model.device
+            paths = {m: name for name, m in self.layers[0].named_modules()}
+            by_name = source.blocks[0].linears
+            self.modules = {paths[by_name[linear.name]]: (linear,) for linear in layout.linears}
         else:
-            source: Any = model
             self.layers, self.device = list(source.model.layers), next(model.parameters()).device
             self._forward = lambda ids: source(input_ids=ids, use_cache=False, logits_to_keep=1)
-        self.names = [_linears(layer, i) for i, layer in enumerate(self.layers)]
+        runs = itertools.groupby(self.modules, lambda path: self.modules[path][0].reads)
+        self.stages = tuple(tuple(run) for _, run in runs)
+        self.places: dict[str, Place] = {m.name: (m.module, layout.rows(m, self.sizes)) for m in layout.linears}
         self._others: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @torch.no_grad()
@@ -74,8 +87,10 @@ class Blocks:
         """Block b on x [n, T, N], with some of its parameters replaced, by name; differentiable in both."""
         args, kwargs = self._others[b]
         if parameters:
-            return functional_call(self.layers[b], dict(parameters), (x, *args), kwargs)
-        return self.layers[b](x, *args, **kwargs)
+            out: Tensor = functional_call(self.layers[b], dict(parameters), (x, *args), kwargs)
+        else:
+            out = self.layers[b](x, *args, **kwargs)
+        return out
 
     @torch.no_grad()
     def advance(self, b: int, x: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -95,15 +110,15 @@ class Blocks:
 
     @torch.no_grad()
     def visit(
-        self, b: int, linear: str, x: Tensor, see: Callable[[Tensor], None], parameters: Mapping[str, Tensor]
+        self, b: int, path: str, x: Tensor, see: Callable[[Tensor], None], parameters: Mapping[str, Tensor]
     ) -> None:
-        """Shows `see` the inputs of one of block b's linears, batch by batch; what comes behind it is not run."""
+        """Shows `see` the inputs of one of block b's modules, batch by batch; what comes behind it is not run."""
 
         def stop(x: Tensor) -> None:
             see(x)
             raise _Stop
 
-        module: Any = self.layers[b].get_submodule(self.names[b][linear])
+        module: Any = self.layers[b].get_submodule(path)
         hooks = [module.register_forward_pre_hook(lambda _, args: stop(args[0]))]
         supernet = isinstance(module, SupernetLinear)
         if supernet:  # as in the original model, it is not called, but asked for `original`
@@ -124,13 +139,13 @@ class Blocks:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (quantize_tokens(args[0], bits, symmetric), *args[1:])
 
-        modules = [self.layers[b].get_submodule(name) for name in self.names[b].values()] if bits < 16 else []
+        modules = [self.layers[b].get_submodule(path) for path in self.modules] if bits < 16 else []
         with _removed([m.register_forward_pre_hook(hook) for m in modules]):
             yield
 
 
 def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
-    """`act_quant_mix` of one precision, whose gradient also knows that the scale s follows the token's range:
+    """`act_quant_mix` of one precision, whose gradient also knows that the scale s follows the token's range.
 
         dQ/dx = 1 + (q - z - x / s) ds/dx
 
@@ -146,17 +161,6 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     step = span / span.detach().clamp_min(torch.finfo(span.dtype).tiny)
     soft = wide + (value.to(wide.dtype) - wide.detach()) * step
     return value + (soft - soft.detach()).to(x.dtype)
-
-
-def _linears(layer: nn.Module, index: int) -> dict[str, str]:
-    """{"q_proj": "self_attn.q_proj", …} of one block."""
-    found = {name.rpartition(".")[2]: name for name, _ in layer.named_modules() if name.endswith(LINEARS)}
-    missing = [name for name in LINEARS if name not in found]
-    if missing:
-        raise JointNASError(
-            f"block {index} ({type(layer).__name__}) has no {', '.join(missing)}; it cannot be quantized"
-        )
-    return {name: found[name] for name in LINEARS}
 
 
 @contextlib.contextmanager

@@ -53,9 +53,17 @@ def gptq(
     """Quantized values [O, I] in the weight's dtype, and their grid.
 
     Args:
+        weight: [O, I].
+        hessian: [I, I], see `accumulate`.
+        bits: of the values.
+        group_size: inputs per scale.
         damping: share of the mean diagonal added to the diagonal.
         clip: search each group's clip ratio (`mse_clip`); False: the plain absmax.
+        act_order: columns by falling diagonal of the Hessian.
         block: columns updated together; changes rounding in the last bits only.
+
+    Raises:
+        JointNASError: shapes that do not fit, or a Hessian that cannot be factorised.
     """
     check_quantizer("gptq", weight, bits, group_size, "identity")
     inputs = weight.shape[1]
@@ -103,6 +111,7 @@ def _factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     mean = diagonal.mean().clamp_min(torch.finfo(hessian.dtype).tiny)
+    upper: Tensor
     for attempt in range(4):
         damped = hessian + torch.diag(torch.where(dead, torch.ones_like(diagonal), damping * 10**attempt * mean))
         lower, failed = torch.linalg.cholesky_ex(damped)

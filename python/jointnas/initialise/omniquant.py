@@ -24,17 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from jointnas.config import InitOptions
 from jointnas.data import seeded
+from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.problem import Clips, Parameters, Problem
+from jointnas_kernels.layout import HIDDEN, NEURONS, Axis, size
 from jointnas_kernels.ops.core.tensors import compute_dtype
 
 log = logging.getLogger(__name__)
 LARGEST = 4.0  # start of gamma at most: at a ratio of 1 its gradient would vanish; sigmoid(4) = 0.98
-SITES = {"attention": "q_proj", "value": "o_proj", "mlp": "gate_proj", "up": "down_proj"}  # the linears t scales for
-NORMS = {"attention": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
-READERS = {"attention": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
+SITES = ("attention", "value", "mlp", "up")  # the inputs that t scales, one of each stage of a block
+WRITERS = {"value": "v_proj", "up": "up_proj"}  # whose rows are divided by t; elsewhere the norm's weight is
 
 
 # ---- equivalent transformation --------------------------------------------------------------------------------------
@@ -49,6 +51,7 @@ class Transform:
     shift: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
+        """What is learned."""
         return [*self.log_scale.values(), *([] if self.shift is None else [self.shift])]
 
     def of_heads(self, values: Tensor, channels: int) -> Tensor:
@@ -57,61 +60,65 @@ class Transform:
         return heads.repeat_interleave(channels // values.numel(), 0).flatten()
 
 
-def equivalent(parameters: Mapping[str, Tensor], names: Mapping[str, str], transform: Transform) -> Parameters:
-    """The block's parameters after the transformation: the same function up to rounding.
-
-    names: of the linears, as `Blocks.names` has them; the norms are called as in transformers' Llama.
-    """
+def equivalent(parameters: Mapping[str, Tensor], blocks: Blocks, transform: Transform) -> Parameters:
+    """A block's parameters after the transformation: the same function up to rounding."""
     p = {k: v.to(compute_dtype(v.dtype)) for k, v in parameters.items()}
     t = {k: v.exp() for k, v in transform.log_scale.items()}
-    weight, bias = ({n: f"{path}.{what}" for n, path in names.items()} for what in ("weight", "bias"))
-    for site, norm in NORMS.items():
-        p[norm] = p[norm] / t[site]
-        for linear in READERS[site]:
-            p[weight[linear]] = p[weight[linear]] * t[site]
-    channels = p[weight["o_proj"]].shape[1]
+    norms = {norm.name: f"{norm.path}.weight" for norm in blocks.layout.norms}
+
+    def rows(values: Tensor, linear: str, elsewhere: float) -> Tensor:
+        """Of all rows of the linear's module."""
+        path, own = blocks.places[linear]
+        total = len(p[f"{path}.weight"])
+        return values if len(values) == total else pad(values, (own.start, total - own.stop), value=elsewhere)
+
+    v_proj, o_proj = (blocks.places[name][0] for name in ("v_proj", "o_proj"))
+    o_weight = p[f"{o_proj}.weight"]
+    channels = o_weight.shape[1]
     if transform.shift is not None:
-        moved = p[weight["o_proj"]] @ transform.of_heads(transform.shift, channels)
-        p[bias["v_proj"]], p[bias["o_proj"]] = p[bias["v_proj"]] - transform.shift, p[bias["o_proj"]] + moved
-    values = transform.of_heads(t["value"], channels)
-    for writer, reader, rows, columns in (
-        ("v_proj", "o_proj", t["value"], values), ("up_proj", "down_proj", t["up"], t["up"]),
-    ):  # fmt: skip
-        p[weight[writer]] = p[weight[writer]] / rows.unsqueeze(1)
-        if bias[writer] in p:
-            p[bias[writer]] = p[bias[writer]] / rows
-        p[weight[reader]] = p[weight[reader]] * columns
+        p[f"{v_proj}.bias"] = p[f"{v_proj}.bias"] - rows(transform.shift, "v_proj", 0.0)
+        p[f"{o_proj}.bias"] = p[f"{o_proj}.bias"] + o_weight @ transform.of_heads(transform.shift, channels)
+    for site, stage in zip(SITES, blocks.stages, strict=True):
+        inputs = transform.of_heads(t[site], channels) if site == "value" else t[site]
+        if site in WRITERS:
+            path, by = blocks.places[WRITERS[site]][0], rows(t[site], WRITERS[site], 1.0)
+            p[f"{path}.weight"] = p[f"{path}.weight"] / by.unsqueeze(1)
+            if f"{path}.bias" in p:
+                p[f"{path}.bias"] = p[f"{path}.bias"] / by
+        else:
+            norm = norms[blocks.modules[stage[0]][0].reads]
+            p[norm] = p[norm] / t[site]
+        for path in stage:
+            p[f"{path}.weight"] = p[f"{path}.weight"] * inputs
     return {k: v.to(parameters[k].dtype) for k, v in p.items()}
 
 
-def identity(parameters: Mapping[str, Tensor], names: Mapping[str, str], head_dim: int) -> Transform:
+def identity(parameters: Mapping[str, Tensor], blocks: Blocks) -> Transform:
     """t = 1, d = 0, for a block with these parameters."""
+    linears, like = {linear.name: linear for linear in blocks.layout.linears}, next(iter(parameters.values()))
 
-    def zeros(linear: str, dim: int) -> Tensor:
-        weight = parameters[f"{names[linear]}.weight"]
-        return torch.zeros(weight.shape[dim], dtype=compute_dtype(weight.dtype), device=weight.device)
+    def zeros(axis: Axis) -> Tensor:
+        return torch.zeros(size(axis, blocks.sizes), dtype=compute_dtype(like.dtype), device=like.device)
 
-    scales = {"attention": zeros("q_proj", 1), "value": zeros("v_proj", 0), "mlp": zeros("gate_proj", 1)}
-    scales["up"] = zeros("down_proj", 1)
-    biased = all(f"{names[n]}.bias" in parameters for n in ("v_proj", "o_proj"))
-    return Transform(head_dim, scales, zeros("v_proj", 0) if biased else None)
+    v_proj, o_proj = linears["v_proj"], linears["o_proj"]
+    scales = {"attention": zeros(HIDDEN), "value": zeros(v_proj.rows), "mlp": zeros(HIDDEN), "up": zeros(NEURONS)}
+    return Transform(blocks.sizes["head_dim"], scales, zeros(v_proj.rows) if v_proj.bias and o_proj.bias else None)
 
 
 @torch.no_grad()
 def smoothed(problem: Problem, start: Transform) -> Transform:
     """SmoothQuant's scales (arXiv 2211.10438), t = sqrt(max|x| / max|w|) per channel with geometric mean 1."""
     assert problem.x is not None
-    names, scales = problem.names, {}
-    for site, linear in SITES.items():
+    scales = {}
+    for site, stage in zip(SITES, problem.blocks.stages, strict=True):
         largest: list[Tensor] = []
 
         def see(v: Tensor, largest: list[Tensor] = largest) -> None:
             largest.append(v.abs().flatten(0, -2).amax(0))
 
-        problem.blocks.visit(problem.b, linear, problem.x, see, {})
+        problem.blocks.visit(problem.b, stage[0], problem.x, see, {})
         acts = torch.stack(largest).amax(0)
-        readers = READERS.get(site, (linear,))
-        weights = torch.stack([problem.parameters[f"{names[n]}.weight"].abs().amax(0) for n in readers]).amax(0)
+        weights = torch.stack([problem.parameters[f"{path}.weight"].abs().amax(0) for path in stage]).amax(0)
         if site == "value":  # one scale per key-value channel, for all query heads that read it
             shape = (len(start.log_scale[site]) // start.head_dim, -1, start.head_dim)
             acts, weights = (v.view(shape).amax(1).flatten() for v in (acts, weights))
@@ -143,12 +150,11 @@ def learn(problem: Problem, options: InitOptions, *, transform: bool, seed: int 
     assert y is not None
     candidates: list[Transform | None] = [None]
     if transform:
-        layer: Any = blocks.layers[b]
-        same = identity(problem.parameters, problem.names, layer.self_attn.head_dim)
+        same = identity(problem.parameters, blocks)
         candidates = [same, smoothed(problem, same)]
 
     def parameters_of(transform: Transform | None) -> Parameters:
-        return problem.weights if transform is None else equivalent(problem.parameters, problem.names, transform)
+        return problem.weights if transform is None else equivalent(problem.parameters, blocks, transform)
 
     starts = []
     for candidate in candidates:

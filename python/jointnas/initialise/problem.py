@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from jointnas.initialise.blocks import STAGES, Blocks
+from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.clip import mse_clip
 from jointnas_kernels.ops.core.tensors import compute_dtype
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 Parameters = dict[str, Tensor]  # of one block, by name
-Clips = dict[str, Tensor]  # clip ratio [O, I / group] of each linear
+Clips = dict[str, Tensor]  # clip ratio [O, I / group] of each module's weight, by path
 
 
 @dataclass
@@ -26,35 +26,35 @@ class Problem:
     x: Tensor | None
     y: Tensor | None
     bits: int
-    groups: Mapping[str, int]  # of each linear
-    names: dict[str, str] = field(init=False)  # of each linear's module
+    groups: Mapping[str, int]  # of each module
     parameters: Parameters = field(init=False)  # of the whole block, before anything
 
     def __post_init__(self) -> None:
-        self.names = self.blocks.names[self.b]
         self.parameters = {k: v.detach() for k, v in self.blocks.layers[self.b].named_parameters()}
 
     @property
     def weights(self) -> Parameters:
-        """The seven weights, by parameter name."""
-        return {f"{path}.weight": self.parameters[f"{path}.weight"] for path in self.names.values()}
+        """Those that are quantized, by parameter name."""
+        return {f"{path}.weight": self.parameters[f"{path}.weight"] for path in self.groups}
 
     def unclipped(self) -> Clips:
         """Ratios of 1."""
-        shapes = {n: self.parameters[f"{path}.weight"] for n, path in self.names.items()}
-        return {n: torch.ones(w.shape[0], w.shape[1] // self.groups[n], device=w.device) for n, w in shapes.items()}
+        weights = {path: (self.parameters[f"{path}.weight"], group) for path, group in self.groups.items()}
+        return {p: torch.ones(w.shape[0], w.shape[1] // group, device=w.device) for p, (w, group) in weights.items()}
 
     def searched(self, parameters: Parameters, importance: Mapping[str, Tensor] | None = None) -> Clips:
-        """Ratios with the least squared error of each group, its inputs weighed by `importance` [I] of each linear."""
-        weights = {n: parameters[f"{path}.weight"] for n, path in self.names.items()}
+        """Ratios with the least squared error of each group, its inputs weighed by `importance` [I] of each module."""
         weighed = {} if importance is None else importance
-        return {n: mse_clip(w, self.bits, self.groups[n], weighed.get(n)) for n, w in weights.items()}
+        return {
+            path: mse_clip(parameters[f"{path}.weight"], self.bits, group, weighed.get(path))
+            for path, group in self.groups.items()
+        }
 
     def energies(self, parameters: Parameters) -> dict[str, Tensor]:
-        """Sum over tokens of x^2 for every input [I] of each linear, in the block with these parameters."""
+        """Sum over tokens of x^2 for every input [I] of each module, in the block with these parameters."""
         assert self.x is not None
         found: dict[str, Tensor] = {}
-        for stage in STAGES:
+        for stage in self.blocks.stages:
             sums: list[Tensor] = []
 
             def see(v: Tensor, sums: list[Tensor] = sums) -> None:
@@ -70,12 +70,12 @@ class Problem:
         The op's scales count a group's largest weight as a constant. Where weights are transformed it is none: its
         gradient comes in through the ratio."""
         found = dict(parameters)
-        for n, path in self.names.items():
-            weight, clip = parameters[f"{path}.weight"], clips[n]
+        for path, group in self.groups.items():
+            weight, clip = parameters[f"{path}.weight"], clips[path]
             if torch.is_grad_enabled() and weight.requires_grad:
-                largest = weight.to(clip.dtype).unflatten(-1, (-1, self.groups[n])).abs().amax(-1)
+                largest = weight.to(clip.dtype).unflatten(-1, (-1, group)).abs().amax(-1)
                 clip = clip * (largest / largest.detach().clamp_min(torch.finfo(clip.dtype).tiny))
-            found[f"{path}.weight"] = fake_quant_weight(weight, self.bits, self.groups[n], clip=clip, ste="clip")
+            found[f"{path}.weight"] = fake_quant_weight(weight, self.bits, group, clip=clip, ste="clip")
         return found
 
     @torch.no_grad()

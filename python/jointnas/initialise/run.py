@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -27,18 +27,19 @@ from torch import Tensor, nn
 
 from jointnas.config import InitOptions, Method
 from jointnas.data import Batches
-from jointnas.initialise.blocks import STAGES, Blocks
+from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.gptq import accumulate, gptq
 from jointnas.initialise.omniquant import learn
 from jointnas.initialise.problem import Clips, Parameters, Problem
 from jointnas.initialise.store import Store
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
+from jointnas_kernels.layout import Linear
 from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.ops.quant import grid
 from jointnas_kernels.ops.quant.grid import Grid
 from jointnas_kernels.progress import Progress
-from jointnas_kernels.space import Choice, SearchSpace, kept_blocks, original_sizes
+from jointnas_kernels.space import Choice, SearchSpace, kept_blocks
 
 METHODS: tuple[Method, ...] = get_args(Method)
 DATA_FREE = ("rtn", "clip")
@@ -79,16 +80,17 @@ class Bits:
             space.o_proj_group, act_symmetric,
         )  # fmt: skip
 
-    def groups(self) -> dict[str, int]:
-        """Quantization group of each linear."""
-        return {n: self.o_proj_group if n == "o_proj" else self.group_size for stage in STAGES for n in stage}
+    def groups(self, modules: Mapping[str, Sequence[Linear]]) -> dict[str, int]:
+        """Quantization group of each module of a block."""
+        return {
+            path: self.o_proj_group if linears[0].cut_in_heads else self.group_size
+            for path, linears in modules.items()
+        }
 
 
 def single_space(config: Any, weight: int, act: int = 16, group_size: int = 128) -> SearchSpace:
     """The space whose only choice is the model itself at one precision; raises if that precision does not fit it."""
-    own = original_sizes(config)
-    sizes = {k: (v,) for k, v in own.items()}
-    space = SearchSpace(**sizes, weight_bits=(weight,), act_bits=(act,), group_size=group_size)
+    space = SearchSpace.single(config, (weight,), (act,), group_size)
     space.validate(config)
     return space
 
@@ -116,6 +118,7 @@ def initialise(
     and linears where activations are quantized.
 
     Args:
+        model: a supernet, or a plain transformers model.
         method: "rtn" (round to nearest), "clip" (and each group's clip ratio with the least squared error), "gptq", or
             "omniquant". The first two need no data; errors of blocks are reported only with it.
         calibration: token ids [windows, tokens].
@@ -123,6 +126,7 @@ def initialise(
         options: of the methods.
         folder: where finished blocks go, and are taken from if they are of the same model, data and options; None:
             nowhere, and a killed run starts again.
+        progress: show it.
         seed: of the order of windows in learning.
 
     Returns:
@@ -203,12 +207,13 @@ class Supernets:
         self.blocks, self.bits = Blocks(model, options.batch), model.space.weight_bits or ()
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
+        """What blocks in one folder must have in common."""
         about = {"space": self.model.space.to_dict(), "block_rank": list(self.model.block_rank)}
         return _settings(self, calibration) | {"supernet": about}
 
     def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
-        names = self.blocks.names[b]
-        groups = {n: self._linear(b, path).group_size for n, path in names.items()}
+        """What block b is changed to, and its errors, for inputs x and targets y [windows, tokens, N]."""
+        groups = {path: self._linear(b, path).group_size for path in self.blocks.modules}
         clips: list[dict[str, Tensor]] = []
         rows: list[Row] = []
         for bits in self.bits:
@@ -218,10 +223,11 @@ class Supernets:
             rows.append({"block": b, "method": self.method, "weight_bits": bits, "act_bits": 16, **row})
             if x is not None:
                 rows[-1]["mse"] = problem.error(problem.quantized(*found))
-        return {f"{path}.clip": torch.stack([c[n] for c in clips]) for n, path in names.items()}, rows
+        return {f"{path}.clip": torch.stack([c[path] for c in clips]) for path in groups}, rows
 
     def install(self, b: int, state: State) -> None:
-        for path in self.blocks.names[b].values():
+        """Change block b."""
+        for path in self.blocks.modules:
             self._linear(b, path).set_clip(state[f"{path}.clip"])
 
     def _linear(self, b: int, path: str) -> Any:
@@ -243,17 +249,19 @@ class Plain:
                 f"initialise: bits for the weights of {len(self.bits.weight)} blocks and for the activations of "
                 f"{len(self.bits.act)}; the model has {count} blocks"
             )
-        for b, names in enumerate(self.blocks.names):
-            for path in names.values():
-                module = self.blocks.layers[b].get_submodule(path)
+        for b, layer in enumerate(self.blocks.layers):
+            for path in self.blocks.modules:
+                module = layer.get_submodule(path)
                 if isinstance(module, FakeQuantLinear):
                     raise JointNASError(f"initialise: block {b}, {path} is quantized already; load the original model")
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
+        """What blocks in one folder must have in common."""
         return _settings(self, calibration) | {"bits": json.loads(json.dumps(self.bits.__dict__))}
 
     def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
-        bits, act, groups = self.bits.weight[b], self.bits.act[b], self.bits.groups()
+        """What block b is changed to, and its errors, for inputs x and targets y [windows, tokens, N]."""
+        bits, act, groups = self.bits.weight[b], self.bits.act[b], self.bits.groups(self.blocks.modules)
         problem = Problem(self.blocks, b, x, y, bits, groups)
         row: Row = {"block": b, "method": self.method, "weight_bits": bits, "act_bits": act}
         with self._inputs(b):
@@ -265,9 +273,8 @@ class Plain:
                 (parameters, clips), more = _searched(problem, self.method, self.options, transform, self.seed)
                 row |= more
                 state = dict(parameters)
-                for n, path in problem.names.items():
-                    weight = parameters[f"{path}.weight"]
-                    values, of = grid.quantize(weight, bits, groups[n], clip=clips[n])
+                for path, group in groups.items():
+                    values, of = grid.quantize(parameters[f"{path}.weight"], bits, group, clip=clips[path])
                     state |= {f"{path}.weight": values, f"{path}.scale": of.scale}
             if y is not None:
                 row["mse"] = problem.error({k: v for k, v in state.items() if not k.endswith(".scale")})
@@ -279,7 +286,7 @@ class Plain:
         assert problem.x is not None
         values: State = {}
         scales: State = {}
-        for stage in STAGES:
+        for stage in problem.blocks.stages:
             hessian: Tensor | None = None
 
             def see(v: Tensor) -> None:
@@ -288,29 +295,28 @@ class Plain:
 
             problem.blocks.visit(problem.b, stage[0], problem.x, see, values)
             assert hessian is not None
-            for n in stage:
-                path = problem.names[n]
+            for path in stage:
                 weight = problem.parameters[f"{path}.weight"]
                 values[f"{path}.weight"], of = gptq(
-                    weight, hessian, problem.bits, problem.groups[n], damping=self.options.damping,
+                    weight, hessian, problem.bits, problem.groups[path], damping=self.options.damping,
                     act_order=self.options.act_order,
                 )  # fmt: skip
                 scales[f"{path}.scale"] = of.scale
         return values | scales
 
     def install(self, b: int, state: State) -> None:
-        layer, linears = self.blocks.layers[b], self.blocks.names[b].values()
+        """Change block b."""
+        layer = self.blocks.layers[b]
         for name, value in state.items():
             path, _, what = name.rpartition(".")
-            if path not in linears:  # a norm that took up a transformation
+            if path not in self.blocks.modules:  # a norm that took up a transformation
                 setattr(layer.get_submodule(path), what, nn.Parameter(value, requires_grad=False))
-        for path in linears:
+        for path in self.blocks.modules:
             old: Any = layer.get_submodule(path)
             of = Grid(self.bits.weight[b], state[f"{path}.scale"])
             bias = state.get(f"{path}.bias", old.bias)
             new = FakeQuantLinear(state[f"{path}.weight"], bias, of, self.bits.act[b], self.bits.act_symmetric)
-            parent, _, name = path.rpartition(".")
-            setattr(layer.get_submodule(parent), name, new.requires_grad_(old.weight.requires_grad).train(old.training))
+            layer.set_submodule(path, new.requires_grad_(old.weight.requires_grad).train(old.training))
 
     def _inputs(self, b: int) -> Any:
         return self.blocks.quantized_inputs(b, self.bits.act[b], self.bits.act_symmetric)

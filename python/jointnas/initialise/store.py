@@ -47,6 +47,7 @@ class Store:
         return count
 
     def load(self, b: int) -> tuple[Tensors, Rows] | None:
+        """A finished block; None: it is not."""
         path = self._path(b)
         if not path.is_file():
             return None
@@ -57,6 +58,7 @@ class Store:
             raise JointNASError(f"{path} is damaged ({error}); remove it to compute the block again") from None
 
     def save(self, b: int, state: Tensors, rows: Rows) -> None:
+        """Write a finished block, whole or not at all."""
         temporary = self.folder / f".block-{b:03}.tmp"
         # clones: parts of one tensor cannot be saved
         tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.adapters import lora_options
-from jointnas_kernels.hf.families import FAMILIES, PATHS, rotary
+from jointnas_kernels.hf.families import FAMILIES, rotary
 from jointnas_kernels.hf.importance import Importance, importance_scores
-from jointnas_kernels.hf.reorder import identity_order, reorder
+from jointnas_kernels.hf.ordering import identity_order, reorder
 from jointnas_kernels.hf.supernet import Supernet
-from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetAttention, SupernetBlock, SupernetMLP, SupernetNorm
+from jointnas_kernels.layout import FINAL_NORM, HIDDEN, PAIRS, Norm, all_sizes, block_of, kept, sliding_windows, traits
+from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetBlock, SupernetNorm
 from jointnas_kernels.nn.choices import ArchParameters
 from jointnas_kernels.nn.linear import SupernetLinear
-from jointnas_kernels.ops.width.masks import strided_pair_index
-from jointnas_kernels.space import SearchSpace, extras, original_sizes, sliding_windows
+from jointnas_kernels.space import SearchSpace
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -49,10 +49,15 @@ def convert(
     Args:
         model: of a supported family (`families.FAMILIES`), on any device, also meta (then without importance).
         space: must fit the model's config.
-        lora_rank, lora_alpha: LoRA on all seven linears of a block, scaled by alpha / rank.
+        lora_rank: of LoRA, on all seven linears of a block.
+        lora_alpha: LoRA is scaled by alpha / rank.
         lora: the same as a `peft.LoraConfig`, in place of rank and alpha; see `adapters.lora_options`.
-        importance: scores to reorder by. None: scored on `calibration` batches; neither: the original order.
-        relaxation, bit_relaxation, tau, alpha_init: see `ArchParameters`.
+        importance: scores to reorder by. None: scored on `calibration`; neither: the original order.
+        calibration: batches [B, T] of token ids, or keyword arguments of the model's forward.
+        relaxation: of the widths, see `ArchParameters`.
+        bit_relaxation: of the bits, see `ArchParameters`.
+        tau: temperature, see `ArchParameters`.
+        alpha_init: start of the full sizes, see `ArchParameters`.
         ste: straight-through estimator of the weight quantizers, "identity" or "clip".
         act_symmetric: activation quantizers without zero point.
         lora_dtype: of the trained parameters, default fp32.
@@ -65,7 +70,8 @@ def convert(
     config: Any = model.config
     space.validate(config)
     check_rotary(config, space)
-    pairs: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha} if lora is None else lora_options(lora)
+    layout, sizes = block_of(config), all_sizes(config)
+    pairs: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha} if lora is None else lora_options(lora, layout)
     if lora is not None and (lora_rank, lora_alpha) != (32, 16):
         raise JointNASError("convert: give lora_rank and lora_alpha, or lora=LoraConfig(...), not both.")
     options = {**pairs, "bits": space.weight_bits, "ste": ste, "lora_dtype": lora_dtype, "backend": backend}
@@ -73,33 +79,35 @@ def convert(
         importance = importance_scores(model, calibration)
     order = identity_order(config) if importance is None else reorder(model, importance)
 
-    def linear(module: nn.Linear, group: int = space.group_size) -> SupernetLinear:
-        return SupernetLinear(module.weight, module.bias, group_size=group, **options)
+    def linears(layer: nn.Module) -> dict[str, SupernetLinear]:
+        found = {}
+        for linear in layout.linears:
+            module: Any = layer.get_submodule(linear.module)
+            rows = layout.rows(linear, sizes)
+            bias = None if module.bias is None else module.bias[rows]
+            found[linear.name] = SupernetLinear(module.weight[rows], bias, group_size=space.group(linear), **options)
+        return found
 
-    def norm(module: Any) -> SupernetNorm:
-        return SupernetNorm(module.weight, module.variance_epsilon, backend)
+    def norm(parent: nn.Module, of: Norm) -> Any:
+        module: Any = parent.get_submodule(of.path)
+        return (SupernetNorm if of.axis == HIDDEN else HeadNorm)(module.weight, module.variance_epsilon, backend)
 
-    head_dim = original_sizes(config)["head_dim"]
     act = ActQuant(space.act_bits, act_symmetric, backend)
-    blocks = []
     body: Any = model.get_submodule("model")
-    qk_norm = extras(config).qk_norm
-    for layer, window in zip(body.layers, sliding_windows(config), strict=True):
-        a, m = layer.self_attn, layer.mlp
-        attention = SupernetAttention(
-            linear(a.q_proj), linear(a.k_proj), linear(a.v_proj), linear(a.o_proj, space.o_proj_group), head_dim, act,
-            tuple(HeadNorm(n.weight, n.variance_epsilon, backend) for n in (a.q_norm, a.k_norm)) if qk_norm else (),
+    blocks = [
+        SupernetBlock(
+            linears(layer), {of.name: norm(layer, of) for of in layout.norms}, act, sizes["head_dim"],
             window is not None,
-        )  # fmt: skip
-        mlp = SupernetMLP(linear(m.gate_proj), linear(m.up_proj), linear(m.down_proj), act)
-        blocks.append(SupernetBlock(norm(layer.input_layernorm), attention, norm(layer.post_attention_layernorm), mlp))
+        )
+        for layer, window in zip(body.layers, sliding_windows(config), strict=True)
+    ]  # fmt: skip
     arch = ArchParameters(
         space, config, order.block_rank, relaxation=relaxation, bit_relaxation=bit_relaxation, tau=tau,
         alpha_init=alpha_init,
     )
     embedding, head = body.embed_tokens.weight, model.get_submodule("lm_head").weight
     return Supernet(
-        config, space, order, arch, embedding, blocks, norm(body.norm), None if head is embedding else head,  # type: ignore[arg-type]
+        config, space, order, arch, embedding, blocks, norm(model, FINAL_NORM), None if head is embedding else head,  # type: ignore[arg-type]
         body.rotary_emb, backend, getattr(model, "generation_config", None),
     )
 
@@ -117,50 +125,48 @@ def check_model(model: nn.Module) -> None:
         )
     if config.hidden_act != "silu":
         raise JointNASError(f"convert: hidden_act {config.hidden_act!r} is not supported. Allowed: silu.")
-    if config.attention_dropout:
-        raise JointNASError(f"convert: attention_dropout {config.attention_dropout} is not supported; set it to 0.")
-    replaced = 0
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if extras(config).qk_norm:
-        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    for name in traits(config).zeros:
+        if getattr(config, name):
+            raise JointNASError(f"convert: {name} {getattr(config, name)} is not supported; set it to 0.")
+    layout = block_of(config)
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(layers):
-        for name in PATHS.values():
-            part = layer.get_submodule(name)
+        for path in layout.modules:
+            part = layer.get_submodule(path)
             if type(part) is not nn.Linear:
                 raise JointNASError(
-                    f"convert: model.layers.{i}.{name} is a {type(part).__name__}, not a plain torch.nn.Linear; load"
+                    f"convert: model.layers.{i}.{path} is a {type(part).__name__}, not a plain torch.nn.Linear; load"
                     " the model unquantized and without adapters."
                 )
-            replaced += 1
-        for name in norms:
-            part = layer.get_submodule(name)
+        for norm in layout.norms:
+            part = layer.get_submodule(norm.path)
             if not isinstance(part, classes.norm):
                 raise JointNASError(
-                    f"convert: model.layers.{i}.{name} is a {type(part).__name__}, not a {classes.norm.__name__}."
+                    f"convert: model.layers.{i}.{norm.path} is a {type(part).__name__}, not a {classes.norm.__name__}."
                 )
-            replaced += 1
-    if replaced == 0:
+    if len(layers) == 0:
         raise JointNASError("convert: nothing to replace: the model has no transformer blocks.")
 
 
 def check_rotary(config: Any, space: SearchSpace) -> None:
-    """Raise unless a plain model with a smaller head_dim has the frequencies that strided pairs keep."""
-    full = original_sizes(config)["head_dim"]
-    kind = config.rope_parameters["rope_type"]
-    own = _frequencies(config, full)
+    """Raise unless a plain model with a smaller head_dim has the frequencies that the pairs it keeps have here."""
+    full, kind = all_sizes(config), config.rope_parameters["rope_type"]
+    own, scaling = _frequencies(config, full["head_dim"])
+    if len(own) != full["head_dim"] // 2:
+        raise JointNASError(f"convert: {2 * len(own)} of {full['head_dim']} dims are rotated; all of them must be.")
     for d in space.head_dim:
-        if d == full:
+        if d == full["head_dim"]:
             continue
         exact = kind not in RUNTIME_ROPES
         if exact:
-            small = _frequencies(config, d)
-            kept = own[0][strided_pair_index(full, d)[: d // 2]]
-            exact = small[1] == own[1] and torch.allclose(small[0], kept, rtol=1e-5, atol=0)
+            small, small_scaling = _frequencies(config, d)
+            pairs = kept(PAIRS, full, {"head_dim": d})[: d // 2]
+            exact = small_scaling == scaling and torch.allclose(small, own[pairs], rtol=1e-5, atol=0)
         if not exact:
             raise JointNASError(
-                f"convert: rope type {kind!r} changes its frequencies with head_dim, so head_dim {d} of {full} cannot"
-                f" be extracted exactly. Allowed for this model: head_dim [{full}]."
+                f"convert: rope type {kind!r} changes its frequencies with head_dim, so head_dim {d} of"
+                f" {full['head_dim']} cannot be extracted exactly. Allowed for this model: head_dim"
+                f" [{full['head_dim']}]."
             )
 
 

@@ -80,7 +80,8 @@ def load(
     model.get_submodule("model").rotary_emb = rotary(config).to(device)  # computed from the config, not stored
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -150,7 +151,8 @@ class Tensors:
         tensor = self._files.pop(name).get_tensor(name)
         if shape is not None and tuple(tensor.shape) != shape:
             raise JointNASError(f"{name} has shape {tuple(tensor.shape)}; the config wants {shape}")
-        return tensor.to(self.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        own: Tensor = tensor.to(self.dtype, copy=True) if tensor.is_floating_point() else tensor.clone()
+        return own
 
     def finish(self, ignore: str) -> None:
         """Raise if a tensor was not used."""
