@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from jointnas.environment import collect, text
 from torch import Tensor
 
 from benchmarks import bench_gemm
+from jointnas.verbs.doctor import doctor, text
 from jointnas_kernels.latency import LatencyTable, OpSpec, Target, Workload, profile
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import (
@@ -255,11 +255,11 @@ def test_mistakes_in_own_backends_are_raised() -> None:
 
 
 def test_what_is_not_there_is_named() -> None:
-    found = collect()["backends"]
+    found = doctor()["backends"]
     for name, package in zip(NAMES, ("humming-kernels", "gemlite", "vllm", "gptqmodel"), strict=True):
         if not pytest.importorskip("importlib.util").find_spec(backend_of(name).package):
             assert set(found[name].values()) == {f"not installed (cuda only; pip install {package})"}
-    shown = text({**collect(), "backends": found})
+    shown = text({**doctor(), "backends": found})
     assert "torch-fp8: nothing works here" in shown
     assert "W8A8: another function than integer W8A8: e4m3 holds 80 of the 256 levels of 8 bits" in shown
 
