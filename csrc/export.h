@@ -45,6 +45,8 @@ T take(const Next& next, std::index_sequence<I...>) {
   return T{(static_cast<void>(I), next)...};
 }
 
+constexpr int kMostValues = 32;  // of one function
+
 struct Export {
   const char* name;
   int values;
@@ -60,6 +62,7 @@ template <auto F>
 struct Exported;
 template <class... A, int (*F)(A...)>
 struct Exported<F> : Export {
+  static_assert((kValues<std::decay_t<A>> + ...) <= kMostValues);
   explicit Exported(const char* name)
       : Export{name, (kValues<std::decay_t<A>> + ...), [](const Value* at) {
                  bool legal = true;

@@ -181,28 +181,39 @@ void load_tile(const MixPlan& plan, const Scratch& m, int64_t tile, int64_t row0
   }
 }
 
-// One chunk: rows [row0, row0 + rows) of everything.
-template <class T>
-void mix_rows(const MixPlan& plan, int64_t row0, int64_t rows, float* scratch) {
-  const int64_t ld = plan.ld, g = plan.g;
-  const Scratch m(plan, scratch);
+// group(p, row, column, number among the tile's groups, place in T, 2^(b-1)) for every group of the rows
+// [row0, row0 + rows) and every precision p, a tile after the other; behind each tile end(first column, columns).
+template <class T, class Group, class End>
+void each_group(const MixPlan& plan, const Scratch& m, int64_t row0, int64_t rows, const Group& group, const End& end) {
   plan.pack_b(plan, m.b, row0, rows);
   for (int64_t tile = 0; tile < plan.tiles; ++tile) {
-    const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0), groups = cols / g;
+    const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0), groups = cols / plan.g;
     load_tile<T>(plan, m, tile, row0, rows, cols);
     for (int64_t p = 0; p < plan.P; ++p) {
       scaled_tile<T>(plan, m, p, tile, row0, rows, cols);
       const float half = static_cast<float>(1 << plan.bits[p]) / 2.0f;
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < groups; ++k) {
-          const int64_t n = i * groups + k, at = i * ld + k * g;
-          const auto f = p == 0 ? mix_group<true> : mix_group<false>;
-          f(m.t + at, m.mix + at, g, m.s[n], m.r[n], plan.probs[p] * m.s[n], -half, half - 1.0f);
-        }
+        for (int64_t k = 0; k < groups; ++k)
+          group(p, i, col0 + k * plan.g, i * groups + k, i * plan.ld + k * plan.g, half);
     }
-    for (int64_t i = 0; i < rows; ++i)
-      write_row(m.mix + i * ld, static_cast<T*>(plan.out) + (row0 + i) * plan.I + col0, cols, plan.nontemporal);
+    end(col0, cols);
   }
+}
+
+// One chunk: rows [row0, row0 + rows) of everything.
+template <class T>
+void mix_rows(const MixPlan& plan, int64_t row0, int64_t rows, float* scratch) {
+  const Scratch m(plan, scratch);
+  each_group<T>(
+      plan, m, row0, rows,
+      [&](int64_t p, int64_t, int64_t, int64_t n, int64_t at, float half) {
+        const auto f = p == 0 ? mix_group<true> : mix_group<false>;
+        f(m.t + at, m.mix + at, plan.g, m.s[n], m.r[n], plan.probs[p] * m.s[n], -half, half - 1.0f);
+      },
+      [&](int64_t col, int64_t cols) {
+        for (int64_t i = 0; i < rows; ++i)
+          write_row(m.mix + i * plan.ld, static_cast<T*>(plan.out) + (row0 + i) * plan.I + col, cols, plan.nontemporal);
+      });
   if (plan.nontemporal) stream_end();
 }
 
@@ -226,30 +237,21 @@ std::pair<float, float> group_gradients(const float* t, const G* grad, G* masked
 template <class T, class G>
 void mix_backward_rows(const MixPlan& plan, const MixGrad& grad, int64_t row0, int64_t rows, float* dprobs,
                        float* scratch) {
-  const int64_t ld = plan.ld, g = plan.g;
   const Scratch m(plan, scratch);
-  plan.pack_b(plan, m.b, row0, rows);
   for (int64_t p = 0; p < plan.P; ++p) dprobs[p] = 0.0f;
-  for (int64_t tile = 0; tile < plan.tiles; ++tile) {
-    const int64_t col0 = tile * plan.tile, cols = std::min(plan.tile, plan.I - col0), groups = cols / g;
-    load_tile<T>(plan, m, tile, row0, rows, cols);
-    for (int64_t p = 0; p < plan.P; ++p) {
-      scaled_tile<T>(plan, m, p, tile, row0, rows, cols);
-      const float half = static_cast<float>(1 << plan.bits[p]) / 2.0f;
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t k = 0; k < groups; ++k) {
-          const int64_t n = i * groups + k, local = row0 + i - grad.begin, col = col0 + k * g;
-          const G* from = static_cast<const G*>(grad.grad) + local * plan.I + col;
-          G* masked = grad.masked ? static_cast<G*>(grad.masked) + (p * grad.count + local) * plan.I + col : nullptr;
-          const auto [along, slope] =
-              group_gradients(m.t + i * ld + k * g, from, masked, g, m.s[n], m.r[n], -half, half - 1.0f);
-          dprobs[p] += m.s[n] * along;
-          if (grad.dclip)
-            grad.dclip[(p * plan.O + row0 + i) * (plan.I / g) + col / g] =
-                plan.probs[p] * slope * (m.absmax[n] / (half - 0.5f));
-        }
-    }
-  }
+  each_group<T>(
+      plan, m, row0, rows,
+      [&](int64_t p, int64_t i, int64_t col, int64_t n, int64_t at, float half) {
+        const int64_t local = row0 + i - grad.begin;
+        const G* from = static_cast<const G*>(grad.grad) + local * plan.I + col;
+        G* masked = grad.masked ? static_cast<G*>(grad.masked) + (p * grad.count + local) * plan.I + col : nullptr;
+        const auto [along, slope] = group_gradients(m.t + at, from, masked, plan.g, m.s[n], m.r[n], -half, half - 1.0f);
+        dprobs[p] += m.s[n] * along;
+        if (grad.dclip)
+          grad.dclip[(p * plan.O + row0 + i) * (plan.I / plan.g) + col / plan.g] =
+              plan.probs[p] * slope * (m.absmax[n] / (half - 0.5f));
+      },
+      [](int64_t, int64_t) {});
 }
 
 }  // namespace jointnas::JN_ISA

@@ -174,8 +174,7 @@ inline float hmin(vf a) {
 }
 template <class T>
 inline void stream2(T* p, vf a, vf b) {
-  store(p, a);
-  store(p + W, b);
+  store2(p, a, b);
 }
 inline void stream_end() {}
 #endif

@@ -106,17 +106,6 @@ template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t w
   }
 }
 
-// This lane's words of a tile in shared memory, whose first vector is at `src`; or of COUNT vectors from FROM on.
-template <int BITS, int FROM = 0, int COUNT = BITS / 2>
-JN_DEVICE void load_words(const unsigned char* src, uint32_t (&w)[2 * BITS]) {
-#pragma unroll
-  for (int v = FROM; v < FROM + COUNT; ++v) {
-    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-  }
-}
-
 // Four weights as signed bytes, times 2^(8-BITS): the field moved to the top of its byte, sign bit flipped.
 template <int BITS, int F> JN_DEVICE uint32_t spread(uint32_t word) {
   constexpr int up = 8 - BITS - BITS * F;  // bits pushed into the next byte are masked off

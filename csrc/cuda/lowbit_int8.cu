@@ -122,7 +122,12 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
       const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes) + warp * kTileRows + 2 * g;
       const float low = ptx::to_float(scales[0]), high = ptx::to_float(scales[1]);  // rows g, g + 8
       uint32_t w[2 * BITS];
-      load_words<BITS>(weights, w);
+#pragma unroll
+      for (int v = 0; v < BITS / 2; ++v) {
+        const Vec4 u = *reinterpret_cast<const Vec4*>(weights + v * 512);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
+      }
       uint32_t a[4][4];
       int sum[2][kChunk / 2];
       spread_tile<BITS>(w, a);

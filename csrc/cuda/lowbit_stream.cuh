@@ -90,7 +90,13 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const Lowb
     for (int first = 0; first < kStrip; first += together) {
       uint32_t w[together][2 * BITS];
 #pragma unroll
-      for (int r = 0; r < together; ++r) load_words<BITS>(src + (first + r) * tile_bytes, w[r]);
+      for (int r = 0; r < together; ++r)
+#pragma unroll
+        for (int v = 0; v < BITS / 2; ++v) {
+          const Vec4 u = *reinterpret_cast<const Vec4*>(src + (first + r) * tile_bytes + v * 512);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) w[r][4 * v + j] = u.w[j];
+        }
       typename Math::Sum sum[together][NT][4] = {};
       math.tiles(w, sum);
 #pragma unroll

@@ -35,13 +35,6 @@ template <int BYTES> JN_HOST_DEVICE constexpr int swizzle(int token, int v) {
   return BYTES == 2 ? v ^ (token % 2 * 4) : v ^ (token % 2);
 }
 
-template <class F> JN_DEVICE void four(F f) {
-  f(std::integral_constant<int, 0>{});
-  f(std::integral_constant<int, 1>{});
-  f(std::integral_constant<int, 2>{});
-  f(std::integral_constant<int, 3>{});
-}
-
 template <class T, int BITS, int NT, bool QUANTIZED>
 __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
   JN_DYNAMIC_SHARED(shared);
@@ -145,7 +138,10 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
           for (int r = 0; r < kWarpTiles; ++r) ptx::mma_m16n8k32_s8(sum[r][n], a[r], b[0], b[1]);
         }
       };
-      four(step);
+      step(std::integral_constant<int, 0>{});
+      step(std::integral_constant<int, 1>{});
+      step(std::integral_constant<int, 2>{});
+      step(std::integral_constant<int, 3>{});
     } else {
       auto step = [&](auto index) {  // 32 inputs: fields 4I .. 4I + 3, two k16 products
         constexpr int I = decltype(index)::value, f = 4 * I;
@@ -175,7 +171,10 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
           }
         }
       };
-      four(step);
+      step(std::integral_constant<int, 0>{});
+      step(std::integral_constant<int, 1>{});
+      step(std::integral_constant<int, 2>{});
+      step(std::integral_constant<int, 3>{});
     }
 #pragma unroll
     for (int r = 0; r < kWarpTiles; ++r) {

@@ -33,8 +33,14 @@ template <bool QUANTIZED> constexpr int kSteps = QUANTIZED ? 2 : 4;  // products
 // Half HALF of the warp's tile at `src` (this lane's first vector) as A operands.
 template <class T, int BITS, bool QUANTIZED, int HALF>
 JN_DEVICE void unpack(const unsigned char* src, uint32_t (&a)[kSteps<QUANTIZED>][4]) {
+  constexpr int first = HALF * BITS / 4, count = (BITS + 3) / 4;  // of the tile's vectors; W2 has one
   uint32_t w[2 * BITS];
-  load_words<BITS, HALF * BITS / 4, (BITS + 3) / 4>(src, w);  // half of the tile's vectors; W2 has one
+#pragma unroll
+  for (int v = first; v < first + count; ++v) {
+    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
+  }
   if constexpr (QUANTIZED) spread_steps<BITS, HALF * 2, 2>(w, a);
   else dequant_steps<T, BITS, HALF * 4, 4>(w, a);
 }

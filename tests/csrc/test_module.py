@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jointnas_kernels import ops
-from jointnas_kernels._ext import load
+from jointnas_kernels._ext import check, load
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core import cpu
 from tests.csrc.kernels import LEVELS, force, supported
@@ -62,6 +62,17 @@ def test_unknown_instruction_set_is_refused() -> None:
     assert load().ERRORS[code] == "this processor lacks the instructions"
     with pytest.raises(JointNASError, match="lacks the instructions"):
         cpu.call("channel_mask", x, None, x, x, None, 1, 4, 1, 0, isa=-1)
+
+
+def test_errors_have_names() -> None:
+    with pytest.raises(TypeError, match="cpu_read takes 4 numbers, got 1"):
+        load().cpu_read(0)
+    assert load().ERRORS[load().cpu_read(0.5, 4, 1, 0)] == "an argument it does not support"
+    with pytest.raises(JointNASError, match="reading: out of memory"):
+        check(-3, "reading")
+    if load().has_cuda:
+        with pytest.raises(JointNASError, match=r"launching: CUDA error 209 \(cudaErrorNoKernelImageForDevice\)"):
+            check(209, "launching")
 
 
 @pytest.mark.parametrize("isa", LEVELS.values(), ids=list(LEVELS))
