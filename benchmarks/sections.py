@@ -10,7 +10,7 @@ from typing import Any
 
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.ops.lowbit.cuda import STREAM_TOKENS
+from jointnas_kernels.ops.lowbit.linear import STREAM_TOKENS
 
 PLOTS = Path(__file__).resolve().parent.parent / "docs" / "plots"
 Row = dict[str, Any]
