@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from jointnas_kernels.nn.choices import BlockSample, Masks
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
-from jointnas_kernels.ops.norm.mixed import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.ops.width.group import mixed_linear_group

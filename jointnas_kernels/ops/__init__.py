@@ -7,7 +7,7 @@ from jointnas_kernels.ops.lowbit.linear import lowbit_linear
 from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
 from jointnas_kernels.ops.lowbit.prepared import PreparedWeight, lowbit_matmul, lowbit_pack
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
-from jointnas_kernels.ops.norm.mixed import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.linear import quant_lora_linear
 from jointnas_kernels.ops.quant.mixture import quant_lora_mix
