@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +83,12 @@ def _cpu_backward(
     return dx, dw, cpu.total(shares, alpha), dmask, cpu.total(dprobs, probs)
 
 
-def _alone(
-    run: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
-) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, Sizes, float], tuple[Tensor, Tensor]]:
-    return lambda x, weight, alpha, in_mask, sizes, eps: run(
-        x, weight, alpha, in_mask, None, sizes, eps, (), False
-    )[:2]
+def _alone(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The norm without a quantizer, of an implementation of both."""
+    return lambda x, weight, alpha, in_mask, *sizes_eps: run(x, weight, alpha, in_mask, None, *sizes_eps, (), False)[:2]
 
 
-def _alone_backward(run: Callable[..., Gradients]) -> Callable[..., tuple[Tensor | None, ...]]:
+def _alone_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     return lambda grad, x, weight, alpha, in_mask, inv, sizes, eps, need: run(
         grad, x, weight, alpha, in_mask, None, inv, None, sizes, eps, (), False, (*need, False)
     )[:4]
