@@ -22,10 +22,10 @@ from jointnas_kernels.layout import LINEARS
 from jointnas_kernels.nn.choices import BlockSample, Masks
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
-from jointnas_kernels.ops.norm.mixed import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.width.channel import channel_mask
-from jointnas_kernels.ops.width.group import mixed_linear_group
+from jointnas_kernels.ops.width.linear import mixed_linear_group
 from jointnas_kernels.ops.width.residual import gated_residual
 from jointnas_kernels.ops.width.rope import masked_rope
 from jointnas_kernels.ops.width.swiglu import masked_swiglu

@@ -7,15 +7,14 @@ from jointnas_kernels.ops.lowbit.linear import lowbit_linear, lowbit_matmul
 from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
-from jointnas_kernels.ops.norm.mixed import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.ops.width.categorical import reinmax
 from jointnas_kernels.ops.width.channel import channel_mask
-from jointnas_kernels.ops.width.group import mixed_linear_group
-from jointnas_kernels.ops.width.linear import mixed_linear
+from jointnas_kernels.ops.width.linear import mixed_linear, mixed_linear_group
 from jointnas_kernels.ops.width.masks import membership, prefix_mask, strided_pair_index, strided_pair_mask
 from jointnas_kernels.ops.width.residual import gated_residual
 from jointnas_kernels.ops.width.rope import masked_rope

@@ -6,8 +6,7 @@ import torch
 
 from jointnas_kernels.ops.core.columns import STAGES, column_sums_kernel
 from jointnas_kernels.ops.norm.heads import head_rmsnorm_backward_kernel, head_rmsnorm_kernel
-from jointnas_kernels.ops.norm.rms import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
-from jointnas_kernels.ops.norm.rms_quant import norm_quant_backward_kernel, norm_quant_forward_kernel
+from jointnas_kernels.ops.norm.rms.kernels import launch_shape, rmsnorm_backward_kernel, rmsnorm_forward_kernel
 from jointnas_kernels.ops.quant.kernels import constants
 from jointnas_kernels.ops.width.channel import channel_mask_kernel
 from jointnas_kernels.ops.width.residual import residual_backward_kernel, residual_forward_kernel
@@ -92,6 +91,8 @@ def test_residual_backward(arch: int, need: bool) -> None:
     check(compile_kernel(residual_backward_kernel, types(residual_backward_kernel, values), arch, num_warps=8))
 
 
+# a norm without quantization
+ALONE: dict[str, object] = {"probs_ptr": None, "levels_ptr": None, **constants(torch.bfloat16, (), False, True, False)}
 WIDTHS = pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
 
 
@@ -99,8 +100,8 @@ WIDTHS = pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 
 @WIDTHS
 def test_rmsnorm_forward(arch: int, width: int, sizes: tuple[int, ...]) -> None:
     s, seg, warps, stages = launch_shape(sizes, width, 2 * width)
-    values = {"w_ptr": HALF, "eps": "fp32", "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "HAS_MASK": True,
-              "LOOP_STAGES": stages}
+    values = ALONE | {"w_ptr": HALF, "norm_eps": "fp32", "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
+                      "LOOP_STAGES": stages}
     check(compile_kernel(rmsnorm_forward_kernel, types(rmsnorm_forward_kernel, values), arch, num_warps=warps))
 
 
@@ -109,10 +110,10 @@ def test_rmsnorm_forward(arch: int, width: int, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
 def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, ...]) -> None:
     s, seg, warps, stages = launch_shape(sizes, width, 4 * width)
-    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "HAS_MASK": True,
-                                 "NEED_ALPHA": need, "NEED_COLUMN": need, "LOOP_STAGES": stages}
+    values = ALONE | {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "NEED_ALPHA": need,
+                      "NEED_COLUMN": need, "NEED_PROBS": False, "LOOP_STAGES": stages}
     if not need:
-        values |= {"dalpha_ptr": None, "column_ptr": None}
+        values |= {"shares_ptr": None, "column_ptr": None}
     check(compile_kernel(rmsnorm_backward_kernel, types(rmsnorm_backward_kernel, values), arch, num_warps=warps))
 
 
@@ -128,7 +129,7 @@ def test_rmsnorm_quant(arch: int, mode: str, bits: tuple[int, ...], width: int, 
     values |= {"NEED_ALPHA": need, "NEED_COLUMN": need, "NEED_PROBS": need} if backward else {"norm_eps": "fp32"}
     if mode == "dx":
         values |= {"shares_ptr": None, "column_ptr": None}
-    kernel = norm_quant_backward_kernel if backward else norm_quant_forward_kernel
+    kernel = rmsnorm_backward_kernel if backward else rmsnorm_forward_kernel
     compiled = compile_kernel(kernel, types(kernel, values), arch, num_warps=warps)
     if (arch, width, mode) == (90, 8192, "all"):  # 16 warps leave 128 registers per thread: two of them spill
         assert compiled.spilled <= 8
@@ -144,14 +145,11 @@ def test_rmsnorm_quant_normalises_as_the_norm_alone(arch: int, width: int, sizes
     add in the same order."""
     s, seg, warps, stages = launch_shape(sizes, width, 2 * width)
     values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
-                                 "LOOP_STAGES": stages, "HAS_MASK": True}
-    alone = compile_kernel(
-        rmsnorm_forward_kernel, types(rmsnorm_forward_kernel, values | {"eps": "fp32"}), arch, num_warps=warps
-    )
-    values |= {"norm_eps": "fp32", **constants(torch.bfloat16, (2, 4, 8, 16), False, True, False)}
-    fused = compile_kernel(
-        norm_quant_forward_kernel, types(norm_quant_forward_kernel, values), arch, num_warps=warps
-    )
+                                 "LOOP_STAGES": stages, "norm_eps": "fp32"}
+    kernel = rmsnorm_forward_kernel
+    alone = compile_kernel(kernel, types(kernel, values | ALONE), arch, num_warps=warps)
+    values |= constants(torch.bfloat16, (2, 4, 8, 16), False, True, False)
+    fused = compile_kernel(kernel, types(kernel, values), arch, num_warps=warps)
     assert len(alone.reductions()) == 3
     assert fused.reductions()[:3] == alone.reductions()
 

@@ -58,30 +58,25 @@ def channel_mask_kernel(
         tl.store(partial_ptr + chunk * width + col, tl.sum(total, axis=0), mask=col_ok)
 
 
-def _multiply(g: Tensor, x: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """g * mask and, given x, the column sums of g * x."""
-    flat, other, mask, reduce = rows(g), None if x is None else rows(x), mask.contiguous(), x is not None
-    count, width = flat.shape
-    out = dense_like(g)
+def _launch(x: Tensor, mask: Tensor) -> Tensor:
+    return _launch_backward(x, None, mask, (True, False))[0]
+
+
+def _launch_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+    g, mask, reduce = rows(grad), mask.contiguous(), need[1]
+    other = rows(x) if reduce and x is not None else None
+    count, width = g.shape
+    dx = dense_like(grad)
     grid, column_blocks, per_program, block_m, block_n = row_tiles(g, count, width, reduce)
     partial = partial_sums(reduce, grid // column_blocks, width, g.device)
     if grid > 0:
         with torch.cuda.device_of(g):
             channel_mask_kernel[(grid,)](
-                flat, other, mask, out, partial, count, width, column_blocks, per_program, flat.stride(0),
+                g, other, mask, dx, partial, count, width, column_blocks, per_program, g.stride(0),
                 0 if other is None else other.stride(0), REDUCE=reduce, LOOP_STAGES=STAGES if reduce else 1,
                 BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    return out, column_sums(partial)[0]
-
-
-def _launch(x: Tensor, mask: Tensor) -> Tensor:
-    return _multiply(x, None, mask)[0]
-
-
-def _launch_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
-    dx, dmask = _multiply(grad, x if need[1] else None, mask)
-    return dx, in_dtype_of(dmask, mask)
+    return dx, in_dtype_of(column_sums(partial)[0], mask)
 
 
 def _cpu(x: Tensor, mask: Tensor) -> Tensor:

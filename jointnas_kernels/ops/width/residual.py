@@ -11,7 +11,7 @@ need the activations for dm and dgate; weight steps keep nothing but the vectors
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -189,10 +189,6 @@ def _cpu_backward(
     return dh, dh if dy is None else dy, cpu.total(dmask, mask), cpu.total(dgate, gate), dx
 
 
-def _without_h(run: Callable[..., channel.Gradients]) -> Callable[..., channel.Gradients]:
-    return lambda grad, h, y, mask, need: run(grad, y, mask, need)
-
-
 _gated = Op(
     "gated_residual",
     {"triton": _launch, "cpu": _cpu, "reference": _reference},
@@ -202,7 +198,7 @@ _gated = Op(
 _masked = Op(
     "masked_residual",
     {"triton": _launch, "cpu": _cpu, "reference": _reference_masked},
-    {how: _without_h(run) for how, run in channel.BACKWARD.items()},
+    {how: lambda g, h, y, mask, need, of=of: of(g, y, mask, need) for how, of in channel.BACKWARD.items()},
     identity=("h",),
     read_for={"h": (), "y": ("mask",)},
     public="gated_residual",

@@ -25,34 +25,34 @@ Pair = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dq, dk, dq_mask, dk_mask
 
 
-def _rotate(p: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    acc = compute_dtype(x.dtype)
+    p, c, s = x.to(acc) * mask.to(acc), cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)  # c, s [B or 1, T, 1, D]
     first, second = p.chunk(2, dim=-1)
-    return p * cos + torch.cat([-second, first], dim=-1) * sin
+    return (p * c + torch.cat([-second, first], dim=-1) * s).to(x.dtype)
 
 
-def _rotate_transposed(g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = (g * sin).chunk(2, dim=-1)
-    return g * cos + torch.cat([second, -first], dim=-1)
+def _rotate_back(
+    g: Tensor, x: Tensor | None, mask: Tensor, cos: Tensor, sin: Tensor, need_mask: bool
+) -> tuple[Tensor, Tensor | None]:
+    acc = compute_dtype(g.dtype)
+    first, second = (g.to(acc) * sin.to(acc).unsqueeze(2)).chunk(2, dim=-1)
+    dp = g.to(acc) * cos.to(acc).unsqueeze(2) + torch.cat([second, -first], dim=-1)
+    dmask = (x.to(acc) * dp).sum((0, 1)).to(mask.dtype) if need_mask and x is not None else None
+    return (dp * mask.to(acc)).to(g.dtype), dmask
 
 
 def _reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
-    acc = compute_dtype(q.dtype)
-    c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)  # [B or 1, T, 1, D]
-    q_out = _rotate(q.to(acc) * q_mask.to(acc), c, s).to(q.dtype)
-    return q_out, _rotate(k.to(acc) * k_mask.to(acc), c, s).to(k.dtype)
+    return _rotate(q, q_mask, cos, sin), _rotate(k, k_mask, cos, sin)
 
 
 def _reference_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
     k_mask: Tensor, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
-    acc = compute_dtype(dq_out.dtype)
-    c, s = cos.to(acc).unsqueeze(2), sin.to(acc).unsqueeze(2)
-    dp, dr = _rotate_transposed(dq_out.to(acc), c, s), _rotate_transposed(dk_out.to(acc), c, s)
-    dq, dk = (dp * q_mask.to(acc)).to(dq_out.dtype), (dr * k_mask.to(acc)).to(dk_out.dtype)
-    dqm = (q.to(acc) * dp).sum((0, 1)).to(q_mask.dtype) if need[2] and q is not None else None
-    dkm = (k.to(acc) * dr).sum((0, 1)).to(k_mask.dtype) if need[3] and k is not None else None
-    return dq, dk, dqm, dkm
+    dq, dq_mask = _rotate_back(dq_out, q, q_mask, cos, sin, need[2])
+    dk, dk_mask = _rotate_back(dk_out, k, k_mask, cos, sin, need[3])
+    return dq, dk, dq_mask, dk_mask
 
 
 @triton.jit
@@ -152,30 +152,24 @@ def _rotate_all(
     xk: Tensor | None = None, backward: bool = False,
 ) -> Gradients:  # fmt: skip
     """Outputs like q and k and, given the forward's inputs xq, xk, the mask gradients."""
+    need_q, need_k = xq is not None, xk is not None
     q, k, cos, sin = _unit(q), _unit(k), _unit(cos), _unit(sin)
-    xq, xk = None if xq is None else _unit(xq), None if xk is None else _unit(xk)
-    batch, length, heads, dim = q.shape
-    kv_heads, tokens = k.shape[2], batch * length
-    q_out, k_out, reduce = dense_like(q), dense_like(k), xq is not None or xk is not None
-    per_program = tokens_per_program(q, tokens, reduce)
+    xq, xk = q if xq is None else _unit(xq), k if xk is None else _unit(xk)
+    (batch, length, heads, dim), kv_heads, reduce = q.shape, k.shape[2], need_q or need_k
+    tokens = batch * length
+    q_out, k_out, per_program = dense_like(q), dense_like(k), tokens_per_program(q, tokens, reduce)
     programs = -(-tokens // per_program)
-    dqm = partial_sums(xq is not None, programs, heads * dim, q.device)
-    dkm = partial_sums(xk is not None, programs, kv_heads * dim, q.device)
+    dqm = partial_sums(need_q, programs, heads * dim, q.device)
+    dkm = partial_sums(need_k, programs, kv_heads * dim, q.device)
     hp, kp, half = power_of_two(heads), power_of_two(kv_heads), power_of_two(dim // 2)
-
-    def strides(x: Tensor | None) -> tuple[int, ...]:
-        return (0, 0, 0) if x is None else x.stride()[:3]
-
-    def table(x: Tensor) -> tuple[int, int]:
-        return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
-
+    strides = [stride for x in (q, k, xq, xk) for stride in x.stride()[:3]]
+    strides += [stride for t in (cos, sin) for stride in (0 if t.shape[0] == 1 else t.stride(0), t.stride(1))]
     if programs > 0:
         with torch.cuda.device_of(q):
             rope_kernel[(programs,)](
                 q, k, xq, xk, cos, sin, q_mask.contiguous(), k_mask.contiguous(), q_out, k_out, dqm, dkm, tokens,
-                length, heads, kv_heads, dim // 2, *strides(q), *strides(k), *strides(xq), *strides(xk), *table(cos),
-                *table(sin), per_program, BACKWARD=backward, NEED_Q=xq is not None, NEED_K=xk is not None,
-                LOOP_STAGES=STAGES if per_program > 1 else 1, HP=hp, KP=kp, HALF=half,
+                length, heads, kv_heads, dim // 2, *strides, per_program, BACKWARD=backward, NEED_Q=need_q,
+                NEED_K=need_k, LOOP_STAGES=STAGES if per_program > 1 else 1, HP=hp, KP=kp, HALF=half,
                 num_warps=4 if hp * half < 2048 else 16 if reduce else 8,
             )  # fmt: skip
     of_q, of_k = column_sums(dqm, dkm)

@@ -20,7 +20,7 @@ from torch import Tensor
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, compute_dtype, in_dtype_of, rows
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, rows
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dgate, dup, dr, dc
 
@@ -108,7 +108,7 @@ def swiglu_backward_kernel(
 def _launch(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
     x, u, out_mask, in_mask = rows(gate), rows(up), out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    out = dense_like(gate)
     grid, column_blocks, _, block_m, block_n = row_tiles(gate, count, width, False)
     if grid > 0:
         with torch.cuda.device_of(gate):
@@ -125,9 +125,7 @@ def _launch_backward(
     g, x, u = rows(grad), rows(gate), rows(up)
     out_mask, in_mask = out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty_like(dgate)
-    _, _, need_out, need_in = need
+    dgate, dup, (_, _, need_out, need_in) = dense_like(gate), dense_like(gate), need
     reduce = need_out or need_in
     grid, column_blocks, per_program, block_m, block_n = row_tiles(gate, count, width, reduce)
     dr, dc = (partial_sums(n, grid // column_blocks, width, gate.device) for n in (need_out, need_in))

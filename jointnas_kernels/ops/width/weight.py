@@ -275,16 +275,12 @@ def _launch_backward(
     (m, n), k_in, k_out = w.shape, len(sizes_in), len(sizes_out)
     programs, blocks = _tiles(m, n, 512)
     block = {"BLOCK_M": 8, "BLOCK_N": 512, "num_warps": 8}
-
-    def shares(count: int, width: int) -> Tensor:
-        return torch.empty(count, width, dtype=torch.float32, device=w.device)
-
     with torch.cuda.device_of(w):
         if impl == "factored":
             row_blocks = programs // blocks
             per_program = -(-row_blocks // max(1, min(row_blocks, 4 * processors(w) // blocks))) * 8
             programs = -(-m // per_program) * blocks
-            of_both = shares(programs, k_in + k_out)
+            of_both = w.new_empty(programs, k_in + k_out, dtype=torch.float32)
             factored_backward_kernel[(programs,)](
                 g, w, alpha_in, alpha_out, of_both, m, n, blocks, per_program, g.stride(0), w.stride(0),
                 SIZES_IN=tuple(sizes_in), SIZES_OUT=tuple(sizes_out), K_IN=k_in, K_OUT=k_out,
@@ -293,7 +289,7 @@ def _launch_backward(
             da, db = of_both.sum(0).split([k_in, k_out])
             return dw, da.to(alpha_in.dtype), db.to(alpha_out.dtype)
         if masks is not None:
-            of_pairs = shares(programs, k_in * k_out)
+            of_pairs = w.new_empty(programs, k_in * k_out, dtype=torch.float32)
             masks_kernel[(programs,)](
                 w, g, masks.contiguous(), alpha_in, alpha_out, None, of_pairs, m, n, blocks, w.stride(0), g.stride(0),
                 K_IN=k_in, PAIRS=k_in * k_out, BACKWARD=True, **block,
@@ -302,7 +298,7 @@ def _launch_backward(
         sums = []
         for (j, lines), (i, columns) in product(enumerate(sizes_out), enumerate(sizes_in)):
             programs, blocks = _tiles(lines, columns, 512)
-            of_pair = shares(programs, 1)
+            of_pair = w.new_empty(programs, dtype=torch.float32)
             loop_kernel[(programs,)](
                 w, g, alpha_in, alpha_out, None, of_pair, i, j, lines, columns, n, blocks, w.stride(0), g.stride(0),
                 BACKWARD=True, **block,
