@@ -12,7 +12,7 @@ from jointnas_kernels.ops import quant_lora_mix
 from jointnas_kernels.ops.quant import activations
 from jointnas_kernels.ops.quant.activations import act_quant_mix_reference, cpu_forward
 from jointnas_kernels.ops.quant.mixture import cpu
-from jointnas_kernels.ops.quant.mixture.reference import Mixture, quant_lora_mix_reference, rounded_lora
+from jointnas_kernels.ops.quant.mixture.reference import Mixture, forward, rounded_lora
 from jointnas_kernels.testing import assert_close, poisoned
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -150,7 +150,7 @@ def test_quant_lora_mix(shape: tuple[int, int, int, int, bool], dtype: torch.dty
         sure = ~undecided(w, a_, b_, clip, g)
         with poisoned():
             out = cpu.forward(Mixture(w, a_, b_, probs, clip, 0.5, BITS, g))
-        ref = quant_lora_mix_reference(w, a_, b_, 0.5, BITS, probs, g, clip)
+        ref = forward(Mixture(w, a_, b_, probs, clip, 0.5, BITS, g))
         # one-hot: level times scale, the same bits in fp32 up to the scale's last place, which the sum's order moves
         assert out.isfinite().all()
         assert_close(out[sure], ref[sure], 2e-6 if dtype == torch.float32 else 8e-3 if p is None else 1e-12)
@@ -163,8 +163,8 @@ def test_quant_lora_mix_without_lora_is_the_plain_quantizer() -> None:
         w[0] = 0
         a, b = torch.zeros(3, 4, i), torch.zeros(3, o, 4)
         for p in range(3):
-            out = cpu.forward(Mixture(w, a, b, torch.eye(3)[p], None, 1.0, BITS, g))
-            assert torch.equal(out, quant_lora_mix_reference(w, a, b, 1.0, BITS, torch.eye(3)[p], g))
+            mix = Mixture(w, a, b, torch.eye(3)[p], None, 1.0, BITS, g)
+            assert torch.equal(cpu.forward(mix), forward(mix))
 
 
 def test_quant_lora_mix_beyond_the_cache() -> None:
@@ -172,8 +172,8 @@ def test_quant_lora_mix_beyond_the_cache() -> None:
     w = torch.randn(1100, 4096).to(torch.bfloat16)
     a, b = torch.randn(3, 2, 4096) * 0.1, torch.randn(3, 1100, 2) * 0.1
     probs = torch.tensor([0.2, 0.3, 0.5])
-    out = cpu.forward(Mixture(w, a, b, probs, None, 0.5, BITS, 128))
-    assert_close(out, quant_lora_mix_reference(w, a, b, 0.5, BITS, probs, 128))
+    mix = Mixture(w, a, b, probs, None, 0.5, BITS, 128)
+    assert_close(cpu.forward(mix), forward(mix))
 
 
 @DTYPES
