@@ -1,4 +1,4 @@
-"""The mixture of a weight's precisions, each with its own LoRA pair (Eq. 7 of arXiv 2606.04063):
+"""The mixture of a weight's precisions, each with its own LoRA pair (Eq. 7 of arXiv 2606.04063).
 
     W~ = sum_p probs[p] Q_p(W + B'_p A_p),    B'_p = scaling B_p
 
