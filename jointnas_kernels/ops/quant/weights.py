@@ -163,7 +163,9 @@ def fake_quant_weight(
     ste: str = "identity",
     backend: str | None = None,
 ) -> Tensor:
-    """Q(weight): every group of ``group_size`` inputs rounded to ``bits`` bits (formulas: ops/quant/spec.py).
+    """Q(w) = (q - z) s with levels q = clamp(rint(w / s + z)), and a scale s and zero point z per group of inputs.
+
+    ops/quant/spec.py says how the range of a group gives s and z.
 
     Args:
         weight: [O, I] in any floating dtype.
