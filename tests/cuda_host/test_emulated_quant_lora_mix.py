@@ -9,7 +9,7 @@ import torch
 
 from jointnas_kernels.ops.quant.mixture import cuda
 from jointnas_kernels.ops.quant.mixture.cuda import WARPS, most_columns, plan
-from jointnas_kernels.ops.quant.mixture.reference import Mixture, Upstream, Want, gradients, quant_lora_mix_reference
+from jointnas_kernels.ops.quant.mixture.reference import Mixture, Upstream, Want, forward, gradients
 from jointnas_kernels.testing import poisoned
 from tests.ops.test_quant_lora_mix import tiny_weights
 
@@ -43,16 +43,17 @@ def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
     for p in range(3):  # one-hot: no rounding but the quantizer's
         probs = torch.eye(3)[p]
         with poisoned():
-            out = cuda.forward(Mixture(weight, a, b, probs, ratio, 0.5, BITS, group), columns, splits)
-        assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, probs, group, ratio))
+            mix = Mixture(weight, a, b, probs, ratio, 0.5, BITS, group)
+            out = cuda.forward(mix, columns, splits)
+        assert torch.equal(out, forward(mix))
 
 
 def test_levels_of_subnormal_scales():
     """fp16 scales below 2^-14 are coarse: the largest weights of a group lie beyond the lowest level."""
     weight, a, b = tiny_weights(256).values()
     for p in range(3):
-        out = cuda.forward(Mixture(weight, a, b, torch.eye(3)[p], None, 0.5, BITS, 32))
-        assert torch.equal(out, quant_lora_mix_reference(weight, a, b, 0.5, BITS, torch.eye(3)[p], 32))
+        mix = Mixture(weight, a, b, torch.eye(3)[p], None, 0.5, BITS, 32)
+        assert torch.equal(cuda.forward(mix), forward(mix))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -70,8 +71,7 @@ def test_reduction(rows, begin, end, channels, group, columns, splits, with_clip
         mix = cuda.operands(Mixture(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group))
         partial = cuda.run(mix, grad=grad, begin=begin, end=end, columns=columns, splits=splits)
     for p in range(3):
-        wide = (weight.float(), a, b, 0.5, BITS, torch.eye(3)[p], group, ratio)
-        quantized = quant_lora_mix_reference(*wide, scale_dtype=dtype)
+        quantized = forward(Mixture(weight.float(), a, b, torch.eye(3)[p], ratio, 0.5, BITS, group), dtype)
         expected = (grad.double() * quantized[begin:end].double()).sum()
         scale = (grad.double() * quantized[begin:end].double()).norm()
         assert abs(partial[p].double().sum() - expected) <= 1e-5 * scale
@@ -96,9 +96,8 @@ def test_mixture_and_scaling():
         weight, a, b, _ = inputs(40, 256, 16, 128, torch.bfloat16, len(bits))
         probs = torch.rand(len(bits))
         for lora in (torch.bfloat16, torch.float32):
-            args = (weight, a.to(lora), b.to(lora))
-            out = cuda.forward(Mixture(*args, probs, None, scaling, bits, 128))
-            reference = quant_lora_mix_reference(*args, scaling, bits, probs, 128)
+            mix = Mixture(weight, a.to(lora), b.to(lora), probs, None, scaling, bits, 128)
+            out, reference = cuda.forward(mix), forward(mix)
             assert (out.float() - reference.float()).norm() <= 4e-3 * reference.float().norm()
 
 

@@ -11,7 +11,7 @@ from jointnas_kernels.ops.quant.activations import act_quant_mix, act_quant_mix_
 from jointnas_kernels.ops.quant.mixture import cuda
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
-from jointnas_kernels.ops.quant.mixture.reference import Mixture, quant_lora_mix_reference
+from jointnas_kernels.ops.quant.mixture.reference import Mixture, forward
 from jointnas_kernels.ops.quant.weights import fake_quant_weight, fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close
 
@@ -96,7 +96,7 @@ def test_mix_values_off_the_grid(shape, with_clip, dtype, device):
     b = (t["lora_b"].float() * 0.7).to(dtype)  # scaling · B is rounded to the weight's dtype
     wide = {k: v.double() for k, v in (t | {"lora_b": b}).items()}
     wide["clip"] = None if clip is None else clip.double()
-    ref = quant_lora_mix_reference(scaling=1.0, bits=BITS, group_size=shape[3], scale_dtype=dtype, **wide)
+    ref = forward(Mixture(scaling=1.0, bits=BITS, group_size=shape[3], **wide), dtype)
     assert_close(out, ref, 1e-2)
     if compiled_cuda(t, shape[3]):
         out = quant_lora_mix(scaling=0.7, bits=BITS, group_size=shape[3], clip=clip, backend="cuda", **t)
@@ -150,7 +150,7 @@ def test_linear_gradients(backend, tokens, shape, mode, ste, dtype, device):
     y = quant_lora_linear(scaling=0.5, bits=BITS, group_size=g, ste=ste, mode=mode, backend=backend, **t)
     wide = widened(t)
     x32 = wide.pop("x")
-    mixed = quant_lora_mix_reference(scaling=0.5, bits=BITS, group_size=g, ste=ste, scale_dtype=dtype, **wide)
+    mixed = forward(Mixture(scaling=0.5, bits=BITS, group_size=g, ste=ste, **wide), dtype)
     expected = x32 @ mixed.T
     # W~ is rounded to the model dtype before the product, as any stored weight is; so is dW where LoRA reads it.
     tol = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
@@ -171,7 +171,7 @@ def test_mix_gradients_of_a_given_weight_gradient(shape, ste, dtype, device):
         t[name].requires_grad_()
     out = quant_lora_mix(scaling=0.5, bits=BITS, group_size=shape[3], ste=ste, backend="triton", **t)
     wide = widened(t)
-    ref = quant_lora_mix_reference(scaling=0.5, bits=BITS, group_size=shape[3], ste=ste, scale_dtype=dtype, **wide)
+    ref = forward(Mixture(scaling=0.5, bits=BITS, group_size=shape[3], ste=ste, **wide), dtype)
     grad = torch.randn_like(out)
     got = torch.autograd.grad(out, [t[n] for n in names], grad)
     expected = torch.autograd.grad(ref, [wide[n] for n in names], grad.float())

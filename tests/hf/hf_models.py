@@ -15,7 +15,7 @@ from jointnas_kernels.hf.families import build
 from jointnas_kernels.layout import sliding_windows
 from jointnas_kernels.ops import strided_pair_index
 from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
-from jointnas_kernels.ops.quant.mixture.reference import quant_lora_mix_reference
+from jointnas_kernels.ops.quant.mixture.reference import Mixture, forward
 from jointnas_kernels.space import SearchSpace, keep_matrix
 
 LLAMA3_ROPE = {
@@ -119,10 +119,9 @@ def literal_logits(supernet: Supernet, alphas: Mapping[str, Tensor], input_ids: 
         if probs is None:
             base = base + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
         else:
-            base = quant_lora_mix_reference(
-                layer.weight, layer.lora_a, layer.lora_b, layer.scaling, layer.bits, probs, layer.group_size,
-                layer.clip_ratio(), layer.ste,
-            )  # fmt: skip
+            lora = (layer.lora_a, layer.lora_b)
+            mix = (probs, layer.clip_ratio(), layer.scaling, layer.bits, layer.group_size, layer.ste)
+            base = forward(Mixture(layer.weight, *lora, *mix))
         mixed, bias = torch.zeros_like(base), torch.zeros(base.shape[0], dtype=torch.float64)
         for a, rows in zip(weights[out], keep[out], strict=True):
             if layer.bias is not None:

@@ -14,7 +14,7 @@ from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.ops.quant.mixture.reference import ROW_TILE, Upstream, quant_lora_mix_reference, tiles
+from jointnas_kernels.ops.quant.mixture.reference import ROW_TILE, Mixture, Upstream, forward, tiles
 from jointnas_kernels.testing import assert_close, poisoned
 
 BITS = (2, 4, 8)
@@ -59,7 +59,7 @@ def reference(t: dict[str, Tensor], group: int, ste: str, dtype: torch.dtype) ->
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = {k: v.detach().to(wide).requires_grad_(v.requires_grad) for k, v in t.items()}
     inputs = {k: v for k, v in leaves.items() if k != "x"}
-    mixed = quant_lora_mix_reference(scaling=0.5, bits=BITS, group_size=group, ste=ste, scale_dtype=dtype, **inputs)
+    mixed = forward(Mixture(scaling=0.5, bits=BITS, group_size=group, ste=ste, **inputs), dtype)
     return mixed, leaves
 
 

@@ -45,7 +45,7 @@ def act_quant_mix_reference(
     return out.to(x.dtype)
 
 
-def reference(
+def _reference(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and the rows' scales and zero points [rows, Q, 2]; zeros from a backend that does not need them."""
@@ -62,7 +62,7 @@ def probs_gradient(grad: Tensor, x: Tensor, probs: Tensor, bits: Sequence[int], 
     return torch.stack([(g * fake_quant_tokens(x, b, symmetric)).sum() for b in bits]).to(probs.dtype)
 
 
-def reference_backward(
+def _reference_backward(
     grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
     symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
@@ -197,7 +197,7 @@ def backward_config(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": min(32, 4096 // block), "num_warps": 8}
 
 
-def launch(
+def _launch(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     out, flat, config = dense_like(x), rows(x), row_config(x.shape[-1])
@@ -212,7 +212,7 @@ def launch(
     return out, levels
 
 
-def launch_backward(
+def _launch_backward(
     grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
     symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
@@ -235,7 +235,7 @@ def launch_backward(
     return dx, in_dtype_of(of_probs, probs), in_dtype_of(of_mask, mask)
 
 
-def cpu_forward(
+def _cpu(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
@@ -246,7 +246,7 @@ def cpu_forward(
     return y, _no_levels(x, bits)
 
 
-def cpu_backward(
+def _cpu_backward(
     grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
     symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
@@ -266,8 +266,8 @@ def cpu_backward(
 
 _op = Op(
     "act_quant_mix",
-    {"triton": launch, "cpu": cpu_forward, "reference": reference},
-    {"triton": launch_backward, "cpu": cpu_backward, "reference": reference_backward},
+    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
     read_for={"x": ("probs", "mask"), "saved0": ("probs", "mask")},
 )
 

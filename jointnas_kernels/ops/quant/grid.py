@@ -38,6 +38,7 @@ class Grid(NamedTuple):
 
     @property
     def symmetric(self) -> bool:
+        """Levels lie around 0."""
         return self.zero is None
 
 
@@ -72,7 +73,8 @@ def integers(values: Tensor, grid: Grid) -> Tensor:
             f"{int(wrong.sum())} of {values.numel()} weights are no multiple of their group's {grid.bits}-bit scale: "
             "they were changed, or converted to another dtype, after quantization"
         )
-    return q.flatten(-2).to(torch.int8)
+    found: Tensor = q.flatten(-2).to(torch.int8)
+    return found
 
 
 def find(values: Tensor, bits: int, group_size: int) -> Grid:

@@ -44,7 +44,7 @@ def level_range(bits: int) -> tuple[int, int]:
 
 def divisor(bits: int, symmetric: bool) -> float:
     """R / s without clipping: how many steps the range has."""
-    return (2**bits - 1) / (2 if symmetric else 1)
+    return ((1 << bits) - 1) / (2 if symmetric else 1)
 
 
 def extent(x: Tensor, symmetric: bool) -> tuple[Tensor, Tensor | None]:

@@ -35,11 +35,11 @@ def fake_quant_weight_reference(
     return (straight_through(out, weight.to(out.dtype)) if ste == "identity" else out).to(weight.dtype)
 
 
-def reference(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
+def _reference(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
     return fake_quant_weight_reference(weight, bits, group_size, symmetric, clip, "clip")
 
 
-def reference_backward(
+def _reference_backward(
     grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None]:
     levels = quantize_groups(weight, bits, group_size, clip, symmetric)
@@ -118,18 +118,18 @@ def _run(
     return out, dclip
 
 
-def launch(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
+def _launch(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
     return _run(None, weight, clip, bits, group_size, symmetric)[0]
 
 
-def launch_backward(
+def _launch_backward(
     grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, need: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None]:
     return _run(grad, weight, clip, bits, group_size, symmetric)
 
 
-_forward = {"triton": launch, "reference": reference}
-_clip = Op("fake_quant_weight", _forward, {"triton": launch_backward, "reference": reference_backward})
+_forward = {"triton": _launch, "reference": _reference}
+_clip = Op("fake_quant_weight", _forward, {"triton": _launch_backward, "reference": _reference_backward})
 _identity = Op("fake_quant_weight_identity", _forward, identity=("weight",), public="fake_quant_weight")
 
 
@@ -163,7 +163,9 @@ def fake_quant_weight(
     ste: str = "identity",
     backend: str | None = None,
 ) -> Tensor:
-    """Q(weight): every group of ``group_size`` inputs rounded to ``bits`` bits (formulas: ops/quant/spec.py).
+    """Q(w) = (q - z) s with levels q = clamp(rint(w / s + z)), and a scale s and zero point z per group of inputs.
+
+    ops/quant/spec.py says how the range of a group gives s and z.
 
     Args:
         weight: [O, I] in any floating dtype.

@@ -21,6 +21,7 @@ def _lora(mix: Mixture) -> tuple[Tensor, Tensor, int]:
 
 
 def forward(mix: Mixture) -> Tensor:
+    """W~."""
     w, (a, b, lora) = mix.weight.contiguous(), _lora(mix)
     out = cpu.empty_like(w)
     cpu.call("quant_lora_mix", w, a, b, cpu.vector(mix.probs), cpu.optional(mix.clip), cpu.integers(mix.bits), out,
@@ -29,6 +30,7 @@ def forward(mix: Mixture) -> Tensor:
 
 
 def gradients(mix: Mixture, upstream: Upstream, want: Want) -> Gradients:
+    """The gradients that are wanted."""
     w, (a, b, lora), p = mix.weight.contiguous(), _lora(mix), len(mix.bits)
     rows, width = w.shape
     dclip = cpu.floats(*mix.clip.shape) if want.clip and mix.clip is not None else None

@@ -243,6 +243,7 @@ def backward_config(group_size: int, epilogue_gemms: bool) -> dict[str, int]:
 
 
 def forward(mix: Mixture) -> Tensor:
+    """W~."""
     mix = mix.dense()
     (o, i), rank, has_clip = mix.weight.shape, mix.lora_a.shape[1], mix.clip is not None
     groups, out = i // mix.group_size, torch.empty_like(mix.weight)
@@ -257,6 +258,7 @@ def forward(mix: Mixture) -> Tensor:
 
 
 def gradients(mix: Mixture, upstream: Upstream, want: Want) -> Gradients:
+    """The gradients that are wanted."""
     mix, grad, x = mix.dense(), upstream.grad.contiguous(), upstream.x
     x = None if x is None else x.to(grad.dtype).contiguous()
     (o, i), (precisions, rank, _) = mix.weight.shape, mix.lora_a.shape

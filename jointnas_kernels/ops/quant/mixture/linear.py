@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, without_autocast
-from jointnas_kernels.ops.quant.mixture.op import BACKENDS, BACKWARD, FORWARD, choose, prepared
+from jointnas_kernels.ops.quant.mixture.op import BACKENDS, BACKWARD, FORWARD, checked, choose
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
 
 
@@ -111,11 +111,13 @@ def quant_lora_linear(
     recompute: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x W~^T + bias with W~ = `quant_lora_mix` of the other arguments, which has their meaning and shapes there.
+    """y = x W~^T + bias with W~ = `quant_lora_mix` of the other arguments.
 
     Args:
         x: [..., I] in any floating dtype.
-        mode: which gradients exist, as in `quant_lora_mix`; those of x and bias always do.
+        weight, lora_a, lora_b, scaling, bits, probs, group_size, clip, ste, backend: as in `quant_lora_mix`: weight
+            [O, I], lora_a [P, r, I], lora_b [P, O, r], probs [P], clip [P, O, I / group_size].
+        mode: which gradients exist, as there; those of x and bias always do.
         bias: [O].
         recompute: do not keep W~ (as large as the weight) for dx but build it again in the backward pass, for models
             whose second copy of the weights would not fit and that do not already checkpoint whole blocks.
@@ -126,7 +128,8 @@ def quant_lora_linear(
     Raises:
         JointNASError: shapes, bits or words that do not exist or fit, or a backend that cannot run.
     """
-    mix = prepared("quant_lora_linear", weight, lora_a, lora_b, scaling, bits, probs, group_size, clip, ste, mode)
+    mix = Mixture(weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste)
+    mix = checked("quant_lora_linear", mix, mode)
     if x.shape[-1] != weight.shape[1]:
         raise bad("quant_lora_linear", f"x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
     if torch.is_autocast_enabled(x.device.type):

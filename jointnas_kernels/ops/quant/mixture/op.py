@@ -66,20 +66,9 @@ _op = Op(
 )
 
 
-def prepared(
-    op: str,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    bits: Sequence[int],
-    probs: Tensor,
-    group_size: int,
-    clip: Tensor | None,
-    ste: str,
-    mode: str,
-) -> Mixture:
-    """The checked arguments of a public function, detached where ``mode`` or ``ste`` leave no gradient."""
+def checked(op: str, mix: Mixture, mode: str) -> Mixture:
+    """The arguments of a public function if they fit, detached where ``mode`` or ``ste`` leave no gradient."""
+    weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste = mix
     for width in bits:
         check_quantizer(op, weight, width, group_size, ste)
     if mode not in MODES:
@@ -100,7 +89,7 @@ def prepared(
         lora_a, lora_b = lora_a.detach(), lora_b.detach()
     if clip is not None and (ste == "identity" or mode == "arch"):
         clip = clip.detach()
-    return Mixture(weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste)
+    return Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
 
 
 def quant_lora_mix(
@@ -138,7 +127,6 @@ def quant_lora_mix(
     Raises:
         JointNASError: shapes, bits or words that do not exist or fit, or a backend that cannot run.
     """
-    out: Tensor = _op(
-        *prepared("quant_lora_mix", weight, lora_a, lora_b, scaling, bits, probs, group_size, clip, ste, mode), backend
-    )
+    mix = Mixture(weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste)
+    out: Tensor = _op(*checked("quant_lora_mix", mix, mode), backend)
     return out

@@ -1,4 +1,4 @@
-"""The mixture of a weight's precisions, each with its own LoRA pair (Eq. 7 of arXiv 2606.04063):
+"""The mixture of a weight's precisions, each with its own LoRA pair (Eq. 7 of arXiv 2606.04063).
 
     W~ = sum_p probs[p] Q_p(W + B'_p A_p),    B'_p = scaling B_p
 
@@ -76,37 +76,20 @@ def rounded_lora(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float)
     return lora_a.to(weight.dtype), (lora_b.to(compute_dtype(weight.dtype)) * scaling).to(weight.dtype)
 
 
-def quant_lora_mix_reference(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    bits: Sequence[int],
-    probs: Tensor,
-    group_size: int,
-    clip: Tensor | None = None,
-    ste: str = "identity",
-    scale_dtype: torch.dtype | None = None,
-) -> Tensor:
-    """The public function in plain differentiable torch; ``scale_dtype`` overrides what scales are rounded to."""
-    dtype = compute_dtype(weight.dtype)
-    base = weight.detach().to(dtype)
-    a, b = rounded_lora(weight, lora_a, lora_b, scaling)
-    out = torch.zeros_like(base)
-    for p, width in enumerate(bits):
-        w = base + b[p].to(dtype) @ a[p].to(dtype)
-        ratios = None if clip is None else clip[p]
-        q = quantize_groups(w, width, group_size, ratios, scale_dtype=scale_dtype or weight.dtype).values.flatten(-2)
-        out = out + probs[p].to(dtype) * (straight_through(q, w) if ste == "identity" else q)
-    return out.to(weight.dtype)
-
-
-def forward(mix: Mixture) -> Tensor:
+def forward(mix: Mixture, scale_dtype: torch.dtype | None = None) -> Tensor:
+    """W~ in differentiable torch; ``scale_dtype``: what scales are rounded to, if not the weight's dtype."""
     if isinstance(mix.weight, FakeTensor):  # shapes alone are wanted, and an operation on fake tensors takes 1 ms
         return torch.empty_like(mix.weight)
-    return quant_lora_mix_reference(
-        mix.weight, mix.lora_a, mix.lora_b, mix.scaling, mix.bits, mix.probs, mix.group_size, mix.clip, mix.ste
-    )
+    dtype = compute_dtype(mix.weight.dtype)
+    base = mix.weight.detach().to(dtype)
+    a, b = (t.to(dtype) for t in rounded_lora(mix.weight, mix.lora_a, mix.lora_b, mix.scaling))
+    total = torch.zeros_like(base)
+    for p, width in enumerate(mix.bits):
+        w, clip = base + b[p] @ a[p], None if mix.clip is None else mix.clip[p]
+        levels = quantize_groups(w, width, mix.group_size, clip, scale_dtype=scale_dtype or mix.weight.dtype)
+        q = levels.values.flatten(-2)
+        total = total + mix.probs[p].to(dtype) * (straight_through(q, w) if mix.ste == "identity" else q)
+    return total.to(mix.weight.dtype)
 
 
 def tiles(rows: int, step: int = ROW_TILE) -> list[slice]:
