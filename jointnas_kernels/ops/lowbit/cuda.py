@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
         return row_blocks * self.splits * -(-tokens // (8 * self.token_tiles))
 
 
+@functools.cache
 def stream_plan(tokens: int, rows: int, inputs: int, bits: int, sms: int) -> Plan:
     """One wave of blocks: as few strips per block as fit the chip at once, then as many splits as are left over."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
@@ -48,12 +50,14 @@ def stream_plan(tokens: int, rows: int, inputs: int, bits: int, sms: int) -> Pla
     return Plan(token_tiles, warp_rows, max(1, min(sms // row_blocks, most)))
 
 
+@functools.cache
 def tile_plan(tokens: int, rows: int, inputs: int, sms: int) -> Plan:
     """64-token blocks until 128-token blocks fill the chip; splits only while they fit one wave."""
     plan = Plan(16 if Plan(16).blocks(tokens, rows) >= sms else 8)
     return plan._replace(splits=max(1, min(sms // plan.blocks(tokens, rows), inputs // INPUTS // 4)))
 
 
+@functools.cache
 def int8_plan(tokens: int, rows: int, sms: int) -> Plan:
     """256-token blocks read a third less than 128-token blocks, so those must save more than a tenth in whole waves."""
     cluster = 2 if rows > STRIP_ROWS * BLOCK_STRIPS else 1
@@ -65,10 +69,10 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
     """x [M, I] to (a int8 [M, I], scale fp32 [M], zero int32 [M]) in one of ACT_LAYOUTS; for int8 a is [8 * ceil(M/8),
     I], for bitplane [M, I * bits / 8]."""
     tokens, inputs = x.shape
-    shape = {2: (-(-tokens // 8) * 8, inputs), 3: (tokens, inputs // 8 * bits)}.get(layout, (tokens, inputs))
-    a = torch.empty(shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    zero = torch.empty(tokens, dtype=torch.int32, device=x.device)
+    rows = -(-tokens // 8) * 8 if layout == ACT_LAYOUTS["int8"] else tokens
+    columns = inputs // 8 * bits if layout == ACT_LAYOUTS["bitplane"] else inputs
+    a = x.new_empty(rows, columns, dtype=torch.int8)
+    scale, zero = x.new_empty(tokens, dtype=torch.float32), x.new_empty(tokens, dtype=torch.int32)
     cuda.call("act_quant_pack", x, a, scale, zero, tokens, inputs, bits, symmetric, layout, DTYPES[x.dtype], on=x)
     return a, scale, zero
 
@@ -110,7 +114,7 @@ def multiply(
         ordered = torch.empty_like(x)
         cuda.call("token_layout", x, ordered, *x.shape, on=x)
         x = ordered
-    y = torch.empty(tokens, rows, dtype=scale.dtype, device=x.device)
+    y = scale.new_empty(tokens, rows)
     partial = None
     if plan.splits > 1:
         partial = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device)

@@ -85,7 +85,7 @@ def _cuda(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tens
     weight = weight.laid_out("cuda", weight.planes)
     if x.dtype != weight.tensors[1].dtype:
         raise bad(NAME, f"x is {x.dtype} but the weights' scales are {weight.tensors[1].dtype}")
-    flat, activation = x.reshape(-1, weight.inputs).contiguous(), None
+    flat, activation = (x if x.dim() == 2 else x.reshape(-1, weight.inputs)).contiguous(), None
     kernel = kernel_for(flat.shape[0], weight, a_bits)
     if kernel == "dense":
         y = flat @ cuda.dense(weight).t()
@@ -93,7 +93,7 @@ def _cuda(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tens
         if a_bits < 16:
             flat, *activation = cuda.quantize_pack(flat, a_bits, symmetric, cuda.ACT_LAYOUTS[kernel])
         y = cuda.multiply(kernel, flat, weight, activation)
-    return y.view(*x.shape[:-1], weight.outputs)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.outputs)
 
 
 def _choose(
@@ -101,18 +101,18 @@ def _choose(
     group_size: int, a_bits: int, symmetric: bool, backend: str | None,
 ) -> str:  # fmt: skip
     """The kernels of the weight's layout; from the storage layout the first that take it, in its dtypes, as it is."""
-    if layout == "cpu" and backend in (None, "cpu") and x.is_cpu and x.dtype in cpu.DTYPES and x.numel():
-        return "cpu"  # the short way
     available: Sequence[str] = (layout, "reference")
-    if layout != "storage":
-        if backend is None and x.device.type != layout:
-            backend = layout  # moved elsewhere: an error that says so
-    else:
+    if layout == "storage":
         cuda_fits = group_size == tiles.INPUTS and x.dtype in cuda.DTYPES and x.dtype == tensors[1].dtype
         available = (
             *(("cuda",) if cuda_fits or backend == "cuda" else ()), "triton",
             *(("cpu",) if group_size % (32 // w_bits) == 0 or backend == "cpu" else ()), "reference",
         )  # fmt: skip
+    elif backend in (None, layout):
+        if x.numel() and (x.is_cuda if layout == "cuda" else x.is_cpu and x.dtype in cpu.DTYPES):
+            return layout  # the short way
+        if x.device.type != layout:
+            backend = layout  # moved elsewhere: an error that says so
     chosen = resolve(NAME, backend, x, available)
     return chosen if x.numel() else "reference"
 

@@ -1,7 +1,7 @@
 """Packed low-bit integers as checkpoints store them (compressed-tensors ``pack-quantized``).
 
 ``int32 [O, I*bits/32]``: value ``k`` of a row sits in word ``k // (32/bits)`` at bit ``bits * (k % (32/bits))`` (lowest
-first), as ``q + 2^(bits-1)``. Bytes of a word are lowest first too, as on every machine that PyTorch runs on.
+first), as ``q + 2^(bits-1)``. Bytes of a word are taken lowest first, too (little-endian machines).
 """
 
 from __future__ import annotations

@@ -14,14 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core.backends import interpreting
-
-MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to the nearest even integer
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """fp32 values rounded to ``dtype``."""
-    return x.to(dtype).to(tl.float32)
+from jointnas_kernels.ops.quant.kernels import scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.spec import level_range
 
 
 @triton.jit
@@ -29,37 +23,23 @@ def quantize_kernel(
     x_ptr, level_ptr, scale_ptr, K, stride, LOW: tl.constexpr, TINY: tl.constexpr, SYMMETRIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token per program: level = a - z (fp16 [K]) and its scale; the steps of quantize_tokens."""
+    """One token per program: level = a - z (fp16 [K]) and its scale."""
     token = tl.program_id(0).to(tl.int64)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    high: tl.constexpr = -LOW - 1.0
-    span: tl.constexpr = high - LOW
-    least = tl.zeros([BLOCK], tl.float32)
-    most = tl.zeros([BLOCK], tl.float32)
+    least = tl.zeros([1, BLOCK], tl.float32)
+    most = tl.zeros([1, BLOCK], tl.float32)
     for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+        k = start + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + token * stride + k, mask=k < K, other=0.0).to(tl.float32)
         least = tl.minimum(least, x)
         most = tl.maximum(most, x)
-    mn = tl.min(least, 0)
-    mx = tl.max(most, 0)
-    if SYMMETRIC:
-        s = rounded(tl.div_rn(tl.maximum(-mn, mx), mx * 0.0 + span / 2), dtype)
-        s = tl.where(s == 0.0, TINY, s)
-        z = s * 0.0
-    else:
-        s = rounded(tl.div_rn(rounded(mx - mn, dtype), mx * 0.0 + span), dtype)
-        s = tl.where(s == 0.0, TINY, s)
-        z = rounded(LOW - rounded(tl.div_rn(mn, s), dtype), dtype)
-        z = (tl.minimum(tl.maximum(z, LOW), high) + MAGIC) - MAGIC
+    s, z = scale_and_zero(tl.min(least, 1), tl.max(most, 1), LOW, 0.0, 0.0, TINY, dtype, SYMMETRIC, True)
     for start in range(0, K, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+        k = start + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + token * stride + k, mask=k < K, other=0.0).to(tl.float32)
-        v = rounded(tl.div_rn(x, tl.broadcast_to(s, x.shape)), dtype)
-        v = rounded(v + z, dtype)
-        v = (tl.minimum(tl.maximum(v, LOW), high) + MAGIC) - MAGIC
-        tl.store(level_ptr + token * K + k, (v - z).to(tl.float16), mask=k < K)
-    tl.store(scale_ptr + token, s)
+        level = token_levels(x, s, z, LOW, dtype, SYMMETRIC, True)
+        tl.store(level_ptr + token * K + k, level.to(tl.float16), mask=k < K)
+    tl.store(scale_ptr + token + tl.arange(0, 1), s)
 
 
 @triton.jit
@@ -115,8 +95,10 @@ def run(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, grou
         operand = torch.empty(tokens, inputs, dtype=torch.float16, device=x.device)
         row_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
         quantize_kernel[(tokens,)](
-            x, operand, row_scale, inputs, x.stride(0), LOW=-float(1 << (a_bits - 1)), TINY=torch.finfo(x.dtype).eps,
-            SYMMETRIC=symmetric, BLOCK=min(2048, triton.next_power_of_2(inputs)), num_warps=4)  # fmt: skip
+            x, operand, row_scale, inputs, x.stride(0), LOW=float(level_range(a_bits)[0]),
+            TINY=torch.finfo(x.dtype).eps, SYMMETRIC=symmetric, BLOCK=min(2048, triton.next_power_of_2(inputs)),
+            num_warps=4,
+        )  # fmt: skip
     bm, bn, bk, whole = blocks(tokens, group)
     grid = (triton.cdiv(tokens, bm), triton.cdiv(rows, bn))
     matmul_kernel[grid](
