@@ -69,7 +69,7 @@ def ninja_file(target: Path, build_dir: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-class NinjaBuild(build_ext):
+class NinjaBuild(build_ext):  # type: ignore[misc]
     """``build_ext`` that hands the whole extension to ninja: one line, and compilers' output only if they complain."""
 
     def build_extension(self, ext: Extension) -> None:

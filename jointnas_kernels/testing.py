@@ -7,7 +7,7 @@ then miss real errors in all the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +32,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """‖out − ref‖ / ‖ref‖ in fp64; ‖out‖ where the reference is exactly zero; infinite for any NaN."""
+    """‖out − ref‖ / ‖ref‖ in fp64, for out and ref [...] of one shape; ‖out‖ where ref is exactly zero; infinite for any NaN."""
     out64, ref64 = out.detach().double().cpu(), ref.detach().double().cpu()
     if out64.shape != ref64.shape:
         raise AssertionError(f"shape {tuple(out64.shape)} where the reference has {tuple(ref64.shape)}")
@@ -43,7 +43,7 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
 
 
 def assert_close(out: Tensor, ref: Tensor, tol: float | None = None, what: str = "result") -> float:
-    """Assert and return the relative error of ``out``; ``tol`` defaults to the one of its dtype."""
+    """Assert and return the relative error of out [...] from ref [...]; ``tol`` defaults to the one of out's dtype."""
     limit = tolerance(out.dtype) if tol is None else tol
     error = relative_error(out, ref)
     assert error <= limit, f"{what}: relative error {error:.3g} > {limit:.3g} (shape {tuple(out.shape)}, {out.dtype})"
@@ -64,7 +64,7 @@ def poisoned() -> Iterator[None]:
             return tensor.fill_(float("nan"))
         return tensor.fill_(True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max)
 
-    def wrap(function):
+    def wrap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(function(*args, **kwargs))
 
     try:

@@ -13,6 +13,8 @@ from tests.contracts.sources import ROOTS, folder, functions, imports, is_ours, 
 
 # (who, what, why): the only imports that may stand inside functions; names are prefixes
 LATE = [
+    ("jointnas_kernels.ops.core.backends", "triton.knobs", "read when asked: the interpreter is switched on before"),
+    ("jointnas_kernels.space", "yaml", "only users of files need it"),
     ("jointnas_kernels.hf", "peft", "optional: LoRA pairs as PEFT adapters"),
     ("jointnas_kernels.latency.backends", "gemlite", "optional, found at run time"),
     ("jointnas_kernels.latency.backends", "humming", "optional, found at run time"),

@@ -67,7 +67,11 @@ def get(name: str) -> Backend:
 
 
 def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, str]]:
-    """For `doctor`: backend -> {"W4A16": "works" or why not} on one small linear per bit combination."""
+    """For `doctor`: backend -> {"W4A16": "works" or why not} on one small linear per bit combination.
+
+    Raises:
+        JointNASError: an unknown dtype.
+    """
     target = Target(device, Workload(dtype=dtype), 1)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[str, str]] = {}

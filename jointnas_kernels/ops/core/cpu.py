@@ -53,6 +53,7 @@ def floats(*shape: int) -> Tensor:
 
 
 def integers(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
+    """An integer array on the host, whatever torch's default device is."""
     return torch.tensor(values, dtype=dtype, device="cpu")
 
 

@@ -32,6 +32,9 @@ class LowbitWeight(NamedTuple):
     """Integers q of 2, 4 or 8 bits with a scale per row and group of inputs: the weight [O, I] is q * scale.
 
     Plain tensors and plain values, so that a module can register the tensors and `torch.compile` trace their use.
+
+    Args:
+        tensors: of the layout, in its own shapes; "storage" has packed int32 [O, I*w_bits/32] and scale [O, I/group].
     """
 
     tensors: Sequence[Tensor]
@@ -44,7 +47,11 @@ class LowbitWeight(NamedTuple):
 
     @classmethod
     def stored(cls, packed: Tensor, scale: Tensor, w_bits: int, group_size: int) -> LowbitWeight:
-        """The storage layout as it is, checked; see `pack`."""
+        """The storage layout as it is; see `pack`.
+
+        Raises:
+            JointNASError: packed (int32 [O, I*w_bits/32]), scale ([O, I/group_size]), bits and group do not fit.
+        """
         check_bits(w_bits, PACKED_WEIGHT_BITS, "w_bits")
         if packed.dtype != torch.int32 or packed.dim() != 2:
             raise JointNASError(
@@ -100,7 +107,11 @@ class LowbitWeight(NamedTuple):
         return why_not(layout, scale)
 
     def laid_out(self, layout: str, planes: bool = False) -> LowbitWeight:
-        """The same weight in another layout; itself where nothing changes."""
+        """The same weight in another layout; itself where nothing changes.
+
+        Raises:
+            JointNASError: an unknown layout, or one that does not take these bits, groups, dtypes or this device.
+        """
         if (layout, planes) == (self.layout, self.planes):
             return self
         packed, scale = self.unpack()

@@ -368,7 +368,7 @@ def mixed_weight(
         sizes_in, sizes_out: K1 sizes in 1..N and K2 in 1..M.
         impl: "factored" (default), "masks" or "loop"; equal results, different cost.
         backend: "triton", "cpu" (of "factored") or "reference"; None: by device and dtype.
-        masks: for "masks", the stored ``choice_masks``; built on the fly (slow, K1 K2 times the weight) when absent.
+        masks: for "masks", the stored ``choice_masks`` [K2 K1, M, N]; made on the fly (slow, and as large) when absent.
 
     Returns:
         [M, N] in the dtype of weight; computed in fp32 (fp64 for fp64). Gradients to both alphas and weight.
