@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Recorder, Timing, gate, guarded, rotation, time_interleaved, time_rotated
-from jointnas_kernels._ext import load
 from jointnas_kernels.latency.timing import cache_bytes
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul, pack_weight
 from jointnas_kernels.ops.core import cpu
@@ -40,7 +39,7 @@ def read_bandwidth() -> Timing:
     """Bytes per second of loads alone, by all threads of torch."""
     size = max(512 << 20, 4 * cache_bytes(torch.device("cpu")))
     data = cpu.empty_like(torch.empty(()).expand(size // 4)).fill_(1.0)
-    call = partial(load().cpu_read, data.data_ptr(), size, torch.get_num_threads(), 0)
+    call = partial(cpu.call, "read", data, size)
     times = time_interleaved({"read": call}, rounds=9)["read"]
     return Timing(size / times.median, size / times.p90, size / times.p10, times.n)
 
@@ -130,7 +129,7 @@ class Contender:
 
 def read_weight(weight: LowbitWeight, x: Tensor) -> None:
     data = weight.tensors[0]
-    load().cpu_read(data.data_ptr(), data.numel() * 4, torch.get_num_threads(), 0)
+    cpu.call("read", data, data.numel() * 4)
 
 
 class Bench:

@@ -103,7 +103,7 @@ def _choose(
     """The kernels of the weight's layout; from the storage layout the first that take it, in its dtypes, as it is."""
     available: Sequence[str] = (layout, "reference")
     if layout == "storage":
-        cuda_fits = group_size == tiles.INPUTS and x.dtype in cuda.DTYPES and x.dtype == tensors[1].dtype
+        cuda_fits = group_size == tiles.INPUTS and x.dtype in calls.DTYPES and x.dtype == tensors[1].dtype
         available = (
             *(("cuda",) if cuda_fits or backend == "cuda" else ()), "triton",
             *(("cpu",) if group_size % (32 // w_bits) == 0 or backend == "cpu" else ()), "reference",
