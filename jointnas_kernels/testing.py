@@ -32,7 +32,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """‖out − ref‖ / ‖ref‖ in fp64, for out and ref [...] of one shape; ‖out‖ where ref is exactly zero; infinite for any NaN."""
+    """‖out − ref‖ / ‖ref‖ in fp64 of out, ref [...]; ‖out‖ where ref is exactly zero; infinite for any NaN."""
     out64, ref64 = out.detach().double().cpu(), ref.detach().double().cpu()
     if out64.shape != ref64.shape:
         raise AssertionError(f"shape {tuple(out64.shape)} where the reference has {tuple(ref64.shape)}")

@@ -76,17 +76,17 @@ class PackedLinear(nn.Module):
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
     def extra_repr(self) -> str:
-        """Sizes and bits, for `print`."""
+        """Sizes, bits, group and backend."""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, W{self.weight_bits}"
             f"A{self.act_bits}, group={self.group_size}, backend={self.backend}"
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., I] in the dtype of the scales -> [..., O].
+        """x [..., I] -> [..., O].
 
         Raises:
-            JointNASError: x requires a gradient, or does not fit the weight.
+            JointNASError: x wants gradients, or does not fit the weight or its device.
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise JointNASError("a packed linear has no gradients; use torch.no_grad(), or train before the export")

@@ -75,15 +75,15 @@ def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, 
     target = Target(device, Workload(dtype=dtype), 1)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[str, str]] = {}
-    for name in names():
+    for name, backend in _REGISTRY.items():
         found[name] = {}
         for w in (2, 4, 8, DENSE):
             for a in (2, 4, 8, 16) if w < DENSE else (DENSE,):
                 spec = OpSpec("linear", 32, 256, 256, w, a, 128 if w < DENSE else 0)
-                reason = get(name).unsupported(spec, target)
+                reason = backend.unsupported(spec, target)
                 if reason is None:
                     weight = random_weight(spec, target, generator)
-                    reason = failure(get(name), spec, target, random_input(spec, target, generator), weight)
+                    reason = failure(backend, spec, target, random_input(spec, target, generator), weight)
                 found[name][f"W{w}A{a}"] = reason or "works"
     return found
 

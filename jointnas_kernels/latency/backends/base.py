@@ -41,7 +41,9 @@ class Target:
 
     @property
     def dtype(self) -> torch.dtype:
-        return getattr(torch, self.workload.dtype)
+        """Of activations and dense weights."""
+        dtype: torch.dtype = getattr(torch, self.workload.dtype)
+        return dtype
 
 
 class Backend(Protocol):
@@ -67,6 +69,7 @@ class Torch:
     """Backends of torch's own operations."""
 
     def version(self) -> str:
+        """Of torch."""
         return torch.__version__
 
 
@@ -82,6 +85,7 @@ class LowBit:
     multiples = (1, 1)  # of n and k
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
+        """What is outside the declarations; None if nothing is."""
         n, k = self.multiples
         if self.device and target.device.type != self.device:
             return f"runs on {self.device} only"
@@ -113,12 +117,14 @@ class ThirdParty(LowBit):
     capability = (8, 0)
 
     def version(self) -> str:
+        """Of the installed distribution."""
         try:
             return importlib.metadata.version(self.distribution)
         except importlib.metadata.PackageNotFoundError:  # importable, but not installed by pip
             return ""
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
+        """The same, and whether library and device are there."""
         if importlib.util.find_spec(self.package) is None:
             return f"not installed ({self.device} only; pip install {self.distribution})"
         reason = super().unsupported(spec, target)

@@ -15,13 +15,17 @@ from jointnas_kernels.ops.lowbit.pack import to_fields
 
 
 class Gemlite(ThirdParty):
+    """gemlite's layer for activations of 16 bits."""
+
     name = package = distribution = "gemlite"
     multiples = (32, 32)  # it checks k alone, but loads the scales of whole tiles of outputs
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        """Levels without sign, scales and zero points."""
         from gemlite.helper import A16Wn
 
         packed, scale = stored(weight)
         zero = torch.full_like(scale, 1 << (spec.wbits - 1))
         helper = A16Wn(device=str(target.device), dtype=target.dtype)
-        return helper.from_weights(to_fields(packed, spec.wbits), scale, zero, spec.wbits, spec.group)
+        layer: Call = helper.from_weights(to_fields(packed, spec.wbits), scale, zero, spec.wbits, spec.group)
+        return layer

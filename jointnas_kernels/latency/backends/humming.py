@@ -7,24 +7,32 @@ lowest input first. Its int8 activations are symmetric, those of a table's choic
 
 from __future__ import annotations
 
+from typing import Any
+
 from jointnas_kernels.latency.backends.base import Call, Target, ThirdParty, Weight, stored
 from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 
 class Humming(ThirdParty):
+    """humming's layer.
+
+    Args:
+        symmetric: A8 too, for callers (the benchmark) that hold it to the symmetric reference.
+    """
+
     name, package, distribution = "humming", "humming", "humming-kernels"
     multiples = (64, 32)
     activations = ": its int8 ones have no zero point, the table's have"
 
     def __init__(self, symmetric: bool = False) -> None:
-        """symmetric: A8 too, for callers (the benchmark) that hold it to the symmetric reference."""
         self.abits = (8, DENSE) if symmetric else (DENSE,)
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        """Packed words as they are."""
         from humming.layer import HummingLayer
 
         packed, scale = stored(weight)
-        layer = HummingLayer(
+        layer: Any = HummingLayer(
             shape_n=spec.n,
             shape_k=spec.k,
             weight_config={"dtype": f"int{spec.wbits}", "group_size": spec.group if spec.group < spec.k else 0},
@@ -33,4 +41,5 @@ class Humming(ThirdParty):
         ).to(target.device)
         layer.load_from_tensors({"weight": packed, "weight_scale": scale})
         layer.transform()
-        return layer
+        call: Call = layer
+        return call

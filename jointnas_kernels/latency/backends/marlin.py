@@ -24,6 +24,8 @@ MODULES = {  # where `gptq_marlin_repack`, the other functions and `scalar_types
 
 
 class Marlin(ThirdParty):
+    """Marlin of "vllm" or "gptqmodel"."""
+
     wbits = (4, 8)
     multiples = (64, 128)
 
@@ -31,6 +33,7 @@ class Marlin(ThirdParty):
         self.name, self.package, self.distribution = f"marlin-{package}", package, package
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        """GPTQ's layout, repacked by the library."""
         packed, scale = stored(weight)
         repacking, library, types = (import_module(name) for name in MODULES[self.package])
         none = torch.empty(0, dtype=torch.int32, device=target.device)  # no order of the inputs, no zero points

@@ -13,6 +13,8 @@ from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 
 
 class Ours(LowBit):
+    """`lowbit_matmul` by one implementation, "cpu", "cuda" or "triton", on one kind of device."""
+
     abits = (2, 4, 8, DENSE)
 
     def __init__(self, implementation: str, device: str) -> None:
@@ -21,13 +23,15 @@ class Ours(LowBit):
         self.layout = "storage" if implementation == "triton" else implementation
 
     def version(self) -> str:
+        """Of this package."""
         return jointnas_kernels.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
+        """The same, and whether the implementation is built and loads: one row of the smallest legal size tells."""
         why = super().unsupported(spec, target)
         if why is not None:
             return why
-        try:  # one row of the smallest legal size tells whether the implementation is built and loads
+        try:
             levels = torch.ones(8, spec.group, dtype=torch.int8, device=target.device)
             scale = torch.ones(8, 1, device=target.device, dtype=target.dtype)
             weight = LowbitWeight.pack(levels, scale, spec.wbits, spec.group, layout="storage")
@@ -37,6 +41,7 @@ class Ours(LowBit):
         return None
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
+        """Lays the weight out once, as in a deployed model."""
         assert isinstance(weight, LowbitWeight)
-        laid_out = weight.laid_out(self.layout)  # once, as in a deployed model
+        laid_out = weight.laid_out(self.layout)
         return lambda x: lowbit_matmul(x, laid_out, spec.abits, backend=self.implementation)

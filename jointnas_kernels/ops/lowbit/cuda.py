@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     cluster: int = 1
 
     def blocks(self, tokens: int, rows: int) -> int:
-        """Of one launch over so many tokens and output rows."""
+        """How many blocks are launched for an output [tokens, rows]."""
         row_blocks = -(-rows // (STRIP_ROWS * self.warp_rows * self.cluster)) * self.cluster
         return row_blocks * self.splits * -(-tokens // (8 * self.token_tiles))
 

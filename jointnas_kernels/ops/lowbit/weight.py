@@ -31,10 +31,16 @@ LAYOUTS = {"cpu": blocks, "cuda": tiles}
 class LowbitWeight(NamedTuple):
     """Integers q of 2, 4 or 8 bits with a scale per row and group of inputs: the weight [O, I] is q * scale.
 
-    Plain tensors and plain values, so that a module can register the tensors and `torch.compile` trace their use.
+    Plain tensors and plain values, so that a module can register the tensors and `torch.compile` trace their use. Made
+    by `pack`.
 
-    Args:
-        tensors: of the layout, in its own shapes; "storage" has packed int32 [O, I*w_bits/32] and scale [O, I/group].
+    Attributes:
+        tensors: of the layout: storage int32 [O, I w_bits/32] and [O, I/g]; others see the module's docstring.
+        layout: "storage", "cpu" or "cuda".
+        planes: whether words hold bit-planes.
+        outputs, inputs: O and I.
+        w_bits: 2, 4 or 8.
+        group_size: g, inputs that share a scale.
     """
 
     tensors: Sequence[Tensor]
@@ -47,10 +53,10 @@ class LowbitWeight(NamedTuple):
 
     @classmethod
     def stored(cls, packed: Tensor, scale: Tensor, w_bits: int, group_size: int) -> LowbitWeight:
-        """The storage layout as it is; see `pack`.
+        """The storage layout of packed int32 [O, I w_bits/32] and scale [O, I/group_size], as they are.
 
         Raises:
-            JointNASError: packed (int32 [O, I*w_bits/32]), scale ([O, I/group_size]), bits and group do not fit.
+            JointNASError: bits, dtypes, shapes or devices that do not fit.
         """
         check_bits(w_bits, PACKED_WEIGHT_BITS, "w_bits")
         if packed.dtype != torch.int32 or packed.dim() != 2:
@@ -110,7 +116,7 @@ class LowbitWeight(NamedTuple):
         """The same weight in another layout; itself where nothing changes.
 
         Raises:
-            JointNASError: an unknown layout, or one that does not take these bits, groups, dtypes or this device.
+            JointNASError: an unknown layout, or one that cannot hold this weight.
         """
         if (layout, planes) == (self.layout, self.planes):
             return self
@@ -126,9 +132,10 @@ class LowbitWeight(NamedTuple):
         """(packed int32 [O, I*w_bits/32], scale [O, I/group_size]) from any layout."""
         if self.layout == "storage":
             return self.tensors[0], self.tensors[1]
-        return LAYOUTS[self.layout].read_back(
+        packed, scale = LAYOUTS[self.layout].read_back(
             self.tensors, self.outputs, self.inputs, self.w_bits, self.group_size, self.planes
         )
+        return packed, scale
 
     def dequantized(self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
         """q * scale of some rows, [rows, I] in ``dtype``."""
