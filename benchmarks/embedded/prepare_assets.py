@@ -1,4 +1,4 @@
-"""Build the embedded assets from the source texts: ``python tools/prepare_assets.py corpus SOURCE_DIR`` (then
+"""Build the embedded assets from the source texts: ``python benchmarks/embedded/prepare_assets.py corpus SOURCE_DIR`` (then
 ``tokenizer``, ``tasks``). Deterministic; the results are committed, so only a change of the assets needs this.
 
 Source texts: ``austen``, ``web_bible``, ``jargon``, ``wordnet`` as ``NAME.txt.gz``, one paragraph (or one

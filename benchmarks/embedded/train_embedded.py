@@ -1,4 +1,4 @@
-"""Train the embedded small model: ``python tools/train_embedded.py --device cuda --minutes 7 --out DIR``.
+"""Train the embedded small model: ``python benchmarks/embedded/train_embedded.py --device cuda --minutes 7 --out DIR``.
 
 A Llama (hidden 256, 4 query and 2 KV heads of 64, intermediate 768, 6 blocks, 4,096 tokens, tied embeddings;
 5.8M parameters) on about 4M tokens of text. The text, not the computer, is the limit: on a GPU there is time for
@@ -159,7 +159,7 @@ class Run:
         name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
         self.best = math.inf
         self.record: dict[str, Any] = {
-            "command": f"python tools/train_embedded.py --device {args.device} --minutes {args.minutes:g}"
+            "command": f"python benchmarks/embedded/train_embedded.py --device {args.device} --minutes {args.minutes:g}"
             f" --seed {args.seed} --batch {args.batch} --stages {args.stages}",
             "device": name, "torch": torch.__version__, "seed": args.seed, "minutes": args.minutes,
             "batch": [args.batch, CONTEXT], "train_tokens": self.batches.tokens, "valid_tokens": len(self.valid),
