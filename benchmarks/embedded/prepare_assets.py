@@ -1,5 +1,5 @@
-"""Build the embedded assets from the source texts: ``python benchmarks/embedded/prepare_assets.py corpus SOURCE_DIR`` (then
-``tokenizer``, ``tasks``). Deterministic; the results are committed, so only a change of the assets needs this.
+"""Build the embedded assets from the source texts: ``python benchmarks/embedded/prepare_assets.py corpus SOURCE_DIR``
+(then ``tokenizer``, ``tasks``). Deterministic; the results are committed, so only a change of the assets needs this.
 
 Source texts: ``austen``, ``web_bible``, ``jargon``, ``wordnet`` as ``NAME.txt.gz``, one paragraph (or one
 "words is gloss") per line; ``NOTICE.md`` says where they come from.

@@ -124,7 +124,7 @@ def test_task_is_well_formed(name: str, tokenizer) -> None:
 
 
 def test_tasks_are_what_the_script_builds(tmp_path, monkeypatch) -> None:
-    from tools import prepare_assets
+    from benchmarks.embedded import prepare_assets
 
     monkeypatch.setattr(prepare_assets.assets, "task_dir", lambda: tmp_path)
     prepare_assets.tasks()

@@ -66,7 +66,7 @@ def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     if not has_weights():
         raise JointNASError(
             f"the embedded model has no weights: {model_dir() / 'model.safetensors'} is missing; train it with "
-            "'python benchmarks/embedded/train_embedded.py --out DIR', then 'python benchmarks/embedded/train_embedded.py --install DIR'"
+            "'python benchmarks/embedded/train_embedded.py --out DIR', then the same with '--install DIR'"
         )
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # 56 tensors load in milliseconds
