@@ -37,8 +37,7 @@ struct Fma {
 
 // t[R][NV W] = base + sum_k b[row][k] a[k][.]   a [K][lda], b [.][K], t and base [.][ld]
 template <class Product, int R, int NV>
-inline __attribute__((always_inline)) void lora_sums(const float* base, const float* a, const float* b, float* t,
-                                                     int64_t K, int64_t lda, int64_t ld) {
+void lora_sums(const float* base, const float* a, const float* b, float* t, int64_t K, int64_t lda, int64_t ld) {
   vf acc[R][NV];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i)
@@ -62,24 +61,21 @@ inline __attribute__((always_inline)) void lora_sums(const float* base, const fl
 }
 
 #if defined(JN_AVX512)
-// The same with bf16 operands in pairs along k: a [K/2][lda] and b [.][K/2] hold two bf16 per 32-bit word.
+// The same with bf16 operands in pairs along k: a [K/2][lda] and b [.][K/2] hold two bf16 per 32-bit word. In assembly,
+// as only some processors of this pass have the instruction (AVX512_BF16).
 struct Dot {
-  __attribute__((target("avx512bf16"))) static vf add(vf sum, vf a, vf b) {
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v))};
+  static vf add(vf sum, vf a, vf b) {
+    asm("vdpbf16ps %2,%1,%0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+    return sum;
   }
 };
-template <int R, int NV>
-__attribute__((target("avx512bf16"))) void lora_dot(const float* base, const float* a, const float* b, float* t,
-                                                    int64_t K, int64_t lda, int64_t ld) {
-  lora_sums<Dot, R, NV>(base, a, b, t, K, lda, ld);
-}
 #endif
 
 template <int R, int NV>
 void lora_block([[maybe_unused]] bool dot, const float* base, const float* a, const float* b, float* t, int64_t K,
                 int64_t lda, int64_t ld) {
 #if defined(JN_AVX512)
-  if (dot) return lora_dot<R, NV>(base, a, b, t, K, lda, ld);
+  if (dot) return lora_sums<Dot, R, NV>(base, a, b, t, K, lda, ld);
 #endif
   lora_sums<Fma, R, NV>(base, a, b, t, K, lda, ld);
 }

@@ -47,9 +47,9 @@ void prefix_sums(const Segments& seg, float* prefix, const F& term) {
   }
 }
 
-// f(segment, begin, end) for every segment, and zeros into `out` behind the last one
+// f(segment, begin, end) for every segment, and zeros into `out` behind the last one. Inlined, as f is a whole loop.
 template <class T, class F>
-void each_segment(const Segments& seg, T* out, int64_t N, const F& f) {
+inline __attribute__((always_inline)) void each_segment(const Segments& seg, T* out, int64_t N, const F& f) {
   int64_t start = 0;
   for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) f(s, start, seg.ends[s]);
   each(start, N, [=](auto at) { at.put(out, set(0.0f)); });

@@ -3,32 +3,23 @@
 
 namespace jointnas::JN_ISA {
 
-#if defined(JN_AVX512)
+#if defined(JN_AVX512) || defined(JN_AVX2)
 
+#if defined(JN_AVX512)
+#define JN_MM(name) _mm512_##name
 struct vi {
   __m512i v;
 };
-using Words = uint32_t __attribute__((vector_size(4 * W)));
-using Integers = int32_t __attribute__((vector_size(4 * W)));
-inline vi seti(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
 inline vi loadi(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline vi loadi(const uint32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(lanes(n), p)}; }
 inline void storei(uint32_t* p, vi a) { _mm512_storeu_si512(p, a.v); }
-inline vf convert(vi a) { return {_mm512_cvtepi32_ps(a.v)}; }
-// Pairs of bytes, unsigned times signed, to saturated int16 (maddubs) and pairs of int16 to int32 (madd).
-inline vi maddubs(vi a, vi b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
-inline vi madd(vi a, vi b) { return {_mm512_madd_epi16(a.v, b.v)}; }
-inline vi shl16(vi a) { return {_mm512_slli_epi16(a.v, 8)}; }
-inline vi sar16(vi a) { return {_mm512_srai_epi16(a.v, 8)}; }
-
-#elif defined(JN_AVX2)
-
+inline vi operator&(vi a, vi b) { return {_mm512_and_si512(a.v, b.v)}; }
+inline vi operator^(vi a, vi b) { return {_mm512_xor_si512(a.v, b.v)}; }
+#else
+#define JN_MM(name) _mm256_##name
 struct vi {
   __m256i v;
 };
-using Words = uint32_t __attribute__((vector_size(4 * W)));
-using Integers = int32_t __attribute__((vector_size(4 * W)));
-inline vi seti(uint32_t x) { return {_mm256_set1_epi32(static_cast<int>(x))}; }
 inline vi loadi(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 inline vi loadi(const uint32_t* p, int64_t n) {
   uint32_t t[W] = {};
@@ -36,69 +27,74 @@ inline vi loadi(const uint32_t* p, int64_t n) {
   return loadi(t);
 }
 inline void storei(uint32_t* p, vi a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
-inline vf convert(vi a) { return {_mm256_cvtepi32_ps(a.v)}; }
-inline vi maddubs(vi a, vi b) { return {_mm256_maddubs_epi16(a.v, b.v)}; }
-inline vi madd(vi a, vi b) { return {_mm256_madd_epi16(a.v, b.v)}; }
-inline vi shl16(vi a) { return {_mm256_slli_epi16(a.v, 8)}; }
-inline vi sar16(vi a) { return {_mm256_srai_epi16(a.v, 8)}; }
+inline vi operator&(vi a, vi b) { return {_mm256_and_si256(a.v, b.v)}; }
+inline vi operator^(vi a, vi b) { return {_mm256_xor_si256(a.v, b.v)}; }
+#endif
+inline vi seti(uint32_t x) { return {JN_MM(set1_epi32)(static_cast<int>(x))}; }
+inline vi operator+(vi a, vi b) { return {JN_MM(add_epi32)(a.v, b.v)}; }
+inline vi operator-(vi a, vi b) { return {JN_MM(sub_epi32)(a.v, b.v)}; }
+inline vi operator*(vi a, vi b) { return {JN_MM(mullo_epi32)(a.v, b.v)}; }
+template <int N>
+inline vi shr(vi a) {
+  return {JN_MM(srli_epi32)(a.v, N)};
+}
+template <int N>
+inline vi shl(vi a) {
+  return {JN_MM(slli_epi32)(a.v, N)};
+}
+template <int N>
+inline vi sar(vi a) {
+  return {JN_MM(srai_epi32)(a.v, N)};
+}
+inline vf convert(vi a) { return {JN_MM(cvtepi32_ps)(a.v)}; }
+inline vf as_float(vi a) { return {(decltype(vf::v))a.v}; }
+inline vi bits_of(vf a) { return {(decltype(vi::v))a.v}; }
+// Pairs of bytes, unsigned times signed, to saturated int16 (maddubs) and pairs of int16 to int32 (madd).
+inline vi maddubs(vi a, vi b) { return {JN_MM(maddubs_epi16)(a.v, b.v)}; }
+inline vi madd(vi a, vi b) { return {JN_MM(madd_epi16)(a.v, b.v)}; }
+inline vi shl16(vi a) { return {JN_MM(slli_epi16)(a.v, 8)}; }
+inline vi sar16(vi a) { return {JN_MM(srai_epi16)(a.v, 8)}; }
+#undef JN_MM
 
 #else  // scalar
 
 struct vi {
   uint32_t v;
 };
-using Words = uint32_t;
-using Integers = int32_t;
 inline vi seti(uint32_t x) { return {x}; }
 inline vi loadi(const uint32_t* p) { return {*p}; }
 inline vi loadi(const uint32_t* p, int64_t) { return {*p}; }
 inline void storei(uint32_t* p, vi a) { *p = a.v; }
-inline vf convert(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
-
-#endif
-
-// Lane by lane, as unsigned integers but for sar.
-template <class V>
-inline vi words(V a) {
-  return {(decltype(vi::v))a};
-}
 inline vi operator&(vi a, vi b) { return {a.v & b.v}; }
 inline vi operator^(vi a, vi b) { return {a.v ^ b.v}; }
-inline vi operator+(vi a, vi b) { return words((Words)a.v + (Words)b.v); }
-inline vi operator-(vi a, vi b) { return words((Words)a.v - (Words)b.v); }
-inline vi operator*(vi a, vi b) { return words((Words)a.v * (Words)b.v); }
+inline vi operator+(vi a, vi b) { return {a.v + b.v}; }
+inline vi operator-(vi a, vi b) { return {a.v - b.v}; }
+inline vi operator*(vi a, vi b) { return {a.v * b.v}; }
 template <int N>
 inline vi shr(vi a) {
-  return words((Words)a.v >> N);
+  return {a.v >> N};
 }
 template <int N>
 inline vi shl(vi a) {
-  return words((Words)a.v << N);
+  return {a.v << N};
 }
 template <int N>
 inline vi sar(vi a) {
-  return words((Integers)a.v >> N);
+  return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> N)};
 }
-
+inline vf convert(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
 inline vf as_float(vi a) {
-#if defined(JN_AVX512) || defined(JN_AVX2)
-  return {(decltype(vf::v))a.v};
-#else
   vf f;
   std::memcpy(&f, &a, 4);
   return f;
-#endif
 }
-
 inline vi bits_of(vf a) {
-#if defined(JN_AVX512) || defined(JN_AVX2)
-  return {(decltype(vi::v))a.v};
-#else
   vi u;
   std::memcpy(&u, &a, 4);
   return u;
-#endif
 }
+
+#endif
 
 // Set bits of each lane.
 inline vi popcount(vi a) {
