@@ -6,6 +6,7 @@ and passes addresses and sizes. Shapes were checked by the op; tensors are float
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -19,8 +20,8 @@ ISAS = ("the best of this processor", "scalar", "AVX2", "AVX-VNNI", "AVX-512", "
 HUGE_FROM = 4 << 20  # bytes; glibc serves smaller blocks from memory that is already mapped
 
 
-def call(name: str, *args: Tensor | int | float | None, threads: int | None = None, isa: int = 0) -> None:
-    """``_C.cpu_NAME(args..., threads, isa)``; tensors become addresses, None null, bool int.
+def call(name: str, *args: Tensor | array[int] | float | None, threads: int | None = None, isa: int = 0) -> None:
+    """``_C.cpu_NAME(args..., threads, isa)``; tensors and arrays become addresses, None null, bool int.
 
     Args:
         threads: default torch's number; results do not depend on it.
@@ -28,8 +29,12 @@ def call(name: str, *args: Tensor | int | float | None, threads: int | None = No
     """
     # plain numbers first: of a product that takes 150 us, every microsecond here is visible
     values = [
-        a if type(a) in (int, float, bool) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args
-    ]
+        a if type(a) in (int, float, bool)
+        else a.data_ptr() if isinstance(a, Tensor)
+        else a.buffer_info()[0] if isinstance(a, array)
+        else int(a or 0)
+        for a in args
+    ]  # fmt: skip
     code = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
     if code:
         check(code, f"CPU kernel {name!r} with {ISAS[isa]}")
@@ -52,9 +57,9 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def integers(values: Sequence[int], dtype: torch.dtype = torch.int32) -> Tensor:
-    """An integer array on the host, whatever torch's default device is."""
-    return torch.tensor(values, dtype=dtype, device="cpu")
+def integers(values: Sequence[int], wide: bool = False) -> array[int]:
+    """int32 for a kernel to read, or int64; a tensor would cost 3 us."""
+    return array("q" if wide else "i", values)
 
 
 def vector(tensor: Tensor) -> Tensor:

@@ -133,10 +133,11 @@ _clip = Op("fake_quant_weight", _forward, {"triton": _launch_backward, "referenc
 _identity = Op("fake_quant_weight_identity", _forward, identity=("weight",), public="fake_quant_weight")
 
 
-def check_quantizer(op: str, weight: Tensor, bits: int, group_size: int, ste: str) -> None:
-    """Raise JointNASError for a quantizer that cannot be applied to ``weight``."""
-    if bits not in WEIGHT_BITS:
-        raise unknown("weight bit width", bits, WEIGHT_BITS, where=op)
+def check_quantizers(op: str, weight: Tensor, bits: Sequence[int], group_size: int, ste: str) -> None:
+    """Raise JointNASError for quantizers that cannot be applied to ``weight``."""
+    for width in bits:
+        if width not in WEIGHT_BITS:
+            raise unknown("weight bit width", width, WEIGHT_BITS, where=op)
     if weight.dim() != 2 or not weight.is_floating_point():
         raise JointNASError(f"{op}: weight must be a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}")
     if group_size < 1 or weight.shape[1] % group_size:
@@ -183,7 +184,7 @@ def fake_quant_weight(
     Raises:
         JointNASError: bits, shapes or a rule that do not exist or fit, or a backend that cannot run.
     """
-    check_quantizer("fake_quant_weight", weight, bits, group_size, ste)
+    check_quantizers("fake_quant_weight", weight, (bits,), group_size, ste)
     check_clip("fake_quant_weight", clip, (weight.shape[0], weight.shape[1] // group_size))
     out: Tensor = (_identity if ste == "identity" else _clip)(weight, clip, bits, group_size, symmetric, backend)
     return out

@@ -25,7 +25,7 @@ from jointnas_kernels.ops.core.tensors import compute_dtype
 from jointnas_kernels.ops.quant import grid
 from jointnas_kernels.ops.quant.grid import Grid
 from jointnas_kernels.ops.quant.spec import level_range
-from jointnas_kernels.ops.quant.weights import check_quantizer
+from jointnas_kernels.ops.quant.weights import check_quantizers
 
 log = logging.getLogger(__name__)
 BLOCK = 128  # columns whose errors are carried on together; rounded up to whole groups
@@ -65,7 +65,7 @@ def gptq(
     Raises:
         JointNASError: shapes that do not fit, or a Hessian that cannot be factorised.
     """
-    check_quantizer("gptq", weight, bits, group_size, "identity")
+    check_quantizers("gptq", weight, (bits,), group_size, "identity")
     inputs = weight.shape[1]
     if tuple(hessian.shape) != (inputs, inputs):
         raise JointNASError(f"gptq: the Hessian has shape {tuple(hessian.shape)}; the weight needs {(inputs, inputs)}")

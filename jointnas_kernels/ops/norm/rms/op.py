@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
@@ -25,10 +25,10 @@ from jointnas_kernels.ops.quant.activations import check_precisions
 
 
 @lru_cache(maxsize=1024)
-def _segments(sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _segments(sizes: tuple[int, ...]) -> tuple[array[int], array[int]]:
     """(where choices end, ascending; for each choice the index of the last segment it keeps)."""
     ends = sorted(set(sizes))
-    return cpu.integers(ends, torch.int64), cpu.integers([ends.index(size) for size in sizes], torch.int64)
+    return cpu.integers(ends, wide=True), cpu.integers([ends.index(size) for size in sizes], wide=True)
 
 
 def _scale(weight: Tensor, in_mask: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, without_autocast
 from jointnas_kernels.ops.quant.mixture import cpu, cuda, kernels, reference
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
-from jointnas_kernels.ops.quant.weights import check_clip, check_quantizer
+from jointnas_kernels.ops.quant.weights import check_clip, check_quantizers
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 MODES = ("weight", "arch", "full")
@@ -69,8 +69,7 @@ _op = Op(
 def checked(op: str, mix: Mixture, mode: str) -> Mixture:
     """The arguments of a public function if they fit, detached where ``mode`` or ``ste`` leave no gradient."""
     weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste = mix
-    for width in bits:
-        check_quantizer(op, weight, width, group_size, ste)
+    check_quantizers(op, weight, bits, group_size, ste)
     if mode not in MODES:
         raise unknown("mode", mode, MODES, where=op)
     (o, i), p = weight.shape, len(bits)
