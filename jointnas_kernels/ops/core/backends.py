@@ -46,23 +46,11 @@ def why_not(backend: str, tensor: Tensor) -> str | None:
 def resolve(
     op: str, backend: str | None, tensor: Tensor, available: Sequence[str] = ("triton", "cpu", "reference")
 ) -> str:
-    """The backend ``op`` uses on ``tensor``.
-
-    Args:
-        op: the op's public name, for messages.
-        backend: what the caller asked for; None or "auto" chooses.
-        tensor: the main input.
-        available: what the op implements, best first; the first that can run is chosen. The Triton interpreter is
-            never chosen by itself: ask for "triton".
-
-    Raises:
-        JointNASError: an unknown backend, one the op does not have, or one that cannot run on this tensor.
-    """
+    """The backend that was asked for, if ``op`` has it and it can run on ``tensor``; of None or "auto" the first of
+    ``available`` that can. The Triton interpreter is never chosen by itself: ask for "triton"."""
     if backend is None or backend == "auto":
         for name in available:
-            if name == "triton" and not tensor.is_cuda:
-                continue
-            if why_not(name, tensor) is None:
+            if (name != "triton" or tensor.is_cuda) and why_not(name, tensor) is None:
                 return name
         raise JointNASError(f"{op}: none of its backends ({', '.join(available)}) runs on a {tensor.dtype} "
                             f"tensor on {tensor.device}")

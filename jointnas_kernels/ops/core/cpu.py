@@ -21,12 +21,8 @@ HUGE_FROM = 4 << 20  # bytes; glibc serves smaller blocks from memory that is al
 
 
 def call(name: str, *args: Tensor | array[int] | float | None, threads: int | None = None, isa: int = 0) -> None:
-    """``_C.cpu_NAME(args..., threads, isa)``; tensors and arrays become addresses, None null, bool int.
-
-    Args:
-        threads: default torch's number; results do not depend on it.
-        isa: index into ISAS, to force an instruction set.
-    """
+    """``_C.cpu_NAME(args..., threads, isa)``; tensors and arrays become addresses, None null, bool int. Results do not
+    depend on ``threads``, torch's number by default; ``isa``, an index into ISAS, forces an instruction set."""
     # plain numbers first: of a product that takes 150 us, every microsecond here is visible
     values = [
         a if type(a) in (int, float, bool)
@@ -38,9 +34,6 @@ def call(name: str, *args: Tensor | array[int] | float | None, threads: int | No
     code = getattr(load(), f"cpu_{name}")(*values, threads or torch.get_num_threads(), isa)
     if code:
         check(code, f"CPU kernel {name!r} with {ISAS[isa]}")
-
-
-# ---- arguments and results ----
 
 
 def empty_like(tensor: Tensor) -> Tensor:

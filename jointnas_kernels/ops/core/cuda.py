@@ -28,11 +28,7 @@ def multiprocessors(tensor: Tensor) -> int:
 
 
 def call(name: str, *args: Tensor | int | float | None, on: Tensor) -> None:
-    """``_C.NAME(args..., stream)`` on the device and current stream of ``on``; tensors become addresses, None null.
-
-    Raises:
-        JointNASError: the kernel could not be launched, or the extension has no CUDA part.
-    """
+    """``_C.NAME(args..., stream)`` on the device and current stream of ``on``; tensors become addresses, None null."""
     values = [
         a if type(a) in (int, float, bool) else a.data_ptr() if isinstance(a, Tensor) else int(a or 0) for a in args
     ]

@@ -124,18 +124,11 @@ class Op(Registered):
     backward: Registered | None = None
 
     def __init__(
-        self,
-        name: str,
-        forward: Implementations,
-        backward: Implementations | None = None,
-        *,
-        results: int = 1,
-        frozen: Collection[str] = (),
-        identity: Collection[str] = (),
-        read_for: Mapping[str, Sequence[str]] | None = None,
-        choose: Callable[..., str] | None = None,
+        self, name: str, forward: Implementations, backward: Implementations | None = None, *, results: int = 1,
+        frozen: Collection[str] = (), identity: Collection[str] = (),
+        read_for: Mapping[str, Sequence[str]] | None = None, choose: Callable[..., str] | None = None,
         public: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         hints = get_type_hints(forward["reference"])
         outputs = len(get_args(hints.pop("return"))) or 1
         names, kinds = list(hints), [f"{_KINDS[hint]} {n}" for n, hint in hints.items()]

@@ -79,24 +79,15 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
 
 
 def multiply(
-    kernel: str,
-    x: Tensor,
-    weight: LowbitWeight,
-    activation: Sequence[Tensor] | None = None,
-    plan: Plan | None = None,
+    kernel: str, x: Tensor, weight: LowbitWeight, activation: Sequence[Tensor] | None = None, plan: Plan | None = None,
     early: bool = True,
-) -> Tensor:
-    """y [M, O] of one kernel, in the scales' dtype.
+) -> Tensor:  # fmt: skip
+    """y [M, O] in the scales' dtype of x [M, I], or of a and ``activation`` (scale, zero) of `quantize_pack` in
+    ACT_LAYOUTS[kernel].
 
-    Args:
-        kernel: "stream" or "bitplane" (few tokens), "tile" or on sm_90a "wgmma" or "int8" (many); bitplane and int8
-            take quantized activations only.
-        x: [M, I], or a of `quantize_pack` in ACT_LAYOUTS[kernel].
-        weight: in the CUDA layout; of bit-planes for bitplane, and only for it.
-        activation: (scale, zero) of `quantize_pack`.
-        plan: chosen by the shape if not given.
-        early: stream and bitplane may fetch weights before the previous kernel has ended (sm_90); it must not have
-            written them.
+    Kernels are "stream" and "bitplane" (few tokens), "tile" and on sm_90a "wgmma" and "int8" (many); bitplane and int8
+    take quantized activations only, and bitplane alone weights of bit-planes. ``early``: stream and bitplane may fetch
+    weights before the previous kernel has ended (sm_90); it must not have written them.
     """
     tiles, scale, row_sum, locks = weight.tensors
     (act_scale, act_zero), rows, inputs = activation or (None, None), weight.outputs, weight.inputs

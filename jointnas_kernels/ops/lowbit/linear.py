@@ -156,8 +156,7 @@ def lowbit_matmul(
         raise bad(NAME, f"x has {x.shape[-1]} inputs, the weight {weight.inputs} inputs; x is {tuple(x.shape)}")
     if x.device != first.device:
         raise bad(NAME, f"x is on {x.device} and the weight, in layout {weight.layout!r}, on {first.device}")
-    out: Tensor = _op(x, *weight, a_bits, symmetric, backend)
-    return out
+    return _op(x, *weight, a_bits, symmetric, backend)
 
 
 def lowbit_linear(

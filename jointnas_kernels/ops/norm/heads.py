@@ -204,13 +204,7 @@ _op = Op(
 
 
 def head_rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    mask: Tensor,
-    alpha: Tensor,
-    dims: Sequence[int],
-    eps: float,
-    backend: str | None = None,
+    x: Tensor, weight: Tensor, mask: Tensor, alpha: Tensor, dims: Sequence[int], eps: float, backend: str | None = None
 ) -> Tensor:
     """weight * sum_j alpha_j RMSNorm(mask * x over the dims that a dims[j]-wide head keeps), which is 0 in the others.
 
@@ -239,5 +233,4 @@ def head_rmsnorm(
         raise bad(op, f"alpha {tuple(alpha.shape)} does not match {len(dims)} dims, of which there are 1 to 16")
     for d in dims:
         check_head_dim(op, d, x.shape[-1])
-    y: Tensor = _op(x, weight, mask, alpha, list(dims), eps, backend)[0]
-    return y
+    return _op(x, weight, mask, alpha, list(dims), eps, backend)[0]

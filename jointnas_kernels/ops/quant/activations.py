@@ -286,13 +286,9 @@ def check_precisions(op: str, bits: Sequence[int], probs: Tensor) -> None:
 
 
 def act_quant_mix(
-    x: Tensor,
-    bits: Sequence[int],
-    probs: Tensor,
-    symmetric: bool = False,
-    mask: Tensor | None = None,
+    x: Tensor, bits: Sequence[int], probs: Tensor, symmetric: bool = False, mask: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """y = sum_q probs[q] Q_q(mask * x), each token quantized dynamically (Eq. 8 of arXiv 2606.04063).
 
     One-hot it is bit for bit what compressed-tensors executes on a reloaded checkpoint (formulas: ops/quant/spec.py).
@@ -314,5 +310,4 @@ def act_quant_mix(
     check_precisions("act_quant_mix", bits, probs)
     if mask is not None and tuple(mask.shape) != (x.shape[-1],):
         raise bad("act_quant_mix", f"mask must have shape ({x.shape[-1]},), got {tuple(mask.shape)}")
-    out: Tensor = _op(x, probs, mask, list(bits), symmetric, backend)[0]
-    return out
+    return _op(x, probs, mask, list(bits), symmetric, backend)[0]

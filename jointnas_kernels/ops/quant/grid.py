@@ -53,11 +53,7 @@ def quantize(
 
 
 def integers(values: Tensor, grid: Grid) -> Tensor:
-    """q int8 [O, I] with (q - z) scale == values bit for bit.
-
-    Raises:
-        JointNASError: the values are not on the grid.
-    """
+    """q int8 [O, I] with (q - z) scale == values bit for bit; JointNASError if the values are not on the grid."""
     low, high = level_range(grid.bits)
     wide = compute_dtype(values.dtype)
     v, s = values.detach().to(wide).unflatten(-1, (grid.scale.shape[1], -1)), grid.scale.to(wide).unsqueeze(-1)
@@ -73,8 +69,7 @@ def integers(values: Tensor, grid: Grid) -> Tensor:
             f"{int(wrong.sum())} of {values.numel()} weights are no multiple of their group's {grid.bits}-bit scale: "
             "they were changed, or converted to another dtype, after quantization"
         )
-    found: Tensor = q.flatten(-2).to(torch.int8)
-    return found
+    return q.flatten(-2).to(torch.int8)
 
 
 def find(values: Tensor, bits: int, group_size: int) -> Grid:

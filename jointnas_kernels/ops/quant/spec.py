@@ -102,19 +102,12 @@ def _levels(x: Tensor, s: Tensor, bottom: Tensor | None, bits: int, slope: Tenso
 
 
 def quantize_groups(
-    weight: Tensor,
-    bits: int,
-    group_size: int,
-    clip: Tensor | None = None,
-    symmetric: bool = True,
+    weight: Tensor, bits: int, group_size: int, clip: Tensor | None = None, symmetric: bool = True,
     scale_dtype: torch.dtype | None = None,
-) -> Levels:
-    """Levels [..., G, group_size] of a weight [..., I] with I = G group_size.
+) -> Levels:  # fmt: skip
+    """Levels [..., G, group_size] of a weight [..., I] with I = G group_size; clip: the ratios c [..., G].
 
-    Args:
-        weight: any floating dtype.
-        clip: the ratios c [..., G].
-        scale_dtype: what scales are rounded to; the weight's dtype if not given.
+    Scales are rounded to ``scale_dtype``, the weight's if not given.
     """
     w = weight.to(compute_dtype(weight.dtype)).unflatten(-1, (-1, group_size))
     span, bottom = extent(w.detach(), symmetric)

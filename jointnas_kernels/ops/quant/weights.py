@@ -23,13 +23,9 @@ from jointnas_kernels.ops.quant.spec import WEIGHT_BITS, level_range, quantize_g
 
 
 def fake_quant_weight_reference(
-    weight: Tensor,
-    bits: int,
-    group_size: int,
-    symmetric: bool = True,
-    clip: Tensor | None = None,
+    weight: Tensor, bits: int, group_size: int, symmetric: bool = True, clip: Tensor | None = None,
     ste: str = "identity",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The public function in plain differentiable torch."""
     out = quantize_groups(weight, bits, group_size, clip, symmetric).values.flatten(-2)
     return (straight_through(out, weight.to(out.dtype)) if ste == "identity" else out).to(weight.dtype)
@@ -156,14 +152,9 @@ def check_clip(op: str, clip: Tensor | None, shape: tuple[int, ...]) -> None:
 
 
 def fake_quant_weight(
-    weight: Tensor,
-    bits: int,
-    group_size: int,
-    symmetric: bool = True,
-    clip: Tensor | None = None,
-    ste: str = "identity",
-    backend: str | None = None,
-) -> Tensor:
+    weight: Tensor, bits: int, group_size: int, symmetric: bool = True, clip: Tensor | None = None,
+    ste: str = "identity", backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Q(w) = (q - z) s with levels q = clamp(rint(w / s + z)), and a scale s and zero point z per group of inputs.
 
     ops/quant/spec.py says how the range of a group gives s and z.
@@ -186,5 +177,4 @@ def fake_quant_weight(
     """
     check_quantizers("fake_quant_weight", weight, (bits,), group_size, ste)
     check_clip("fake_quant_weight", clip, (weight.shape[0], weight.shape[1] // group_size))
-    out: Tensor = (_identity if ste == "identity" else _clip)(weight, clip, bits, group_size, symmetric, backend)
-    return out
+    return (_identity if ste == "identity" else _clip)(weight, clip, bits, group_size, symmetric, backend)

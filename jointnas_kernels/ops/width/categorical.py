@@ -61,5 +61,4 @@ def reinmax(logits: Tensor, tau: float = 1.0, generator: torch.Generator | None 
     probs = logits.detach().to(compute_dtype(logits.dtype)).softmax(-1)
     flat = probs.reshape(-1, probs.shape[-1])
     index = torch.multinomial(flat, 1, generator=generator).reshape(logits.shape[:-1])
-    sample: Tensor = _op(logits, index, tau, None)
-    return sample
+    return _op(logits, index, tau, None)

@@ -113,5 +113,4 @@ def channel_mask(x: Tensor, mask: Tensor, backend: str | None = None) -> Tensor:
     """
     if mask.shape != x.shape[-1:]:
         raise bad("channel_mask", f"mask {tuple(mask.shape)} does not match x {tuple(x.shape)}")
-    out: Tensor = _op(x, mask, backend)
-    return out
+    return _op(x, mask, backend)

@@ -172,16 +172,10 @@ _linear = Op(
 
 
 def mixed_linear(
-    x: Tensor,
-    weight: Tensor,
-    in_mask: Tensor | None = None,
-    out_mask: Tensor | None = None,
-    lora_a: Tensor | None = None,
-    lora_b: Tensor | None = None,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
+    x: Tensor, weight: Tensor, in_mask: Tensor | None = None, out_mask: Tensor | None = None,
+    lora_a: Tensor | None = None, lora_b: Tensor | None = None, scaling: float = 1.0, bias: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """out_mask * ((weight + scaling lora_b lora_a) (in_mask * x) + bias): Eq. 5 of arXiv 2606.04063, exactly.
 
     With in_mask = c and out_mask = r: (sum_ij a_i a_j G_ij * (W + s B A)) x = r * ((W + s B A) (c * x)).
@@ -210,8 +204,7 @@ def mixed_linear(
         raise bad(op, f"out_mask must be [{weight.shape[0]}]")
     x, (weight,) = _in_one_dtype(op, x, (weight,))
     bias = None if bias is None else bias.to(x.dtype)
-    out: Tensor = _linear(x, weight, in_mask, out_mask, lora_a, lora_b, bias, scaling, backend)[0]
-    return out
+    return _linear(x, weight, in_mask, out_mask, lora_a, lora_b, bias, scaling, backend)[0]
 
 
 # ---- mixed_linear_group ----
@@ -286,13 +279,9 @@ _group = Op(
 
 
 def mixed_linear_group(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    lora_as: Sequence[Tensor],
-    lora_bs: Sequence[Tensor],
-    scaling: float = 1.0,
+    x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scaling: float = 1.0,
     biases: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     """(x (W_j + scaling B_j A_j)^T + bias_j for each j). Prefer it wherever linears share an input.
 
     Args:
@@ -308,9 +297,7 @@ def mixed_linear_group(
     Raises:
         JointNASError: shapes, dtypes or counts that do not fit, or a weight that requires a gradient.
     """
-    op = "mixed_linear_group"
-    k = len(weights)
-    biases = [] if biases is None else biases
+    op, k, biases = "mixed_linear_group", len(weights), biases or []
     if not 0 < k <= _MOST:
         raise bad(op, f"{k} weights; a group has 1 to {_MOST}")
     if len(lora_as) != k or len(lora_bs) != k or len(biases) not in (0, k):
@@ -324,5 +311,4 @@ def mixed_linear_group(
     absent = [None] * (_MOST - k)
     layers = [t for layer in zip(weights, lora_as, lora_bs, strict=True) for t in layer]
     of_bias: Sequence[Tensor | None] = [b.to(x.dtype) for b in biases] or [None] * k
-    found: tuple[Tensor, ...] = _group(x, *layers, *absent * 3, *of_bias, *absent, scaling, None)
-    return found[:k]
+    return _group(x, *layers, *absent * 3, *of_bias, *absent, scaling, None)[:k]

@@ -206,13 +206,9 @@ _masked = Op(
 
 
 def gated_residual(
-    h: Tensor,
-    y: Tensor,
-    mask: Tensor | None = None,
-    gate: Tensor | None = None,
-    x: Tensor | None = None,
+    h: Tensor, y: Tensor, mask: Tensor | None = None, gate: Tensor | None = None, x: Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """z = h + mask * y, or with a gate its blend with the block's input, gate * z + (1 - gate) * x.
 
     Args:
@@ -239,10 +235,8 @@ def gated_residual(
             raise bad("gated_residual", f"gate must be a 0-dim tensor, got {tuple(gate.shape)}")
         if x.shape != h.shape or x.dtype != h.dtype:
             raise bad("gated_residual", f"x {x.dtype} {tuple(x.shape)} and h {h.dtype} {tuple(h.shape)} differ")
-        out: Tensor = _gated(h, y, mask, gate, x, backend)
-    elif mask is not None:
-        out = _masked(h, y, mask, backend)
-    else:
-        resolve("gated_residual", backend, h)  # torch does it on every backend; one that cannot run is still an error
-        out = (h + y).contiguous()
-    return out
+        return _gated(h, y, mask, gate, x, backend)
+    if mask is not None:
+        return _masked(h, y, mask, backend)
+    resolve("gated_residual", backend, h)  # torch does it on every backend; one that cannot run is still an error
+    return (h + y).contiguous()

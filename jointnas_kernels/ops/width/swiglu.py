@@ -188,5 +188,4 @@ def masked_swiglu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, b
     for name, mask in (("out_mask", out_mask), ("in_mask", in_mask)):
         if mask.shape != gate.shape[-1:]:
             raise bad("masked_swiglu", f"{name} {tuple(mask.shape)} does not match gate {tuple(gate.shape)}")
-    out: Tensor = _op(gate, up, out_mask, in_mask, backend)
-    return out
+    return _op(gate, up, out_mask, in_mask, backend)

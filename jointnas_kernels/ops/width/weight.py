@@ -349,15 +349,9 @@ _op = Op(
 
 
 def mixed_weight(
-    weight: Tensor,
-    alpha_in: Tensor,
-    sizes_in: Sequence[int],
-    alpha_out: Tensor,
-    sizes_out: Sequence[int],
-    impl: str = "factored",
-    backend: str | None = None,
-    masks: Tensor | None = None,
-) -> Tensor:
+    weight: Tensor, alpha_in: Tensor, sizes_in: Sequence[int], alpha_out: Tensor, sizes_out: Sequence[int],
+    impl: str = "factored", backend: str | None = None, masks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Expected weight sum_ij alpha_in_i alpha_out_j G_ij * weight under independent input and output choices.
 
     G_ij is 1 in the first sizes_out[j] rows and sizes_in[i] columns (Eq. 9 of arXiv 2606.04063).
@@ -391,5 +385,4 @@ def mixed_weight(
         raise bad(op, "masks must be choice_masks(sizes_in, sizes_out, weight.shape) and go with impl='masks'")
     if impl == "masks" and masks is None:
         masks = choice_masks(sizes_in, sizes_out, (m, n), weight.device, weight.dtype)
-    out: Tensor = _op(weight, alpha_in, alpha_out, masks, list(sizes_in), list(sizes_out), impl, backend)
-    return out
+    return _op(weight, alpha_in, alpha_out, masks, list(sizes_in), list(sizes_out), impl, backend)

@@ -110,17 +110,10 @@ _quantized = Op(
 
 
 def mixed_rmsnorm(
-    x: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    sizes: Sequence[int],
-    eps: float,
-    in_mask: Tensor | None = None,
-    backend: str | None = None,
-    act_bits: Sequence[int] | None = None,
-    act_probs: Tensor | None = None,
+    x: Tensor, weight: Tensor, alpha: Tensor, sizes: Sequence[int], eps: float, in_mask: Tensor | None = None,
+    backend: str | None = None, act_bits: Sequence[int] | None = None, act_probs: Tensor | None = None,
     act_symmetric: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """in_mask * weight * sum_i alpha_i RMSNorm(x over its first sizes[i] channels), which are 0 beyond.
 
     With act_bits and act_probs, ``act_quant_mix`` of that in the same pass: sum_q act_probs[q] Q_q(..).
@@ -156,8 +149,6 @@ def mixed_rmsnorm(
     if (act_bits is None) != (act_probs is None):
         raise bad("mixed_rmsnorm", "act_bits and act_probs go together")
     if act_bits is None or act_probs is None:
-        y: Tensor = _norm(x, weight, alpha, in_mask, list(sizes), eps, backend)[0]
-        return y
+        return _norm(x, weight, alpha, in_mask, list(sizes), eps, backend)[0]
     check_precisions("mixed_rmsnorm", act_bits, act_probs)
-    y = _quantized(x, weight, alpha, in_mask, act_probs, list(sizes), eps, list(act_bits), act_symmetric, backend)[0]
-    return y
+    return _quantized(x, weight, alpha, in_mask, act_probs, list(sizes), eps, list(act_bits), act_symmetric, backend)[0]

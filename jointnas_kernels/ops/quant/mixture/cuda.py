@@ -70,14 +70,9 @@ def operands(mix: Mixture) -> Mixture:
 
 
 def run(
-    mix: Mixture,
-    out: Tensor | None = None,
-    grad: Tensor | None = None,
-    begin: int = 0,
-    end: int | None = None,
-    columns: int | None = None,
-    splits: int | None = None,
-) -> Tensor | None:
+    mix: Mixture, out: Tensor | None = None, grad: Tensor | None = None, begin: int = 0, end: int | None = None,
+    columns: int | None = None, splits: int | None = None,
+) -> Tensor | None:  # fmt: skip
     """Write ``out``, or return the partial sums [P, n] of <grad, Q_p> for grad = G[begin:end]; of `operands`."""
     (rows, inputs), (precisions, rank, _) = mix.weight.shape, mix.lora_a.shape
     end = rows if end is None else end

@@ -96,21 +96,10 @@ _op = Op(
 
 
 def quant_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    bits: Sequence[int],
-    probs: Tensor,
-    group_size: int,
-    clip: Tensor | None = None,
-    ste: str = "identity",
-    mode: str = "full",
-    bias: Tensor | None = None,
-    recompute: bool = False,
-    backend: str | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bits: Sequence[int], probs: Tensor,
+    group_size: int, clip: Tensor | None = None, ste: str = "identity", mode: str = "full", bias: Tensor | None = None,
+    recompute: bool = False, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """y = x W~^T + bias with W~ = `quant_lora_mix` of the other arguments.
 
     Args:
@@ -134,5 +123,4 @@ def quant_lora_linear(
         raise bad("quant_lora_linear", f"x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    out: Tensor = _op(x, bias, *mix, recompute, backend)[0]
-    return out
+    return _op(x, bias, *mix, recompute, backend)[0]

@@ -92,18 +92,9 @@ def checked(op: str, mix: Mixture, mode: str) -> Mixture:
 
 
 def quant_lora_mix(
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    bits: Sequence[int],
-    probs: Tensor,
-    group_size: int,
-    clip: Tensor | None = None,
-    ste: str = "identity",
-    mode: str = "full",
-    backend: str | None = None,
-) -> Tensor:
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, bits: Sequence[int], probs: Tensor, group_size: int,
+    clip: Tensor | None = None, ste: str = "identity", mode: str = "full", backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """W~ = sum_p probs[p] Q_p(W + scaling B_p A_p), the mixture of a weight's precisions (Eq. 7 of arXiv 2606.04063).
 
     Q_p is `fake_quant_weight` (symmetric) at bits[p] and clip[p].
@@ -127,5 +118,4 @@ def quant_lora_mix(
         JointNASError: shapes, bits or words that do not exist or fit, or a backend that cannot run.
     """
     mix = Mixture(weight, lora_a, lora_b, probs, clip, float(scaling), list(bits), group_size, ste)
-    out: Tensor = _op(*checked("quant_lora_mix", mix, mode), backend)
-    return out
+    return _op(*checked("quant_lora_mix", mix, mode), backend)
