@@ -27,22 +27,11 @@ RUNTIME_ROPES = ("dynamic", "longrope")  # frequencies that change with the leng
 
 
 def convert(
-    model: nn.Module,
-    space: SearchSpace,
-    *,
-    lora_rank: int = 32,
-    lora_alpha: float = 16,
-    lora: LoraConfig | None = None,
-    importance: Importance | None = None,
-    calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None,
-    relaxation: str = "dirichlet",
-    bit_relaxation: str = "softmax",
-    tau: float = 1.0,
-    alpha_init: float = 0.0,
-    ste: str = "identity",
-    act_symmetric: bool = False,
-    lora_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    model: nn.Module, space: SearchSpace, *, lora_rank: int = 32, lora_alpha: float = 16,
+    lora: LoraConfig | None = None, importance: Importance | None = None,
+    calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None, relaxation: str = "dirichlet",
+    bit_relaxation: str = "softmax", tau: float = 1.0, alpha_init: float = 0.0, ste: str = "identity",
+    act_symmetric: bool = False, lora_dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> Supernet:
     """A supernet on the weights of a causal language model: not copied, and reordered in place, so let go of the model.
 

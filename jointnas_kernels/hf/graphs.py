@@ -66,11 +66,7 @@ class BlockGraphs:
     """
 
     def __init__(
-        self,
-        net: Net,
-        batch: int,
-        tokens: int,
-        modes: Iterable[str],
+        self, net: Net, batch: int, tokens: int, modes: Iterable[str],
         make: Callable[..., Any] = torch.cuda.make_graphed_callables,
     ) -> None:
         self.shape, self.modes = (batch, tokens), tuple(modes)

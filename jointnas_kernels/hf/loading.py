@@ -29,10 +29,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @torch.no_grad()
 def load(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> PreTrainedModel:
     """The model of an exported folder, its quantized linears on `lowbit_linear`; for inference, `generate` included.
 

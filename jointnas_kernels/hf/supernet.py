@@ -40,18 +40,9 @@ class Supernet(nn.Module):
     """
 
     def __init__(
-        self,
-        config: Any,
-        space: SearchSpace,
-        order: Order,
-        arch: ArchParameters,
-        embedding: Tensor,
-        blocks: list[SupernetBlock],
-        norm: SupernetNorm,
-        lm_head: Tensor | None,
-        rotary: nn.Module,
-        backend: str | None = None,
-        generation_config: Any = None,
+        self, config: Any, space: SearchSpace, order: Order, arch: ArchParameters, embedding: Tensor,
+        blocks: list[SupernetBlock], norm: SupernetNorm, lm_head: Tensor | None, rotary: nn.Module,
+        backend: str | None = None, generation_config: Any = None,
     ) -> None:
         super().__init__()
         self.config, self.space, self.order, self.backend = config, space, order, backend
@@ -181,11 +172,7 @@ class Supernet(nn.Module):
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
         return_logits: bool | None = None,
     ) -> CausalLMOutput:
         """Loss (if labels are given) and logits [B, T, V].

@@ -51,11 +51,7 @@ class BackendLinear(nn.Module):
 
 
 def deploy(
-    model: nn.Module,
-    choice: Choice,
-    space: SearchSpace,
-    table: LatencyTable,
-    block_rank: Sequence[int] | None = None,
+    model: nn.Module, choice: Choice, space: SearchSpace, table: LatencyTable, block_rank: Sequence[int] | None = None
 ) -> nn.Module:
     """Replaces the linears of an extracted model's blocks by the table's fastest backend for its bits, in place.
 
@@ -91,12 +87,7 @@ def deploy(
 
 
 def measure_model(
-    model: nn.Module,
-    workload: Workload,
-    *,
-    threads: int | None = None,
-    seconds: float = 0.5,
-    samples: int = 15,
+    model: nn.Module, workload: Workload, *, threads: int | None = None, seconds: float = 0.5, samples: int = 15,
     watch: Watch | None = None,
 ) -> Measured:
     """Milliseconds of one prefill, or one decoded token, of a transformers causal model.
@@ -127,14 +118,8 @@ def _call(model: nn.Module, workload: Workload, device: torch.device) -> Callabl
 
 
 def calibrate(
-    table: LatencyTable,
-    space: SearchSpace,
-    config: Any,
-    choices: Sequence[Choice] | int = 8,
-    *,
-    seed: int = 0,
-    seconds: float = 0.3,
-    watch: Watch | None = None,
+    table: LatencyTable, space: SearchSpace, config: Any, choices: Sequence[Choice] | int = 8, *, seed: int = 0,
+    seconds: float = 0.3, watch: Watch | None = None,
 ) -> LatencyTable:
     """A table whose predictions are fitted to whole models of these choices (or of that many feasible random ones).
 
@@ -161,14 +146,8 @@ def calibrate(
 
 
 def measure_choices(
-    table: LatencyTable,
-    space: SearchSpace,
-    config: Any,
-    choices: Sequence[Choice],
-    *,
-    seed: int = 0,
-    seconds: float = 0.3,
-    watch: Watch | None = None,
+    table: LatencyTable, space: SearchSpace, config: Any, choices: Sequence[Choice], *, seed: int = 0,
+    seconds: float = 0.3, watch: Watch | None = None,
 ) -> list[Measured]:
     """Whole models of these choices, with random weights, each in several short turns: a machine that is slow for some
     seconds is so for one turn of many models, not for all of one model.
@@ -225,11 +204,7 @@ def _free_bytes(device: str) -> int:
 
 
 def feasible_choices(
-    table: LatencyTable,
-    space: SearchSpace,
-    count: int,
-    seed: int = 0,
-    fits: Callable[[Choice], bool] = lambda _: True,
+    table: LatencyTable, space: SearchSpace, count: int, seed: int = 0, fits: Callable[[Choice], bool] = lambda _: True
 ) -> list[Choice]:
     """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit.
 

@@ -40,20 +40,9 @@ AGAIN = 0.3  # share of the profile's time, at least half of that, that goes int
 
 
 def profile(
-    space: SearchSpace,
-    config: Any,
-    out: str | Path,
-    *,
-    workload: Workload | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    backends: Sequence[str] | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    seconds: float = 0.04,
-    seed: int = 0,
-    watch: Watch | None = None,
-    metric: Metric = "latency",
+    space: SearchSpace, config: Any, out: str | Path, *, workload: Workload | None = None, device: str = "cpu",
+    threads: int | None = None, backends: Sequence[str] | None = None, resume: bool = True, progress: bool = True,
+    seconds: float = 0.04, seed: int = 0, watch: Watch | None = None, metric: Metric = "latency",
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
@@ -214,14 +203,8 @@ class Weights:
 
 
 def time_operation(
-    spec: OpSpec,
-    target: Target,
-    names: Sequence[str],
-    store: Weights,
-    seconds: float,
-    watch: Watch | None = None,
-    metric: Metric = "latency",
-    fastest: float = math.inf,
+    spec: OpSpec, target: Target, names: Sequence[str], store: Weights, seconds: float, watch: Watch | None = None,
+    metric: Metric = "latency", fastest: float = math.inf,
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
     linear = spec.op in ("linear", "lm_head")

@@ -171,15 +171,8 @@ class ArchParameters(nn.Module):
     """
 
     def __init__(
-        self,
-        space: SearchSpace,
-        config: Any,
-        block_rank: Sequence[int] | None = None,
-        *,
-        relaxation: str = "dirichlet",
-        bit_relaxation: str = "softmax",
-        tau: float = 1.0,
-        alpha_init: float = 0.0,
+        self, space: SearchSpace, config: Any, block_rank: Sequence[int] | None = None, *,
+        relaxation: str = "dirichlet", bit_relaxation: str = "softmax", tau: float = 1.0, alpha_init: float = 0.0,
     ) -> None:
         super().__init__()
         if relaxation not in RELAXATIONS:
@@ -281,12 +274,8 @@ class ArchParameters(nn.Module):
         return result
 
     def sample(
-        self,
-        generator: torch.Generator | None = None,
-        relaxation: str | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, generator: torch.Generator | None = None, relaxation: str | None = None, *,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ) -> ArchSample:
         """`assemble(draw(...))`."""
         return self.assemble(self.draw(generator, relaxation), device=device, dtype=dtype)
@@ -315,11 +304,7 @@ class ArchParameters(nn.Module):
         return _ToDevice.pack(self._vectors(self.probs(), dtype)).to(device)
 
     def assemble(
-        self,
-        alphas: Mapping[str, Tensor],
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, alphas: Mapping[str, Tensor], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         out: Tensor | None = None,
     ) -> ArchSample:
         """Masks, gates and bit probabilities of given host values, on the device; differentiable in them.
