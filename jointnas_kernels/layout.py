@@ -216,10 +216,7 @@ def block(own: Traits) -> Block:
         stored = FUSED.get(name, name) if own.fused else name
         return Linear(name, f"{part}.{stored}", rows, columns, reads, bool(bias))
 
-    head_norms = (
-        Norm("q_norm", "self_attn.q_norm", PAIRS, HEADS),
-        Norm("k_norm", "self_attn.k_norm", PAIRS, GROUPS),
-    )
+    head_norms = (Norm("q_norm", "self_attn.q_norm", PAIRS, HEADS), Norm("k_norm", "self_attn.k_norm", PAIRS, GROUPS))
     return Block((
         Norm("input_norm", "input_layernorm", HIDDEN),
         linear("q_proj", (*HEADS, *PAIRS), HIDDEN, "input_norm", own.qkv_bias),

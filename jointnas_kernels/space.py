@@ -335,30 +335,18 @@ def _sizes(value: Any, where: str) -> tuple[int, ...]:
 
 _NAMED = {
     "llama3": SearchSpace(
-        hidden=tuple(2**i for i in range(5, 13)),
-        heads=(8, 16, 32),
-        head_dim=(8, 16, 32, 64, 128),
-        intermediate=(4096, 8192, 12288, 14336),
-        blocks=tuple(range(1, 33)),
+        hidden=tuple(2**i for i in range(5, 13)), heads=(8, 16, 32), head_dim=(8, 16, 32, 64, 128),
+        intermediate=(4096, 8192, 12288, 14336), blocks=tuple(range(1, 33)),
     ),
     "qllama3": SearchSpace(
-        hidden=tuple(2**i for i in range(7, 13)),
-        heads=(16, 32),
-        head_dim=(32, 64, 128),
-        intermediate=(4096, 8192, 12288, 14336),
-        blocks=tuple(range(1, 33)),
-        weight_bits=(2, 4, 8),
+        hidden=tuple(2**i for i in range(7, 13)), heads=(16, 32), head_dim=(32, 64, 128),
+        intermediate=(4096, 8192, 12288, 14336), blocks=tuple(range(1, 33)), weight_bits=(2, 4, 8),
         act_bits=(2, 4, 8, 16),
     ),
     # no head_dim 16: o_proj's group would shrink to 16, and a 16-bit scale per 16 weights costs one more bit per weight
     "tiny": SearchSpace(
-        hidden=(128, 256),
-        heads=(2, 4),
-        head_dim=(32, 64),
-        intermediate=(256, 512, 768),
-        blocks=(2, 3, 4, 5, 6),
-        weight_bits=(2, 4, 8),
-        act_bits=(4, 8, 16),
+        hidden=(128, 256), heads=(2, 4), head_dim=(32, 64), intermediate=(256, 512, 768), blocks=(2, 3, 4, 5, 6),
+        weight_bits=(2, 4, 8), act_bits=(4, 8, 16),
     ),
 }
 

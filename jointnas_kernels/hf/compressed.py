@@ -104,10 +104,7 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
+        "quantization_status": "compressed", "config_groups": groups, "ignore": ["lm_head"], "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 

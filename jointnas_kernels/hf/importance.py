@@ -50,11 +50,8 @@ class Importance:
         """
         s = all_sizes(config)
         shapes = {
-            "hidden": ("hidden",),
-            "heads": ("blocks", "heads"),
-            "value_dims": ("blocks", "kv_heads", "head_dim"),
-            "neurons": ("blocks", "intermediate"),
-            "blocks": ("blocks",),
+            "hidden": ("hidden",), "heads": ("blocks", "heads"), "value_dims": ("blocks", "kv_heads", "head_dim"),
+            "neurons": ("blocks", "intermediate"), "blocks": ("blocks",),
         }
         for name, dims in shapes.items():
             scores, shape = getattr(self, name), tuple(s[d] for d in dims)
@@ -154,10 +151,7 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
         raise JointNASError("importance: the calibration set is empty.")
     per_dim = context.view(count, s["kv_heads"], -1, s["head_dim"])
     scores = {
-        "hidden": hidden.sqrt().flatten(0, 1).sum(0),
-        "heads": per_dim.sum(-1).flatten(1).sqrt(),
-        "value_dims": per_dim.sum(2).sqrt(),
-        "neurons": neurons.sqrt(),
-        "blocks": 1 - cosine / tokens,
+        "hidden": hidden.sqrt().flatten(0, 1).sum(0), "heads": per_dim.sum(-1).flatten(1).sqrt(),
+        "value_dims": per_dim.sum(2).sqrt(), "neurons": neurons.sqrt(), "blocks": 1 - cosine / tokens,
     }
     return Importance(**{k: v.float().cpu() for k, v in scores.items()})

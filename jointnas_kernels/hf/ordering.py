@@ -66,9 +66,7 @@ def identity_order(config: Any) -> Order:
     s = all_sizes(config)
     blocks = s["blocks"]
     return Order(
-        tuple(range(s["hidden"])),
-        tuple(range(blocks)),
-        torch.arange(s["heads"]).expand(blocks, -1),
+        tuple(range(s["hidden"])), tuple(range(blocks)), torch.arange(s["heads"]).expand(blocks, -1),
         torch.arange(s["head_dim"]).expand(blocks, s["kv_heads"], -1),
         torch.arange(s["intermediate"]).expand(blocks, -1),
     )
@@ -87,11 +85,9 @@ def reorder(model: nn.Module, importance: Importance) -> Order:
     groups, per_group = sizes["kv_heads"], sizes["heads"] // sizes["kv_heads"]
     first = torch.arange(groups)[:, None] * per_group
     order = Order(
-        tuple(_descending(importance.hidden).tolist()),
-        tuple(_descending(importance.blocks).tolist()),
+        tuple(_descending(importance.hidden).tolist()), tuple(_descending(importance.blocks).tolist()),
         (first + _descending(importance.heads.view(-1, groups, per_group))).flatten(1),
-        _descending(importance.value_dims),
-        _descending(importance.neurons),
+        _descending(importance.value_dims), _descending(importance.neurons),
     )
     hidden = order.channels(HIDDEN, 0)
     embedding, head = (model.get_submodule(outer.module).weight for outer in (EMBEDDING, HEAD))

@@ -250,9 +250,6 @@ def fit(points: Sequence[tuple[float, int, float]]) -> Calibration:
         return float(((predicted - measured).abs() / measured).mean())
 
     return Calibration(
-        fixed=fixed,
-        per_block=per_block,
-        mape_before=error(ops),
-        mape=error(fixed + per_block * blocks + ops),
+        fixed=fixed, per_block=per_block, mape_before=error(ops), mape=error(fixed + per_block * blocks + ops),
         points=[(float(o), int(b), float(m)) for o, b, m in points],
     )

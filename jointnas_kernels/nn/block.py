@@ -137,8 +137,7 @@ class SupernetAttention(nn.Module):
         q, k = masked_rope(q, k, step.cos, step.sin, *rope_masks, backend=self.act.backend)
         look = step.sliding_mask if self.sliding else step.attention_mask
         y = nn.functional.scaled_dot_product_attention(
-            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0,
-            enable_gqa=self.gqa,
+            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa,
         )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
         y = self.act(y.transpose(1, 2).flatten(2), step, sample, step.masks.value)
         return apply_shared(y, (self.o_proj,), step, sample)[0]

@@ -200,13 +200,10 @@ class ArchParameters(nn.Module):
                     logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
             self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
             self._member = {
-                "hidden": members(*HIDDEN),
-                "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
-                "pairs": members(*PAIRS),
-                "prefix": members(*VALUES),
+                "hidden": members(*HIDDEN), "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
+                "pairs": members(*PAIRS), "prefix": members(*VALUES),
                 "scale": torch.tensor([1 / math.sqrt(d) for d in space.head_dim], dtype=torch.float64),
-                "intermediate": members(*NEURONS),
-                "blocks": keep_matrix(space, self.block_rank).float(),
+                "intermediate": members(*NEURONS), "blocks": keep_matrix(space, self.block_rank).float(),
             }
         self._kv, self._qk_norm = full["kv_heads"], traits(config).qk_norm
 

@@ -33,11 +33,9 @@ class Humming(ThirdParty):
 
         packed, scale = stored(weight)
         layer: Any = HummingLayer(
-            shape_n=spec.n,
-            shape_k=spec.k,
+            shape_n=spec.n, shape_k=spec.k,
             weight_config={"dtype": f"int{spec.wbits}", "group_size": spec.group if spec.group < spec.k else 0},
-            input_config={"dtype": "int8"} if spec.abits == 8 else None,
-            torch_dtype=target.dtype,
+            input_config={"dtype": "int8"} if spec.abits == 8 else None, torch_dtype=target.dtype,
         ).to(target.device)
         layer.load_from_tensors({"weight": packed, "weight_scale": scale})
         layer.transform()
