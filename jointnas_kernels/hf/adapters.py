@@ -54,10 +54,7 @@ def _peft() -> Any:
 def lora_options(config: LoraConfig, layout: Block) -> dict[str, Any]:
     """What a LoraConfig asks for, as options of `SupernetLinear`: r, lora_alpha, use_rslora, and init_lora_weights True
     or "gaussian". target_modules may be left out, and otherwise means all linears of a block.
-
-    Raises:
-        JointNASError: anything else that is set; the supernet would not do it.
-    """
+    Anything else that is set is an error: the supernet would not do it."""
     peft = _peft()
     if not isinstance(config, peft.LoraConfig):
         raise JointNASError(f"lora is a {type(config).__name__}; expected a peft.LoraConfig.")

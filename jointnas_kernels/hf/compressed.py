@@ -113,11 +113,7 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
 
 
 def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Scheme]:
-    """Scheme of every linear of the model that the config quantizes.
-
-    Raises:
-        JointNASError: it asks for something that this package cannot run.
-    """
+    """Scheme of every linear of the model that the config quantizes."""
     if config.get("quant_method") != METHOD:
         raise JointNASError(f"quantization method {config.get('quant_method')!r} is not supported; only {METHOD!r} is")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):

@@ -38,15 +38,11 @@ def convert(
     Args:
         model: of a supported family (`families.FAMILIES`), on any device, also meta (then without importance).
         space: must fit the model's config.
-        lora_rank: of LoRA, on all seven linears of a block.
-        lora_alpha: LoRA is scaled by alpha / rank.
+        lora_rank, lora_alpha: of LoRA, on all seven linears of a block; it is scaled by alpha / rank.
         lora: the same as a `peft.LoraConfig`, in place of rank and alpha; see `adapters.lora_options`.
         importance: scores to reorder by. None: scored on `calibration`; neither: the original order.
         calibration: batches [B, T] of token ids, or keyword arguments of the model's forward.
-        relaxation: of the widths, see `ArchParameters`.
-        bit_relaxation: of the bits, see `ArchParameters`.
-        tau: temperature, see `ArchParameters`.
-        alpha_init: start of the full sizes, see `ArchParameters`.
+        relaxation, bit_relaxation, tau, alpha_init: see `ArchParameters`.
         ste: straight-through estimator of the weight quantizers, "identity" or "clip".
         act_symmetric: activation quantizers without zero point.
         lora_dtype: of the trained parameters, default fp32.

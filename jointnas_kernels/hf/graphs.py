@@ -57,13 +57,7 @@ class Replay(NamedTuple):
 
 
 class BlockGraphs:
-    """The captured blocks of one supernet, for one batch shape; made by `Supernet.capture`.
-
-    Attributes:
-        shape: (batch, tokens) of the steps that replay.
-        modes: the captured modes.
-        bytes: device memory that the capture reserved.
-    """
+    """The captured blocks of one supernet, for one batch shape; made by `Supernet.capture`."""
 
     def __init__(
         self, net: Net, batch: int, tokens: int, modes: Iterable[str],
@@ -92,7 +86,7 @@ class BlockGraphs:
         self._replays: dict[str, list[dict[bool, Replay]]] = {}
         for mode in self.modes:
             self._replays[mode] = self._capture(net, mode, ids, lambda c, a: make(c, a, pool=pool))
-        self.bytes = _reserved(net.device) - before
+        self.bytes = _reserved(net.device) - before  # of device memory
 
     def __reduce__(self) -> Any:
         return type(None), ()  # graphs cannot be copied: a copy of a supernet has none

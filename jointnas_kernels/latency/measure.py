@@ -20,7 +20,7 @@ from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import Target, Weight, quantize_weight
 from jointnas_kernels.latency.interpolation import measured_by
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, with_bits
+from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
@@ -75,7 +75,7 @@ def deploy(
             linear = layer.get_submodule(path)
             n, k = linear.weight.shape
             group = space.group(members[0])
-            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, group)
+            spec = OpSpec("linear", table.workload.rows, n, k).with_bits(wbits, abits, group)
             row = table.best(spec)
             if row is None:
                 raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
@@ -158,10 +158,8 @@ def measure_choices(
     from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
     from jointnas_kernels.hf.families import build
 
-    device = torch.device(table.header.device.type)
+    device, dtype = torch.device(table.header.device.type), getattr(torch, table.workload.dtype)
     watch = watch or table.watch(15 * seconds)
-
-    dtype = getattr(torch, table.workload.dtype)
 
     def deployed(choice: Choice) -> nn.Module:
         with torch.random.fork_rng():
@@ -171,10 +169,8 @@ def measure_choices(
         return deploy(model, choice, space, table)
 
     def turn(model: nn.Module) -> Measured:
-        threads = table.header.device.threads
-        return measure_model(
-            model, table.workload, threads=threads, seconds=seconds / TURNS, samples=3, watch=watch
-        )  # fmt: skip
+        threads, share = table.header.device.threads, seconds / TURNS
+        return measure_model(model, table.workload, threads=threads, seconds=share, samples=3, watch=watch)
 
     found: list[Measured] = []
     sizes = [count_params(config, choice) * dtype.itemsize for choice in choices]

@@ -34,11 +34,7 @@ Meter = Callable[[OpSpec, Sequence[Run], float, Watch | None], Measured]
 
 
 def meter(metric: Metric, target: Target, powercap: Path = POWERCAP) -> Meter:
-    """How to measure one metric on this device.
-
-    Raises:
-        JointNASError: unknown metric, or the device has no counter for it that this process may read.
-    """
+    """How to measure one metric on this device; an error where it has no counter that this process may read."""
     if metric not in UNITS:
         raise unknown("metric", metric, UNITS)
     if metric == "latency":

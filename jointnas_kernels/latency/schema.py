@@ -196,16 +196,10 @@ class Contents:
 
 
 def read(path: str | Path, recover: bool = False) -> Contents:
-    """Parses and validates a table file.
+    """Parses and validates a table file; an error, with file and line, on the first thing that is wrong.
 
-    Args:
-        path: the file.
-        recover: for resuming and looking. A missing end line and a cut last line are accepted; anything else that is
-            wrong still is an error, because then the file is not the prefix of one that was being written.
-
-    Raises:
-        JointNASError: with file and line, on the first thing that is wrong.
-    """
+    With `recover`, for resuming and looking, a missing end line and a cut last line are accepted; nothing else is,
+    because then the file is not the prefix of one that was being written."""
     path = Path(path)
     if not path.is_file():
         raise JointNASError(f"latency table {path} does not exist; make one with `jointnas profile --out {path}`")

@@ -138,19 +138,13 @@ class _ToDevice(torch.autograd.Function):
 
     @staticmethod
     def pack(tensors: list[Tensor], pin: bool = False) -> Tensor:
-        padded = [-(-t.numel() // _ToDevice.ALIGN) * _ToDevice.ALIGN for t in tensors]
-        flat = torch.zeros(sum(padded), dtype=tensors[0].dtype, device=tensors[0].device, pin_memory=pin)
-        for t, part in zip(tensors, flat.split(padded), strict=True):
-            part[: t.numel()].copy_(t.reshape(-1))
-        return flat
+        flat = torch.cat([nn.functional.pad(t.reshape(-1), (0, -t.numel() % _ToDevice.ALIGN)) for t in tensors])
+        return flat.pin_memory() if pin else flat
 
     @staticmethod
     def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        parts, start = [], 0
-        for shape in shapes:
-            parts.append(flat[start : start + shape.numel()].view(shape))
-            start += -(-shape.numel() // _ToDevice.ALIGN) * _ToDevice.ALIGN
-        return tuple(parts)
+        parts = flat.split([shape.numel() + -shape.numel() % _ToDevice.ALIGN for shape in shapes])
+        return tuple(part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 class ArchParameters(nn.Module):
@@ -270,13 +264,6 @@ class ArchParameters(nn.Module):
             result[key] = value
         return result
 
-    def sample(
-        self, generator: torch.Generator | None = None, relaxation: str | None = None, *,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ) -> ArchSample:
-        """`assemble(draw(...))`."""
-        return self.assemble(self.draw(generator, relaxation), device=device, dtype=dtype)
-
     def _vectors(self, alphas: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Masks, gates and bit probabilities of given values, on the host."""
         a = {k: v.to(dtype) for k, v in alphas.items()}
@@ -310,25 +297,17 @@ class ArchParameters(nn.Module):
         """
         host = self._vectors(alphas, dtype)
         device, at = torch.device(device), 8 if self._qk_norm else 6  # masks, then gates, then bits
-        gates = host[at]
-        moved = host
-        if device.type != "cpu" or out is not None:
-            moved = list(_ToDevice.apply(device, out, *host))  # type: ignore[no-untyped-call]
-        masks = Masks(*moved[:at])
-        blocks = len(self.block_rank)
-        bits = dict(zip((k for k in BITS if k in alphas), moved[at + 1 :], strict=True))
-        values = tuple(gates.detach().tolist())
-        on_device: dict[str, tuple[Any, ...]] = {"gate": moved[at].unbind()}
-        for key in BITS:
-            name, present = key.removesuffix("_bits"), key in alphas
-            on_device[f"{name}_probs"] = bits[key].unbind() if present else (None,) * blocks
-            on_device[f"{name}_index"] = self._certain(alphas[key]) if present else (None,) * blocks
-        # a certain gate of 1 is no gate at all
-        if not gates.requires_grad:
-            on_device["gate"] = tuple(None if v == 1 else g for v, g in zip(values, on_device["gate"], strict=True))
-        names = BlockSample._fields
-        rows = zip(*(on_device[n] for n in names), strict=True)
-        return ArchSample(dict(alphas), values, masks, tuple(BlockSample(*row) for row in rows))
+        same = device.type == "cpu" and out is None
+        moved = host if same else _ToDevice.apply(device, out, *host)  # type: ignore[no-untyped-call]
+        values: tuple[float, ...] = tuple(host[at].detach().tolist())
+        gates: Sequence[Tensor | None] = moved[at].unbind()
+        if not host[at].requires_grad:  # a certain gate of 1 is no gate at all
+            gates = [None if v == 1 else gate for v, gate in zip(values, gates, strict=True)]
+        searched, none = [k for k in BITS if k in alphas], (None,) * len(gates)
+        probs = {k: bits.unbind() for k, bits in zip(searched, moved[at + 1 :], strict=True)}
+        index = {k: self._certain(alphas[k]) for k in searched}
+        rows = zip(gates, *(probs.get(k, none) for k in BITS), *(index.get(k, none) for k in BITS), strict=True)
+        return ArchSample(dict(alphas), values, Masks(*moved[:at]), tuple(BlockSample(*row) for row in rows))
 
     @staticmethod
     def _certain(probs: Tensor) -> tuple[int | None, ...]:

@@ -56,11 +56,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Backend:
-    """The backend of a name.
-
-    Raises:
-        JointNASError: there is none.
-    """
+    """The backend of a name."""
     if name not in _REGISTRY:
         raise unknown("latency backend", name, _REGISTRY)
     return _REGISTRY[name]

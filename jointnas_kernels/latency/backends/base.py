@@ -145,11 +145,8 @@ def stored(weight: Weight | None) -> tuple[Tensor, Tensor]:
 def quantize_weight(weight: Tensor, bits: int, group: int) -> LowbitWeight:
     """The levels of [N, K] by the project's symmetric quantizer (ops/quant/spec.py), in the storage layout.
 
-    Widths that are not packed (3, 5, 6, 7) or do not fill whole words are stored in the next one that is and does.
-
-    Raises:
-        JointNASError: K is no multiple of 4, so that no width fills whole words.
-    """
+    Widths that are not packed (3, 5, 6, 7) or do not fill whole words are stored in the next one that is and does; an
+    error where none does, because K is no multiple of 4."""
     q, scale, _ = quantize_groups(weight, bits, group).integers()
     wide = next((b for b in PACKED_WEIGHT_BITS if b >= bits and weight.shape[1] * b % 32 == 0), 8)
     return LowbitWeight.pack(q.flatten(-2), scale.squeeze(-1).to(weight.dtype), wide, group, layout="storage")

@@ -14,11 +14,7 @@ from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 
 class Humming(ThirdParty):
-    """humming's layer.
-
-    Args:
-        symmetric: A8 too, for callers (the benchmark) that hold it to the symmetric reference.
-    """
+    """humming's layer; `symmetric`: A8 too, for callers (the benchmark) that hold it to the symmetric reference."""
 
     name, package, distribution = "humming", "humming", "humming-kernels"
     multiples = (64, 32)
