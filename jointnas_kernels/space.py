@@ -301,13 +301,10 @@ class SearchSpace(_Data):
                 f"search space: the largest number of blocks is {self.depth} but the model has {own['blocks']}; a"
                 " space with bits must contain the full depth, because bits are chosen per original block."
             )
-        if self.weight_bits:
-            for key in ("hidden", "intermediate"):
-                if own[key] % self.group_size:
-                    raise JointNASError(
-                        f"the model's {key} size {own[key]} is no multiple of the quantization group size"
-                        f" {self.group_size}."
-                    )
+        cut = [key for key in ("hidden", "intermediate") if self.weight_bits and own[key] % self.group_size]
+        if cut:
+            size = f"{cut[0]} size {own[cut[0]]}"
+            raise JointNASError(f"the model's {size} is no multiple of the quantization group size {self.group_size}.")
 
 
 def _integer(value: Any, where: str) -> int:
@@ -421,9 +418,7 @@ def keep_probability(space: SearchSpace, blocks: Tensor, block_rank: Sequence[in
 
 def keep_matrix(space: SearchSpace, block_rank: Sequence[int] | None = None) -> Tensor:
     """[number of original blocks, len(space.blocks)] in fp64: 1 where that number of blocks keeps that block."""
-    order = list(block_rank) if block_rank is not None else list(range(space.depth))
-    rank = torch.empty(len(order), dtype=torch.long)
-    rank[torch.tensor(order)] = torch.arange(len(order))
+    rank = torch.tensor(range(space.depth) if block_rank is None else block_rank).argsort()
     return (torch.tensor(space.blocks) > rank[:, None]).double()
 
 

@@ -60,9 +60,6 @@ class Scheme:
         return self.weight_bits is None and self.act_bits == 16
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def stored(linear: FakeQuantLinear) -> dict[str, Tensor]:
     """The tensors of a linear by their names in a checkpoint, without its bias."""
     grid = linear.grid
@@ -107,9 +104,6 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         "quantization_status": "compressed", "config_groups": groups, "ignore": ["lm_head"], "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
 
 
 def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Scheme]:

@@ -26,15 +26,8 @@ from jointnas_kernels.layout import HEADS, HIDDEN, NEURONS, VALUES, all_sizes, b
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, larger = more important, on the host in fp32.
-
-    Attributes:
-        hidden: [N].
-        heads: [L, H].
-        value_dims: [L, Hkv, D].
-        neurons: [L, I].
-        blocks: [L].
-    """
+    """Scores, larger = more important, on the host in fp32: hidden [N], heads [L, H], value_dims [L, Hkv, D],
+    neurons [L, I], blocks [L]."""
 
     hidden: Tensor
     heads: Tensor

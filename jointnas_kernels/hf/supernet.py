@@ -32,7 +32,6 @@ class Supernet(nn.Module):
         embedding: [V, N], frozen like every weight.
         lm_head: [V, N]; None: tied to the embedding.
         arch: the architecture parameters; they stay on the host.
-        block_rank: original block indices, most important first.
         full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
             give their gates a gradient; their output is the identity either way. "weight" mode always skips them.
         gradient_checkpointing: recompute blocks in the backward pass.

@@ -45,9 +45,6 @@ def meter(metric: Metric, target: Target, powercap: Path = POWERCAP) -> Meter:
     return lambda spec, runs, seconds, watch: _energy(runs, counter, target.device)
 
 
-# ---- energy ---------------------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def _energy(
     runs: Sequence[Run], counter: Callable[[], float], device: torch.device, window: float = WINDOW
@@ -112,9 +109,6 @@ def _nvml(device: torch.device) -> Callable[[], float]:
         return energy.value * 1e-3
 
     return read
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def weight_bytes(spec: OpSpec, target: Target) -> int:

@@ -28,7 +28,6 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.layout import HIDDEN, VOCAB, WIDTHS, Axis
 from jointnas_kernels.space import SearchSpace
 
-OPS = ("linear", "lm_head", "embedding", "norm", "add", "rope", "attention", "swiglu")
 DENSE = 16  # "16 bit" = not quantized, whatever the model's dtype
 
 

@@ -206,8 +206,6 @@ def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sam
     if first.bits is None and len(linears) > 1:
         pairs = [linear.lora(step.mode) for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        return list(
-            mixed_linear_group(x, [m.weight for m in linears], [a for a, _ in pairs], [b for _, b in pairs],
-                               first.scaling, biases)
-        )
+        weights, a, b = [linear.weight for linear in linears], [a for a, _ in pairs], [b for _, b in pairs]
+        return list(mixed_linear_group(x, weights, a, b, first.scaling, biases))
     return [linear(x, step.mode, sample.weight_probs, sample.weight_index) for linear in linears]

@@ -41,17 +41,9 @@ FLOOR = 1e-3  # of the Dirichlet concentration: elu + 1 reaches 0 in fp32 below 
 
 
 class Masks(NamedTuple):
-    """Device vectors shared by all layers of one step.
-
-    Attributes:
-        alpha: [K] of the hidden size, for the norms.
-        hidden: [N].
-        q: [H, D].
-        k: [Hkv, D].
-        value: [H * D].
-        intermediate: [I].
-        q_norm, k_norm: [K] of the head dim, for norms on queries and keys.
-    """
+    """Device vectors shared by all layers of one step: hidden [N], q [H, D], k [Hkv, D], value [H * D],
+    intermediate [I]; alpha [K] of the hidden size, for the norms; q_norm, k_norm [K] of the head dim, for those on
+    queries and keys."""
 
     alpha: Tensor
     hidden: Tensor
@@ -221,20 +213,14 @@ class ArchParameters(nn.Module):
 
     def argmax(self) -> Choice:
         """The most probable size of every dimension."""
-        best: dict[str, Any] = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
-        widths = {k: self.space.sizes(k)[best[k]] for k in STRUCTURE}
-        bits = {k: tuple(self.space.sizes(k)[i] for i in best[k]) for k in best if k.endswith("_bits")}
-        return Choice(**widths, **bits)  # type: ignore[arg-type]
+        sizes = {k: torch.tensor(self.space.sizes(k)) for k in self.logits}
+        return Choice.from_dict({k: sizes[k][p.argmax(-1)].tolist() for k, p in self.probs().items()})
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
         """Certain probabilities of a choice, keyed like `probs`."""
         self.space.check(choice)
-        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)]) for k in STRUCTURE}
-        for key in BITS:
-            if self.space.sizes(key):
-                rows = [[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)]
-                result[key] = torch.tensor(rows)
-        return result
+        sizes = {k: torch.tensor(self.space.sizes(k)) for k in self.logits}
+        return {k: (torch.tensor(getattr(choice, k))[..., None] == s).float() for k, s in sizes.items()}
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 

@@ -95,8 +95,7 @@ class SupernetLinear(nn.Module):
             shape = (len(bits), self.out_features, self.in_features // self.group_size)
             if not bits or tuple(ratio.shape) != shape:
                 raise JointNASError(f"clip ratios have shape {tuple(ratio.shape)}; this layer needs {shape}.")
-            dtype = self.lora_a.dtype
-            ratio = ratio.detach().to(self.weight.device, dtype)
+            ratio = ratio.detach().to(self.weight.device, self.lora_a.dtype)
         self.clip, self.clip_logits = ratio, None
 
     def learn_clip(self) -> None:

@@ -53,23 +53,19 @@ class Backend(Protocol):
 
     def version(self) -> str:
         """Of the library; a table notes it with every row."""
-        ...
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         """Why it cannot run this; None if it can."""
-        ...
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         """Packs the weight into storage of its own; the returned function maps the input [M, K] to [M, N] (linear,
         lm_head), or is one of the other parts on inputs of its own."""
-        ...
 
 
 class Torch:
     """Backends of torch's own operations."""
 
     def version(self) -> str:
-        """Of torch."""
         return torch.__version__
 
 

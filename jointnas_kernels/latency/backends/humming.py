@@ -24,7 +24,6 @@ class Humming(ThirdParty):
         self.abits = (8, DENSE) if symmetric else (DENSE,)
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """Packed words as they are."""
         from humming.layer import HummingLayer
 
         packed, scale = stored(weight)
