@@ -122,7 +122,7 @@ def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Schem
     targets, found = sorted(by_target, key=lambda t: (t.startswith("re:"), t)), {}
     ignore = config.get("ignore") or ()
     for name, module in model.named_modules():
-        if any(_matches(name, module, t) for t in ignore):
+        if any(_named(name, t) or _is_a(module, t) for t in ignore):
             continue
         ranked = [t for t in targets if _named(name, t)] + [t for t in targets if _is_a(module, t)]
         if not ranked:
@@ -134,10 +134,6 @@ def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Schem
         elif isinstance(module, nn.Embedding) or ranked[0].endswith("Attention"):
             raise JointNASError(f"{name}: only linears can be quantized, not {type(module).__name__}")
     return found
-
-
-def _matches(name: str, module: nn.Module, target: str) -> bool:
-    return _named(name, target) or _is_a(module, target)
 
 
 def _named(name: str, target: str) -> bool:

@@ -124,10 +124,8 @@ class Tensors:
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> Tensors:
-        if (self.folder / INDEX).is_file():
-            names = set(_json(self.folder / INDEX).get("weight_map", {}).values())
-        else:
-            names = {SINGLE}
+        index = self.folder / INDEX
+        names = set(_json(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
         for name in sorted(names):
             if not (self.folder / name).is_file():
                 raise JointNASError(f"{str(self.folder)!r} has no {name}")

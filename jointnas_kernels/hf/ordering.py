@@ -21,17 +21,11 @@ from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, a
 
 @dataclass(frozen=True)
 class Order:
-    """What was done: new position -> original channel. A shrunk supernet knows that of its hidden channels only.
-
-    Attributes:
-        block_rank: the original blocks, most important first.
-        heads: [L, H], each in its own key-value group.
-        value_dims: [L, Hkv, D].
-        neurons: [L, I].
-    """
+    """What was done: new position -> original channel, of the hidden ones, and of every block's heads [L, H] (each in
+    its own key-value group), value_dims [L, Hkv, D] and neurons [L, I]. A shrunk supernet knows the hidden ones only."""
 
     hidden: tuple[int, ...]
-    block_rank: tuple[int, ...]
+    block_rank: tuple[int, ...]  # the original blocks, most important first
     heads: Tensor | None = field(default=None, compare=False)
     value_dims: Tensor | None = field(default=None, compare=False)
     neurons: Tensor | None = field(default=None, compare=False)

@@ -47,12 +47,9 @@ class Supernet(nn.Module):
         self.config, self.space, self.order, self.backend = config, space, order, backend
         self.arch, self.generation_config = arch, generation_config
         self.embedding = nn.Parameter(embedding.detach(), requires_grad=False)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
+        self.blocks, self.norm, self.rotary = nn.ModuleList(blocks), norm, rotary
         self.lm_head = None if lm_head is None else nn.Parameter(lm_head.detach(), requires_grad=False)
-        self.rotary = rotary
-        self.full_depth_gradient = True
-        self.gradient_checkpointing = False
+        self.full_depth_gradient, self.gradient_checkpointing = True, False
         self.sample: ArchSample | None = None
         self.choice: Choice | None = None
         self.graphs: BlockGraphs | None = None
@@ -342,9 +339,8 @@ class Supernet(nn.Module):
                     " with."
                 )
         for name, linear in self.linears():
-            clip, logits = state.get(f"{name}.clip"), state.get(f"{name}.clip_logits")
-            linear.set_clip(clip)
-            if logits is not None and linear.clip_logits is None:
+            linear.set_clip(state.get(f"{name}.clip"))
+            if f"{name}.clip_logits" in state:
                 linear.learn_clip()
         own_state = self.search_state()
         missing, extra = sorted(set(own_state) - set(state)), sorted(set(state) - set(own_state))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -212,13 +213,10 @@ def feasible_choices(
     found: list[Choice] = []
     for attempt in range(200 * count):
         choice = space.full() if attempt == 0 else space.sample(generator)
-        if not fits(choice):
-            continue
-        try:
-            bound.predict(choice)
-        except JointNASError:
-            continue
-        found.append(choice)
+        with suppress(JointNASError):
+            if fits(choice):
+                bound.predict(choice)
+                found.append(choice)
         if len(found) == count:
             return found
     raise JointNASError(f"only {len(found)} of {200 * count} random choices are feasible on this device")

@@ -213,7 +213,6 @@ def time_operation(
     x = random_input(spec, target, store.generator) if linear else torch.empty(0)
     measure_with = meter(metric, target)
     rows: list[Row] = []
-    speeds: list[float] = []
     reasons: list[str] = []
     for name in names:
         backend = registry.get(name)
@@ -229,11 +228,10 @@ def time_operation(
         if first is None or reason is not None:
             rows.append(Row(**identity, status="rejected", reason=reason or ""))
             continue
-        best = min([fastest, *speeds])
         try:
             with torch.inference_mode():
-                once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
-                if once.median <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
+                once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * fastest)
+                if once.median <= 10 * fastest:  # otherwise one sample is enough, and packing all copies too expensive
                     copied = _copies(spec, target, weight, store.model_bytes)
                     calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
                     result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
@@ -247,7 +245,7 @@ def time_operation(
                 raise
             rows.append(Row(**identity, status="rejected", reason=excuse(backend, error)))
             continue
-        speeds.append(once.median)
+        fastest = min(fastest, once.median)
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:

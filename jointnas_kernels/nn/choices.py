@@ -60,8 +60,7 @@ class BlockSample(NamedTuple):
 
     Attributes:
         gate: scalar; None: the block runs as it is.
-        weight_probs: [P] of its weight precisions.
-        act_probs: [Q] of its activation precisions.
+        weight_probs, act_probs: [P] and [Q] of its precisions.
         weight_index, act_index: the one precision to compute, known on the host.
     """
 
