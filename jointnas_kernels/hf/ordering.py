@@ -21,8 +21,8 @@ from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, a
 
 @dataclass(frozen=True)
 class Order:
-    """What was done: new position -> original channel, of the hidden ones, and of all blocks' heads [L, H] (inside their
-    key-value groups), value_dims [L, Hkv, D] and neurons [L, I]. A shrunk supernet knows the hidden ones only."""
+    """What was done: new position -> original channel, of the hidden ones, and of all blocks' heads [L, H] (inside
+    their key-value groups), value_dims [L, Hkv, D] and neurons [L, I]. A shrunk supernet knows the hidden ones only."""
 
     hidden: tuple[int, ...]
     block_rank: tuple[int, ...]  # the original blocks, most important first
