@@ -21,11 +21,7 @@ def available() -> bool:
 
 @functools.cache
 def load(cuda: bool = False) -> ModuleType:
-    """The compiled module; with ``cuda=True`` only if its CUDA part was built.
-
-    Raises:
-        JointNASError: the extension is not built, cannot be loaded, or has no CUDA part.
-    """
+    """The compiled module; with ``cuda=True`` only if its CUDA part was built."""
     try:
         module = importlib.import_module("jointnas_kernels._C")
     except ImportError as error:
@@ -42,15 +38,7 @@ def load(cuda: bool = False) -> ModuleType:
 
 
 def check(code: int, what: str) -> None:
-    """Raise unless a function of the compiled module succeeded.
-
-    Args:
-        code: what it returned: 0, a key of ``_C.ERRORS`` (negative), or a cudaError_t (positive).
-        what: which function, for the message.
-
-    Raises:
-        JointNASError: ``code`` is not 0.
-    """
+    """Raise unless a function of the module returned 0, but a key of ``_C.ERRORS`` (negative) or a cudaError_t."""
     if code:
         module = load()
         reason = module.ERRORS.get(code) or f"CUDA error {code} ({module.cuda_error_name(code)})"

@@ -186,8 +186,7 @@ TRAITS = {
     "qwen3": Traits("attention_bias", "attention_bias", qk_norm=True, sliding="layer_types"),
     "phi3": Traits(fused=True, sliding="all", zeros=("attention_dropout", "resid_pdrop", "embd_pdrop")),
 }
-FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-         **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")}  # fmt: skip
+FUSED = dict.fromkeys(LINEARS[:3], "qkv_proj") | dict.fromkeys(LINEARS[4:6], "gate_up_proj")
 
 
 def traits(config: Any) -> Traits:
@@ -216,10 +215,7 @@ def block(own: Traits) -> Block:
         stored = FUSED.get(name, name) if own.fused else name
         return Linear(name, f"{part}.{stored}", rows, columns, reads, bool(bias))
 
-    head_norms = (
-        Norm("q_norm", "self_attn.q_norm", PAIRS, HEADS),
-        Norm("k_norm", "self_attn.k_norm", PAIRS, GROUPS),
-    )
+    head_norms = (Norm("q_norm", "self_attn.q_norm", PAIRS, HEADS), Norm("k_norm", "self_attn.k_norm", PAIRS, GROUPS))
     return Block((
         Norm("input_norm", "input_layernorm", HIDDEN),
         linear("q_proj", (*HEADS, *PAIRS), HIDDEN, "input_norm", own.qkv_bias),
@@ -262,12 +258,6 @@ def sliding_windows(config: Any) -> tuple[int | None, ...]:
 
 # ---- sizes ----------------------------------------------------------------------------------------------------------
 
-CONFIG = {  # attributes of a transformers config
-    "hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": PAIRS,
-    "intermediate_size": NEURONS,
-}  # fmt: skip
-
-
 def original_sizes(config: Any) -> dict[str, int]:
     """The sizes of the model that a config describes, under the names of the search dimensions."""
     return {
@@ -279,12 +269,14 @@ def original_sizes(config: Any) -> dict[str, int]:
     }
 
 
+def config_sizes(sizes: Sizes) -> dict[str, Any]:
+    """All but the number of blocks as attributes of a transformers config."""
+    axes = {"hidden_size": HIDDEN, "num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "head_dim": PAIRS,
+            "intermediate_size": NEURONS}  # fmt: skip
+    return {name: size(axis, sizes) for name, axis in axes.items()}
+
+
 def all_sizes(config: Any, widths: Sizes | None = None) -> dict[str, Any]:
     """These widths, or the original sizes, and what is not searched."""
     widths = original_sizes(config) if widths is None else widths
-    return with_fixed(widths, config.num_key_value_heads, config.vocab_size)
-
-
-def with_fixed(widths: Sizes, kv_heads: int, vocab: int) -> dict[str, Any]:
-    """All sizes."""
-    return {**widths, "kv_heads": kv_heads, "vocab": vocab}
+    return {**widths, "kv_heads": config.num_key_value_heads, "vocab": config.vocab_size}

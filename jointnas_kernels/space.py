@@ -301,13 +301,10 @@ class SearchSpace(_Data):
                 f"search space: the largest number of blocks is {self.depth} but the model has {own['blocks']}; a"
                 " space with bits must contain the full depth, because bits are chosen per original block."
             )
-        if self.weight_bits:
-            for key in ("hidden", "intermediate"):
-                if own[key] % self.group_size:
-                    raise JointNASError(
-                        f"the model's {key} size {own[key]} is no multiple of the quantization group size"
-                        f" {self.group_size}."
-                    )
+        cut = [key for key in ("hidden", "intermediate") if self.weight_bits and own[key] % self.group_size]
+        if cut:
+            size = f"{cut[0]} size {own[cut[0]]}"
+            raise JointNASError(f"the model's {size} is no multiple of the quantization group size {self.group_size}.")
 
 
 def _integer(value: Any, where: str) -> int:
@@ -335,30 +332,18 @@ def _sizes(value: Any, where: str) -> tuple[int, ...]:
 
 _NAMED = {
     "llama3": SearchSpace(
-        hidden=tuple(2**i for i in range(5, 13)),
-        heads=(8, 16, 32),
-        head_dim=(8, 16, 32, 64, 128),
-        intermediate=(4096, 8192, 12288, 14336),
-        blocks=tuple(range(1, 33)),
+        hidden=tuple(2**i for i in range(5, 13)), heads=(8, 16, 32), head_dim=(8, 16, 32, 64, 128),
+        intermediate=(4096, 8192, 12288, 14336), blocks=tuple(range(1, 33)),
     ),
     "qllama3": SearchSpace(
-        hidden=tuple(2**i for i in range(7, 13)),
-        heads=(16, 32),
-        head_dim=(32, 64, 128),
-        intermediate=(4096, 8192, 12288, 14336),
-        blocks=tuple(range(1, 33)),
-        weight_bits=(2, 4, 8),
+        hidden=tuple(2**i for i in range(7, 13)), heads=(16, 32), head_dim=(32, 64, 128),
+        intermediate=(4096, 8192, 12288, 14336), blocks=tuple(range(1, 33)), weight_bits=(2, 4, 8),
         act_bits=(2, 4, 8, 16),
     ),
     # no head_dim 16: o_proj's group would shrink to 16, and a 16-bit scale per 16 weights costs one more bit per weight
     "tiny": SearchSpace(
-        hidden=(128, 256),
-        heads=(2, 4),
-        head_dim=(32, 64),
-        intermediate=(256, 512, 768),
-        blocks=(2, 3, 4, 5, 6),
-        weight_bits=(2, 4, 8),
-        act_bits=(4, 8, 16),
+        hidden=(128, 256), heads=(2, 4), head_dim=(32, 64), intermediate=(256, 512, 768), blocks=(2, 3, 4, 5, 6),
+        weight_bits=(2, 4, 8), act_bits=(4, 8, 16),
     ),
 }
 
@@ -433,9 +418,7 @@ def keep_probability(space: SearchSpace, blocks: Tensor, block_rank: Sequence[in
 
 def keep_matrix(space: SearchSpace, block_rank: Sequence[int] | None = None) -> Tensor:
     """[number of original blocks, len(space.blocks)] in fp64: 1 where that number of blocks keeps that block."""
-    order = list(block_rank) if block_rank is not None else list(range(space.depth))
-    rank = torch.empty(len(order), dtype=torch.long)
-    rank[torch.tensor(order)] = torch.arange(len(order))
+    rank = torch.tensor(range(space.depth) if block_rank is None else block_rank).argsort()
     return (torch.tensor(space.blocks) > rank[:, None]).double()
 
 

@@ -1,4 +1,4 @@
-"""How two results are compared everywhere in the project: tolerances with their reasons, odd sizes, poisoned memory.
+"""How two results are compared everywhere in the project: tolerances with their reasons, poisoned memory.
 
 A fast path is compared with its reference computed in fp64 on the same (already rounded) inputs, by the relative norm
 ‖out − ref‖ / ‖ref‖. Element-wise tolerances would have to be loose enough for cancellation in a few elements and would
@@ -12,9 +12,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-
-# Sizes that break kernels: one, primes, one off a power of two, no multiple of a warp or of a tile.
-ODD_SIZES = (1, 2, 3, 17, 31, 63, 65, 127, 129, 251, 257)
 
 # Unit round-off of the storage type, times a small factor for the handful of roundings between input and output of
 # one fused op (each output element is rounded once to the storage type; the internal math is fp32 or better).

@@ -9,16 +9,6 @@ from jointnas_kernels.hf.ordering import Order, reorder
 from jointnas_kernels.hf.supernet import Supernet
 
 __all__ = [
-    "Importance",
-    "Order",
-    "Supernet",
-    "convert",
-    "extract",
-    "importance_scores",
-    "load",
-    "load_adapters",
-    "reorder",
-    "save_adapters",
-    "shrink",
-    "subnet_config",
+    "Importance", "Order", "Supernet", "convert", "extract", "importance_scores", "load", "load_adapters", "reorder",
+    "save_adapters", "shrink", "subnet_config",
 ]

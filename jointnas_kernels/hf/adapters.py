@@ -48,16 +48,10 @@ def _peft() -> Any:
     return peft
 
 
-# ---- configuration --------------------------------------------------------------------------------------------------
-
-
 def lora_options(config: LoraConfig, layout: Block) -> dict[str, Any]:
     """What a LoraConfig asks for, as options of `SupernetLinear`: r, lora_alpha, use_rslora, and init_lora_weights True
     or "gaussian". target_modules may be left out, and otherwise means all linears of a block.
-
-    Raises:
-        JointNASError: anything else that is set; the supernet would not do it.
-    """
+    Anything else that is set is an error: the supernet would not do it."""
     peft = _peft()
     if not isinstance(config, peft.LoraConfig):
         raise JointNASError(f"lora is a {type(config).__name__}; expected a peft.LoraConfig.")
@@ -84,9 +78,6 @@ def lora_options(config: LoraConfig, layout: Block) -> dict[str, Any]:
         )
     init = inits[config.init_lora_weights]
     return {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "init": init}
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
 
 
 def adapter_names(supernet: Supernet) -> tuple[str, ...]:

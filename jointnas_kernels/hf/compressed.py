@@ -60,9 +60,6 @@ class Scheme:
         return self.weight_bits is None and self.act_bits == 16
 
 
-# ---- writing --------------------------------------------------------------------------------------------------------
-
-
 def stored(linear: FakeQuantLinear) -> dict[str, Tensor]:
     """The tensors of a linear by their names in a checkpoint, without its bias."""
     grid = linear.grid
@@ -104,23 +101,13 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
-        "kv_cache_scheme": None,
+        "quantization_status": "compressed", "config_groups": groups, "ignore": ["lm_head"], "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Scheme]:
-    """Scheme of every linear of the model that the config quantizes.
-
-    Raises:
-        JointNASError: it asks for something that this package cannot run.
-    """
+    """Scheme of every linear of the model that the config quantizes."""
     if config.get("quant_method") != METHOD:
         raise JointNASError(f"quantization method {config.get('quant_method')!r} is not supported; only {METHOD!r} is")
     for key in ("kv_cache_scheme", "sparsity_config", "transform_config"):
@@ -135,7 +122,7 @@ def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Schem
     targets, found = sorted(by_target, key=lambda t: (t.startswith("re:"), t)), {}
     ignore = config.get("ignore") or ()
     for name, module in model.named_modules():
-        if any(_matches(name, module, t) for t in ignore):
+        if any(_named(name, t) or _is_a(module, t) for t in ignore):
             continue
         ranked = [t for t in targets if _named(name, t)] + [t for t in targets if _is_a(module, t)]
         if not ranked:
@@ -147,10 +134,6 @@ def read_schemes(config: Mapping[str, Any], model: nn.Module) -> dict[str, Schem
         elif isinstance(module, nn.Embedding) or ranked[0].endswith("Attention"):
             raise JointNASError(f"{name}: only linears can be quantized, not {type(module).__name__}")
     return found
-
-
-def _matches(name: str, module: nn.Module, target: str) -> bool:
-    return _named(name, target) or _is_a(module, target)
 
 
 def _named(name: str, target: str) -> bool:

@@ -27,37 +27,22 @@ RUNTIME_ROPES = ("dynamic", "longrope")  # frequencies that change with the leng
 
 
 def convert(
-    model: nn.Module,
-    space: SearchSpace,
-    *,
-    lora_rank: int = 32,
-    lora_alpha: float = 16,
-    lora: LoraConfig | None = None,
-    importance: Importance | None = None,
-    calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None,
-    relaxation: str = "dirichlet",
-    bit_relaxation: str = "softmax",
-    tau: float = 1.0,
-    alpha_init: float = 0.0,
-    ste: str = "identity",
-    act_symmetric: bool = False,
-    lora_dtype: torch.dtype | None = None,
-    backend: str | None = None,
+    model: nn.Module, space: SearchSpace, *, lora_rank: int = 32, lora_alpha: float = 16,
+    lora: LoraConfig | None = None, importance: Importance | None = None,
+    calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None, relaxation: str = "dirichlet",
+    bit_relaxation: str = "softmax", tau: float = 1.0, alpha_init: float = 0.0, ste: str = "identity",
+    act_symmetric: bool = False, lora_dtype: torch.dtype | None = None, backend: str | None = None,
 ) -> Supernet:
     """A supernet on the weights of a causal language model: not copied, and reordered in place, so let go of the model.
 
     Args:
         model: of a supported family (`families.FAMILIES`), on any device, also meta (then without importance).
         space: must fit the model's config.
-        lora_rank: of LoRA, on all seven linears of a block.
-        lora_alpha: LoRA is scaled by alpha / rank.
+        lora_rank, lora_alpha: of LoRA, on all seven linears of a block; it is scaled by alpha / rank.
         lora: the same as a `peft.LoraConfig`, in place of rank and alpha; see `adapters.lora_options`.
         importance: scores to reorder by. None: scored on `calibration`; neither: the original order.
         calibration: batches [B, T] of token ids, or keyword arguments of the model's forward.
-        relaxation: of the widths, see `ArchParameters`.
-        bit_relaxation: of the bits, see `ArchParameters`.
-        tau: temperature, see `ArchParameters`.
-        alpha_init: start of the full sizes, see `ArchParameters`.
+        relaxation, bit_relaxation, tau, alpha_init: see `ArchParameters`.
         ste: straight-through estimator of the weight quantizers, "identity" or "clip".
         act_symmetric: activation quantizers without zero point.
         lora_dtype: of the trained parameters, default fp32.

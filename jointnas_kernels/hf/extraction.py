@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,19 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from jointnas_kernels.hf.families import build, rotary
 from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.supernet import Supernet
-from jointnas_kernels.layout import (
-    CONFIG,
-    EMBEDDING,
-    FINAL_NORM,
-    HEAD,
-    HIDDEN,
-    Axis,
-    all_sizes,
-    block_of,
-    kept,
-    original_sizes,
-    size,
-)
+from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of, config_sizes, kept
 from jointnas_kernels.nn.block import ActQuant, SupernetBlock
 from jointnas_kernels.nn.choices import ArchParameters
 from jointnas_kernels.nn.linear import FakeQuantLinear, joined
@@ -35,8 +24,7 @@ from jointnas_kernels.space import BITS, Choice, SearchSpace, kept_blocks
 
 def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> PreTrainedConfig:
     """The config of the extracted model; `kept`: the original indices of its blocks, None: the first ones."""
-    sizes = all_sizes(config, choice.widths)
-    data = {**config.to_dict(), **{name: size(axis, sizes) for name, axis in CONFIG.items()}}
+    data = {**config.to_dict(), **config_sizes(all_sizes(config, choice.widths))}
     data["num_hidden_layers"] = choice.blocks
     data.pop("_name_or_path", None)
     types = data.pop("layer_types", None)
@@ -143,9 +131,8 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
         rotary(cut.config).to(supernet.device), supernet.backend, supernet.generation_config,
     )
     small.gradient_checkpointing = supernet.gradient_checkpointing
-    of_all = {k: getattr(choice, k) for k in BITS}
-    bits: dict[str, Any] = {k: None if v is None else tuple(v[b] for b in cut.blocks) for k, v in of_all.items()}
-    return small.fix(Choice(**{**original_sizes(cut.config), **bits}))
+    bits: dict[str, Any] = {k: tuple(getattr(choice, k)[b] for b in cut.blocks) for k in BITS if getattr(choice, k)}
+    return small.fix(replace(choice, **bits))
 
 
 def _set(parent: nn.Module, path: str, weight: Tensor, bias: Tensor | None = None) -> None:

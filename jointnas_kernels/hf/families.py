@@ -9,19 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import nn
-from transformers import (
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    Phi3ForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.models.mistral.modeling_mistral import MistralRMSNorm, MistralRotaryEmbedding
-from transformers.models.phi3.modeling_phi3 import Phi3RMSNorm, Phi3RotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralRMSNorm, MistralRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3ForCausalLM, Phi3RMSNorm, Phi3RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
 from jointnas_kernels.errors import JointNASError
 
@@ -44,11 +37,7 @@ FAMILIES = {
 
 
 def family(config: Any, what: str = "model") -> Family:
-    """The family of a config, by its model type.
-
-    Raises:
-        JointNASError: none of the supported ones.
-    """
+    """The family of a config, by its model type."""
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
         raise JointNASError(f"{what} of type {kind!r} is not supported. Supported model types: {', '.join(FAMILIES)}.")

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -57,20 +58,10 @@ class Replay(NamedTuple):
 
 
 class BlockGraphs:
-    """The captured blocks of one supernet, for one batch shape; made by `Supernet.capture`.
-
-    Attributes:
-        shape: (batch, tokens) of the steps that replay.
-        modes: the captured modes.
-        bytes: device memory that the capture reserved.
-    """
+    """The captured blocks of one supernet, for one batch shape; made by `Supernet.capture`."""
 
     def __init__(
-        self,
-        net: Net,
-        batch: int,
-        tokens: int,
-        modes: Iterable[str],
+        self, net: Net, batch: int, tokens: int, modes: Iterable[str],
         make: Callable[..., Any] = torch.cuda.make_graphed_callables,
     ) -> None:
         self.shape, self.modes = (batch, tokens), tuple(modes)
@@ -93,10 +84,8 @@ class BlockGraphs:
             # cos, sin and sliding windows depend on the length only
             _, self.step = net.embed(ids, sample)
         pool = torch.cuda.graph_pool_handle() if cuda else None
-        self._replays: dict[str, list[dict[bool, Replay]]] = {}
-        for mode in self.modes:
-            self._replays[mode] = self._capture(net, mode, ids, lambda c, a: make(c, a, pool=pool))
-        self.bytes = _reserved(net.device) - before
+        self._replays = {mode: self._capture(net, mode, ids, partial(make, pool=pool)) for mode in self.modes}
+        self.bytes = _reserved(net.device) - before  # of device memory
 
     def __reduce__(self) -> Any:
         return type(None), ()  # graphs cannot be copied: a copy of a supernet has none
@@ -118,9 +107,7 @@ class BlockGraphs:
         self.live = net.arch.assemble(alphas, device=net.device, dtype=net.mask_dtype, out=self.buffer)
         return self.live
 
-    def _capture(
-        self, net: Net, mode: str, ids: Tensor, make: Callable[[tuple[Any, ...], tuple[Any, ...]], Any]
-    ) -> list[dict[bool, Replay]]:
+    def _capture(self, net: Net, mode: str, ids: Tensor, make: Callable[..., Any]) -> list[dict[bool, Replay]]:
         weights, vectors = mode != "arch", mode != "weight"
         sample = self._typical(net, vectors)
         with torch.no_grad():
@@ -132,7 +119,7 @@ class BlockGraphs:
         functions: list[Callable[..., Tensor]] = []
         block: Any
         arguments: list[tuple[Tensor, ...]] = []
-        replays: list[tuple[int, bool, Replay]] = []
+        captured: list[tuple[int, bool, tuple[Any, ...]]] = []
         with stand_ins(net.blocks) as leaves:
             for index, (block, drawn) in enumerate(zip(net.blocks, sample.blocks, strict=True)):
                 gate, weight, act = (None if t is None else _leaf(t, vectors) for t in drawn[:3])
@@ -144,12 +131,12 @@ class BlockGraphs:
                     functions.append(_function(block.skipped if skipped else block, step, one))
                     arguments.append((_leaf(x.clone(), into), *(t for t in tensors if t is not None)))
                     parameters = () if skipped else tuple(leaves[p] for p in own)
-                    replays.append((index, skipped, Replay(_unset, parameters, vectors, _kind(drawn), into)))
+                    captured.append((index, skipped, (parameters, vectors, _kind(drawn), into)))
             with torch.enable_grad():
                 calls = make(tuple(functions), tuple(arguments))
         table: list[dict[bool, Replay]] = [{} for _ in net.blocks]
-        for call, (index, skipped, replay) in zip(calls, replays, strict=True):
-            table[index][skipped] = replay._replace(call=call)
+        for call, (index, skipped, about) in zip(calls, captured, strict=True):
+            table[index][skipped] = Replay(call, *about)
         return table
 
     # ---- replay -----------------------------------------------------------------------------------------------------
@@ -286,7 +273,3 @@ def _function(block: Callable[..., Tensor], step: Step, one: BlockSample) -> Cal
         return block(x, step, one)
 
     return run
-
-
-def _unset(*_: Any) -> Any:
-    raise AssertionError("not captured yet")

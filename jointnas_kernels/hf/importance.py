@@ -9,8 +9,10 @@ block            1 - mean over tokens of cos(block input, block output)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,11 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.layout import HEADS, HIDDEN, NEURONS, VALUES, all_sizes, block_of
 
-Hook = Callable[..., None]
-
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores, larger = more important, on the host in fp32.
-
-    Attributes:
-        hidden: [N].
-        heads: [L, H].
-        value_dims: [L, Hkv, D].
-        neurons: [L, I].
-        blocks: [L].
-    """
+    """Scores, larger = more important, on the host in fp32: hidden [N], heads [L, H], value_dims [L, Hkv, D],
+    neurons [L, I], blocks [L]."""
 
     hidden: Tensor
     heads: Tensor
@@ -50,11 +43,8 @@ class Importance:
         """
         s = all_sizes(config)
         shapes = {
-            "hidden": ("hidden",),
-            "heads": ("blocks", "heads"),
-            "value_dims": ("blocks", "kv_heads", "head_dim"),
-            "neurons": ("blocks", "intermediate"),
-            "blocks": ("blocks",),
+            "hidden": ("hidden",), "heads": ("blocks", "heads"), "value_dims": ("blocks", "kv_heads", "head_dim"),
+            "neurons": ("blocks", "intermediate"), "blocks": ("blocks",),
         }
         for name, dims in shapes.items():
             scores, shape = getattr(self, name), tuple(s[d] for d in dims)
@@ -113,30 +103,27 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
     def energy(total: Tensor, x: Tensor) -> None:
         total += rows(x).square().sum(0)
 
-    def output_hook(total: Tensor) -> Hook:
-        return lambda module, args, output: energy(total, output)
+    def of_output(total: Tensor, module: nn.Module, args: Any, output: Tensor) -> None:
+        energy(total, output)
 
-    def input_hook(total: Tensor) -> Hook:
-        return lambda module, args: energy(total, args[0])
+    def of_input(total: Tensor, module: nn.Module, args: Any) -> None:
+        energy(total, args[0])
 
-    def block_hook(i: int) -> Hook:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = args[0] if args else kwargs["hidden_states"]
-            y = output[0] if isinstance(output, tuple) else output
-            cosine[i] += nn.functional.cosine_similarity(rows(x), rows(y), dim=-1).sum()
+    def of_block(i: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        y = output[0] if isinstance(output, tuple) else output
+        cosine[i] += nn.functional.cosine_similarity(rows(x), rows(y), dim=-1).sum()
 
-        return hook
-
-    hooks, training = [], model.training
-    for i, layer in enumerate(layers):
-        hooks.append(layer.register_forward_hook(block_hook(i), with_kwargs=True))
-        for norm, total in zip(norms, hidden[i], strict=True):
-            hooks.append(layer.get_submodule(norm.path).register_forward_hook(output_hook(total)))
-        for linear in layout.linears:
-            if linear.columns in inputs_of:
-                hook = input_hook(inputs_of[linear.columns][i])
-                hooks.append(layer.get_submodule(linear.module).register_forward_pre_hook(hook))
-    try:
+    with ExitStack() as stack:  # hooks end, and training goes on, behind it
+        for i, layer in enumerate(layers):
+            stack.enter_context(layer.register_forward_hook(partial(of_block, i), with_kwargs=True))
+            for norm, total in zip(norms, hidden[i], strict=True):
+                stack.enter_context(layer.get_submodule(norm.path).register_forward_hook(partial(of_output, total)))
+            for linear in layout.linears:
+                if linear.columns in inputs_of:
+                    hook = partial(of_input, inputs_of[linear.columns][i])
+                    stack.enter_context(layer.get_submodule(linear.module).register_forward_pre_hook(hook))
+        stack.callback(model.train, model.training)
         model.eval()
         for batch in batches:
             inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
@@ -146,18 +133,11 @@ def importance_scores(model: nn.Module, batches: Iterable[Tensor | Mapping[str, 
             current = None if mask is None else mask.flatten().bool()
             tokens += inputs["input_ids"].numel() if current is None else int(current.sum())
             model(**inputs, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(training)
     if tokens == 0:
         raise JointNASError("importance: the calibration set is empty.")
     per_dim = context.view(count, s["kv_heads"], -1, s["head_dim"])
     scores = {
-        "hidden": hidden.sqrt().flatten(0, 1).sum(0),
-        "heads": per_dim.sum(-1).flatten(1).sqrt(),
-        "value_dims": per_dim.sum(2).sqrt(),
-        "neurons": neurons.sqrt(),
-        "blocks": 1 - cosine / tokens,
+        "hidden": hidden.sqrt().flatten(0, 1).sum(0), "heads": per_dim.sum(-1).flatten(1).sqrt(),
+        "value_dims": per_dim.sum(2).sqrt(), "neurons": neurons.sqrt(), "blocks": 1 - cosine / tokens,
     }
     return Importance(**{k: v.float().cpu() for k, v in scores.items()})

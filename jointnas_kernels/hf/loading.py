@@ -29,10 +29,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 @torch.no_grad()
 def load(
-    folder: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    backend: str = "auto",
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> PreTrainedModel:
     """The model of an exported folder, its quantized linears on `lowbit_linear`; for inference, `generate` included.
 
@@ -127,10 +124,8 @@ class Tensors:
         self._files: dict[str, Any] = {}
 
     def __enter__(self) -> Tensors:
-        if (self.folder / INDEX).is_file():
-            names = set(_json(self.folder / INDEX).get("weight_map", {}).values())
-        else:
-            names = {SINGLE}
+        index = self.folder / INDEX
+        names = set(_json(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
         for name in sorted(names):
             if not (self.folder / name).is_file():
                 raise JointNASError(f"{str(self.folder)!r} has no {name}")

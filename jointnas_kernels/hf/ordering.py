@@ -21,17 +21,11 @@ from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, a
 
 @dataclass(frozen=True)
 class Order:
-    """What was done: new position -> original channel. A shrunk supernet knows that of its hidden channels only.
-
-    Attributes:
-        block_rank: the original blocks, most important first.
-        heads: [L, H], each in its own key-value group.
-        value_dims: [L, Hkv, D].
-        neurons: [L, I].
-    """
+    """What was done: new position -> original channel, of the hidden ones, and of all blocks' heads [L, H] (inside
+    their key-value groups), value_dims [L, Hkv, D] and neurons [L, I]. A shrunk supernet knows the hidden ones only."""
 
     hidden: tuple[int, ...]
-    block_rank: tuple[int, ...]
+    block_rank: tuple[int, ...]  # the original blocks, most important first
     heads: Tensor | None = field(default=None, compare=False)
     value_dims: Tensor | None = field(default=None, compare=False)
     neurons: Tensor | None = field(default=None, compare=False)
@@ -66,9 +60,7 @@ def identity_order(config: Any) -> Order:
     s = all_sizes(config)
     blocks = s["blocks"]
     return Order(
-        tuple(range(s["hidden"])),
-        tuple(range(blocks)),
-        torch.arange(s["heads"]).expand(blocks, -1),
+        tuple(range(s["hidden"])), tuple(range(blocks)), torch.arange(s["heads"]).expand(blocks, -1),
         torch.arange(s["head_dim"]).expand(blocks, s["kv_heads"], -1),
         torch.arange(s["intermediate"]).expand(blocks, -1),
     )
@@ -87,11 +79,9 @@ def reorder(model: nn.Module, importance: Importance) -> Order:
     groups, per_group = sizes["kv_heads"], sizes["heads"] // sizes["kv_heads"]
     first = torch.arange(groups)[:, None] * per_group
     order = Order(
-        tuple(_descending(importance.hidden).tolist()),
-        tuple(_descending(importance.blocks).tolist()),
+        tuple(_descending(importance.hidden).tolist()), tuple(_descending(importance.blocks).tolist()),
         (first + _descending(importance.heads.view(-1, groups, per_group))).flatten(1),
-        _descending(importance.value_dims),
-        _descending(importance.neurons),
+        _descending(importance.value_dims), _descending(importance.neurons),
     )
     hidden = order.channels(HIDDEN, 0)
     embedding, head = (model.get_submodule(outer.module).weight for outer in (EMBEDDING, HEAD))

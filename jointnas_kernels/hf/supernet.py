@@ -32,7 +32,6 @@ class Supernet(nn.Module):
         embedding: [V, N], frozen like every weight.
         lm_head: [V, N]; None: tied to the embedding.
         arch: the architecture parameters; they stay on the host.
-        block_rank: original block indices, most important first.
         full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
             give their gates a gradient; their output is the identity either way. "weight" mode always skips them.
         gradient_checkpointing: recompute blocks in the backward pass.
@@ -40,29 +39,17 @@ class Supernet(nn.Module):
     """
 
     def __init__(
-        self,
-        config: Any,
-        space: SearchSpace,
-        order: Order,
-        arch: ArchParameters,
-        embedding: Tensor,
-        blocks: list[SupernetBlock],
-        norm: SupernetNorm,
-        lm_head: Tensor | None,
-        rotary: nn.Module,
-        backend: str | None = None,
-        generation_config: Any = None,
+        self, config: Any, space: SearchSpace, order: Order, arch: ArchParameters, embedding: Tensor,
+        blocks: list[SupernetBlock], norm: SupernetNorm, lm_head: Tensor | None, rotary: nn.Module,
+        backend: str | None = None, generation_config: Any = None,
     ) -> None:
         super().__init__()
         self.config, self.space, self.order, self.backend = config, space, order, backend
         self.arch, self.generation_config = arch, generation_config
         self.embedding = nn.Parameter(embedding.detach(), requires_grad=False)
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = norm
+        self.blocks, self.norm, self.rotary = nn.ModuleList(blocks), norm, rotary
         self.lm_head = None if lm_head is None else nn.Parameter(lm_head.detach(), requires_grad=False)
-        self.rotary = rotary
-        self.full_depth_gradient = True
-        self.gradient_checkpointing = False
+        self.full_depth_gradient, self.gradient_checkpointing = True, False
         self.sample: ArchSample | None = None
         self.choice: Choice | None = None
         self.graphs: BlockGraphs | None = None
@@ -181,11 +168,7 @@ class Supernet(nn.Module):
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        *,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
         return_logits: bool | None = None,
     ) -> CausalLMOutput:
         """Loss (if labels are given) and logits [B, T, V].
@@ -356,9 +339,8 @@ class Supernet(nn.Module):
                     " with."
                 )
         for name, linear in self.linears():
-            clip, logits = state.get(f"{name}.clip"), state.get(f"{name}.clip_logits")
-            linear.set_clip(clip)
-            if logits is not None and linear.clip_logits is None:
+            linear.set_clip(state.get(f"{name}.clip"))
+            if f"{name}.clip_logits" in state:
                 linear.learn_clip()
         own_state = self.search_state()
         missing, extra = sorted(set(own_state) - set(state)), sorted(set(state) - set(own_state))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import Target, Weight, quantize_weight
 from jointnas_kernels.latency.interpolation import measured_by
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload, with_bits
+from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
@@ -51,11 +52,7 @@ class BackendLinear(nn.Module):
 
 
 def deploy(
-    model: nn.Module,
-    choice: Choice,
-    space: SearchSpace,
-    table: LatencyTable,
-    block_rank: Sequence[int] | None = None,
+    model: nn.Module, choice: Choice, space: SearchSpace, table: LatencyTable, block_rank: Sequence[int] | None = None
 ) -> nn.Module:
     """Replaces the linears of an extracted model's blocks by the table's fastest backend for its bits, in place.
 
@@ -79,7 +76,7 @@ def deploy(
             linear = layer.get_submodule(path)
             n, k = linear.weight.shape
             group = space.group(members[0])
-            spec = with_bits(OpSpec("linear", table.workload.rows, n, k), wbits, abits, group)
+            spec = OpSpec("linear", table.workload.rows, n, k).with_bits(wbits, abits, group)
             row = table.best(spec)
             if row is None:
                 raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
@@ -91,12 +88,7 @@ def deploy(
 
 
 def measure_model(
-    model: nn.Module,
-    workload: Workload,
-    *,
-    threads: int | None = None,
-    seconds: float = 0.5,
-    samples: int = 15,
+    model: nn.Module, workload: Workload, *, threads: int | None = None, seconds: float = 0.5, samples: int = 15,
     watch: Watch | None = None,
 ) -> Measured:
     """Milliseconds of one prefill, or one decoded token, of a transformers causal model.
@@ -127,14 +119,8 @@ def _call(model: nn.Module, workload: Workload, device: torch.device) -> Callabl
 
 
 def calibrate(
-    table: LatencyTable,
-    space: SearchSpace,
-    config: Any,
-    choices: Sequence[Choice] | int = 8,
-    *,
-    seed: int = 0,
-    seconds: float = 0.3,
-    watch: Watch | None = None,
+    table: LatencyTable, space: SearchSpace, config: Any, choices: Sequence[Choice] | int = 8, *, seed: int = 0,
+    seconds: float = 0.3, watch: Watch | None = None,
 ) -> LatencyTable:
     """A table whose predictions are fitted to whole models of these choices (or of that many feasible random ones).
 
@@ -161,14 +147,8 @@ def calibrate(
 
 
 def measure_choices(
-    table: LatencyTable,
-    space: SearchSpace,
-    config: Any,
-    choices: Sequence[Choice],
-    *,
-    seed: int = 0,
-    seconds: float = 0.3,
-    watch: Watch | None = None,
+    table: LatencyTable, space: SearchSpace, config: Any, choices: Sequence[Choice], *, seed: int = 0,
+    seconds: float = 0.3, watch: Watch | None = None,
 ) -> list[Measured]:
     """Whole models of these choices, with random weights, each in several short turns: a machine that is slow for some
     seconds is so for one turn of many models, not for all of one model.
@@ -179,10 +159,8 @@ def measure_choices(
     from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
     from jointnas_kernels.hf.families import build
 
-    device = torch.device(table.header.device.type)
+    device, dtype = torch.device(table.header.device.type), getattr(torch, table.workload.dtype)
     watch = watch or table.watch(15 * seconds)
-
-    dtype = getattr(torch, table.workload.dtype)
 
     def deployed(choice: Choice) -> nn.Module:
         with torch.random.fork_rng():
@@ -192,10 +170,8 @@ def measure_choices(
         return deploy(model, choice, space, table)
 
     def turn(model: nn.Module) -> Measured:
-        threads = table.header.device.threads
-        return measure_model(
-            model, table.workload, threads=threads, seconds=seconds / TURNS, samples=3, watch=watch
-        )  # fmt: skip
+        threads, share = table.header.device.threads, seconds / TURNS
+        return measure_model(model, table.workload, threads=threads, seconds=share, samples=3, watch=watch)
 
     found: list[Measured] = []
     sizes = [count_params(config, choice) * dtype.itemsize for choice in choices]
@@ -225,11 +201,7 @@ def _free_bytes(device: str) -> int:
 
 
 def feasible_choices(
-    table: LatencyTable,
-    space: SearchSpace,
-    count: int,
-    seed: int = 0,
-    fits: Callable[[Choice], bool] = lambda _: True,
+    table: LatencyTable, space: SearchSpace, count: int, seed: int = 0, fits: Callable[[Choice], bool] = lambda _: True
 ) -> list[Choice]:
     """Random choices this device can run; the first is the largest, if it `fits`, for the range of the fit.
 
@@ -241,13 +213,10 @@ def feasible_choices(
     found: list[Choice] = []
     for attempt in range(200 * count):
         choice = space.full() if attempt == 0 else space.sample(generator)
-        if not fits(choice):
-            continue
-        try:
-            bound.predict(choice)
-        except JointNASError:
-            continue
-        found.append(choice)
+        with suppress(JointNASError):
+            if fits(choice):
+                bound.predict(choice)
+                found.append(choice)
         if len(found) == count:
             return found
     raise JointNASError(f"only {len(found)} of {200 * count} random choices are feasible on this device")
@@ -275,9 +244,6 @@ def fit(points: Sequence[tuple[float, int, float]]) -> Calibration:
         return float(((predicted - measured).abs() / measured).mean())
 
     return Calibration(
-        fixed=fixed,
-        per_block=per_block,
-        mape_before=error(ops),
-        mape=error(fixed + per_block * blocks + ops),
+        fixed=fixed, per_block=per_block, mape_before=error(ops), mape=error(fixed + per_block * blocks + ops),
         points=[(float(o), int(b), float(m)) for o, b, m in points],
     )

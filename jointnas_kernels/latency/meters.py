@@ -34,11 +34,7 @@ Meter = Callable[[OpSpec, Sequence[Run], float, Watch | None], Measured]
 
 
 def meter(metric: Metric, target: Target, powercap: Path = POWERCAP) -> Meter:
-    """How to measure one metric on this device.
-
-    Raises:
-        JointNASError: unknown metric, or the device has no counter for it that this process may read.
-    """
+    """How to measure one metric on this device; an error where it has no counter that this process may read."""
     if metric not in UNITS:
         raise unknown("metric", metric, UNITS)
     if metric == "latency":
@@ -47,9 +43,6 @@ def meter(metric: Metric, target: Target, powercap: Path = POWERCAP) -> Meter:
         return lambda spec, runs, seconds, watch: _memory(spec, runs[0], target)
     counter = _nvml(target.device) if target.device.type == "cuda" else _rapl(powercap)
     return lambda spec, runs, seconds, watch: _energy(runs, counter, target.device)
-
-
-# ---- energy ---------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -116,9 +109,6 @@ def _nvml(device: torch.device) -> Callable[[], float]:
         return energy.value * 1e-3
 
     return read
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
 
 
 def weight_bytes(spec: OpSpec, target: Target) -> int:

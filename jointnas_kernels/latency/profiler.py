@@ -40,20 +40,9 @@ AGAIN = 0.3  # share of the profile's time, at least half of that, that goes int
 
 
 def profile(
-    space: SearchSpace,
-    config: Any,
-    out: str | Path,
-    *,
-    workload: Workload | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    backends: Sequence[str] | None = None,
-    resume: bool = True,
-    progress: bool = True,
-    seconds: float = 0.04,
-    seed: int = 0,
-    watch: Watch | None = None,
-    metric: Metric = "latency",
+    space: SearchSpace, config: Any, out: str | Path, *, workload: Workload | None = None, device: str = "cpu",
+    threads: int | None = None, backends: Sequence[str] | None = None, resume: bool = True, progress: bool = True,
+    seconds: float = 0.04, seed: int = 0, watch: Watch | None = None, metric: Metric = "latency",
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
@@ -214,14 +203,8 @@ class Weights:
 
 
 def time_operation(
-    spec: OpSpec,
-    target: Target,
-    names: Sequence[str],
-    store: Weights,
-    seconds: float,
-    watch: Watch | None = None,
-    metric: Metric = "latency",
-    fastest: float = math.inf,
+    spec: OpSpec, target: Target, names: Sequence[str], store: Weights, seconds: float, watch: Watch | None = None,
+    metric: Metric = "latency", fastest: float = math.inf,
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
     linear = spec.op in ("linear", "lm_head")
@@ -230,7 +213,6 @@ def time_operation(
     x = random_input(spec, target, store.generator) if linear else torch.empty(0)
     measure_with = meter(metric, target)
     rows: list[Row] = []
-    speeds: list[float] = []
     reasons: list[str] = []
     for name in names:
         backend = registry.get(name)
@@ -246,11 +228,10 @@ def time_operation(
         if first is None or reason is not None:
             rows.append(Row(**identity, status="rejected", reason=reason or ""))
             continue
-        best = min([fastest, *speeds])
         try:
             with torch.inference_mode():
-                once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * best)
-                if once.median <= 10 * best:  # otherwise one sample is enough, and packing all copies too expensive
+                once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * fastest)
+                if once.median <= 10 * fastest:  # otherwise one sample is enough, and packing all copies too expensive
                     copied = _copies(spec, target, weight, store.model_bytes)
                     calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
                     result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
@@ -264,7 +245,7 @@ def time_operation(
                 raise
             rows.append(Row(**identity, status="rejected", reason=excuse(backend, error)))
             continue
-        speeds.append(once.median)
+        fastest = min(fastest, once.median)
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:

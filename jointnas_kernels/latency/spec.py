@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,6 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.layout import HIDDEN, VOCAB, WIDTHS, Axis
 from jointnas_kernels.space import SearchSpace
 
-OPS = ("linear", "lm_head", "embedding", "norm", "add", "rope", "attention", "swiglu")
 DENSE = 16  # "16 bit" = not quantized, whatever the model's dtype
 
 
@@ -44,6 +43,10 @@ class OpSpec(NamedTuple):
     wbits: int = DENSE
     abits: int = DENSE
     group: int = 0
+
+    def with_bits(self, wbits: int, abits: int, group: int) -> OpSpec:
+        """The same at these bits. Without low-bit weights there is no group in the key: it is a property of theirs."""
+        return self._replace(wbits=wbits, abits=abits, group=group if wbits < DENSE else 0)
 
     def __str__(self) -> str:
         bits = "" if (self.wbits, self.abits) == (DENSE, DENSE) else f" W{self.wbits}A{self.abits} g{self.group}"
@@ -132,10 +135,14 @@ class Part:
         used = {factor.dim for axis in (*self.n, self.k or (), self.heads) for factor in axis}
         return tuple(d for d in WIDTHS if d in used)
 
+    def specs(self, space: SearchSpace) -> Iterator[OpSpec]:
+        """At all sizes of the space, without bits."""
+        return itertools.starmap(self.spec, itertools.product(*(space.sizes(d) for d in self.dims)))
+
     def spec(self, *widths: int) -> OpSpec:
         """At these sizes of `dims`."""
         searched = dict(zip(self.dims, widths, strict=True))
-        sizes = layout.with_fixed(searched, self.model.kv_heads, self.model.vocab)
+        sizes = {**searched, "kv_heads": self.model.kv_heads, "vocab": self.model.vocab}
         n, k = sum(layout.size(axis, sizes) for axis in self.n), 0 if self.k is None else layout.size(self.k, sizes)
         return OpSpec(self.op, self.m * layout.size(self.heads, sizes), n, k)
 
@@ -164,17 +171,6 @@ def bit_choices(space: SearchSpace) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(space.weight_bits or (DENSE,)), tuple(space.act_bits or (DENSE,))
 
 
-def with_bits(spec: OpSpec, wbits: int, abits: int, group: int) -> OpSpec:
-    """`spec` at these bits. Dense weights with quantized activations keep the group out of the key: it is a
-    property of the weights."""
-    return spec._replace(wbits=wbits, abits=abits, group=group if wbits < DENSE else 0)
-
-
-def combinations(space: SearchSpace, dims: Sequence[str]) -> Iterator[tuple[int, ...]]:
-    """All sizes of these widths."""
-    return itertools.product(*(getattr(space, d) for d in dims))
-
-
 def enumerate_ops(space: SearchSpace, config: Any, workload: Workload) -> list[OpSpec]:
     """Every distinct operation of the space, 16-bit twins of the quantized linears included, sorted by key.
 
@@ -191,7 +187,6 @@ def enumerate_ops(space: SearchSpace, config: Any, workload: Workload) -> list[O
     pairs = {(DENSE, DENSE), *itertools.product(wbits, abits)}
     found: set[OpSpec] = set()
     for part in parts(workload, ModelDims.of(config), space):
-        for values in combinations(space, part.dims):
-            spec = part.spec(*values)
-            found.update(with_bits(spec, w, a, part.group) for w, a in pairs) if part.group else found.add(spec)
+        for spec in part.specs(space):
+            found.update(spec.with_bits(w, a, part.group) for w, a in pairs) if part.group else found.add(spec)
     return sorted(found)

@@ -33,18 +33,7 @@ from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Device, Header, Row, read, save
-from jointnas_kernels.latency.spec import (
-    DENSE,
-    ModelDims,
-    OpSpec,
-    Part,
-    Workload,
-    bit_choices,
-    combinations,
-    enumerate_ops,
-    parts,
-    with_bits,
-)
+from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Part, Workload, bit_choices, enumerate_ops, parts
 from jointnas_kernels.latency.timing import describe, pinned_threads
 from jointnas_kernels.latency.watch import Watch, warn_once
 from jointnas_kernels.layout import WIDTHS
@@ -295,9 +284,9 @@ class Bound:
         if part.group:
             shape += [len(self.wbits), len(self.abits)]
         pairs = list(itertools.product(self.wbits, self.abits)) if part.group else [(DENSE, DENSE)]
-        for sizes in combinations(self.space, part.dims):
+        for size in part.specs(self.space):
             for w, a in pairs:
-                spec = with_bits(part.spec(*sizes), w, a, part.group)
+                spec = size.with_bits(w, a, part.group)
                 row = self.table._best.get(spec)
                 if row is None or (row.status != "ok" and not part.group):
                     absent.append(spec)
@@ -342,16 +331,12 @@ class Bound:
     # ---- one choice -------------------------------------------------------------------------------------------------
 
     def predict(self, choice: Choice) -> float:
-        """Latency of the choice.
-
-        Raises:
-            JointNASError: it is outside the space, or needs an operation this device cannot run.
-        """
+        """Latency of the choice; an error where it needs an operation this device cannot run."""
         self.space.check(choice)
         total, linear = self.structure(choice)
         for b in kept_blocks(self.rank, choice.blocks):
-            w = choice.weight_bits[b] if choice.weight_bits else DENSE
-            a = choice.act_bits[b] if choice.act_bits else DENSE
+            weight_bits, a = choice.bits(b)
+            w = weight_bits or DENSE
             value = float(linear[self.wbits.index(w), self.abits.index(a)])
             if value != value:
                 raise JointNASError(f"W{w}A{a} linears of {choice.hidden} channels are infeasible on this device")

@@ -141,12 +141,8 @@ def copies(weight_bytes: int, model_bytes: int, device: torch.device, limit: int
 
 @torch.inference_mode()
 def measure(
-    runs: Sequence[Run],
-    device: torch.device,
-    seconds: float = 0.04,
-    samples: int = 15,
-    hopeless_ms: float = float("inf"),
-    watch: Watch | None = None,
+    runs: Sequence[Run], device: torch.device, seconds: float = 0.04, samples: int = 15,
+    hopeless_ms: float = float("inf"), watch: Watch | None = None,
 ) -> Measured:
     """Milliseconds per call.
 

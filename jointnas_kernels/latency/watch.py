@@ -27,6 +27,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -86,15 +87,11 @@ def waited_seconds() -> float:
     """Seconds that this process's threads waited for a CPU so far, and that the hypervisor took; 0 where unknown."""
     total = 0.0
     for path in Path("/proc/self/task").glob("*/schedstat"):
-        try:
+        with suppress(OSError, IndexError, ValueError):  # the thread has just ended
             total += int(path.read_text().split()[1]) * 1e-9
-        except (OSError, IndexError, ValueError):  # the thread has just ended
-            continue
-    try:
+    with suppress(OSError, IndexError, ValueError):
         stolen = Path("/proc/stat").read_text().split("\n", 1)[0].split()[8]
         total += int(stolen) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError):
-        pass
     return total
 
 

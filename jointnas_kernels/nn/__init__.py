@@ -7,13 +7,6 @@ from jointnas_kernels.nn.loss import linear_cross_entropy
 from jointnas_kernels.nn.packed import PackedLinear
 
 __all__ = [
-    "ArchParameters",
-    "ArchSample",
-    "BlockSample",
-    "FakeQuantLinear",
-    "Masks",
-    "PackedLinear",
-    "SupernetBlock",
-    "SupernetLinear",
-    "linear_cross_entropy",
+    "ArchParameters", "ArchSample", "BlockSample", "FakeQuantLinear", "Masks", "PackedLinear", "SupernetBlock",
+    "SupernetLinear", "linear_cross_entropy",
 ]

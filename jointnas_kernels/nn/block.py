@@ -137,8 +137,7 @@ class SupernetAttention(nn.Module):
         q, k = masked_rope(q, k, step.cos, step.sin, *rope_masks, backend=self.act.backend)
         look = step.sliding_mask if self.sliding else step.attention_mask
         y = nn.functional.scaled_dot_product_attention(
-            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0,
-            enable_gqa=self.gqa,
+            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa,
         )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
         y = self.act(y.transpose(1, 2).flatten(2), step, sample, step.masks.value)
         return apply_shared(y, (self.o_proj,), step, sample)[0]
@@ -207,8 +206,6 @@ def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sam
     if first.bits is None and len(linears) > 1:
         pairs = [linear.lora(step.mode) for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        return list(
-            mixed_linear_group(x, [m.weight for m in linears], [a for a, _ in pairs], [b for _, b in pairs],
-                               first.scaling, biases)
-        )
+        weights, a, b = [linear.weight for linear in linears], [a for a, _ in pairs], [b for _, b in pairs]
+        return list(mixed_linear_group(x, weights, a, b, first.scaling, biases))
     return [linear(x, step.mode, sample.weight_probs, sample.weight_index) for linear in linears]

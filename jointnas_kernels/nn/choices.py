@@ -41,17 +41,9 @@ FLOOR = 1e-3  # of the Dirichlet concentration: elu + 1 reaches 0 in fp32 below 
 
 
 class Masks(NamedTuple):
-    """Device vectors shared by all layers of one step.
-
-    Attributes:
-        alpha: [K] of the hidden size, for the norms.
-        hidden: [N].
-        q: [H, D].
-        k: [Hkv, D].
-        value: [H * D].
-        intermediate: [I].
-        q_norm, k_norm: [K] of the head dim, for norms on queries and keys.
-    """
+    """Device vectors shared by all layers of one step: hidden [N], q [H, D], k [Hkv, D], value [H * D],
+    intermediate [I]; alpha [K] of the hidden size, for the norms; q_norm, k_norm [K] of the head dim, for those on
+    queries and keys."""
 
     alpha: Tensor
     hidden: Tensor
@@ -68,8 +60,7 @@ class BlockSample(NamedTuple):
 
     Attributes:
         gate: scalar; None: the block runs as it is.
-        weight_probs: [P] of its weight precisions.
-        act_probs: [Q] of its activation precisions.
+        weight_probs, act_probs: [P] and [Q] of its precisions.
         weight_index, act_index: the one precision to compute, known on the host.
     """
 
@@ -138,19 +129,13 @@ class _ToDevice(torch.autograd.Function):
 
     @staticmethod
     def pack(tensors: list[Tensor], pin: bool = False) -> Tensor:
-        padded = [-(-t.numel() // _ToDevice.ALIGN) * _ToDevice.ALIGN for t in tensors]
-        flat = torch.zeros(sum(padded), dtype=tensors[0].dtype, device=tensors[0].device, pin_memory=pin)
-        for t, part in zip(tensors, flat.split(padded), strict=True):
-            part[: t.numel()].copy_(t.reshape(-1))
-        return flat
+        flat = torch.cat([nn.functional.pad(t.reshape(-1), (0, -t.numel() % _ToDevice.ALIGN)) for t in tensors])
+        return flat.pin_memory() if pin else flat
 
     @staticmethod
     def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-        parts, start = [], 0
-        for shape in shapes:
-            parts.append(flat[start : start + shape.numel()].view(shape))
-            start += -(-shape.numel() // _ToDevice.ALIGN) * _ToDevice.ALIGN
-        return tuple(parts)
+        parts = flat.split([shape.numel() + -shape.numel() % _ToDevice.ALIGN for shape in shapes])
+        return tuple(part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 class ArchParameters(nn.Module):
@@ -171,15 +156,8 @@ class ArchParameters(nn.Module):
     """
 
     def __init__(
-        self,
-        space: SearchSpace,
-        config: Any,
-        block_rank: Sequence[int] | None = None,
-        *,
-        relaxation: str = "dirichlet",
-        bit_relaxation: str = "softmax",
-        tau: float = 1.0,
-        alpha_init: float = 0.0,
+        self, space: SearchSpace, config: Any, block_rank: Sequence[int] | None = None, *,
+        relaxation: str = "dirichlet", bit_relaxation: str = "softmax", tau: float = 1.0, alpha_init: float = 0.0,
     ) -> None:
         super().__init__()
         if relaxation not in RELAXATIONS:
@@ -207,13 +185,10 @@ class ArchParameters(nn.Module):
                     logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
             self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
             self._member = {
-                "hidden": members(*HIDDEN),
-                "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
-                "pairs": members(*PAIRS),
-                "prefix": members(*VALUES),
+                "hidden": members(*HIDDEN), "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
+                "pairs": members(*PAIRS), "prefix": members(*VALUES),
                 "scale": torch.tensor([1 / math.sqrt(d) for d in space.head_dim], dtype=torch.float64),
-                "intermediate": members(*NEURONS),
-                "blocks": keep_matrix(space, self.block_rank).float(),
+                "intermediate": members(*NEURONS), "blocks": keep_matrix(space, self.block_rank).float(),
             }
         self._kv, self._qk_norm = full["kv_heads"], traits(config).qk_norm
 
@@ -237,20 +212,14 @@ class ArchParameters(nn.Module):
 
     def argmax(self) -> Choice:
         """The most probable size of every dimension."""
-        best: dict[str, Any] = {k: p.argmax(-1).tolist() for k, p in self.probs().items()}
-        widths = {k: self.space.sizes(k)[best[k]] for k in STRUCTURE}
-        bits = {k: tuple(self.space.sizes(k)[i] for i in best[k]) for k in best if k.endswith("_bits")}
-        return Choice(**widths, **bits)  # type: ignore[arg-type]
+        sizes = {k: torch.tensor(self.space.sizes(k)) for k in self.logits}
+        return Choice.from_dict({k: sizes[k][p.argmax(-1)].tolist() for k, p in self.probs().items()})
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
         """Certain probabilities of a choice, keyed like `probs`."""
         self.space.check(choice)
-        result = {k: torch.tensor([float(s == getattr(choice, k)) for s in self.space.sizes(k)]) for k in STRUCTURE}
-        for key in BITS:
-            if self.space.sizes(key):
-                rows = [[float(s == b) for s in self.space.sizes(key)] for b in getattr(choice, key)]
-                result[key] = torch.tensor(rows)
-        return result
+        sizes = {k: torch.tensor(self.space.sizes(k)) for k in self.logits}
+        return {k: (torch.tensor(getattr(choice, k))[..., None] == s).float() for k, s in sizes.items()}
 
     # ---- sampling ---------------------------------------------------------------------------------------------------
 
@@ -280,17 +249,6 @@ class ArchParameters(nn.Module):
             result[key] = value
         return result
 
-    def sample(
-        self,
-        generator: torch.Generator | None = None,
-        relaxation: str | None = None,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> ArchSample:
-        """`assemble(draw(...))`."""
-        return self.assemble(self.draw(generator, relaxation), device=device, dtype=dtype)
-
     def _vectors(self, alphas: Mapping[str, Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Masks, gates and bit probabilities of given values, on the host."""
         a = {k: v.to(dtype) for k, v in alphas.items()}
@@ -315,11 +273,7 @@ class ArchParameters(nn.Module):
         return _ToDevice.pack(self._vectors(self.probs(), dtype)).to(device)
 
     def assemble(
-        self,
-        alphas: Mapping[str, Tensor],
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        self, alphas: Mapping[str, Tensor], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         out: Tensor | None = None,
     ) -> ArchSample:
         """Masks, gates and bit probabilities of given host values, on the device; differentiable in them.
@@ -328,25 +282,17 @@ class ArchParameters(nn.Module):
         """
         host = self._vectors(alphas, dtype)
         device, at = torch.device(device), 8 if self._qk_norm else 6  # masks, then gates, then bits
-        gates = host[at]
-        moved = host
-        if device.type != "cpu" or out is not None:
-            moved = list(_ToDevice.apply(device, out, *host))  # type: ignore[no-untyped-call]
-        masks = Masks(*moved[:at])
-        blocks = len(self.block_rank)
-        bits = dict(zip((k for k in BITS if k in alphas), moved[at + 1 :], strict=True))
-        values = tuple(gates.detach().tolist())
-        on_device: dict[str, tuple[Any, ...]] = {"gate": moved[at].unbind()}
-        for key in BITS:
-            name, present = key.removesuffix("_bits"), key in alphas
-            on_device[f"{name}_probs"] = bits[key].unbind() if present else (None,) * blocks
-            on_device[f"{name}_index"] = self._certain(alphas[key]) if present else (None,) * blocks
-        # a certain gate of 1 is no gate at all
-        if not gates.requires_grad:
-            on_device["gate"] = tuple(None if v == 1 else g for v, g in zip(values, on_device["gate"], strict=True))
-        names = BlockSample._fields
-        rows = zip(*(on_device[n] for n in names), strict=True)
-        return ArchSample(dict(alphas), values, masks, tuple(BlockSample(*row) for row in rows))
+        same = device.type == "cpu" and out is None
+        moved = host if same else _ToDevice.apply(device, out, *host)  # type: ignore[no-untyped-call]
+        values: tuple[float, ...] = tuple(host[at].detach().tolist())
+        gates: Sequence[Tensor | None] = moved[at].unbind()
+        if not host[at].requires_grad:  # a certain gate of 1 is no gate at all
+            gates = [None if v == 1 else gate for v, gate in zip(values, gates, strict=True)]
+        searched, none = [k for k in BITS if k in alphas], (None,) * len(gates)
+        probs = {k: bits.unbind() for k, bits in zip(searched, moved[at + 1 :], strict=True)}
+        index = {k: self._certain(alphas[k]) for k in searched}
+        rows = zip(gates, *(probs.get(k, none) for k in BITS), *(index.get(k, none) for k in BITS), strict=True)
+        return ArchSample(dict(alphas), values, Masks(*moved[:at]), tuple(BlockSample(*row) for row in rows))
 
     @staticmethod
     def _certain(probs: Tensor) -> tuple[int | None, ...]:

@@ -47,19 +47,9 @@ class SupernetLinear(nn.Module):
     clip_logits: nn.Parameter | None  # trained instead of `clip` after `learn_clip`
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None = None,
-        *,
-        rank: int = 32,
-        alpha: float = 16,
-        bits: Sequence[int] | None = None,
-        group_size: int = 128,
-        ste: str = "identity",
-        lora_dtype: torch.dtype | None = None,
-        rslora: bool = False,
-        init: str = "kaiming",
-        backend: str | None = None,
+        self, weight: Tensor, bias: Tensor | None = None, *, rank: int = 32, alpha: float = 16,
+        bits: Sequence[int] | None = None, group_size: int = 128, ste: str = "identity",
+        lora_dtype: torch.dtype | None = None, rslora: bool = False, init: str = "kaiming", backend: str | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -105,8 +95,7 @@ class SupernetLinear(nn.Module):
             shape = (len(bits), self.out_features, self.in_features // self.group_size)
             if not bits or tuple(ratio.shape) != shape:
                 raise JointNASError(f"clip ratios have shape {tuple(ratio.shape)}; this layer needs {shape}.")
-            dtype = self.lora_a.dtype
-            ratio = ratio.detach().to(self.weight.device, dtype)
+            ratio = ratio.detach().to(self.weight.device, self.lora_a.dtype)
         self.clip, self.clip_logits = ratio, None
 
     def learn_clip(self) -> None:

@@ -21,7 +21,7 @@ from jointnas_kernels.latency import (
     unregister,
 )
 from jointnas_kernels.latency import backends as registry
-from jointnas_kernels.latency.backends import Weight
+from jointnas_kernels.latency.backends.base import Weight
 from jointnas_kernels.latency.measure import fit
 from jointnas_kernels.latency.schema import read
 from jointnas_kernels.ops import LowbitWeight

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from jointnas_kernels.latency import OpSpec, Target
-from jointnas_kernels.latency.backends import Weight
+from jointnas_kernels.latency.backends.base import Weight
 from jointnas_kernels.ops import LowbitWeight
 
 

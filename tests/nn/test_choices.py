@@ -90,7 +90,7 @@ def test_argmax_is_the_likeliest_choice() -> None:
 def test_depth_is_one_hard_draw() -> None:
     parameters, g = arch(), torch.Generator().manual_seed(2)
     for _ in range(20):
-        sample = parameters.sample(g)
+        sample = parameters.assemble(parameters.draw(g))
         depth = sample.alphas["blocks"]
         assert sorted(depth.tolist()) == [0, 0, 1]
         assert sum(sample.gates) == SPACE.blocks[int(depth.argmax())]

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.latency.backends.base import (
-    Backend,
-    Target,
-    ThirdParty,
-    Weight,
-    failure,
-    random_input,
-    random_weight,
-)
+from jointnas_kernels.latency.backends.base import Backend, Target, ThirdParty, failure, random_input, random_weight
 from jointnas_kernels.latency.backends.gemlite import Gemlite
 from jointnas_kernels.latency.backends.humming import Humming
 from jointnas_kernels.latency.backends.marlin import Marlin
@@ -56,11 +48,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Backend:
-    """The backend of a name.
-
-    Raises:
-        JointNASError: there is none.
-    """
+    """The backend of a name."""
     if name not in _REGISTRY:
         raise unknown("latency backend", name, _REGISTRY)
     return _REGISTRY[name]
@@ -89,6 +77,6 @@ def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, 
 
 
 __all__ = [
-    "Backend", "Gemlite", "Humming", "Marlin", "Target", "ThirdParty", "Weight", "get", "names", "register",
+    "Backend", "Gemlite", "Humming", "Marlin", "Target", "ThirdParty", "get", "names", "register",
     "survey", "unregister",
 ]  # fmt: skip

@@ -53,23 +53,19 @@ class Backend(Protocol):
 
     def version(self) -> str:
         """Of the library; a table notes it with every row."""
-        ...
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
         """Why it cannot run this; None if it can."""
-        ...
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         """Packs the weight into storage of its own; the returned function maps the input [M, K] to [M, N] (linear,
         lm_head), or is one of the other parts on inputs of its own."""
-        ...
 
 
 class Torch:
     """Backends of torch's own operations."""
 
     def version(self) -> str:
-        """Of torch."""
         return torch.__version__
 
 
@@ -145,11 +141,8 @@ def stored(weight: Weight | None) -> tuple[Tensor, Tensor]:
 def quantize_weight(weight: Tensor, bits: int, group: int) -> LowbitWeight:
     """The levels of [N, K] by the project's symmetric quantizer (ops/quant/spec.py), in the storage layout.
 
-    Widths that are not packed (3, 5, 6, 7) or do not fill whole words are stored in the next one that is and does.
-
-    Raises:
-        JointNASError: K is no multiple of 4, so that no width fills whole words.
-    """
+    Widths that are not packed (3, 5, 6, 7) or do not fill whole words are stored in the next one that is and does; an
+    error where none does, because K is no multiple of 4."""
     q, scale, _ = quantize_groups(weight, bits, group).integers()
     wide = next((b for b in PACKED_WEIGHT_BITS if b >= bits and weight.shape[1] * b % 32 == 0), 8)
     return LowbitWeight.pack(q.flatten(-2), scale.squeeze(-1).to(weight.dtype), wide, group, layout="storage")

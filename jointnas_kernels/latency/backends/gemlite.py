@@ -15,13 +15,10 @@ from jointnas_kernels.ops.lowbit.pack import to_fields
 
 
 class Gemlite(ThirdParty):
-    """gemlite's layer for activations of 16 bits."""
-
     name = package = distribution = "gemlite"
     multiples = (32, 32)  # it checks k alone, but loads the scales of whole tiles of outputs
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """Levels without sign, scales and zero points."""
         from gemlite.helper import A16Wn
 
         packed, scale = stored(weight)

@@ -14,11 +14,7 @@ from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 
 class Humming(ThirdParty):
-    """humming's layer.
-
-    Args:
-        symmetric: A8 too, for callers (the benchmark) that hold it to the symmetric reference.
-    """
+    """humming's layer; `symmetric`: A8 too, for callers (the benchmark) that hold it to the symmetric reference."""
 
     name, package, distribution = "humming", "humming", "humming-kernels"
     multiples = (64, 32)
@@ -28,16 +24,13 @@ class Humming(ThirdParty):
         self.abits = (8, DENSE) if symmetric else (DENSE,)
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """Packed words as they are."""
         from humming.layer import HummingLayer
 
         packed, scale = stored(weight)
         layer: Any = HummingLayer(
-            shape_n=spec.n,
-            shape_k=spec.k,
+            shape_n=spec.n, shape_k=spec.k,
             weight_config={"dtype": f"int{spec.wbits}", "group_size": spec.group if spec.group < spec.k else 0},
-            input_config={"dtype": "int8"} if spec.abits == 8 else None,
-            torch_dtype=target.dtype,
+            input_config={"dtype": "int8"} if spec.abits == 8 else None, torch_dtype=target.dtype,
         ).to(target.device)
         layer.load_from_tensors({"weight": packed, "weight_scale": scale})
         layer.transform()

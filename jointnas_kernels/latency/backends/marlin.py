@@ -33,7 +33,6 @@ class Marlin(ThirdParty):
         self.name, self.package, self.distribution = f"marlin-{package}", package, package
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """GPTQ's layout, repacked by the library."""
         packed, scale = stored(weight)
         repacking, library, types = (import_module(name) for name in MODULES[self.package])
         none = torch.empty(0, dtype=torch.int32, device=target.device)  # no order of the inputs, no zero points

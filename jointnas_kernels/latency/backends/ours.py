@@ -23,7 +23,6 @@ class Ours(LowBit):
         self.layout = "storage" if implementation == "triton" else implementation
 
     def version(self) -> str:
-        """Of this package."""
         return jointnas_kernels.__version__
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:

@@ -19,16 +19,12 @@ from jointnas_kernels.latency.spec import DENSE, OpSpec
 
 
 class TorchDense(Torch):
-    """Everything in the model's dtype."""
-
     name = "torch"
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        """Low-bit linears."""
         return None if (spec.wbits, spec.abits) == (DENSE, DENSE) else "dense only: W16A16"
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """`F.linear`, or one of the other parts."""
         if isinstance(weight, Tensor):
             return lambda x: F.linear(x, weight)
         part = _part(spec, target)

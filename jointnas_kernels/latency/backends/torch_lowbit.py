@@ -24,7 +24,6 @@ class TorchInt8(Torch, LowBit):
     wbits, abits = (8,), (8, DENSE)
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        """Also what the calls cannot take on CUDA."""
         why = super().unsupported(spec, target)
         if why or target.device.type == "cpu":
             return why
@@ -35,7 +34,6 @@ class TorchInt8(Torch, LowBit):
         return None
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """Levels and scales of every group."""
         packed, scale = stored(weight)
         levels = unpack_weight(packed, 8, (spec.n, spec.k)).split(spec.group, 1)
         if spec.abits == DENSE:
@@ -73,7 +71,6 @@ class TorchInt4(Torch, LowBit):
     wbits, groups, whole_rows = (4,), (32, 64, 128, 256), False
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        """Also sizes that int4pack does not take."""
         why, on_cuda = super().unsupported(spec, target), target.device.type == "cuda"
         if why is None and on_cuda and target.dtype != torch.bfloat16:
             return f"bfloat16 only on CUDA, got {target.workload.dtype}"
@@ -82,7 +79,6 @@ class TorchInt4(Torch, LowBit):
         return why
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """torch's own tiles."""
         packed, scale = stored(weight)
         unsigned = to_fields(packed, 4)  # torch dequantizes (u - 8) * scale + zero
         pairs = torch.stack((scale.t(), torch.zeros_like(scale.t())), -1)  # [K/g, N, 2]
@@ -107,10 +103,8 @@ class TorchFp8(Torch, LowBit):
     wbits, abits = (8,), (8,)
 
     def unsupported(self, spec: OpSpec, target: Target) -> str | None:
-        """Everything: it computes something else."""
         reason = "another function than integer W8A8: e4m3 holds 80 of the 256 levels of 8 bits"
         return super().unsupported(spec, target) or reason
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
-        """Not possible."""
         raise NotImplementedError(self.unsupported(spec, target))
