@@ -22,14 +22,57 @@ from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
 from jointnas.data import Batches
 from jointnas.metrics import Metrics
-from jointnas.trainable import TrainableQuantLinear
 from jointnas_kernels.hf import Supernet, extract, shrink
 from jointnas_kernels.layout import block_of
-from jointnas_kernels.nn.linear import joined
+from jointnas_kernels.nn.linear import FakeQuantLinear, joined
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import Choice
 
 Teacher = Callable[[Tensor], Tensor]
+
+
+class TrainableQuantLinear(nn.Linear):
+    """y = Q_a(x) Q_w(W)^T with straight-through gradients; `baked` is what it becomes after training."""
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, weight_bits: int | None, act_bits: int | None, group_size: int,
+        clip: Tensor | None, act_symmetric: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight = nn.Parameter(weight)
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
+        self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits or 16, group_size
+        self.act_symmetric = act_symmetric
+        self.register_buffer("clip", clip)
+        self.register_buffer("one", torch.ones(1, device=weight.device), persistent=False)
+
+    def quantized(self) -> Tensor:
+        """The weight [O, I] that is used, differentiable in the one that is trained."""
+        if self.weight_bits is None:
+            return self.weight
+        clip = self.get_buffer("clip") if self.clip is not None else None
+        return fake_quant_weight(self.weight, self.weight_bits, self.group_size, clip=clip)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        if self.act_bits < 16:
+            one = self.get_buffer("one")
+            input = act_quant_mix(input, (self.act_bits,), one, symmetric=self.act_symmetric)
+        return F.linear(input, self.quantized(), self.bias)
+
+    @torch.no_grad()
+    def baked(self) -> FakeQuantLinear:
+        """A plain linear on the quantized weight, which quantizes its input if that is searched."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        weight, of = self.weight.detach().clone(), None
+        if self.weight_bits is not None:
+            clip = self.get_buffer("clip") if self.clip is not None else None
+            weight, of = grid.quantize(weight, self.weight_bits, self.group_size, clip=clip)
+        return FakeQuantLinear(weight, bias, of, self.act_bits, self.act_symmetric)
 
 
 @torch.no_grad()
@@ -67,19 +110,9 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def distil(
-    student: PreTrainedModel,
-    teacher: Teacher,
-    tokens: Tensor,
-    config: FinetuneConfig,
-    *,
-    batch_size: int,
-    seq_len: int,
-    seed: int = 0,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
-    tensorboard: bool = True,
-    name: str = "finetune",
+    student: PreTrainedModel, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int, seq_len:
+    int, seed: int = 0, folder: Path | None = None, resume: bool = False, progress: bool = True, tensorboard: bool =
+    True, name: str = "finetune",
 ) -> PreTrainedModel:
     """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
 

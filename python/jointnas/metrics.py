@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ class Metrics:
         self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for key, value in _scalars(values):
-                self._board.add_scalar(f"{self._phase}/{key}", value, step)
+            for key, value in flat(values):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -46,14 +48,13 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of keys, value) of everything in nested dictionaries."""
     for key, value in values.items():
         if isinstance(value, dict):
-            found.extend(_scalars(value, f"{prefix}{key}/"))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((prefix + key, float(value)))
-    return found
+            yield from flat(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ from torch import Tensor
 from jointnas.config import RunConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.table import Bound, joint
-from jointnas_kernels.layout import original_sizes
 from jointnas_kernels.space import (
     WIDTHS,
     Choice,
@@ -48,11 +47,7 @@ class Limits:
 
     @staticmethod
     def of(config: RunConfig, model_config: Any) -> Limits:
-        """Those of a configuration.
-
-        Raises:
-            JointNASError: they leave nothing.
-        """
+        """Those of a configuration."""
         full, budget = original_params(model_config), config.search
         low = 0.0 if budget.budget_min is None else absolute(budget.budget_min, full)
         high = math.inf if budget.budget_max is None else absolute(budget.budget_max, full)
@@ -66,15 +61,9 @@ def absolute(budget: float, original: float) -> float:
     return budget * original if budget < 2 else budget
 
 
-def original_choice(model_config: Any) -> Choice:
-    """The unquantized original as a choice without bits."""
-    sizes: dict[str, Any] = dict(original_sizes(model_config))
-    return Choice(**sizes)
-
-
 def original_params(model_config: Any) -> int:
     """Parameters of the original model."""
-    return count_params(model_config, original_choice(model_config))
+    return count_params(model_config, SearchSpace.single(model_config).full())
 
 
 class Objective:
@@ -182,11 +171,7 @@ class Feasibility:
         """The most probable choice that satisfies every limit.
 
         Structures (widths and depth) are tried from the most probable on, until none that is left can win. Each takes
-        the most probable bits that fit into its latency (`knapsack`).
-
-        Raises:
-            JointNASError: there is none.
-        """
+        the most probable bits that fit into its latency (`knapsack`)."""
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
         total = p["hidden"]
         for key in (*WIDTHS[1:], "blocks"):

@@ -68,8 +68,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[
         if p.get("y_error"):
             axis.errorbar([x], [y], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
         axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=7)
-    axis.set_xlabel(titles[0])
-    axis.set_ylabel(titles[1])
+    axis.set(xlabel=titles[0], ylabel=titles[1])
     axis.legend(fontsize=7, frameon=False)
     axis.margins(0.12)
     return _save(figure, path)
@@ -144,12 +143,10 @@ def calibration(fit: Calibration, path: Path) -> Path:
     predicted = [fit.fixed + fit.per_block * b + o for o, b, _ in fit.points]
     top = max(*measured, *predicted) * 1.1
     axis.plot([0, top], [0, top], color=GREY, lw=1)
-    axis.scatter(
-        measured, [o for o, _, _ in fit.points], facecolors="none", edgecolors=GREY, s=26, label="operations only"
-    )
+    operations = [o for o, _, _ in fit.points]
+    axis.scatter(measured, operations, facecolors="none", edgecolors=GREY, s=26, label="operations only")
     axis.scatter(measured, predicted, color=BLUE, s=26, label=f"with overhead (error {fit.mape:.1%})")
-    axis.set_xlabel("measured (ms)")
-    axis.set_ylabel("predicted (ms)")
+    axis.set(xlabel="measured (ms)", ylabel="predicted (ms)")
     axis.legend(fontsize=8, frameon=False)
     return _save(figure, path)
 
@@ -186,9 +183,8 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
     axis.set_yticks(range(len(lines)), [f"{n}×{k}" for _, n, k in lines], fontsize=7)
     axis.set_ylabel("linear, out × in features", fontsize=8)
     work = table.workload
-    axis.set_title(
-        f"16-bit time / time, {work.mode} {work.batch}×{work.seq} {work.dtype}\n{table.header.device}", fontsize=8
-    )
+    title = f"16-bit time / time, {work.mode} {work.batch}×{work.seq} {work.dtype}"
+    axis.set_title(f"{title}\n{table.header.device}", fontsize=8)
     ticks = [t for t in (-3, -2, -1, 0, 1, 2, 3) if abs(t) <= limit]
     bar = figure.colorbar(image, ax=axis, fraction=0.05, ticks=ticks)
     bar.ax.set_yticklabels([f"{2.0**t:g}×" for t in ticks], fontsize=7)

@@ -74,10 +74,11 @@ class Blocks:
             found.append(args[0])
             raise _Stop
 
-        hooks = [m.register_forward_pre_hook(note(b), with_kwargs=True) for b, m in enumerate(self.layers)]
-        with _removed(hooks):
+        with contextlib.ExitStack() as hooks:
+            for b, layer in enumerate(self.layers):
+                hooks.enter_context(layer.register_forward_pre_hook(note(b), with_kwargs=True))
             self._forward(ids[:1].to(self.device))
-        with _removed([self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)]):
+        with self.layers[0].register_forward_pre_hook(keep, with_kwargs=True):
             for part in ids.split(self.batch):
                 with contextlib.suppress(_Stop):
                     self._forward(part.to(self.device))
@@ -119,18 +120,14 @@ class Blocks:
             raise _Stop
 
         module: Any = self.layers[b].get_submodule(path)
-        hooks = [module.register_forward_pre_hook(lambda _, args: stop(args[0]))]
-        supernet = isinstance(module, SupernetLinear)
-        if supernet:  # as in the original model, it is not called, but asked for `original`
-            module.original = stop
-        try:
-            with _removed(hooks):
-                for part in x.split(self.batch):
-                    with contextlib.suppress(_Stop):
-                        self.run(b, part, parameters)
-        finally:
-            if supernet:
-                del module.original
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args: stop(args[0])))
+            if isinstance(module, SupernetLinear):  # as in the original model: asked for `original`, not called
+                hooks.callback(delattr, module, "original")
+                module.original = stop
+            for part in x.split(self.batch):
+                with contextlib.suppress(_Stop):
+                    self.run(b, part, parameters)
 
     @contextlib.contextmanager
     def quantized_inputs(self, b: int, bits: int, symmetric: bool) -> Iterator[None]:
@@ -139,8 +136,9 @@ class Blocks:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (quantize_tokens(args[0], bits, symmetric), *args[1:])
 
-        modules = [self.layers[b].get_submodule(path) for path in self.modules] if bits < 16 else []
-        with _removed([m.register_forward_pre_hook(hook) for m in modules]):
+        with contextlib.ExitStack() as hooks:
+            for path in self.modules if bits < 16 else ():
+                hooks.enter_context(self.layers[b].get_submodule(path).register_forward_pre_hook(hook))
             yield
 
 
@@ -161,12 +159,3 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     step = span / span.detach().clamp_min(torch.finfo(span.dtype).tiny)
     soft = wide + (value.to(wide.dtype) - wide.detach()) * step
     return value + (soft - soft.detach()).to(x.dtype)
-
-
-@contextlib.contextmanager
-def _removed(hooks: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jointnas.checkpoint import fsync
+from jointnas.checkpoint import fsync, plain
 from jointnas_kernels.errors import JointNASError
 
 Tensors = dict[str, Tensor]
@@ -60,9 +60,7 @@ class Store:
     def save(self, b: int, state: Tensors, rows: Rows) -> None:
         """Write a finished block, whole or not at all."""
         temporary = self.folder / f".block-{b:03}.tmp"
-        # clones: parts of one tensor cannot be saved
-        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
-        save_file(tensors, temporary, metadata={"rows": json.dumps(rows)})
+        save_file(plain(state), temporary, metadata={"rows": json.dumps(rows)})
         _rename(temporary, self._path(b))
         with open(self.folder / "blocks.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
