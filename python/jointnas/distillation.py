@@ -110,29 +110,26 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def distil(
-    student: PreTrainedModel, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int, seq_len:
-    int, seed: int = 0, folder: Path | None = None, resume: bool = False, progress: bool = True, tensorboard: bool =
-    True, name: str = "finetune",
-) -> PreTrainedModel:
+    student: PreTrainedModel, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int,
+    seq_len: int, seed: int = 0, folder: Path | None = None, resume: bool = False, progress: bool = True,
+    tensorboard: bool = True,
+) -> PreTrainedModel:  # fmt: skip
     """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
 
-    folder: where metrics and checkpoints go (`folder/checkpoints-NAME`); None: nowhere.
-    """
+    Metrics and checkpoints go to `folder`; None: nowhere."""
     device = next(student.parameters()).device
     batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3)
     student.requires_grad_(True).train()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     decayed = [p for p in student.parameters() if p.dim() > 1]
-    plain = [p for p in student.parameters() if p.dim() <= 1]
+    others = [p for p in student.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=True if device.type == "cuda" else None,
-    )
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.95), fused=True if device.type == "cuda" else None,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step))
-    saved = folder / f"checkpoints-{name}" if folder is not None else None
+    saved = folder / "checkpoints-finetune" if folder is not None else None
     start = 0
     newest = checkpoint.latest(saved) if saved is not None and resume else None
     if newest is not None:
@@ -141,8 +138,8 @@ def distil(
         checkpoint.unpack_optimizer(optimizer, tensors["optimizer"], state["groups"])
         start = int(state["step"])
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
-    metrics = Metrics(folder, name, start, tensorboard) if folder is not None else None
-    bar = Progress(name, config.steps, start, progress)
+    metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
+    bar = Progress("finetune", config.steps, start, progress)
     for step in range(start, config.steps):
         ids = batches.at(step, device)
         loss, parts = distillation_loss(student, teacher, ids, config)

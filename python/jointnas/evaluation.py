@@ -82,9 +82,9 @@ def _task_config(name: str, cache: str) -> dict[str, Any]:
 
 
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str] = TASKS, *, limit: int | None =
-    None, batch_size: int = 64,
-) -> dict[str, dict[str, float]]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str] = TASKS, *,
+    limit: int | None = None, batch_size: int = 64,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Accuracy per task: `{"gloss": {"acc": …, "acc_norm": …, "acc_stderr": …, "items": …}, …, "mean": {"acc": …}}`.
 
     Names other than `TASKS` are looked up in lm-eval's catalogue; `limit` takes the first items, in random order."""

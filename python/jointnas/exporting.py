@@ -33,9 +33,9 @@ SEARCHED = "Found by a joint search over architecture and precision, then distil
 
 def export_model(
     model: PreTrainedModel, folder: str | Path, choice: Choice, block_rank: Sequence[int], *, tokenizer: Any = None,
-    facts: Mapping[str, Any] | None = None, base: str = "", licence: str | None = None, story: str = SEARCHED, notices:
-    Sequence[Path] = (), max_shard_size: str | int = "50GB",
-) -> Path:
+    facts: Mapping[str, Any] | None = None, base: str = "", licence: str | None = None, story: str = SEARCHED,
+    notices: Sequence[Path] = (), max_shard_size: str | int = "50GB",
+) -> Path:  # fmt: skip
     """Writes an extracted or baked model atomically: the folder is there whole, or not at all.
 
     `facts` are numbers for the model card, `story` its sentence on how the model came about, `notices` files that the

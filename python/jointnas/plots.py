@@ -33,7 +33,7 @@ def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float =
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    return figure, axes
+    return figure, axes.ravel()
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -47,8 +47,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[str, str]) -> Path:
     """Points with `name`, `x` and `y`, optional `y_error` and `x_predicted` (hollow); small is good on both axes."""
-    figure, axes = _figure()
-    axis = axes[0, 0]
+    figure, (axis,) = _figure()
     places = [(p["x"], p["y"]) for p in points]
     line = [places[i] for i in pareto(places)]
     axis.plot(*zip(*line, strict=True), color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
@@ -80,9 +79,9 @@ def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: P
     keys = [k for k in TITLES if k in rows[-1]["probs"] and len(space.sizes(k)) > 1] or ["blocks"]
     columns = min(3, len(keys))
     figure, axes = _figure(-(-len(keys) // columns), columns, 3.6 * columns, 2.4 * -(-len(keys) // columns))
-    for axis in axes.flat[len(keys) :]:
+    for axis in axes[len(keys) :]:
         axis.set_visible(False)
-    for axis, key in zip(axes.flat, keys, strict=False):
+    for axis, key in zip(axes, keys, strict=False):
         sizes = space.sizes(key)
         history = [r["probs"][key] for r in rows]
         if key.endswith("_bits"):
@@ -107,7 +106,7 @@ def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: P
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, float]) -> Path:
     """Cross-entropy, discretisation gap, entropy, expected latency and parameters over the steps."""
     figure, axes = _figure(2, 2, 8.4, 5.6)
-    loss, entropy, latency, params = axes.flat
+    loss, entropy, latency, params = axes
 
     def line(axis: Any, of: Mapping[int, float], **style: Any) -> None:
         if of:
@@ -127,7 +126,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, f
     for name, limit in limits.items():
         (latency if name == "latency_max" else params).axhline(limit, color=RED, lw=0.8, ls="--")
     titles = ("cross-entropy (nats per token)", "normalised entropy", "E[latency] (ms)", "E[parameters]")
-    for axis, title in zip(axes.flat, titles, strict=True):
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
     for axis in (loss, entropy):
@@ -137,8 +136,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, f
 
 def calibration(fit: Calibration, path: Path) -> Path:
     """Predicted against measured latency of whole models."""
-    figure, axes = _figure(width=4.6, height=4.2)
-    axis = axes[0, 0]
+    figure, (axis,) = _figure(width=4.6, height=4.2)
     measured = [m for _, _, m in fit.points]
     predicted = [fit.fixed + fit.per_block * b + o for o, b, _ in fit.points]
     top = max(*measured, *predicted) * 1.1
@@ -170,8 +168,7 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
     picture = [
         [math.log2(shapes[s][DENSE] / shapes[s][p]) if p in shapes[s] else math.nan for p in pairs] for s in lines
     ]
-    figure, axes = _figure(width=1.6 + 0.52 * len(pairs), height=1.3 + 0.19 * len(lines))
-    axis = axes[0, 0]
+    figure, (axis,) = _figure(width=1.6 + 0.52 * len(pairs), height=1.3 + 0.19 * len(lines))
     limit = max(1.0, max(abs(v) for line in picture for v in line if v == v))
     image = axis.imshow(picture, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     for y, line in enumerate(picture):
@@ -193,8 +190,7 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
 
 def bits_per_block(choice: Choice, block_rank: Sequence[int], path: Path) -> Path:
     """Weight and activation bits of every original block; removed blocks are crossed out. Blocks carry their rank."""
-    figure, axes = _figure(width=max(4.0, 0.6 * len(block_rank) + 1.5), height=2.6)
-    axis = axes[0, 0]
+    figure, (axis,) = _figure(width=max(4.0, 0.6 * len(block_rank) + 1.5), height=2.6)
     kept = set(kept_blocks(block_rank, choice.blocks))
     rank = {b: i + 1 for i, b in enumerate(block_rank)}
     for b in range(len(block_rank)):

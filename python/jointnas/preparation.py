@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 
 
 def prepare(
-    config: RunConfig, model: torch.nn.Module | None = None, streams: Streams | None = None, table: LatencyTable | None
-    = None,
-) -> Run:
+    config: RunConfig, model: torch.nn.Module | None = None, streams: Streams | None = None,
+    table: LatencyTable | None = None,
+) -> Run:  # fmt: skip
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
     The model is converted in place."""
@@ -53,7 +53,7 @@ def prepare(
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
     initialise_quantizers(config, supernet, streams)
-    return Run(config, Path(config.out), supernet, streams, table, restricted, removed, importance)
+    return Run(config, Path(config.out), supernet, streams, table, restricted, removed)
 
 
 def open_run(run: str | Path, searched: bool = True) -> Run:

@@ -30,7 +30,7 @@ from jointnas.data import Streams
 from jointnas.metrics import flat
 from jointnas.objective import original_params
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Importance, Supernet
+from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.table import Bound
 from jointnas_kernels.space import Choice, SearchSpace
@@ -50,7 +50,6 @@ class Run:
     table: LatencyTable
     space: SearchSpace  # without bits that the device cannot run
     removed: list[str]
-    importance: Importance | None
 
     @property
     def model_config(self) -> Any:

@@ -42,7 +42,7 @@ def accumulate(hessian: Tensor | None, x: Tensor) -> Tensor:
 def gptq(
     weight: Tensor, hessian: Tensor, bits: int, group_size: int, *, damping: float = 0.01, act_order: bool = False,
     clip: bool = True, block: int = BLOCK,
-) -> tuple[Tensor, Grid]:
+) -> tuple[Tensor, Grid]:  # fmt: skip
     """Quantized values [O, I] in the weight's dtype, and their grid, for a weight [O, I] and a Hessian [I, I].
 
     `clip` searches each group's clip ratio; without, absmax. `block` changes rounding in the last bits only."""

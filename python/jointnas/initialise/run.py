@@ -101,9 +101,9 @@ def calibration_windows(tokens: Tensor, options: InitOptions, seq_len: int, seed
 
 
 def initialise(
-    model: nn.Module, method: Method = "clip", calibration: Tensor | None = None, bits: Bits | None = None, *, options:
-    InitOptions | None = None, folder: str | Path | None = None, progress: bool = True, seed: int = 0,
-) -> list[Row]:
+    model: nn.Module, method: Method = "clip", calibration: Tensor | None = None, bits: Bits | None = None, *,
+    options: InitOptions | None = None, folder: str | Path | None = None, progress: bool = True, seed: int = 0,
+) -> list[Row]:  # fmt: skip
     """Initialises the weight quantizers of a supernet, or quantizes a plain model; in place.
 
     A supernet gets clip ratios for every precision of its space. In a plain transformers model every linear of a block
@@ -221,14 +221,11 @@ class Plain:
     def __init__(self, model: nn.Module, method: Method, options: InitOptions, bits: Bits, seed: int) -> None:
         self.model, self.method, self.options, self.bits, self.seed = model, method, options, bits, seed
         self.blocks = Blocks(model, options.batch)
-        self._check()
-
-    def _check(self) -> None:
         count = len(self.blocks.layers)
-        if not len(self.bits.weight) == len(self.bits.act) == count:
+        if not len(bits.weight) == len(bits.act) == count:
             raise JointNASError(
-                f"initialise: bits for the weights of {len(self.bits.weight)} blocks and for the activations of "
-                f"{len(self.bits.act)}; the model has {count} blocks"
+                f"initialise: bits for the weights of {len(bits.weight)} blocks and for the activations of "
+                f"{len(bits.act)}; the model has {count} blocks"
             )
         for b, layer in enumerate(self.blocks.layers):
             for path in self.blocks.modules:

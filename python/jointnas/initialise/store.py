@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -41,10 +42,7 @@ class Store:
 
     def finished(self) -> int:
         """How many blocks are there without a gap."""
-        count = 0
-        while self._path(count).is_file():
-            count += 1
-        return count
+        return next(b for b in itertools.count() if not self._path(b).is_file())
 
     def load(self, b: int) -> tuple[Tensors, Rows] | None:
         """A finished block; None: it is not."""
