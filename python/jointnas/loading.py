@@ -82,16 +82,11 @@ def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Stre
     return data.load(config, tokenizer, seed)
 
 
-def has_tokenizer(config: ModelConfig) -> bool:
-    """Whether `load_tokenizer` can be expected to find one: not in a folder that holds a model alone."""
-    folder = Path(config.source)
-    return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
-
-
 def origin(config: ModelConfig) -> dict[str, Any]:
     """What an export keeps of the model it was made from; arguments of `exporting.export_model`."""
-    name, notices = licence(config)
-    tokenizer = load_tokenizer(config) if has_tokenizer(config) else None
+    folder, (name, notices) = Path(config.source), licence(config)
+    alone = folder.is_dir() and not (folder / "tokenizer_config.json").is_file()  # a model without tokenizer
+    tokenizer = None if alone else load_tokenizer(config)
     return {"base": config.source, "licence": name, "notices": notices, "tokenizer": tokenizer}
 
 

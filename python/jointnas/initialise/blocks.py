@@ -110,13 +110,12 @@ class Blocks:
         return total / y.numel()
 
     @torch.no_grad()
-    def visit(
-        self, b: int, path: str, x: Tensor, see: Callable[[Tensor], None], parameters: Mapping[str, Tensor]
-    ) -> None:
-        """Shows `see` the inputs of one of block b's modules, batch by batch; what comes behind it is not run."""
+    def inputs(self, b: int, path: str, x: Tensor, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The inputs of one of block b's modules, batch by batch; what comes behind it is not run."""
+        found: list[Tensor] = []
 
         def stop(x: Tensor) -> None:
-            see(x)
+            found.append(x)
             raise _Stop
 
         module: Any = self.layers[b].get_submodule(path)
@@ -128,6 +127,7 @@ class Blocks:
             for part in x.split(self.batch):
                 with contextlib.suppress(_Stop):
                     self.run(b, part, parameters)
+                yield found.pop()
 
     @contextlib.contextmanager
     def quantized_inputs(self, b: int, bits: int, symmetric: bool) -> Iterator[None]:

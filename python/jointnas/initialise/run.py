@@ -266,12 +266,8 @@ class Plain:
         scales: State = {}
         for stage in problem.blocks.stages:
             hessian: Tensor | None = None
-
-            def see(v: Tensor) -> None:
-                nonlocal hessian
-                hessian = accumulate(hessian, v)
-
-            problem.blocks.visit(problem.b, stage[0], problem.x, see, values)
+            for inputs in problem.blocks.inputs(problem.b, stage[0], problem.x, values):
+                hessian = accumulate(hessian, inputs)
             assert hessian is not None
             for path in stage:
                 weight = problem.parameters[f"{path}.weight"]
