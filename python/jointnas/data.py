@@ -138,9 +138,6 @@ def _from_hub(config: DataConfig) -> list[str]:
 
 def _tokenize(documents: list[str], tokenizer: Any) -> Tensor:
     end = tokenizer.eos_token_id
-    ids: list[int] = []
-    for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
-        ids.extend(encoded)
-        if end is not None:
-            ids.append(end)
-    return torch.tensor(ids, dtype=torch.int64)
+    after = [] if end is None else [end]
+    encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    return torch.tensor([i for document in encoded for i in (*document, *after)], dtype=torch.int64)

@@ -37,6 +37,9 @@ Teacher = Callable[[Tensor], Tensor]
 class TrainableQuantLinear(nn.Linear):
     """y = Q_a(x) Q_w(W)^T with straight-through gradients; `baked` is what it becomes after training."""
 
+    clip: Tensor | None
+    one: Tensor
+
     def __init__(
         self, weight: Tensor, bias: Tensor | None, weight_bits: int | None, act_bits: int | None, group_size: int,
         clip: Tensor | None, act_symmetric: bool = False,
@@ -54,14 +57,12 @@ class TrainableQuantLinear(nn.Linear):
         """The weight [O, I] that is used, differentiable in the one that is trained."""
         if self.weight_bits is None:
             return self.weight
-        clip = self.get_buffer("clip") if self.clip is not None else None
-        return fake_quant_weight(self.weight, self.weight_bits, self.group_size, clip=clip)
+        return fake_quant_weight(self.weight, self.weight_bits, self.group_size, clip=self.clip)
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., I] -> [..., O]."""
         if self.act_bits < 16:
-            one = self.get_buffer("one")
-            input = act_quant_mix(input, (self.act_bits,), one, symmetric=self.act_symmetric)
+            input = act_quant_mix(input, (self.act_bits,), self.one, symmetric=self.act_symmetric)
         return F.linear(input, self.quantized(), self.bias)
 
     @torch.no_grad()
@@ -70,8 +71,7 @@ class TrainableQuantLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.detach().clone()
         weight, of = self.weight.detach().clone(), None
         if self.weight_bits is not None:
-            clip = self.get_buffer("clip") if self.clip is not None else None
-            weight, of = grid.quantize(weight, self.weight_bits, self.group_size, clip=clip)
+            weight, of = grid.quantize(weight, self.weight_bits, self.group_size, clip=self.clip)
         return FakeQuantLinear(weight, bias, of, self.act_bits, self.act_symmetric)
 
 

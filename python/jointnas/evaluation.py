@@ -61,16 +61,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the log lines and progress bars of lm-eval and datasets; exceptions pass."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # their bars cannot be switched off after import
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    # their bars cannot be switched off after import
+    with contextlib.ExitStack() as after, contextlib.redirect_stderr(io.StringIO()):
+        for name in ("lm_eval", "lm-eval", "datasets"):
+            logger = logging.getLogger(name)
+            after.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 def _task_config(name: str, cache: str) -> dict[str, Any]:

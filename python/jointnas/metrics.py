@@ -20,7 +20,16 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a")  # noqa: SIM115
-        self._board = _board(folder / "tensorboard" / phase, step) if tensorboard else None
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # optional
+            except ImportError:
+                raise JointNASError(
+                    "TensorBoard logs need the `tensorboard` package: pip install tensorboard, or set "
+                    "--tensorboard=false"
+                ) from None
+            self._board = SummaryWriter(str(folder / "tensorboard" / phase), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """A line; numbers, also those inside dictionaries, go to TensorBoard."""
@@ -36,16 +45,6 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # optional
-    except ImportError:
-        raise JointNASError(
-            "TensorBoard logs need the `tensorboard` package: pip install tensorboard, or set --tensorboard=false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

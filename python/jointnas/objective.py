@@ -108,13 +108,9 @@ class Objective:
         total = self.config.eta * latency / self.latency_original + weight * penalty
         total = total + self.config.mu_infeasible * infeasible
         return total, {
-            "latency_ms": latency.item(),
-            "latency_share": latency.item() / self.latency_original,
-            "params": params.item(),
-            "penalty": penalty.item(),
-            "lambda": weight,
-            "infeasible": infeasible.item(),
-        }
+            "latency_ms": latency.item(), "latency_share": latency.item() / self.latency_original,
+            "params": params.item(), "penalty": penalty.item(), "lambda": weight, "infeasible": infeasible.item(),
+        }  # fmt: skip
 
 
 def structures(space: SearchSpace) -> list[Choice]:

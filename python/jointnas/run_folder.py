@@ -78,21 +78,13 @@ class Found:
 
 def write_start(run: Run) -> None:
     """config.yaml and env.json."""
-    write_json(
-        run.folder / "env.json",
-        {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(run.table.header.device),
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-            "removed": run.removed,
-            "space": run.space.to_dict(),
-            "block_rank": list(run.supernet.block_rank),
-            "original_params": original_params(run.model_config),
-        },
-    )
+    environment = {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "device": str(run.table.header.device), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "removed": run.removed, "space": run.space.to_dict(), "block_rank": list(run.supernet.block_rank),
+        "original_params": original_params(run.model_config),
+    }  # fmt: skip
+    write_json(run.folder / "env.json", environment)
     (run.folder / "config.yaml").write_text(dump(run.config))
 
 
@@ -150,13 +142,9 @@ def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged:
     tensors["rng"] = {"cpu": torch.get_rng_state()}
     state = {
         "data_position": step,  # batches and draws are functions of (seed, step)
-        "seed": run.config.seed,
-        "converged": converged,
-        "seconds": seconds,
-        "optimizers": groups,
-        "config": resumable(run.config),
-        "block_rank": list(run.supernet.block_rank),
-    }
+        "seed": run.config.seed, "converged": converged, "seconds": seconds, "optimizers": groups,
+        "config": resumable(run.config), "block_rank": list(run.supernet.block_rank),
+    }  # fmt: skip
     checkpoint.save(run.folder / "checkpoints", step, tensors, state, keep=run.config.search.keep_checkpoints)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,11 +65,8 @@ class Blocks:
         self._others = [((), {})] * len(self.layers)
         found: list[Tensor] = []
 
-        def note(b: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._others[b] = (args[1:], kwargs)
-
-            return hook
+        def note(b: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._others[b] = (args[1:], kwargs)
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(args[0])
@@ -76,7 +74,7 @@ class Blocks:
 
         with contextlib.ExitStack() as hooks:
             for b, layer in enumerate(self.layers):
-                hooks.enter_context(layer.register_forward_pre_hook(note(b), with_kwargs=True))
+                hooks.enter_context(layer.register_forward_pre_hook(partial(note, b), with_kwargs=True))
             self._forward(ids[:1].to(self.device))
         with self.layers[0].register_forward_pre_hook(keep, with_kwargs=True):
             for part in ids.split(self.batch):
@@ -121,7 +119,8 @@ class Blocks:
         module: Any = self.layers[b].get_submodule(path)
         with contextlib.ExitStack() as hooks:
             hooks.enter_context(module.register_forward_pre_hook(lambda _, args: stop(args[0])))
-            if isinstance(module, SupernetLinear):  # as in the original model: asked for `original`, not called
+            supernet = isinstance(module, SupernetLinear)
+            if supernet:  # as in the original model: asked for `original`, not called
                 hooks.callback(delattr, module, "original")
                 module.original = stop
             for part in x.split(self.batch):

@@ -229,8 +229,7 @@ class Plain:
             )
         for b, layer in enumerate(self.blocks.layers):
             for path in self.blocks.modules:
-                module = layer.get_submodule(path)
-                if isinstance(module, FakeQuantLinear):
+                if isinstance(layer.get_submodule(path), FakeQuantLinear):
                     raise JointNASError(f"initialise: block {b}, {path} is quantized already; load the original model")
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
