@@ -172,7 +172,8 @@ class Feasibility:
         total = p["hidden"]
         for key in (*WIDTHS[1:], "blocks"):
             total = total[..., None] + p[key]
-        bits = self._bit_scores(p)
+        none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
+        bits = p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]  # [blocks, W, A]
         most = bits.flatten(1).amax(1).sum().item()  # of any bits
         best: tuple[float, Choice] | None = None
         values, order = total.flatten().sort(descending=True)
@@ -203,11 +204,6 @@ class Feasibility:
             return text
         fastest = fixed + self.structures[0].blocks * finite.min().item()
         return f"{text} and its fastest choice takes {fastest:.3f} ms"
-
-    def _bit_scores(self, p: Mapping[str, Tensor]) -> Tensor:
-        """Log-probability [blocks, W, A] of every pair."""
-        none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
-        return p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]
 
     def _fit_bits(self, structure: Choice, bits: Tensor) -> tuple[float, Choice] | None:
         """(log-probability, choice) with the structure's best feasible bits, None if none is fast enough."""
