@@ -40,9 +40,7 @@ def save(folder: str | Path, step: int, tensors: Tensors, state: Mapping[str, An
     final = folder / f"step-{step}"
     with replacing(final) as temporary:
         for name, group in tensors.items():
-            # clones: tensors that share memory (tied weights) cannot be saved, and non-contiguous ones neither
-            plain = {k: v.detach().cpu().clone().contiguous() for k, v in group.items()}
-            save_file(plain, temporary / f"{name}.safetensors")
+            save_file(plain(group), temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
         manifest = {f.name: _sha256(f) for f in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
@@ -60,11 +58,7 @@ def steps(folder: str | Path) -> list[int]:
 
 
 def load(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors, state) of one checkpoint.
-
-    Raises:
-        JointNASError: it is missing, incomplete or changed.
-    """
+    """(tensors, state) of one checkpoint."""
     path = Path(path)
     reason = damage(path)
     if reason:
@@ -120,8 +114,13 @@ def unpack_optimizer(
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     # JSON has no tuples: betas come back as a list
-    plain = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
-    optimizer.load_state_dict({"state": state, "param_groups": plain})
+    entries = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
+    optimizer.load_state_dict({"state": state, "param_groups": entries})
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Clones: tensors that share memory (tied weights) cannot be saved, and non-contiguous ones neither."""
+    return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -119,11 +119,7 @@ def parser_of(verb: str) -> Any:
 
 
 def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
-    """Values of a verb's arguments; None if --help or --print_config was all that was asked for.
-
-    Raises:
-        JointNASError: they cannot be parsed.
-    """
+    """Values of a verb's arguments; None if --help or --print_config was all that was asked for."""
     parser = parser_of(verb)
     arguments = normalise(arguments)
     check_options(parser, verb, arguments)

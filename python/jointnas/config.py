@@ -208,11 +208,7 @@ S = TypeVar("S", bound=Section)
 
 
 def build(schema: type[S], values: Mapping[str, Any], where: str = "configuration") -> S:
-    """Validates plain values.
-
-    Raises:
-        JointNASError: an unknown key, with the nearest allowed one; or a bad value, with its dotted name.
-    """
+    """Validates plain values; an error names the nearest allowed key, or the bad value's dotted name."""
     try:
         return schema.model_validate(dict(values))
     except ValidationError as error:
@@ -229,11 +225,7 @@ def build(schema: type[S], values: Mapping[str, Any], where: str = "configuratio
 
 
 def load(path: str | Path) -> RunConfig:
-    """A run configuration from a YAML file.
-
-    Raises:
-        JointNASError: it is not there, no YAML, or not valid.
-    """
+    """A run configuration from a YAML file."""
     path = Path(path)
     if not path.is_file():
         raise JointNASError(f"configuration file {str(path)!r} does not exist")

@@ -72,11 +72,7 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def load(config: DataConfig, tokenizer: Any = None, seed: int = 0) -> Streams:
-    """The streams a configuration describes. `tokenizer` is needed for everything but the embedded text.
-
-    Raises:
-        JointNASError: the data cannot be read, or are too few.
-    """
+    """The streams a configuration describes. `tokenizer` is needed for everything but the embedded text."""
     if config.source == "embedded":
         tokens, held_out = assets.train_tokens(seed), assets.held_out_tokens()
     else:
@@ -91,11 +87,7 @@ def load(config: DataConfig, tokenizer: Any = None, seed: int = 0) -> Streams:
 
 
 def split(tokens: Tensor, held_out: Tensor, config: DataConfig) -> Streams:
-    """Training tokens, int64 [N], divided between weights and architecture.
-
-    Raises:
-        JointNASError: one of the two would not fill a batch.
-    """
+    """Training tokens, int64 [N], divided between weights and architecture."""
     border = int(len(tokens) * (1 - config.arch_fraction))
     least = config.batch_size * config.seq_len
     if min(border, len(tokens) - border) < least:
@@ -146,9 +138,6 @@ def _from_hub(config: DataConfig) -> list[str]:
 
 def _tokenize(documents: list[str], tokenizer: Any) -> Tensor:
     end = tokenizer.eos_token_id
-    ids: list[int] = []
-    for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
-        ids.extend(encoded)
-        if end is not None:
-            ids.append(end)
-    return torch.tensor(ids, dtype=torch.int64)
+    after = [] if end is None else [end]
+    encoded = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    return torch.tensor([i for document in encoded for i in (*document, *after)], dtype=torch.int64)

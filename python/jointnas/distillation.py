@@ -22,14 +22,57 @@ from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
 from jointnas.data import Batches
 from jointnas.metrics import Metrics
-from jointnas.trainable import TrainableQuantLinear
 from jointnas_kernels.hf import Supernet, extract, shrink
 from jointnas_kernels.layout import block_of
-from jointnas_kernels.nn.linear import joined
+from jointnas_kernels.nn.linear import FakeQuantLinear, joined
+from jointnas_kernels.ops.quant import grid
+from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import Choice
 
 Teacher = Callable[[Tensor], Tensor]
+
+
+class TrainableQuantLinear(nn.Linear):
+    """y = Q_a(x) Q_w(W)^T with straight-through gradients; `baked` is what it becomes after training."""
+
+    clip: Tensor | None
+    one: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, weight_bits: int | None, act_bits: int | None, group_size: int,
+        clip: Tensor | None, act_symmetric: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight = nn.Parameter(weight)
+        if bias is not None:
+            self.bias = nn.Parameter(bias)
+        self.weight_bits, self.act_bits, self.group_size = weight_bits, act_bits or 16, group_size
+        self.act_symmetric = act_symmetric
+        self.register_buffer("clip", clip)
+        self.register_buffer("one", torch.ones(1, device=weight.device), persistent=False)
+
+    def quantized(self) -> Tensor:
+        """The weight [O, I] that is used, differentiable in the one that is trained."""
+        if self.weight_bits is None:
+            return self.weight
+        return fake_quant_weight(self.weight, self.weight_bits, self.group_size, clip=self.clip)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., I] -> [..., O]."""
+        if self.act_bits < 16:
+            input = act_quant_mix(input, (self.act_bits,), self.one, symmetric=self.act_symmetric)
+        return F.linear(input, self.quantized(), self.bias)
+
+    @torch.no_grad()
+    def baked(self) -> FakeQuantLinear:
+        """A plain linear on the quantized weight, which quantizes its input if that is searched."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        weight, of = self.weight.detach().clone(), None
+        if self.weight_bits is not None:
+            weight, of = grid.quantize(weight, self.weight_bits, self.group_size, clip=self.clip)
+        return FakeQuantLinear(weight, bias, of, self.act_bits, self.act_symmetric)
 
 
 @torch.no_grad()
@@ -67,39 +110,26 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def distil(
-    student: PreTrainedModel,
-    teacher: Teacher,
-    tokens: Tensor,
-    config: FinetuneConfig,
-    *,
-    batch_size: int,
-    seq_len: int,
-    seed: int = 0,
-    folder: Path | None = None,
-    resume: bool = False,
-    progress: bool = True,
+    student: PreTrainedModel, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int,
+    seq_len: int, seed: int = 0, folder: Path | None = None, resume: bool = False, progress: bool = True,
     tensorboard: bool = True,
-    name: str = "finetune",
-) -> PreTrainedModel:
+) -> PreTrainedModel:  # fmt: skip
     """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
 
-    folder: where metrics and checkpoints go (`folder/checkpoints-NAME`); None: nowhere.
-    """
+    Metrics and checkpoints go to `folder`; None: nowhere."""
     device = next(student.parameters()).device
     batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3)
     student.requires_grad_(True).train()
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     decayed = [p for p in student.parameters() if p.dim() > 1]
-    plain = [p for p in student.parameters() if p.dim() <= 1]
+    others = [p for p in student.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=config.lr,
-        betas=(0.9, 0.95),
-        fused=True if device.type == "cuda" else None,
-    )
+        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.95), fused=True if device.type == "cuda" else None,
+    )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step))
-    saved = folder / f"checkpoints-{name}" if folder is not None else None
+    saved = folder / "checkpoints-finetune" if folder is not None else None
     start = 0
     newest = checkpoint.latest(saved) if saved is not None and resume else None
     if newest is not None:
@@ -108,8 +138,8 @@ def distil(
         checkpoint.unpack_optimizer(optimizer, tensors["optimizer"], state["groups"])
         start = int(state["step"])
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
-    metrics = Metrics(folder, name, start, tensorboard) if folder is not None else None
-    bar = Progress(name, config.steps, start, progress)
+    metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
+    bar = Progress("finetune", config.steps, start, progress)
     for step in range(start, config.steps):
         ids = batches.at(step, device)
         loss, parts = distillation_loss(student, teacher, ids, config)

@@ -32,11 +32,7 @@ CHANCE = 0.25  # every embedded task has four choices
 def perplexity(
     model: nn.Module, tokens: Tensor, *, context: int = 256, batch_size: int = 16, max_tokens: int | None = None
 ) -> float:
-    """Perplexity of a model on a token stream, int64 [N], of which the last incomplete window is left out.
-
-    Raises:
-        JointNASError: there is not one window of `context` tokens.
-    """
+    """Perplexity of a model on a token stream, int64 [N], of which the last incomplete window is left out."""
     count = min(len(tokens), max_tokens or len(tokens)) // context
     if count == 0:
         raise JointNASError(f"perplexity needs at least one window of {context} tokens, got {len(tokens)} tokens")
@@ -65,16 +61,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hold back the log lines and progress bars of lm-eval and datasets; exceptions pass."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "lm-eval", "datasets")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # their bars cannot be switched off after import
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    # their bars cannot be switched off after import
+    with contextlib.ExitStack() as after, contextlib.redirect_stderr(io.StringIO()):
+        for name in ("lm_eval", "lm-eval", "datasets"):
+            logger = logging.getLogger(name)
+            after.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 def _task_config(name: str, cache: str) -> dict[str, Any]:
@@ -86,25 +79,12 @@ def _task_config(name: str, cache: str) -> dict[str, Any]:
 
 
 def accuracy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = TASKS,
-    *,
-    limit: int | None = None,
-    batch_size: int = 64,
-) -> dict[str, dict[str, float]]:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str] = TASKS, *,
+    limit: int | None = None, batch_size: int = 64,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Accuracy per task: `{"gloss": {"acc": …, "acc_norm": …, "acc_stderr": …, "items": …}, …, "mean": {"acc": …}}`.
 
-    Args:
-        model: in any mode, on any device.
-        tokenizer: of the model.
-        tasks: names other than `TASKS` are looked up in lm-eval's own catalogue.
-        limit: takes the first items of each task (they are in random order).
-        batch_size: items at once.
-
-    Raises:
-        JointNASError: an unknown task.
-    """
+    Names other than `TASKS` are looked up in lm-eval's catalogue; `limit` takes the first items, in random order."""
     from lm_eval.evaluator import simple_evaluate  # optional, and slow to import
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager

@@ -32,37 +32,14 @@ SEARCHED = "Found by a joint search over architecture and precision, then distil
 
 
 def export_model(
-    model: PreTrainedModel,
-    folder: str | Path,
-    choice: Choice,
-    block_rank: Sequence[int],
-    *,
-    tokenizer: Any = None,
-    facts: Mapping[str, Any] | None = None,
-    base: str = "",
-    licence: str | None = None,
-    story: str = SEARCHED,
-    notices: Sequence[Path] = (),
-    max_shard_size: str | int = "50GB",
-) -> Path:
+    model: PreTrainedModel, folder: str | Path, choice: Choice, block_rank: Sequence[int], *, tokenizer: Any = None,
+    facts: Mapping[str, Any] | None = None, base: str = "", licence: str | None = None, story: str = SEARCHED,
+    notices: Sequence[Path] = (), max_shard_size: str | int = "50GB",
+) -> Path:  # fmt: skip
     """Writes an extracted or baked model atomically: the folder is there whole, or not at all.
 
-    Args:
-        model: with its quantizers baked in.
-        folder: replaced if it is there.
-        choice: what the model is.
-        block_rank: the supernet's, most important block first.
-        tokenizer: saved beside the model.
-        facts: numbers for the model card, by name.
-        base: name of the original model.
-        licence: of the original model's weights, as the Hub spells it.
-        story: how the model came about, one sentence for the model card.
-        notices: files that its terms want beside the weights; they are copied.
-        max_shard_size: of one safetensors file.
-
-    Raises:
-        JointNASError: a weight is not on the grid of its quantizer any more.
-    """
+    `facts` are numbers for the model card, `story` its sentence on how the model came about, `notices` files that the
+    base model's terms want beside the weights."""
     schemes, tensors = quantized_state(model)
     with replacing(Path(folder)) as temporary:
         model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
@@ -140,11 +117,7 @@ def card(
 
 
 def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The exported model through stock `AutoModelForCausalLM`.
-
-    Raises:
-        JointNASError: no exported model, or compressed-tensors, which it needs, is not installed.
-    """
+    """The exported model through stock `AutoModelForCausalLM`."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise JointNASError(f"{str(folder)!r} is no exported model: it has no config.json")

@@ -26,11 +26,7 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 def check_device(device: str) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        JointNASError: there is none, or none here.
-    """
+    """The device of this name."""
     try:
         found = torch.device(device)
     except RuntimeError:
@@ -53,9 +49,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     if config.source == "embedded":
         model: PreTrainedModel = assets.load_model(dtype)
     else:
-        check_source(config)
         kind = family(model_config(config)).model
-        with _readable(f"model {config.source!r}"):
+        with _readable(config, "model"):
             model = kind.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device)
@@ -66,9 +61,8 @@ def model_config(config: ModelConfig) -> Any:
     """The transformers config alone (for profiling, no weights are needed)."""
     if config.source in KNOWN:
         return LlamaConfig(**KNOWN[config.source])
-    check_source(config)
     source = str(assets.model_dir()) if config.source == "embedded" else config.source
-    with _readable(f"model {config.source!r}"):
+    with _readable(config, "model"):
         found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
     family(found, f"model {config.source!r}")
     return found
@@ -78,8 +72,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer."""
     if config.source == "embedded":
         return assets.load_tokenizer()
-    check_source(config)
-    with _readable(f"the tokenizer of {config.source!r}"):
+    with _readable(config, "the tokenizer of"):
         return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
 
 
@@ -89,16 +82,11 @@ def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Stre
     return data.load(config, tokenizer, seed)
 
 
-def has_tokenizer(config: ModelConfig) -> bool:
-    """Whether `load_tokenizer` can be expected to find one: not in a folder that holds a model alone."""
-    folder = Path(config.source)
-    return not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
-
-
 def origin(config: ModelConfig) -> dict[str, Any]:
     """What an export keeps of the model it was made from; arguments of `exporting.export_model`."""
-    name, notices = licence(config)
-    tokenizer = load_tokenizer(config) if has_tokenizer(config) else None
+    folder, (name, notices) = Path(config.source), licence(config)
+    alone = folder.is_dir() and not (folder / "tokenizer_config.json").is_file()  # a model without tokenizer
+    tokenizer = None if alone else load_tokenizer(config)
     return {"base": config.source, "licence": name, "notices": notices, "tokenizer": tokenizer}
 
 
@@ -117,22 +105,17 @@ def licence(config: ModelConfig) -> tuple[str | None, list[Path]]:
     return found, files
 
 
-def check_source(config: ModelConfig) -> None:
-    """Raise if a model that looks like a folder is not there."""
-    if config.source == "embedded":
-        return
+@contextlib.contextmanager
+def _readable(config: ModelConfig, what: str) -> Iterator[None]:
+    """Finds a model that looks like a folder, and makes the errors of transformers one line."""
     path = Path(config.source)
     is_path = path.is_absolute() or config.source.startswith((".", "~")) or config.source.count("/") > 1
     if is_path and not path.is_dir():
         raise JointNASError(f"model folder {config.source!r} does not exist; give a folder, a hub name or 'embedded'")
-    if path.is_dir() and not (path / "config.json").is_file():
+    if config.source != "embedded" and path.is_dir() and not (path / "config.json").is_file():
         raise JointNASError(f"model folder {config.source!r} has no config.json")
-
-
-@contextlib.contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Makes the errors of transformers one line."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise JointNASError(f"{what} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error).strip().splitlines()[0]
+        raise JointNASError(f"{what} {config.source!r} cannot be loaded: {reason}") from None

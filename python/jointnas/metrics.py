@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,25 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a")  # noqa: SIM115
-        self._board = _board(folder / "tensorboard" / phase, step) if tensorboard else None
+        self._board: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter  # optional
+            except ImportError:
+                raise JointNASError(
+                    "TensorBoard logs need the `tensorboard` package: pip install tensorboard, or set "
+                    "--tensorboard=false"
+                ) from None
+            self._board = SummaryWriter(str(folder / "tensorboard" / phase), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """A line; numbers, also those inside dictionaries, go to TensorBoard."""
         self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
-            for key, value in _scalars(values):
-                self._board.add_scalar(f"{self._phase}/{key}", value, step)
+            for key, value in flat(values):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
+                    self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -36,24 +47,13 @@ class Metrics:
             self._board.close()
 
 
-def _board(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # optional
-    except ImportError:
-        raise JointNASError(
-            "TensorBoard logs need the `tensorboard` package: pip install tensorboard, or set --tensorboard=false"
-        ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def _scalars(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found: list[tuple[str, float]] = []
+def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(path of keys, value) of everything in nested dictionaries."""
     for key, value in values.items():
         if isinstance(value, dict):
-            found.extend(_scalars(value, f"{prefix}{key}/"))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            found.append((prefix + key, float(value)))
-    return found
+            yield from flat(value, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

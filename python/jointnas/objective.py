@@ -24,7 +24,6 @@ from torch import Tensor
 from jointnas.config import RunConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.table import Bound, joint
-from jointnas_kernels.layout import original_sizes
 from jointnas_kernels.space import (
     WIDTHS,
     Choice,
@@ -48,11 +47,7 @@ class Limits:
 
     @staticmethod
     def of(config: RunConfig, model_config: Any) -> Limits:
-        """Those of a configuration.
-
-        Raises:
-            JointNASError: they leave nothing.
-        """
+        """Those of a configuration."""
         full, budget = original_params(model_config), config.search
         low = 0.0 if budget.budget_min is None else absolute(budget.budget_min, full)
         high = math.inf if budget.budget_max is None else absolute(budget.budget_max, full)
@@ -66,15 +61,9 @@ def absolute(budget: float, original: float) -> float:
     return budget * original if budget < 2 else budget
 
 
-def original_choice(model_config: Any) -> Choice:
-    """The unquantized original as a choice without bits."""
-    sizes: dict[str, Any] = dict(original_sizes(model_config))
-    return Choice(**sizes)
-
-
 def original_params(model_config: Any) -> int:
     """Parameters of the original model."""
-    return count_params(model_config, original_choice(model_config))
+    return count_params(model_config, SearchSpace.single(model_config).full())
 
 
 class Objective:
@@ -119,13 +108,9 @@ class Objective:
         total = self.config.eta * latency / self.latency_original + weight * penalty
         total = total + self.config.mu_infeasible * infeasible
         return total, {
-            "latency_ms": latency.item(),
-            "latency_share": latency.item() / self.latency_original,
-            "params": params.item(),
-            "penalty": penalty.item(),
-            "lambda": weight,
-            "infeasible": infeasible.item(),
-        }
+            "latency_ms": latency.item(), "latency_share": latency.item() / self.latency_original,
+            "params": params.item(), "penalty": penalty.item(), "lambda": weight, "infeasible": infeasible.item(),
+        }  # fmt: skip
 
 
 def structures(space: SearchSpace) -> list[Choice]:
@@ -182,16 +167,13 @@ class Feasibility:
         """The most probable choice that satisfies every limit.
 
         Structures (widths and depth) are tried from the most probable on, until none that is left can win. Each takes
-        the most probable bits that fit into its latency (`knapsack`).
-
-        Raises:
-            JointNASError: there is none.
-        """
+        the most probable bits that fit into its latency (`knapsack`)."""
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
         total = p["hidden"]
         for key in (*WIDTHS[1:], "blocks"):
             total = total[..., None] + p[key]
-        bits = self._bit_scores(p)
+        none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
+        bits = p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]  # [blocks, W, A]
         most = bits.flatten(1).amax(1).sum().item()  # of any bits
         best: tuple[float, Choice] | None = None
         values, order = total.flatten().sort(descending=True)
@@ -222,11 +204,6 @@ class Feasibility:
             return text
         fastest = fixed + self.structures[0].blocks * finite.min().item()
         return f"{text} and its fastest choice takes {fastest:.3f} ms"
-
-    def _bit_scores(self, p: Mapping[str, Tensor]) -> Tensor:
-        """Log-probability [blocks, W, A] of every pair."""
-        none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
-        return p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]
 
     def _fit_bits(self, structure: Choice, bits: Tensor) -> tuple[float, Choice] | None:
         """(log-probability, choice) with the structure's best feasible bits, None if none is fast enough."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from jointnas import evaluation, loading
 from jointnas.distillation import bake, distil, original_logits, trainable
 from jointnas.exporting import export_model, reload
-from jointnas.objective import original_choice, original_params
+from jointnas.objective import original_params
 from jointnas.results import Row
 from jointnas.run_folder import Run, final_folder, found_choice, write_json
 from jointnas_kernels.latency import deploy, describe, measure_model
@@ -25,15 +25,7 @@ from jointnas_kernels.space import Choice, SearchSpace, count_params, model_byte
 def distilled(
     run: Run, choice: Choice, *, seed: int | None = None, folder: Path | None = None, resume: bool = False
 ) -> PreTrainedModel:
-    """The choice, cut out of the run's supernet as it is, and fine-tuned on all data.
-
-    Args:
-        run: supernet, data and settings.
-        choice: of the run's space.
-        seed: of the batches; none: the run's.
-        folder: for metrics and checkpoints; none: they are not kept.
-        resume: from the newest of these checkpoints.
-    """
+    """The choice, cut out of the run's supernet and fine-tuned on all data; without a folder nothing is kept."""
     config = run.config
     student = trainable(run.supernet, choice)
     distil(
@@ -81,12 +73,11 @@ def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run
     """Size, latency and quality of one model; choice None: the original. The model is of no use afterwards."""
     measures = quality(model, run)
     if choice is None:
-        shape = original_choice(run.model_config)
-        plain = SearchSpace((shape.hidden,), (shape.heads,), (shape.head_dim,), (shape.intermediate,), (shape.blocks,))
-        size, predicted = model_bytes(run.model_config, plain, shape), run.bound.original()
+        space = SearchSpace.single(run.model_config)
+        shape, predicted = space.full(), run.bound.original()
     else:
-        shape, predicted = choice, run.bound.predict(choice)
-        size = model_bytes(run.model_config, run.space, choice, run.supernet.block_rank)
+        space, shape, predicted = run.space, choice, run.bound.predict(choice)
+    size = model_bytes(run.model_config, space, shape, run.supernet.block_rank)
     measured = measured_latency(model, choice, run)
     milliseconds, contended = (None, False) if measured is None else (measured.median, measured.contended)
     params = count_params(run.model_config, shape)

@@ -33,7 +33,7 @@ def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float =
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    return figure, axes
+    return figure, axes.ravel()
 
 
 def _save(figure: Any, path: Path) -> Path:
@@ -47,8 +47,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[str, str]) -> Path:
     """Points with `name`, `x` and `y`, optional `y_error` and `x_predicted` (hollow); small is good on both axes."""
-    figure, axes = _figure()
-    axis = axes[0, 0]
+    figure, (axis,) = _figure()
     places = [(p["x"], p["y"]) for p in points]
     line = [places[i] for i in pareto(places)]
     axis.plot(*zip(*line, strict=True), color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
@@ -68,8 +67,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[
         if p.get("y_error"):
             axis.errorbar([x], [y], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
         axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=7)
-    axis.set_xlabel(titles[0])
-    axis.set_ylabel(titles[1])
+    axis.set(xlabel=titles[0], ylabel=titles[1])
     axis.legend(fontsize=7, frameon=False)
     axis.margins(0.12)
     return _save(figure, path)
@@ -81,9 +79,9 @@ def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: P
     keys = [k for k in TITLES if k in rows[-1]["probs"] and len(space.sizes(k)) > 1] or ["blocks"]
     columns = min(3, len(keys))
     figure, axes = _figure(-(-len(keys) // columns), columns, 3.6 * columns, 2.4 * -(-len(keys) // columns))
-    for axis in axes.flat[len(keys) :]:
+    for axis in axes[len(keys) :]:
         axis.set_visible(False)
-    for axis, key in zip(axes.flat, keys, strict=False):
+    for axis, key in zip(axes, keys, strict=False):
         sizes = space.sizes(key)
         history = [r["probs"][key] for r in rows]
         if key.endswith("_bits"):
@@ -108,7 +106,7 @@ def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: P
 def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, float]) -> Path:
     """Cross-entropy, discretisation gap, entropy, expected latency and parameters over the steps."""
     figure, axes = _figure(2, 2, 8.4, 5.6)
-    loss, entropy, latency, params = axes.flat
+    loss, entropy, latency, params = axes
 
     def line(axis: Any, of: Mapping[int, float], **style: Any) -> None:
         if of:
@@ -128,7 +126,7 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, f
     for name, limit in limits.items():
         (latency if name == "latency_max" else params).axhline(limit, color=RED, lw=0.8, ls="--")
     titles = ("cross-entropy (nats per token)", "normalised entropy", "E[latency] (ms)", "E[parameters]")
-    for axis, title in zip(axes.flat, titles, strict=True):
+    for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
     for axis in (loss, entropy):
@@ -138,18 +136,15 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, limits: Mapping[str, f
 
 def calibration(fit: Calibration, path: Path) -> Path:
     """Predicted against measured latency of whole models."""
-    figure, axes = _figure(width=4.6, height=4.2)
-    axis = axes[0, 0]
+    figure, (axis,) = _figure(width=4.6, height=4.2)
     measured = [m for _, _, m in fit.points]
     predicted = [fit.fixed + fit.per_block * b + o for o, b, _ in fit.points]
     top = max(*measured, *predicted) * 1.1
     axis.plot([0, top], [0, top], color=GREY, lw=1)
-    axis.scatter(
-        measured, [o for o, _, _ in fit.points], facecolors="none", edgecolors=GREY, s=26, label="operations only"
-    )
+    operations = [o for o, _, _ in fit.points]
+    axis.scatter(measured, operations, facecolors="none", edgecolors=GREY, s=26, label="operations only")
     axis.scatter(measured, predicted, color=BLUE, s=26, label=f"with overhead (error {fit.mape:.1%})")
-    axis.set_xlabel("measured (ms)")
-    axis.set_ylabel("predicted (ms)")
+    axis.set(xlabel="measured (ms)", ylabel="predicted (ms)")
     axis.legend(fontsize=8, frameon=False)
     return _save(figure, path)
 
@@ -173,8 +168,7 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
     picture = [
         [math.log2(shapes[s][DENSE] / shapes[s][p]) if p in shapes[s] else math.nan for p in pairs] for s in lines
     ]
-    figure, axes = _figure(width=1.6 + 0.52 * len(pairs), height=1.3 + 0.19 * len(lines))
-    axis = axes[0, 0]
+    figure, (axis,) = _figure(width=1.6 + 0.52 * len(pairs), height=1.3 + 0.19 * len(lines))
     limit = max(1.0, max(abs(v) for line in picture for v in line if v == v))
     image = axis.imshow(picture, aspect="auto", cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest")
     for y, line in enumerate(picture):
@@ -186,9 +180,8 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
     axis.set_yticks(range(len(lines)), [f"{n}×{k}" for _, n, k in lines], fontsize=7)
     axis.set_ylabel("linear, out × in features", fontsize=8)
     work = table.workload
-    axis.set_title(
-        f"16-bit time / time, {work.mode} {work.batch}×{work.seq} {work.dtype}\n{table.header.device}", fontsize=8
-    )
+    title = f"16-bit time / time, {work.mode} {work.batch}×{work.seq} {work.dtype}"
+    axis.set_title(f"{title}\n{table.header.device}", fontsize=8)
     ticks = [t for t in (-3, -2, -1, 0, 1, 2, 3) if abs(t) <= limit]
     bar = figure.colorbar(image, ax=axis, fraction=0.05, ticks=ticks)
     bar.ax.set_yticklabels([f"{2.0**t:g}×" for t in ticks], fontsize=7)
@@ -197,8 +190,7 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
 
 def bits_per_block(choice: Choice, block_rank: Sequence[int], path: Path) -> Path:
     """Weight and activation bits of every original block; removed blocks are crossed out. Blocks carry their rank."""
-    figure, axes = _figure(width=max(4.0, 0.6 * len(block_rank) + 1.5), height=2.6)
-    axis = axes[0, 0]
+    figure, (axis,) = _figure(width=max(4.0, 0.6 * len(block_rank) + 1.5), height=2.6)
     kept = set(kept_blocks(block_rank, choice.blocks))
     rank = {b: i + 1 for i, b in enumerate(block_rank)}
     for b in range(len(block_rank)):

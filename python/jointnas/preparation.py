@@ -23,18 +23,12 @@ log = logging.getLogger(__name__)
 
 
 def prepare(
-    config: RunConfig,
-    model: torch.nn.Module | None = None,
-    streams: Streams | None = None,
+    config: RunConfig, model: torch.nn.Module | None = None, streams: Streams | None = None,
     table: LatencyTable | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
-    The model is converted in place.
-
-    Raises:
-        JointNASError: something cannot be loaded, does not fit together, or no choice satisfies the limits.
-    """
+    The model is converted in place."""
     space = config.space.build()
     if model is None:
         model = loading.load_model(config.model)
@@ -59,15 +53,11 @@ def prepare(
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
     initialise_quantizers(config, supernet, streams)
-    return Run(config, Path(config.out), supernet, streams, table, restricted, removed, importance)
+    return Run(config, Path(config.out), supernet, streams, table, restricted, removed)
 
 
 def open_run(run: str | Path, searched: bool = True) -> Run:
-    """A searched run folder, with the supernet as the search left it, or (not `searched`) as it began.
-
-    Raises:
-        JointNASError: it is no run folder, or its search has not finished.
-    """
+    """A searched run folder, with the supernet as the search left it, or (not `searched`) as it began."""
     config = read_config(Path(run))
     found_choice(Path(run))
     opened = prepare(config)

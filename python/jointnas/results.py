@@ -64,16 +64,11 @@ def html_table(rows: Sequence[dict[str, Any]]) -> str:
 def pareto_points(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
     """Points (x, y) of measured latency and perplexity, and what x is; predicted latency where it was not measured."""
     measured = all(r["measured_ms"] is not None for r in rows)
-    points = [
-        {
-            "name": r["name"],
-            "x": r["measured_ms"] if measured else r["predicted_ms"],
-            "y": r["perplexity"],
-            "x_predicted": r["predicted_ms"] if measured else None,
-        }
-        for r in rows
-    ]
-    return points, "latency (ms), measured; hollow: predicted" if measured else "predicted latency (ms)"
+    points = [{"name": r["name"], "x": r["predicted_ms"], "y": r["perplexity"], "x_predicted": None} for r in rows]
+    if not measured:
+        return points, "predicted latency (ms)"
+    points = [{**p, "x": r["measured_ms"], "x_predicted": r["predicted_ms"]} for p, r in zip(points, rows, strict=True)]
+    return points, "latency (ms), measured; hollow: predicted"
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[int]:

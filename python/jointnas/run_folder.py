@@ -27,9 +27,10 @@ from torch import Tensor
 from jointnas import checkpoint
 from jointnas.config import RunConfig, dump, load
 from jointnas.data import Streams
+from jointnas.metrics import flat
 from jointnas.objective import original_params
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Importance, Supernet
+from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.table import Bound
 from jointnas_kernels.space import Choice, SearchSpace
@@ -49,7 +50,6 @@ class Run:
     table: LatencyTable
     space: SearchSpace  # without bits that the device cannot run
     removed: list[str]
-    importance: Importance | None
 
     @property
     def model_config(self) -> Any:
@@ -78,30 +78,18 @@ class Found:
 
 def write_start(run: Run) -> None:
     """config.yaml and env.json."""
-    write_json(
-        run.folder / "env.json",
-        {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": str(run.table.header.device),
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-            "removed": run.removed,
-            "space": run.space.to_dict(),
-            "block_rank": list(run.supernet.block_rank),
-            "original_params": original_params(run.model_config),
-        },
-    )
+    environment = {
+        "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        "device": str(run.table.header.device), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
+        "removed": run.removed, "space": run.space.to_dict(), "block_rank": list(run.supernet.block_rank),
+        "original_params": original_params(run.model_config),
+    }  # fmt: skip
+    write_json(run.folder / "env.json", environment)
     (run.folder / "config.yaml").write_text(dump(run.config))
 
 
 def read_config(folder: Path) -> RunConfig:
-    """The configuration of a run folder.
-
-    Raises:
-        JointNASError: it is no run folder.
-    """
+    """The configuration of a run folder."""
     if not (folder / "config.yaml").is_file():
         raise JointNASError(
             f"{folder} is no run folder: it has no config.yaml; make one with `jointnas search --out {folder}`"
@@ -110,11 +98,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def found_choice(folder: Path) -> Choice:
-    """What the search of a run folder found.
-
-    Raises:
-        JointNASError: it has not finished.
-    """
+    """What the search of a run folder found."""
     found = read_json(folder / "choice.json")
     if found is None:
         raise JointNASError(f"{folder} has no choice.json: its search has not finished; resume it with --resume auto")
@@ -122,11 +106,7 @@ def found_choice(folder: Path) -> Choice:
 
 
 def final_folder(folder: Path) -> Path:
-    """The finished model of a run folder.
-
-    Raises:
-        JointNASError: there is none.
-    """
+    """The finished model of a run folder."""
     if not (folder / "final").is_dir():
         raise JointNASError(f"{folder} has no finished model; run `jointnas finetune --run {folder}` first")
     return folder / "final"
@@ -143,6 +123,13 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
+def new(out: str, kind: str = "folder") -> Path:
+    """The path of something that is not there yet."""
+    if Path(out).exists():
+        raise JointNASError(f"{out} exists; choose another {kind}")
+    return Path(out)
+
+
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
@@ -155,22 +142,14 @@ def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged:
     tensors["rng"] = {"cpu": torch.get_rng_state()}
     state = {
         "data_position": step,  # batches and draws are functions of (seed, step)
-        "seed": run.config.seed,
-        "converged": converged,
-        "seconds": seconds,
-        "optimizers": groups,
-        "config": resumable(run.config),
-        "block_rank": list(run.supernet.block_rank),
-    }
+        "seed": run.config.seed, "converged": converged, "seconds": seconds, "optimizers": groups,
+        "config": resumable(run.config), "block_rank": list(run.supernet.block_rank),
+    }  # fmt: skip
     checkpoint.save(run.folder / "checkpoints", step, tensors, state, keep=run.config.search.keep_checkpoints)
 
 
 def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
-    """(step, seconds, converged) of the checkpoint that was loaded, or a fresh start.
-
-    Raises:
-        JointNASError: the folder holds another search, or one that is not to be resumed.
-    """
+    """(step, seconds, converged) of the checkpoint that was loaded, or a fresh start."""
     folder = run.folder / "checkpoints"
     if run.config.resume == "never":
         if checkpoint.steps(folder):
@@ -182,9 +161,11 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
     if newest is None:
         return 0, 0.0, False
     tensors, state = checkpoint.load(newest)
-    difference = _difference(state["config"], resumable(run.config))
-    if difference:
-        raise JointNASError(f"{newest} belongs to another configuration: {difference}")
+    old, new = dict(flat(state["config"])), dict(flat(resumable(run.config)))
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if was != now:
+            raise JointNASError(f"{newest} belongs to another configuration: {'.'.join(key)} was {was!r}, is {now!r}")
     run.supernet.load_search_state(tensors["supernet"])
     for name, optimizer in optimizers.items():
         checkpoint.unpack_optimizer(optimizer, tensors[name], state["optimizers"][name])
@@ -194,11 +175,7 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
 
 
 def load_supernet(run: Run) -> None:
-    """Puts in what the search of the run's folder trained.
-
-    Raises:
-        JointNASError: there is no whole checkpoint.
-    """
+    """Puts in what the search of the run's folder trained."""
     newest = checkpoint.latest(run.folder / "checkpoints")
     if newest is None:
         raise JointNASError(f"{run.folder} has no whole checkpoint; run the search again")
@@ -210,15 +187,3 @@ def resumable(config: RunConfig) -> dict[str, Any]:
     free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"}
     search = {"log_every", "save_every", "keep_checkpoints", "capture"}
     return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search})
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
-    for key in sorted({*old, *new}):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            inner = _difference(a, b, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif a != b:
-            return f"{prefix}{key} was {a!r}, is {b!r}"
-    return ""

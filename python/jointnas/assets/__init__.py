@@ -58,11 +58,7 @@ def has_weights() -> bool:
 
 
 def load_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The embedded model in evaluation mode, on the CPU.
-
-    Raises:
-        JointNASError: its weights are not there.
-    """
+    """The embedded model in evaluation mode, on the CPU."""
     if not has_weights():
         raise JointNASError(
             f"the embedded model has no weights: {model_dir() / 'model.safetensors'} is missing; train it with "
@@ -100,11 +96,7 @@ def _all_documents(source: str) -> tuple[str, ...]:
 
 
 def documents(split: Split = "train", sources: tuple[str, ...] = SOURCES) -> list[str]:
-    """Documents of a split in corpus order; a document is some consecutive paragraphs (one per line) or one gloss.
-
-    Raises:
-        JointNASError: unknown split or source.
-    """
+    """Documents of a split in corpus order; a document is some consecutive paragraphs (one per line) or one gloss."""
     if split not in get_args(Split):
         raise unknown("split", split, get_args(Split))
     return [d for source in sources for d in _all_documents(source) if _split_of(d) == split]

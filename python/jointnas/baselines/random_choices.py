@@ -19,11 +19,7 @@ def random_choices(
     """Random choices with the latency and parameters of `found`, each within ± `width` of it, all different.
 
     Choices are drawn uniformly from the space and kept if they fit. Bits of blocks that a choice removes do not make it
-    another one.
-
-    Raises:
-        JointNASError: the space has fewer such choices than asked for.
-    """
+    another one."""
     generator = seeded(seed, RANDOM)
     params, latency = count_params(model_config, found), bound.predict(found)
     kept: dict[Choice, None] = {}

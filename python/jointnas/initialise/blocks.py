@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,20 +65,18 @@ class Blocks:
         self._others = [((), {})] * len(self.layers)
         found: list[Tensor] = []
 
-        def note(b: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                self._others[b] = (args[1:], kwargs)
-
-            return hook
+        def note(b: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._others[b] = (args[1:], kwargs)
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(args[0])
             raise _Stop
 
-        hooks = [m.register_forward_pre_hook(note(b), with_kwargs=True) for b, m in enumerate(self.layers)]
-        with _removed(hooks):
+        with contextlib.ExitStack() as hooks:
+            for b, layer in enumerate(self.layers):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(note, b), with_kwargs=True))
             self._forward(ids[:1].to(self.device))
-        with _removed([self.layers[0].register_forward_pre_hook(keep, with_kwargs=True)]):
+        with self.layers[0].register_forward_pre_hook(keep, with_kwargs=True):
             for part in ids.split(self.batch):
                 with contextlib.suppress(_Stop):
                     self._forward(part.to(self.device))
@@ -109,28 +108,25 @@ class Blocks:
         return total / y.numel()
 
     @torch.no_grad()
-    def visit(
-        self, b: int, path: str, x: Tensor, see: Callable[[Tensor], None], parameters: Mapping[str, Tensor]
-    ) -> None:
-        """Shows `see` the inputs of one of block b's modules, batch by batch; what comes behind it is not run."""
+    def inputs(self, b: int, path: str, x: Tensor, parameters: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """The inputs of one of block b's modules, batch by batch; what comes behind it is not run."""
+        found: list[Tensor] = []
 
         def stop(x: Tensor) -> None:
-            see(x)
+            found.append(x)
             raise _Stop
 
         module: Any = self.layers[b].get_submodule(path)
-        hooks = [module.register_forward_pre_hook(lambda _, args: stop(args[0]))]
-        supernet = isinstance(module, SupernetLinear)
-        if supernet:  # as in the original model, it is not called, but asked for `original`
-            module.original = stop
-        try:
-            with _removed(hooks):
-                for part in x.split(self.batch):
-                    with contextlib.suppress(_Stop):
-                        self.run(b, part, parameters)
-        finally:
-            if supernet:
-                del module.original
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(module.register_forward_pre_hook(lambda _, args: stop(args[0])))
+            supernet = isinstance(module, SupernetLinear)
+            if supernet:  # as in the original model: asked for `original`, not called
+                hooks.callback(delattr, module, "original")
+                module.original = stop
+            for part in x.split(self.batch):
+                with contextlib.suppress(_Stop):
+                    self.run(b, part, parameters)
+                yield found.pop()
 
     @contextlib.contextmanager
     def quantized_inputs(self, b: int, bits: int, symmetric: bool) -> Iterator[None]:
@@ -139,8 +135,9 @@ class Blocks:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (quantize_tokens(args[0], bits, symmetric), *args[1:])
 
-        modules = [self.layers[b].get_submodule(path) for path in self.modules] if bits < 16 else []
-        with _removed([m.register_forward_pre_hook(hook) for m in modules]):
+        with contextlib.ExitStack() as hooks:
+            for path in self.modules if bits < 16 else ():
+                hooks.enter_context(self.layers[b].get_submodule(path).register_forward_pre_hook(hook))
             yield
 
 
@@ -161,12 +158,3 @@ def quantize_tokens(x: Tensor, bits: int, symmetric: bool = False) -> Tensor:
     step = span / span.detach().clamp_min(torch.finfo(span.dtype).tiny)
     soft = wide + (value.to(wide.dtype) - wide.detach()) * step
     return value + (soft - soft.detach()).to(x.dtype)
-
-
-@contextlib.contextmanager
-def _removed(hooks: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

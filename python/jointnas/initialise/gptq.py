@@ -40,31 +40,12 @@ def accumulate(hessian: Tensor | None, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gptq(
-    weight: Tensor,
-    hessian: Tensor,
-    bits: int,
-    group_size: int,
-    *,
-    damping: float = 0.01,
-    act_order: bool = False,
-    clip: bool = True,
-    block: int = BLOCK,
-) -> tuple[Tensor, Grid]:
-    """Quantized values [O, I] in the weight's dtype, and their grid.
+    weight: Tensor, hessian: Tensor, bits: int, group_size: int, *, damping: float = 0.01, act_order: bool = False,
+    clip: bool = True, block: int = BLOCK,
+) -> tuple[Tensor, Grid]:  # fmt: skip
+    """Quantized values [O, I] in the weight's dtype, and their grid, for a weight [O, I] and a Hessian [I, I].
 
-    Args:
-        weight: [O, I].
-        hessian: [I, I], see `accumulate`.
-        bits: of the values.
-        group_size: inputs per scale.
-        damping: share of the mean diagonal added to the diagonal.
-        clip: search each group's clip ratio (`mse_clip`); False: the plain absmax.
-        act_order: columns by falling diagonal of the Hessian.
-        block: columns updated together; changes rounding in the last bits only.
-
-    Raises:
-        JointNASError: shapes that do not fit, or a Hessian that cannot be factorised.
-    """
+    `clip` searches each group's clip ratio; without, absmax. `block` changes rounding in the last bits only."""
     check_quantizers("gptq", weight, (bits,), group_size, "identity")
     inputs = weight.shape[1]
     if tuple(hessian.shape) != (inputs, inputs):

@@ -111,13 +111,8 @@ def smoothed(problem: Problem, start: Transform) -> Transform:
     assert problem.x is not None
     scales = {}
     for site, stage in zip(SITES, problem.blocks.stages, strict=True):
-        largest: list[Tensor] = []
-
-        def see(v: Tensor, largest: list[Tensor] = largest) -> None:
-            largest.append(v.abs().flatten(0, -2).amax(0))
-
-        problem.blocks.visit(problem.b, stage[0], problem.x, see, {})
-        acts = torch.stack(largest).amax(0)
+        inputs = problem.blocks.inputs(problem.b, stage[0], problem.x, {})
+        acts = torch.stack([v.abs().flatten(0, -2).amax(0) for v in inputs]).amax(0)
         weights = torch.stack([problem.parameters[f"{path}.weight"].abs().amax(0) for path in stage]).amax(0)
         if site == "value":  # one scale per key-value channel, for all query heads that read it
             shape = (len(start.log_scale[site]) // start.head_dim, -1, start.head_dim)

@@ -55,12 +55,8 @@ class Problem:
         assert self.x is not None
         found: dict[str, Tensor] = {}
         for stage in self.blocks.stages:
-            sums: list[Tensor] = []
-
-            def see(v: Tensor, sums: list[Tensor] = sums) -> None:
-                sums.append(v.to(compute_dtype(v.dtype)).flatten(0, -2).square().sum(0))
-
-            self.blocks.visit(self.b, stage[0], self.x, see, parameters)
+            inputs = self.blocks.inputs(self.b, stage[0], self.x, parameters)
+            sums = [v.to(compute_dtype(v.dtype)).flatten(0, -2).square().sum(0) for v in inputs]
             found |= dict.fromkeys(stage, torch.stack(sums).sum(0))
         return found
 

@@ -101,39 +101,20 @@ def calibration_windows(tokens: Tensor, options: InitOptions, seq_len: int, seed
 
 
 def initialise(
-    model: nn.Module,
-    method: Method = "clip",
-    calibration: Tensor | None = None,
-    bits: Bits | None = None,
-    *,
-    options: InitOptions | None = None,
-    folder: str | Path | None = None,
-    progress: bool = True,
-    seed: int = 0,
-) -> list[Row]:
+    model: nn.Module, method: Method = "clip", calibration: Tensor | None = None, bits: Bits | None = None, *,
+    options: InitOptions | None = None, folder: str | Path | None = None, progress: bool = True, seed: int = 0,
+) -> list[Row]:  # fmt: skip
     """Initialises the weight quantizers of a supernet, or quantizes a plain model; in place.
 
     A supernet gets clip ratios for every precision of its space. In a plain transformers model every linear of a block
     becomes a `FakeQuantLinear`, whose weight lies on the grid it carries; `omniquant` also moves scales between norms
-    and linears where activations are quantized.
+    and linears where activations are quantized. "rtn" (round to nearest) and "clip" (each group's ratio of least
+    squared error) need no `calibration` [windows, tokens]; errors are reported only with it. Finished blocks go to
+    `folder`.
 
-    Args:
-        model: a supernet, or a plain transformers model.
-        method: "rtn" (round to nearest), "clip" (and each group's clip ratio with the least squared error), "gptq", or
-            "omniquant". The first two need no data; errors of blocks are reported only with it.
-        calibration: token ids [windows, tokens].
-        bits: of a plain model; of a supernet they are those of its space.
-        options: of the methods.
-        folder: where finished blocks go, and are taken from if they are of the same model, data and options; None:
-            nowhere, and a killed run starts again.
-        progress: show it.
-        seed: of the order of windows in learning.
-
-    Returns:
-        One dict per block, or with a supernet per (block, weight bits): the mean squared error of the block's output
-        with rounding to nearest (`mse_rtn`), where learning started (`mse_start`) and at the end (`mse`), and the mean
-        square of that output (`power`).
-    """
+    One row per block, or with a supernet per (block, weight bits): the mean squared error of the block's output with
+    rounding to nearest (`mse_rtn`), where learning started (`mse_start`) and at the end (`mse`), and the mean square of
+    that output (`power`)."""
     if method not in METHODS:
         raise unknown("quantizer initialiser", method, METHODS)
     options = options or InitOptions()
@@ -240,19 +221,15 @@ class Plain:
     def __init__(self, model: nn.Module, method: Method, options: InitOptions, bits: Bits, seed: int) -> None:
         self.model, self.method, self.options, self.bits, self.seed = model, method, options, bits, seed
         self.blocks = Blocks(model, options.batch)
-        self._check()
-
-    def _check(self) -> None:
         count = len(self.blocks.layers)
-        if not len(self.bits.weight) == len(self.bits.act) == count:
+        if not len(bits.weight) == len(bits.act) == count:
             raise JointNASError(
-                f"initialise: bits for the weights of {len(self.bits.weight)} blocks and for the activations of "
-                f"{len(self.bits.act)}; the model has {count} blocks"
+                f"initialise: bits for the weights of {len(bits.weight)} blocks and for the activations of "
+                f"{len(bits.act)}; the model has {count} blocks"
             )
         for b, layer in enumerate(self.blocks.layers):
             for path in self.blocks.modules:
-                module = layer.get_submodule(path)
-                if isinstance(module, FakeQuantLinear):
+                if isinstance(layer.get_submodule(path), FakeQuantLinear):
                     raise JointNASError(f"initialise: block {b}, {path} is quantized already; load the original model")
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
@@ -264,7 +241,7 @@ class Plain:
         bits, act, groups = self.bits.weight[b], self.bits.act[b], self.bits.groups(self.blocks.modules)
         problem = Problem(self.blocks, b, x, y, bits, groups)
         row: Row = {"block": b, "method": self.method, "weight_bits": bits, "act_bits": act}
-        with self._inputs(b):
+        with self.blocks.quantized_inputs(b, act, self.bits.act_symmetric):
             if self.method == "gptq":
                 state = self._gptq(problem)
                 row["mse_rtn"] = problem.error(problem.quantized(problem.weights, problem.unclipped()))
@@ -288,12 +265,8 @@ class Plain:
         scales: State = {}
         for stage in problem.blocks.stages:
             hessian: Tensor | None = None
-
-            def see(v: Tensor) -> None:
-                nonlocal hessian
-                hessian = accumulate(hessian, v)
-
-            problem.blocks.visit(problem.b, stage[0], problem.x, see, values)
+            for inputs in problem.blocks.inputs(problem.b, stage[0], problem.x, values):
+                hessian = accumulate(hessian, inputs)
             assert hessian is not None
             for path in stage:
                 weight = problem.parameters[f"{path}.weight"]
@@ -317,9 +290,6 @@ class Plain:
             bias = state.get(f"{path}.bias", old.bias)
             new = FakeQuantLinear(state[f"{path}.weight"], bias, of, self.bits.act[b], self.bits.act_symmetric)
             layer.set_submodule(path, new.requires_grad_(old.weight.requires_grad).train(old.training))
-
-    def _inputs(self, b: int) -> Any:
-        return self.blocks.quantized_inputs(b, self.bits.act[b], self.bits.act_symmetric)
 
 
 def _searched(

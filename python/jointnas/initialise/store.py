@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jointnas.checkpoint import fsync
+from jointnas.checkpoint import fsync, plain
 from jointnas_kernels.errors import JointNASError
 
 Tensors = dict[str, Tensor]
@@ -41,10 +42,7 @@ class Store:
 
     def finished(self) -> int:
         """How many blocks are there without a gap."""
-        count = 0
-        while self._path(count).is_file():
-            count += 1
-        return count
+        return next(b for b in itertools.count() if not self._path(b).is_file())
 
     def load(self, b: int) -> tuple[Tensors, Rows] | None:
         """A finished block; None: it is not."""
@@ -60,9 +58,7 @@ class Store:
     def save(self, b: int, state: Tensors, rows: Rows) -> None:
         """Write a finished block, whole or not at all."""
         temporary = self.folder / f".block-{b:03}.tmp"
-        # clones: parts of one tensor cannot be saved
-        tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
-        save_file(tensors, temporary, metadata={"rows": json.dumps(rows)})
+        save_file(plain(state), temporary, metadata={"rows": json.dumps(rows)})
         _rename(temporary, self._path(b))
         with open(self.folder / "blocks.jsonl", "a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -91,10 +91,7 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
     return build(
         RunConfig,
         {
-            "out": out,
-            "seed": seed,
-            "resume": "auto",
-            "model": {"device": device},
+            "out": out, "seed": seed, "resume": "auto", "model": {"device": device},
             "data": {"batch_size": 4, "seq_len": 128},
             "latency": {"batch": 4, "seq": 128, "seconds": 0.02},
             "search": {

@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 
 from jointnas.preparation import open_run
-from jointnas.run_folder import final_folder
-from jointnas_kernels.errors import JointNASError
+from jointnas.run_folder import final_folder, new
 from jointnas_kernels.hf import save_adapters
 
 
@@ -23,9 +22,7 @@ def export(run: str, out: str, adapters: bool = False) -> Path:
     Raises:
         JointNASError: there is no finished model, or `out` exists.
     """
-    final, folder = final_folder(Path(run)), Path(out)
-    if folder.exists():
-        raise JointNASError(f"{out} exists; choose another folder")
+    final, folder = final_folder(Path(run)), new(out)
     supernet = open_run(run).supernet if adapters else None
     shutil.copytree(final, folder)
     if supernet is not None:

@@ -9,6 +9,7 @@ from jointnas import loading
 from jointnas.config import BitsConfig, DataConfig, InitOptions, Method, ModelConfig
 from jointnas.exporting import export_model
 from jointnas.initialise import DATA_FREE, Bits, calibration_windows, initialise, single_space
+from jointnas.run_folder import new
 from jointnas_kernels.errors import JointNASError
 
 RECORD = "quantization.jsonl"  # in the exported folder: the errors of every block
@@ -16,14 +17,9 @@ RECORD = "quantization.jsonl"  # in the exported folder: the errors of every blo
 
 def quantize(
     out: str,
-    model: ModelConfig = ModelConfig(),  # noqa: B008
-    bits: BitsConfig = BitsConfig(),  # noqa: B008
-    method: Method = "gptq",
-    data: DataConfig = DataConfig(),  # noqa: B008
-    options: InitOptions = InitOptions(),  # noqa: B008
-    seed: int = 0,
-    resume: bool = False,
-    progress: bool = True,
+    model: ModelConfig = ModelConfig(), bits: BitsConfig = BitsConfig(), method: Method = "gptq",  # noqa: B008
+    data: DataConfig = DataConfig(), options: InitOptions = InitOptions(),  # noqa: B008
+    seed: int = 0, resume: bool = False, progress: bool = True,
 ) -> Path:
     """Quantizes a model as it is, every block at one precision, and exports it; returns the new folder.
 
@@ -41,10 +37,8 @@ def quantize(
     Raises:
         JointNASError: bad input, or `out` exists.
     """
-    folder = Path(out)
+    folder = new(out)
     partial = folder.with_name(f"{folder.name}.partial")
-    if folder.exists():
-        raise JointNASError(f"{out} exists; choose another folder")
     if partial.exists() and not resume:
         raise JointNASError(f"{partial} holds an unfinished quantization; pass --resume to continue it, or remove it")
     space = single_space(loading.model_config(model), bits.weight, bits.act, bits.group_size)

@@ -11,18 +11,16 @@ from pathlib import Path
 from jointnas import loading, plots
 from jointnas.config import LatencyConfig, ModelConfig, RunConfig, SpaceConfig
 from jointnas.preparation import measure_table
+from jointnas.run_folder import new
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import Comparison, Coverage, LatencyTable, compare, interpolate
 
 
 def measure(
     out: str,
-    space: SpaceConfig = SpaceConfig(),  # noqa: B008
-    model: ModelConfig = ModelConfig(),  # noqa: B008
+    space: SpaceConfig = SpaceConfig(), model: ModelConfig = ModelConfig(),  # noqa: B008
     latency: LatencyConfig = LatencyConfig(),  # noqa: B008
-    device: str = "cpu",
-    resume: bool = False,
-    progress: bool = True,
+    device: str = "cpu", resume: bool = False, progress: bool = True,
 ) -> LatencyTable:
     """Measures the latency table of a space on this machine.
 
@@ -57,7 +55,7 @@ def merge(tables: list[str], out: str, device: str = "cpu", force: bool = False)
     """
     if len(tables) < 2:
         raise JointNASError(f"merge takes two or more table files, got {len(tables)}")
-    path = _new(out)
+    path = new(out, "file")
     merged, *others = (LatencyTable.load(table, device, force) for table in tables)
     for other in others:
         merged = merged.merge(other)
@@ -75,12 +73,9 @@ def diff(first: str, second: str) -> Comparison:
 
 
 def fill(
-    table: str,
-    out: str,
-    space: SpaceConfig = SpaceConfig(),  # noqa: B008
-    model: ModelConfig = ModelConfig(),  # noqa: B008
-    device: str = "cpu",
-    force: bool = False,
+    table: str, out: str,
+    space: SpaceConfig = SpaceConfig(), model: ModelConfig = ModelConfig(),  # noqa: B008
+    device: str = "cpu", force: bool = False,
 ) -> Coverage:
     """Writes a table with those sizes of a space that lie between measured ones, interpolated.
 
@@ -89,7 +84,7 @@ def fill(
     Raises:
         JointNASError: `out` exists, or the table cannot be used.
     """
-    path, built, config = _new(out), space.build(), loading.model_config(_sized(space, model))
+    path, built, config = new(out, "file"), space.build(), loading.model_config(_sized(space, model))
     completed = interpolate(LatencyTable.load(table, device, force), built, config)
     completed.save(path)
     return completed.coverage(built, config)
@@ -97,10 +92,8 @@ def fill(
 
 def show(
     table: str,
-    space: SpaceConfig = SpaceConfig(),  # noqa: B008
-    model: ModelConfig = ModelConfig(),  # noqa: B008
-    device: str = "cpu",
-    force: bool = False,
+    space: SpaceConfig = SpaceConfig(), model: ModelConfig = ModelConfig(),  # noqa: B008
+    device: str = "cpu", force: bool = False,
 ) -> str:
     """Which operations and precisions of a space a table, unfinished or not, holds, lacks, and why.
 
@@ -144,9 +137,3 @@ def _sized(space: SpaceConfig, model: ModelConfig) -> ModelConfig:
     """The model whose sizes a space is about."""
     eight_billion = space.base in ("llama3", "qllama3") and model.source == "embedded"
     return model.model_copy(update={"source": "llama-3.1-8b"} if eight_billion else {})
-
-
-def _new(out: str) -> Path:
-    if Path(out).exists():
-        raise JointNASError(f"{out} exists; choose another file")
-    return Path(out)
