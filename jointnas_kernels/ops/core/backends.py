@@ -10,8 +10,6 @@ from torch import Tensor
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError, unknown
 
-BACKENDS = ("reference", "triton", "cpu", "cuda")
-
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors."""

@@ -67,18 +67,15 @@ def optional(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else vector(tensor)
 
 
-def matrix(tensor: Tensor) -> tuple[int, int]:
-    """(rows, width)."""
-    width = tensor.shape[-1]
-    return tensor.numel() // max(1, width), width
+def chunking(tensor: Tensor, reduces: bool = False, last: int = 1) -> tuple[int, int, int, int]:
+    """(rows, width, rows per chunk, chunks) of a tensor whose ``last`` dimensions make up the width.
 
-
-def chunking(rows: int, width: int, reduces: bool = False) -> tuple[int, int]:
-    """(rows per chunk, chunks): about 32k elements each; with column sums at most 32 chunks, as each has its own."""
-    per_chunk = max(1, 32768 // max(1, width))
-    if reduces:
-        per_chunk = max(per_chunk, -(-rows // 32))
-    return per_chunk, -(-rows // per_chunk)
+    Chunks have about 32k elements each; with column sums there are at most 32 of them, as each has its own.
+    """
+    width = tensor.shape[-1] if last == 1 else tensor.shape[-last:].numel()
+    rows = tensor.numel() // max(1, width)
+    per_chunk = max(1, 32768 // max(1, width), -(-rows // 32) if reduces else 1)
+    return rows, width, per_chunk, -(-rows // per_chunk)
 
 
 def partial_sums(need: bool, chunks: int, *shape: int) -> Tensor | None:

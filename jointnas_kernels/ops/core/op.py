@@ -87,10 +87,7 @@ class Registered:
 
     def run(self, *args: Any) -> Any:
         """The outputs by the backend that the last argument asks for, or that fits; below autograd."""
-        if self.choose is None:
-            how = resolve(self.name, args[-1], args[0], self.available)
-        else:
-            how = self.choose(*args)
+        how = self.choose(*args) if self.choose else resolve(self.name, args[-1], args[0], self.available)
         output = self.implementations[how](*args[:-1])
         return _dense(output) if how == "reference" else output
 
@@ -129,9 +126,11 @@ class Op(Registered):
         read_for: Mapping[str, Sequence[str]] | None = None, choose: Callable[..., str] | None = None,
         public: str | None = None,
     ) -> None:  # fmt: skip
-        hints = get_type_hints(forward["reference"])
+        reference: Any = forward["reference"]
+        hints = get_type_hints(getattr(reference, "func", reference))
         outputs = len(get_args(hints.pop("return"))) or 1
-        names, kinds = list(hints), [f"{_KINDS[hint]} {n}" for n, hint in hints.items()]
+        names = list(hints)[len(getattr(reference, "args", ())) :]  # those that a partial leaves open
+        kinds = [f"{_KINDS[hints[n]]} {n}" for n in names]
         count = sum(kind.startswith("Tensor") for kind in kinds)
         if not all(kind.startswith("Tensor") for kind in kinds[:count]):
             raise TypeError(f"{name}: tensors come first, then plain values; got {kinds}")

@@ -33,12 +33,6 @@ def bad(op: str, message: str) -> JointNASError:
     return JointNASError(f"{op}: {message}")
 
 
-def check(condition: bool, op: str, message: str) -> None:
-    """Raise one clear error naming the op unless ``condition`` holds; for ops whose calls are not counted in us."""
-    if not condition:
-        raise bad(op, message)
-
-
 def rows(tensor: Tensor) -> Tensor:
     """``tensor`` as [rows, last dim] with unit stride along the last dim; a view whenever the layout allows it."""
     flat = tensor.reshape(-1, tensor.shape[-1])

@@ -30,9 +30,8 @@ def stored_group(group_size: int, bits: int, planes: bool = False) -> int:
     """The group of the layout: the largest divisor of ``group_size`` that is whole words with sums of 16 bits."""
     word = 32 if planes else 32 // bits
     if group_size % word:
-        raise JointNASError(
-            f"the CPU kernels take a group_size that is a multiple of {word} at {bits} bits, got {group_size}"
-        )
+        raise JointNASError(f"the CPU kernels take a group_size that is a multiple of {word} at {bits} bits, "
+                            f"got {group_size}")
     most = min(group_size, 1 << (16 - bits))
     return next(g for g in range(most // word * word, 0, -word) if group_size % g == 0)
 

@@ -96,11 +96,9 @@ def _cuda(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tens
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.outputs)
 
 
-def _choose(
-    x: Tensor, tensors: Sequence[Tensor], layout: str, planes: bool, outputs: int, inputs: int, w_bits: int,
-    group_size: int, a_bits: int, symmetric: bool, backend: str | None,
-) -> str:  # fmt: skip
+def _choose(x: Tensor, *rest: Any) -> str:
     """The kernels of the weight's layout; from the storage layout the first that take it, in its dtypes, as it is."""
+    tensors, layout, _, _, _, w_bits, group_size, _, _, backend = rest
     available: Sequence[str] = (layout, "reference")
     if layout == "storage":
         cuda_fits = group_size == tiles.INPUTS and x.dtype in calls.DTYPES and x.dtype == tensors[1].dtype

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.core.tensors import bad
 from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS, level_range
 
 
@@ -56,14 +57,12 @@ def pack_weight(q: Tensor, bits: int) -> Tensor:
     """
     check_bits(bits, PACKED_WEIGHT_BITS, "pack_weight: bits")
     if q.dim() != 2 or q.dtype.is_floating_point or q.dtype == torch.bool:
-        raise JointNASError(f"pack_weight: q must be a 2-D integer tensor, got {q.dim()}-D {q.dtype}")
+        raise bad("pack_weight", f"q must be a 2-D integer tensor, got {q.dim()}-D {q.dtype}")
     per_word, (low, high) = 32 // bits, level_range(bits)
     if q.shape[1] % per_word:
-        raise JointNASError(
-            f"pack_weight: the input size must be a multiple of {per_word} for {bits} bits, got {q.shape[1]}"
-        )
+        raise bad("pack_weight", f"the input size must be a multiple of {per_word} for {bits} bits, got {q.shape[1]}")
     if q.numel() and (int(q.min()) < low or int(q.max()) > high):
-        raise JointNASError(f"pack_weight: {bits}-bit values must lie in [{low}, {high}]")
+        raise bad("pack_weight", f"{bits}-bit values must lie in [{low}, {high}]")
     return to_words(q.to(torch.uint8) + (1 << (bits - 1)), bits)
 
 
@@ -84,8 +83,6 @@ def unpack_weight(packed: Tensor, bits: int, shape: tuple[int, int] | torch.Size
     check_bits(bits, PACKED_WEIGHT_BITS, "unpack_weight: bits")
     stored = (shape[0], shape[1] * bits // 32)
     if packed.dtype != torch.int32 or tuple(packed.shape) != stored or shape[1] * bits % 32:
-        raise JointNASError(
-            f"unpack_weight: {bits}-bit weights of shape {tuple(shape)} are packed as int32 {stored}, "
-            f"got {packed.dtype} {tuple(packed.shape)}"
-        )
+        raise bad("unpack_weight", f"{bits}-bit weights of shape {tuple(shape)} are packed as int32 {stored}, "
+                                   f"got {packed.dtype} {tuple(packed.shape)}")
     return (to_fields(packed, bits) - (1 << (bits - 1))).view(torch.int8)

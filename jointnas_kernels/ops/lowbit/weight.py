@@ -60,10 +60,8 @@ class LowbitWeight(NamedTuple):
         """
         check_bits(w_bits, PACKED_WEIGHT_BITS, "w_bits")
         if packed.dtype != torch.int32 or packed.dim() != 2:
-            raise JointNASError(
-                f"packed must be int32 [O, I*w_bits/32], got {packed.dtype} {tuple(packed.shape)}; "
-                "integers of another dtype are packed by `LowbitWeight.pack`"
-            )
+            raise JointNASError(f"packed must be int32 [O, I*w_bits/32], got {packed.dtype} {tuple(packed.shape)}; "
+                                "integers of another dtype are packed by `LowbitWeight.pack`")
         outputs, words = packed.shape
         inputs = words * 32 // w_bits
         if group_size < 1 or inputs % group_size:
@@ -132,10 +130,8 @@ class LowbitWeight(NamedTuple):
         """(packed int32 [O, I*w_bits/32], scale [O, I/group_size]) from any layout."""
         if self.layout == "storage":
             return self.tensors[0], self.tensors[1]
-        packed, scale = LAYOUTS[self.layout].read_back(
-            self.tensors, self.outputs, self.inputs, self.w_bits, self.group_size, self.planes
-        )
-        return packed, scale
+        read_back = LAYOUTS[self.layout].read_back
+        return read_back(self.tensors, self.outputs, self.inputs, self.w_bits, self.group_size, self.planes)
 
     def dequantized(self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
         """q * scale of some rows, [rows, I] in ``dtype``."""

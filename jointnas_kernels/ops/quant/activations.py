@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.op import Op
@@ -239,10 +239,10 @@ def _cpu(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    count, width = cpu.matrix(x)
+    count, width, per_chunk, _ = cpu.chunking(x)
     y = cpu.empty_like(x)
     cpu.call("act_quant_mix", x, cpu.vector(probs), cpu.optional(mask), cpu.integers(bits), y, count, width, len(bits),
-             symmetric, cpu.chunking(count, width)[0], cpu.DTYPES[x.dtype])
+             symmetric, per_chunk, cpu.DTYPES[x.dtype])
     return y, _no_levels(x, bits)
 
 
@@ -251,9 +251,8 @@ def _cpu_backward(
     symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     g = grad.contiguous()
-    count, width = cpu.matrix(g)
     need_mask = need[2] and mask is not None
-    per_chunk, chunks = cpu.chunking(count, width, need_mask)
+    count, width, per_chunk, chunks = cpu.chunking(g, need_mask)
     dx = cpu.empty_like(g) if need[0] else None
     dprobs, dmask = cpu.partial_sums(need[1], count, len(bits)), cpu.partial_sums(need_mask, chunks, width)
     total = float(probs.float().sum())
@@ -278,11 +277,9 @@ def check_precisions(op: str, bits: Sequence[int], probs: Tensor) -> None:
         if width not in ACT_BITS:
             raise unknown("activation bit width", width, ACT_BITS, where=op)
     if not 1 <= len(bits) <= 4:
-        raise JointNASError(f"{op}: mixes one to four bit widths, got {list(bits)}")
+        raise bad(op, f"mixes one to four bit widths, got {list(bits)}")
     if tuple(probs.shape) != (len(bits),):
-        raise JointNASError(
-            f"{op}: probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}"
-        )
+        raise bad(op, f"probs must have one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}")
 
 
 def act_quant_mix(

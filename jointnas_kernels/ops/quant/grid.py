@@ -65,10 +65,9 @@ def integers(values: Tensor, grid: Grid) -> Tensor:
         fits = wrong & (((near - z) * s).to(values.dtype) == v)
         q, wrong = torch.where(fits, near, q), wrong & ~fits
     if wrong.any():
-        raise JointNASError(
-            f"{int(wrong.sum())} of {values.numel()} weights are no multiple of their group's {grid.bits}-bit scale: "
-            "they were changed, or converted to another dtype, after quantization"
-        )
+        raise JointNASError(f"{int(wrong.sum())} of {values.numel()} weights are no multiple of their group's "
+                            f"{grid.bits}-bit scale: they were changed, or converted to another dtype, "
+                            "after quantization")
     return q.flatten(-2).to(torch.int8)
 
 

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.ops.core.op import Op
+from jointnas_kernels.errors import unknown
+from jointnas_kernels.ops.core.op import Implementations, Op
+from jointnas_kernels.ops.core.tensors import bad
 from jointnas_kernels.ops.quant.kernels import MAGIC, TINY
 from jointnas_kernels.ops.quant.spec import WEIGHT_BITS, level_range, quantize_groups, straight_through
 
@@ -95,9 +96,10 @@ def fake_quant_kernel(
         tl.store(out_ptr + at, ((q - z[:, None]) * s[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _run(
-    grad: Tensor | None, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool
-) -> tuple[Tensor, Tensor | None]:
+def _launch(
+    grad: Tensor | None, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool,
+    need: Sequence[bool] = (),
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """(Q(w), None), or (dweight, dclip) of a gradient."""
     weight, clip = weight.contiguous(), None if clip is None else clip.contiguous()
     out = torch.empty_like(weight)
@@ -114,18 +116,8 @@ def _run(
     return out, dclip
 
 
-def _launch(weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool) -> Tensor:
-    return _run(None, weight, clip, bits, group_size, symmetric)[0]
-
-
-def _launch_backward(
-    grad: Tensor, weight: Tensor, clip: Tensor | None, bits: int, group_size: int, symmetric: bool, need: Sequence[bool]
-) -> tuple[Tensor, Tensor | None]:
-    return _run(grad, weight, clip, bits, group_size, symmetric)
-
-
-_forward = {"triton": _launch, "reference": _reference}
-_clip = Op("fake_quant_weight", _forward, {"triton": _launch_backward, "reference": _reference_backward})
+_forward: Implementations = {"triton": lambda *args: _launch(None, *args)[0], "reference": _reference}
+_clip = Op("fake_quant_weight", _forward, {"triton": _launch, "reference": _reference_backward})
 _identity = Op("fake_quant_weight_identity", _forward, identity=("weight",), public="fake_quant_weight")
 
 
@@ -135,12 +127,10 @@ def check_quantizers(op: str, weight: Tensor, bits: Sequence[int], group_size: i
         if width not in WEIGHT_BITS:
             raise unknown("weight bit width", width, WEIGHT_BITS, where=op)
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise JointNASError(f"{op}: weight must be a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}")
+        raise bad(op, f"weight must be a floating-point matrix, got {tuple(weight.shape)} {weight.dtype}")
     if group_size < 1 or weight.shape[1] % group_size:
-        raise JointNASError(
-            f"{op}: group_size {group_size} does not divide the {weight.shape[1]} input channels of the weight; "
-            "use a divisor of it"
-        )
+        raise bad(op, f"group_size {group_size} does not divide the {weight.shape[1]} input channels of the weight; "
+                      "use a divisor of it")
     if ste not in ("identity", "clip"):
         raise unknown("straight-through rule", ste, ("identity", "clip"), where=op)
 
@@ -148,7 +138,7 @@ def check_quantizers(op: str, weight: Tensor, bits: Sequence[int], group_size: i
 def check_clip(op: str, clip: Tensor | None, shape: tuple[int, ...]) -> None:
     """Raise JointNASError unless ``clip`` is None or has ``shape``."""
     if clip is not None and tuple(clip.shape) != shape:
-        raise JointNASError(f"{op}: clip ratios must have shape {shape} (one per group), got {tuple(clip.shape)}")
+        raise bad(op, f"clip ratios must have shape {shape} (one per group), got {tuple(clip.shape)}")
 
 
 def fake_quant_weight(

@@ -8,7 +8,7 @@ with g = dL/dy:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -58,11 +58,7 @@ def channel_mask_kernel(
         tl.store(partial_ptr + chunk * width + col, tl.sum(total, axis=0), mask=col_ok)
 
 
-def _launch(x: Tensor, mask: Tensor) -> Tensor:
-    return _launch_backward(x, None, mask, (True, False))[0]
-
-
-def _launch_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+def _launch(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
     g, mask, reduce = rows(grad), mask.contiguous(), need[1]
     other = rows(x) if reduce and x is not None else None
     count, width = g.shape
@@ -79,21 +75,21 @@ def _launch_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequenc
     return dx, in_dtype_of(column_sums(partial)[0], mask)
 
 
-def _cpu(x: Tensor, mask: Tensor) -> Tensor:
-    return _cpu_backward(x, None, mask, (True, False))[0]
-
-
-def _cpu_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
+def _cpu(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
     g, source = grad.contiguous(), x.contiguous() if need[1] and x is not None else None
-    count, width = cpu.matrix(g)
-    per_chunk, chunks = cpu.chunking(count, width, need[1])
+    count, width, per_chunk, chunks = cpu.chunking(g, need[1])
     dx, partial = cpu.empty_like(g), cpu.partial_sums(need[1], chunks, width)
     cpu.call("channel_mask", g, source, cpu.vector(mask), dx, partial, count, width, per_chunk, cpu.DTYPES[g.dtype])
     return dx, cpu.total(partial, mask)
 
 
-FORWARD = {"triton": _launch, "cpu": _cpu, "reference": _reference}  # of channel_mask and of ops that contain it
-BACKWARD = {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward}
+# of channel_mask and of ops that contain it; y of x is dx of a gradient x
+FORWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "triton": lambda x, mask: _launch(x, None, mask, (True, False))[0],
+    "cpu": lambda x, mask: _cpu(x, None, mask, (True, False))[0],
+    "reference": _reference,
+}
+BACKWARD = {"triton": _launch, "cpu": _cpu, "reference": _reference_backward}
 _op = Op("channel_mask", FORWARD, BACKWARD, read_for={"x": ("mask",)})
 
 

@@ -156,16 +156,9 @@ def _backward(
     return dx, dw, din, dout, da, db, dbias
 
 
-def _reference_linear(
-    x: Tensor, weight: Tensor, in_mask: Tensor | None, out_mask: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, bias: Tensor | None, scaling: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    return _forward("reference", x, weight, in_mask, out_mask, lora_a, lora_b, bias, scaling)
-
-
 _linear = Op(
     "mixed_linear",
-    {"triton": partial(_forward, "triton"), "cpu": partial(_forward, "cpu"), "reference": _reference_linear},
+    {how: partial(_forward, how) for how in ("triton", "cpu", "reference")},
     {how: partial(_backward, how) for how in ("triton", "cpu", "reference")},
     read_for={"x": ("weight", "in_mask", "lora_a"), "saved0": ("lora_b",), "saved1": ("out_mask",)},
 )

@@ -167,10 +167,9 @@ def _launch_backward(
 
 def _cpu(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None) -> Tensor:
     h, y, x = h.contiguous(), y.contiguous(), dense(x)
-    count, width = cpu.matrix(h)
     out = cpu.empty_like(h)
-    cpu.call("gated_residual", h, y, cpu.optional(mask), cpu.optional(gate), x, out, count, width,
-             cpu.chunking(count, width)[0], cpu.DTYPES[h.dtype])
+    cpu.call("gated_residual", h, y, cpu.optional(mask), cpu.optional(gate), x, out, *cpu.chunking(h)[:3],
+             cpu.DTYPES[h.dtype])
     return out
 
 
@@ -179,9 +178,8 @@ def _cpu_backward(
     need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     g, h, y, x = grad.contiguous(), dense(h), dense(y), dense(x)
-    count, width = cpu.matrix(g)
     need_mask = need[2] and mask is not None
-    per_chunk, chunks = cpu.chunking(count, width, need_mask)
+    count, width, per_chunk, chunks = cpu.chunking(g, need_mask)
     dh, dx, dy = cpu.empty_like(g), cpu.empty_like(g), None if mask is None else cpu.empty_like(g)
     dmask, dgate = cpu.partial_sums(need_mask, chunks, width), cpu.partial_sums(need[3], chunks)
     cpu.call("gated_residual_backward", g, h, y, cpu.optional(mask), cpu.vector(gate), x, dh, dy, dx, dmask, dgate,

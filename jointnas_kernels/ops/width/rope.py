@@ -176,10 +176,6 @@ def _rotate_all(
     return q_out, k_out, in_dtype_of(of_q, q_mask), in_dtype_of(of_k, k_mask)
 
 
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
-    return _rotate_all(q, k, cos, sin, q_mask, k_mask)[:2]
-
-
 def _launch_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
     k_mask: Tensor, need: Sequence[bool],
@@ -200,9 +196,9 @@ def _cpu(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask:
     out = []
     for x, mask in ((q.contiguous(), q_mask), (k.contiguous(), k_mask)):
         y = cpu.empty_like(x)
-        tokens, (heads, dim) = x.shape[0] * x.shape[1], x.shape[2:]
-        cpu.call("masked_rope", x, cpu.vector(mask), cosine, sine, y, tokens, period, heads, dim,
-                 cpu.chunking(tokens, heads * dim)[0], cpu.DTYPES[x.dtype])
+        tokens, _, per_chunk, _ = cpu.chunking(x, last=2)
+        cpu.call("masked_rope", x, cpu.vector(mask), cosine, sine, y, tokens, period, *x.shape[2:], per_chunk,
+                 cpu.DTYPES[x.dtype])
         out.append(y)
     return out[0], out[1]
 
@@ -215,11 +211,10 @@ def _cpu_backward(
     grads, masks = [], []
     for out, x, mask, needed in ((dq_out, q, q_mask, need[2]), (dk_out, k, k_mask, need[3])):
         g, source = out.contiguous(), x.contiguous() if needed and x is not None else None
-        tokens, (heads, dim) = g.shape[0] * g.shape[1], g.shape[2:]
-        per_chunk, chunks = cpu.chunking(tokens, heads * dim, needed)
-        dx, partial = cpu.empty_like(g), cpu.partial_sums(needed, chunks, heads, dim)
-        cpu.call("masked_rope_backward", g, source, cpu.vector(mask), cosine, sine, dx, partial, tokens, period, heads,
-                 dim, per_chunk, cpu.DTYPES[g.dtype])
+        tokens, _, per_chunk, chunks = cpu.chunking(g, needed, last=2)
+        dx, partial = cpu.empty_like(g), cpu.partial_sums(needed, chunks, *g.shape[2:])
+        cpu.call("masked_rope_backward", g, source, cpu.vector(mask), cosine, sine, dx, partial, tokens, period,
+                 *g.shape[2:], per_chunk, cpu.DTYPES[g.dtype])
         grads.append(dx)
         masks.append(cpu.total(partial, mask))
     return grads[0], grads[1], masks[0], masks[1]
@@ -227,7 +222,7 @@ def _cpu_backward(
 
 _op = Op(
     "masked_rope",
-    {"triton": _launch, "cpu": _cpu, "reference": _reference},
+    {"triton": lambda *tensors: _rotate_all(*tensors)[:2], "cpu": _cpu, "reference": _reference},
     {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
     results=2,
     frozen=("cos", "sin"),

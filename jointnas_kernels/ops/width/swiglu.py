@@ -142,10 +142,9 @@ def _launch_backward(
 
 def _cpu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    count, width = cpu.matrix(gate)
     out = cpu.empty_like(gate)
-    cpu.call("masked_swiglu", gate, up, cpu.vector(out_mask), cpu.vector(in_mask), out, count, width,
-             cpu.chunking(count, width)[0], cpu.DTYPES[gate.dtype])
+    cpu.call("masked_swiglu", gate, up, cpu.vector(out_mask), cpu.vector(in_mask), out, *cpu.chunking(gate)[:3],
+             cpu.DTYPES[gate.dtype])
     return out
 
 
@@ -153,8 +152,7 @@ def _cpu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor, need: Sequence[bool]
 ) -> Gradients:
     g, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
-    count, width = cpu.matrix(g)
-    per_chunk, chunks = cpu.chunking(count, width, need[2] or need[3])
+    count, width, per_chunk, chunks = cpu.chunking(g, need[2] or need[3])
     dgate, dup = cpu.empty_like(g), cpu.empty_like(g)
     dr, dc = cpu.partial_sums(need[2], chunks, width), cpu.partial_sums(need[3], chunks, width)
     cpu.call("masked_swiglu_backward", g, gate, up, cpu.vector(out_mask), cpu.vector(in_mask), dgate, dup, dr, dc,

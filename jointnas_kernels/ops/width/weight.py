@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -322,19 +323,16 @@ def _cpu_backward(
     sizes_out: Sizes, impl: str, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     g, w = grad.contiguous(), weight.contiguous()
-    count, width = w.shape
     r, c = _vectors(alpha_in, alpha_out, sizes_in, sizes_out, w)
-    per_chunk, chunks = cpu.chunking(count, width, True)
+    count, width, per_chunk, chunks = cpu.chunking(w, True)
     dw, dr, partial = cpu.empty_like(w) if need[0] else None, cpu.floats(count), cpu.floats(chunks, width)
     cpu.call("mixed_weight_backward", g, w, r, c, dw, dr, partial, count, width, per_chunk, cpu.DTYPES[w.dtype])
     return dw, _of_prefixes(partial.sum(0), sizes_in, alpha_in), _of_prefixes(dr, sizes_out, alpha_out)
 
 
-def _choose(
-    weight: Tensor, alpha_in: Tensor, alpha_out: Tensor, masks: Tensor | None, sizes_in: Sizes, sizes_out: Sizes,
-    impl: str, backend: str | None,
-) -> str:  # fmt: skip
+def _choose(weight: Tensor, *args: Any) -> str:
     """C++ exists for "factored" only: the other two are there to be compared with, and torch does them well."""
+    *_, impl, backend = args
     available = ("triton", "cpu", "reference") if impl == "factored" else ("triton", "reference")
     return resolve("mixed_weight", backend, weight, available)
 

@@ -22,30 +22,22 @@ MAX_WIDTH = 32768  # a row is held in the registers of one program: 64 fp32 valu
 
 
 @triton.jit
-def channel_scale(w_ptr, mask_ptr, col, ok, HAS_MASK: tl.constexpr):
-    """w, times the mask if there is one."""
+def of_every_row(
+    w_ptr, mask_ptr, alpha_ptr, width, SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):  # fmt: skip
+    """(channels, which exist, their w m [S, SEG]; segments, channels up to their ends, the alpha ending there [S])."""
+    segment = tl.arange(0, S)
+    col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]
+    ok = col < width
+    end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
     scale = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
     if HAS_MASK:
         scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
-    return scale
-
-
-@triton.jit
-def alpha_at_ends(alpha_ptr, segment, SIZES: tl.constexpr, K: tl.constexpr, SEG: tl.constexpr):
-    """[S]: the sum of alpha_i over the sizes that end in a segment."""
-    at_end = tl.zeros(segment.shape, tl.float32)
+    at_end = tl.zeros([S], tl.float32)
     for i in tl.static_range(K):
         at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
-    return at_end
-
-
-@triton.jit
-def choice_at_ends(segment, SIZES: tl.constexpr, K: tl.constexpr, SEG: tl.constexpr):
-    """[S]: the choice whose size ends in a segment, for one load of all inv_i; where none does, any: at_end is 0."""
-    which = tl.zeros(segment.shape, tl.int32)
-    for i in tl.static_range(K):
-        which = tl.where(segment == (SIZES[i] - 1) // SEG, i, which)
-    return which
+    return col, ok, scale, segment, end, at_end
 
 
 @triton.jit
@@ -57,12 +49,7 @@ def rmsnorm_forward_kernel(
 ):  # fmt: skip
     """Rows pid, pid + programs, ..; t is the suffix scan of alpha_i inv_i placed where the sizes end."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    segment = tl.arange(0, S)
-    col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
-    ok = col < width
-    end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
-    scale = channel_scale(w_ptr, mask_ptr, col, ok, HAS_MASK)
-    at_end = alpha_at_ends(alpha_ptr, segment, SIZES, K, SEG)
+    col, ok, scale, segment, end, at_end = of_every_row(w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK)
     zero = tl.zeros([S], tl.float32)
     for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
@@ -125,13 +112,10 @@ def rmsnorm_backward_kernel(
     """dx of the rows pid, pid + programs, .., and this program's share of dalpha and dprobs (a row of shares: K columns
     if NEED_ALPHA, then Q <= 4 if NEED_PROBS) and of the column sums of P g x t (NEED_COLUMN), P the sum of probs."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    segment = tl.arange(0, S)
-    col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]  # [S, SEG]
-    ok = col < width
-    end = tl.minimum((segment + 1) * SEG, width).to(tl.float32)
-    scale = channel_scale(w_ptr, mask_ptr, col, ok, HAS_MASK)
-    at_end = alpha_at_ends(alpha_ptr, segment, SIZES, K, SEG)
-    which = choice_at_ends(segment, SIZES, K, SEG)
+    col, ok, scale, segment, end, at_end = of_every_row(w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK)
+    which = tl.zeros([S], tl.int32)  # the size that ends in a segment, for one load of all inv_i; if none, any
+    for i in tl.static_range(K):
+        which = tl.where(segment == (SIZES[i] - 1) // SEG, i, which)
     total = 1.0 if Q == 0 else 0.0
     for q in tl.static_range(Q):
         total += tl.load(probs_ptr + q).to(tl.float32)

@@ -12,15 +12,9 @@ from torch import Tensor
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad
+from jointnas_kernels.ops.norm.rms import reference
 from jointnas_kernels.ops.norm.rms.kernels import launch, launch_backward
-from jointnas_kernels.ops.norm.rms.reference import (
-    Gradients,
-    Sizes,
-    of_column,
-    reference,
-    reference_backward,
-    reference_quantized,
-)
+from jointnas_kernels.ops.norm.rms.reference import Gradients, Sizes, of_column
 from jointnas_kernels.ops.quant.activations import check_precisions
 
 
@@ -40,12 +34,12 @@ def _cpu(
     bits: Sequence[int], symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     x = x.contiguous()
-    count, width = cpu.matrix(x)
+    count, width, per_chunk, _ = cpu.chunking(x)
     ends, kept = _segments(tuple(sizes))
     y, inv = cpu.empty_like(x), cpu.floats(count, len(sizes))
     norm = (x, _scale(weight, in_mask), cpu.vector(alpha), ends, kept)
     sized = (count, width, len(ends), len(sizes))
-    tail = (float(eps), cpu.chunking(count, width)[0], cpu.DTYPES[x.dtype])
+    tail = (float(eps), per_chunk, cpu.DTYPES[x.dtype])
     if probs is None:
         cpu.call("mixed_rmsnorm", *norm, y, inv, *sized, *tail)
         return y, inv, None
@@ -66,10 +60,9 @@ def _cpu_backward(
         )  # fmt: skip
         return dx, None if dw is None else (dw * mass).to(weight.dtype), others[0], others[1], None
     g, x = grad.contiguous(), x.contiguous()
-    count, width = cpu.matrix(g)
     ends, kept = _segments(tuple(sizes))
     need_column = need[1] or (need[3] and in_mask is not None)
-    per_chunk, chunks = cpu.chunking(count, width, need_column)
+    count, width, per_chunk, chunks = cpu.chunking(g, need_column)
     dx, shares = cpu.empty_like(g), cpu.partial_sums(need[2], count, len(sizes))
     dprobs, partial = cpu.partial_sums(need[4], count, len(bits)), cpu.partial_sums(need_column, chunks, width)
     norm = (g, x, _scale(weight, in_mask), cpu.vector(alpha), inv.contiguous(), ends, kept)
@@ -94,15 +87,15 @@ def _alone_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     )[:4]
 
 
-_BACKWARD = {"triton": launch_backward, "cpu": _cpu_backward, "reference": reference_backward}
+_BACKWARD = {"triton": launch_backward, "cpu": _cpu_backward, "reference": reference.backward}
 _norm = Op(
     "mixed_rmsnorm",
-    {"triton": _alone(launch), "cpu": _alone(_cpu), "reference": reference},
+    {"triton": _alone(launch), "cpu": _alone(_cpu), "reference": reference.forward},
     {how: _alone_backward(run) for how, run in _BACKWARD.items()},
 )
 _quantized = Op(
     "mixed_rmsnorm_quant",
-    {"triton": launch, "cpu": _cpu, "reference": reference_quantized},
+    {"triton": launch, "cpu": _cpu, "reference": reference.forward_quantized},
     _BACKWARD,
     read_for={"saved1": ("probs",)},
     public="mixed_rmsnorm",

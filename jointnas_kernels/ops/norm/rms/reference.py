@@ -55,7 +55,7 @@ def _spread(value: Tensor, sizes: Sizes, n: int) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def reference(
+def forward(
     x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, sizes: Sizes, eps: float
 ) -> tuple[Tensor, Tensor]:
     """y like x and inv [rows, K]."""
@@ -73,17 +73,17 @@ def _normalised(
     return (rows(x).to(acc) * t * scale).to(x.dtype).reshape(x.shape)
 
 
-def reference_quantized(
+def forward_quantized(
     x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, probs: Tensor, sizes: Sizes, eps: float,
     bits: Sequence[int], symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y like x, inv [rows, K] and levels [rows, Q, 2], here zeros."""
-    v, inv = reference(x, weight, alpha, in_mask, sizes, eps)
+    v, inv = forward(x, weight, alpha, in_mask, sizes, eps)
     levels = torch.zeros(inv.shape[0], len(bits), 2, dtype=torch.float32, device=x.device)
     return act_quant_mix_reference(v, bits, probs, symmetric), inv, levels
 
 
-def reference_backward(
+def backward(
     grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, probs: Tensor | None, inv: Tensor,
     levels: Tensor | None, sizes: Sizes, eps: float, bits: Sequence[int], symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip

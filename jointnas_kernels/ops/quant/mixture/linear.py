@@ -25,21 +25,16 @@ from jointnas_kernels.ops.quant.mixture.op import BACKENDS, BACKWARD, FORWARD, c
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
 
 
-def _forward(how: str, x: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor | None]:
+def _forward(
+    how: str, x: Tensor, bias: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor,
+    clip: Tensor | None, scaling: float, bits: Sequence[int], group_size: int, ste: str, recompute: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and W~ in the dtype of x where it is kept for dx."""
-    *mixture, recompute = args
     with without_autocast(x):
-        mixed = FORWARD[how](Mixture(*mixture)).to(x.dtype)
+        mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
+        mixed = FORWARD[how](mix).to(x.dtype)
         y = F.linear(x, mixed, None if bias is None else bias.to(x.dtype))
     return y, None if recompute else mixed
-
-
-def _reference(
-    x: Tensor, bias: Tensor | None, weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None,
-    scaling: float, bits: Sequence[int], group_size: int, ste: str, recompute: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    mixture = (weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
-    return _forward("reference", x, bias, *mixture, recompute)
 
 
 def _backward(
@@ -87,7 +82,7 @@ def lora_gradients(grad: Tensor, x: Tensor, mix: Mixture) -> tuple[Tensor, Tenso
 
 _op = Op(
     "quant_lora_linear",
-    {how: partial(_forward, how) for how in BACKENDS[:-1]} | {"reference": _reference},
+    {how: partial(_forward, how) for how in BACKENDS},
     {how: partial(_backward, how) for how in BACKENDS},
     frozen=("weight",),
     read_for={"x": ("lora_a", "lora_b", "probs", "clip"), "saved0": ("x",)},  # dx alone needs W~ but not x

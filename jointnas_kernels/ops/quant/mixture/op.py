@@ -37,17 +37,12 @@ def choose(weight: Tensor, *args: Any) -> str:
     return chosen
 
 
-def _forward(how: str, *mixture: Any) -> Tensor:
-    mix = Mixture(*mixture)
-    with without_autocast(mix.weight):
-        return FORWARD[how](mix)
-
-
-def _reference(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
+def _forward(
+    how: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
     bits: Sequence[int], group_size: int, ste: str,
 ) -> Tensor:  # fmt: skip
-    return _forward("reference", weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
+    with without_autocast(weight):
+        return FORWARD[how](Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste))
 
 
 def _backward(how: str, grad: Tensor, *args: Any) -> Gradients:
@@ -59,7 +54,7 @@ def _backward(how: str, grad: Tensor, *args: Any) -> Gradients:
 
 _op = Op(
     "quant_lora_mix",
-    {how: partial(_forward, how) for how in BACKENDS[:-1]} | {"reference": _reference},
+    {how: partial(_forward, how) for how in BACKENDS},
     {how: partial(_backward, how) for how in BACKENDS},
     frozen=("weight",),
     choose=choose,
@@ -77,10 +72,8 @@ def checked(op: str, mix: Mixture, mode: str) -> Mixture:
         raise bad(op, f"probs needs one entry per bit width {list(bits)}, got shape {tuple(probs.shape)}")
     r = lora_a.shape[1] if lora_a.dim() == 3 else -1
     if tuple(lora_a.shape) != (p, r, i) or tuple(lora_b.shape) != (p, o, r):
-        raise bad(
-            op, f"with a weight of shape {(o, i)} and {p} bit widths, lora_a must be [{p}, r, {i}] and "
-            f"lora_b [{p}, {o}, r], got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
-        )  # fmt: skip
+        raise bad(op, f"with a weight of shape {(o, i)} and {p} bit widths, lora_a must be [{p}, r, {i}] and "
+                      f"lora_b [{p}, {o}, r], got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}")
     check_clip(op, clip, (p, o, i // group_size))
     if mode == "weight":
         probs = probs.detach()
