@@ -19,6 +19,9 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from jointnas import assets
 
 # consecutive paragraphs per document (so that the split is by document, not by paragraph): about 1-4 kB each
@@ -81,9 +84,6 @@ def corpus(source_dir: Path) -> None:
 
 def tokenizer() -> None:
     """Byte-level BPE learnt on the training split only."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
