@@ -4,8 +4,6 @@ Each op has a function with the arguments and results of its reference that make
 and passes addresses and sizes. Shapes were checked by the op; tensors are float32 or bfloat16, vectors become float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

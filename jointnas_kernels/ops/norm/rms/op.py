@@ -1,7 +1,5 @@
 """mixed_rmsnorm, alone or with the activation quantizer behind it in the same pass: C++ calls and the operators."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
