@@ -1,7 +1,5 @@
 """Which implementation of an op runs: decided inside the op, from the tensor's device and dtype or by the caller."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -11,13 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from jointnas_kernels.ops.core.tensors import power_of_two, processors
+from jointnas_kernels.ops.core.tensors import power_of_two
 
 STAGES = 3  # rows in flight per program where it walks down rows: cp.async hides the ~1 us a load takes
 
 
 @functools.lru_cache(maxsize=1024)
-def _tiles(count: int, width: int, reduce: bool, units: int) -> tuple[int, int, int, int, int]:
+def row_tiles(count: int, width: int, reduce: bool, units: int) -> tuple[int, int, int, int, int]:
+    """Launch shape of an elementwise kernel over [count, width] on so many processors: (grid, column blocks, rows per
+    program, BLOCK_M, BLOCK_N), for a 1-D grid in which consecutive programs take consecutive column blocks.
+
+    8 x 1024 elements keep the fp32 mask vectors at 1/4 of the bytes read; fewer rows when that leaves processors idle.
+    With ``reduce`` a program walks down many rows, 4 x 512 elements at a time (registers for four programs per
+    processor), so that the partial column sums stay a few percent of the data.
+    """
     block_n = min(512 if reduce else 1024, power_of_two(width))
     column_blocks = -(-width // block_n)
     block_m = 4 if reduce else 8
@@ -31,15 +38,22 @@ def _tiles(count: int, width: int, reduce: bool, units: int) -> tuple[int, int, 
     return grid, column_blocks, per_program, block_m, block_n
 
 
-def row_tiles(tensor: Tensor, count: int, width: int, reduce: bool) -> tuple[int, int, int, int, int]:
-    """Launch shape of an elementwise kernel over [count, width]: (grid, column blocks, rows per program, BLOCK_M,
-    BLOCK_N), for a 1-D grid in which consecutive programs take consecutive column blocks.
+@triton.jit
+def tile(count, width, column_blocks, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rows, columns, which elements exist) of this program's tile."""
+    pid = tl.program_id(0)
+    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return row, col, (row < count)[:, None] & (col < width)[None, :]
 
-    8 x 1024 elements keep the fp32 mask vectors at 1/4 of the bytes read; fewer rows when that leaves processors idle.
-    With ``reduce`` a program walks down many rows, 4 x 512 elements at a time (registers for four programs per
-    processor), so that the partial column sums stay a few percent of the data.
-    """
-    return _tiles(count, width, reduce, processors(tensor))
+
+@triton.jit
+def strip(count, width, column_blocks, per_program, BLOCK_N: tl.constexpr):
+    """(number, first and last row, columns, which columns exist) of the rows that this program walks down."""
+    pid = tl.program_id(0)
+    chunk = pid // column_blocks
+    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return chunk, chunk * per_program, min((chunk + 1) * per_program, count), col, col < width
 
 
 @triton.jit

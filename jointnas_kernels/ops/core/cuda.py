@@ -1,7 +1,5 @@
 """Calling the compiled CUDA kernels (csrc/cuda), torch tensors in and out."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -16,8 +16,6 @@
 * The reference is the specification. It also runs on fake tensors, so that shapes, dtypes and devices are said once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, get_args, get_type_hints
 
@@ -26,7 +24,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from jointnas_kernels.ops.core.backends import resolve
-from jointnas_kernels.ops.core.tensors import empty_slot
 
 Implementations = Mapping[str, Callable[..., Any]]
 _KINDS = {  # of arguments
@@ -43,12 +40,12 @@ def _dense(output: Any) -> Any:
 
 
 def _apart(output: Any, args: Sequence[Any]) -> Any:
-    """Outputs as the dispatcher knows them: none is absent, none shares memory with another."""
+    """Outputs as the dispatcher knows them: none is absent (but empty), none shares memory with another."""
     if not isinstance(output, tuple):
         return output
-    like = next(a for a in args if isinstance(a, Tensor))
+    device = next(a.device for a in args if isinstance(a, Tensor))
     parts: list[Tensor] = []
-    for part in (empty_slot(like) if part is None else part for part in output):
+    for part in (torch.empty(0, dtype=torch.float32, device=device) if part is None else part for part in output):
         memory = part.untyped_storage()._cdata
         shared = any(memory == other.untyped_storage()._cdata for other in parts)
         parts.append(part.clone() if shared else part)

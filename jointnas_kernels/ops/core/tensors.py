@@ -1,7 +1,5 @@
 """What operators do to tensors around their kernels."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 
@@ -47,11 +45,6 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 def dense_like(tensor: Tensor) -> Tensor:
     """Contiguous memory for a result like ``tensor``."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def empty_slot(tensor: Tensor) -> Tensor:
-    """What a registered op returns in place of an absent output (the dispatcher knows no None among outputs)."""
-    return torch.empty(0, dtype=torch.float32, device=tensor.device)
 
 
 def processors(tensor: Tensor) -> int:

@@ -12,8 +12,6 @@ scale. Rows beyond O have scale 0. ``planes``: the words of 32 inputs are bit-pl
 q + 2^(bits-1), lowest input first), for the popcount kernel of W <= 4 times A <= 4.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

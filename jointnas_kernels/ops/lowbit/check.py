@@ -6,8 +6,6 @@ left out from then on, and ``report`` says so. A check takes milliseconds, synch
 graph is being captured: an unchecked kernel is then not chosen.
 """
 
-from __future__ import annotations
-
 import torch
 
 from jointnas_kernels.errors import JointNASError

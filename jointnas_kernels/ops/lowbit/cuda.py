@@ -1,7 +1,5 @@
 """The CUDA low-bit kernels (csrc/cuda/lowbit_*.cu): plans and launches, without choosing among them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -107,9 +105,7 @@ def multiply(
         cuda.call("token_layout", x, ordered, *x.shape, on=x)
         x = ordered
     y = scale.new_empty(tokens, rows)
-    partial = None
-    if plan.splits > 1:
-        partial = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device)
+    partial = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device) if plan.splits > 1 else None
     cuda.call(
         f"lowbit_{kernel}", tiles, scale, x, act_scale, act_zero, None if kernel in ("stream", "tile") else row_sum, y,
         partial, locks, tokens, rows, inputs, weight.w_bits, DTYPES[scale.dtype], *plan[:3], streams and early, a_bits,

@@ -5,9 +5,7 @@ second pass over the weights, and ``backend="cuda"`` lays out everything on ever
 whoever multiplies the same weight again and again keeps a LowbitWeight.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -39,10 +37,11 @@ def _reference(
     return reference(x, *weight.unpack(), w_bits, a_bits, group_size, symmetric)
 
 
-def _triton(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tensor:
-    packed, scale = (t.contiguous() for t in weight.tensors)
-    y = portable.run(rows(x), packed, scale, weight.w_bits, a_bits, weight.group_size, symmetric)
-    return y.view(*x.shape[:-1], weight.outputs)
+def _triton(x: Tensor, tensors: Sequence[Tensor], *values: Any) -> Tensor:
+    *_, outputs, _, w_bits, group_size, a_bits, symmetric = values
+    packed, scale = (t.contiguous() for t in tensors)
+    y = portable.run(rows(x), packed, scale, w_bits, a_bits, group_size, symmetric)
+    return y.view(*x.shape[:-1], outputs)
 
 
 def _cpu(x: Tensor, *rest: Any) -> Tensor:
@@ -81,7 +80,9 @@ def kernel_for(tokens: int, weight: LowbitWeight, a_bits: int) -> str:
     return "wgmma" if check.verified("wgmma", *key) else "tile"
 
 
-def _cuda(x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool) -> Tensor:
+def _cuda(x: Tensor, *rest: Any) -> Tensor:
+    *fields, a_bits, symmetric = rest
+    weight = LowbitWeight(*fields)
     weight = weight.laid_out("cuda", weight.planes)
     if x.dtype != weight.tensors[1].dtype:
         raise bad(NAME, f"x is {x.dtype} but the weights' scales are {weight.tensors[1].dtype}")
@@ -115,16 +116,7 @@ def _choose(x: Tensor, *rest: Any) -> str:
     return chosen if x.numel() else "reference"
 
 
-def _of_weight(run: Callable[[Tensor, LowbitWeight, int, bool], Tensor]) -> Callable[..., Tensor]:
-    """An implementation of the op, which knows tensors and plain values only."""
-    return lambda x, *rest: run(x, LowbitWeight(*rest[:-2]), *rest[-2:])
-
-
-_op = Op(
-    NAME,
-    {"cuda": _of_weight(_cuda), "triton": _of_weight(_triton), "cpu": _cpu, "reference": _reference},
-    choose=_choose,
-)
+_op = Op(NAME, {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}, choose=_choose)
 
 
 def lowbit_matmul(

@@ -4,8 +4,6 @@
 first), as ``q + 2^(bits-1)``. Bytes of a word are taken lowest first, too (little-endian machines).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

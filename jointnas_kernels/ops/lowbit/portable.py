@@ -6,8 +6,6 @@ correction. Weights enter the product as integers; the scale is applied per bloc
 Groups that no power of two >= 16 divides scale every weight in fp32 instead.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -100,8 +98,7 @@ def run(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, grou
             num_warps=4,
         )  # fmt: skip
     bm, bn, bk, whole = blocks(tokens, group)
-    grid = (triton.cdiv(tokens, bm), triton.cdiv(rows, bn))
-    matmul_kernel[grid](
+    matmul_kernel[(triton.cdiv(tokens, bm), triton.cdiv(rows, bn))](
         operand, packed, scale, row_scale, y, tokens, rows, inputs, operand.stride(0), group,
         BITS=w_bits, PER_GROUP=whole, BM=bm, BN=bn, BK=bk, num_warps=4, num_stages=1 if interpreting() else 3,
     )  # fmt: skip

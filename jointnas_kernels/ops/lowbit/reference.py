@@ -8,8 +8,6 @@ ops/quant/spec.py says for activations: x_hat = s * (a - z). Then
 where the inner sum is an integer, exact in every backend; the outer one is fp32 (fp64 in the fp64 reference).
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -16,8 +16,6 @@ and inputs 32t .. 32t + 31 of the group, lowest first.
 Shape: ``int32 [ceil(O/16), I/128, bits/2, 32 lanes, 4 words]``; missing rows hold q = 0.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -13,8 +13,6 @@ A_j = sum over S_j of h p:
 inv [tokens, H, K] is the only thing saved beside the inputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -11,8 +11,6 @@ dx alone reads neither x nor levels, so that x need not stay alive. The Triton f
 registers and writes down each row's scales and zero points, so that the backward is free to work in column blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -235,9 +233,7 @@ def _launch_backward(
     return dx, in_dtype_of(of_probs, probs), in_dtype_of(of_mask, mask)
 
 
-def _cpu(
-    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def _cpu(x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     count, width, per_chunk, _ = cpu.chunking(x)
     y = cpu.empty_like(x)

@@ -14,8 +14,6 @@ reproduces every value of the group bit for bit. Any such scale is as good as th
 Shapes: values [O, I], scale and zero [O, I / group_size].
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -35,11 +33,6 @@ class Grid(NamedTuple):
     bits: int
     scale: Tensor  # [O, G], in the weight's dtype
     zero: Tensor | None = None  # [O, G] int8 for an asymmetric quantizer
-
-    @property
-    def symmetric(self) -> bool:
-        """Levels lie around 0."""
-        return self.zero is None
 
 
 def quantize(

@@ -10,8 +10,6 @@ it. The same bits come cheaper:
   * rint, - z: + MAGIC rounds and one subtraction of MAGIC + z undoes both.
 """
 
-from __future__ import annotations
-
 import functools
 
 import numpy as np

@@ -20,8 +20,6 @@ construction. Gradients pass rint unchanged and clamp where it does nothing; R, 
 arXiv 1902.08153).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -7,8 +7,6 @@ With the ``clip`` rule (LSQ, arXiv 1902.08153), from g = dL/dQ:
 With the ``identity`` rule (Bengio et al., arXiv 1308.3432) dL/dw = g, and the clipping ratios have no gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -8,8 +8,6 @@ q = (D + softmax(logits / tau)) / 2:
 At tau = 1 its expectation is Heun's rule applied to the exact gradient, hence exact when L is quadratic in D.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

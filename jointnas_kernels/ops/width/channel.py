@@ -6,8 +6,6 @@ with g = dL/dy:
     dx = g * mask          dmask = sum over rows of g * x   (only when asked for; x is kept only then)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles, strip
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, rows
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, processors, rows
 
 Gradients = tuple[Tensor, Tensor | None]  # dx, dmask
 
@@ -40,14 +38,10 @@ def channel_mask_kernel(
     REDUCE: tl.constexpr, LOOP_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out = g * mask; with REDUCE also this program's column sums of g * x. x is read only then."""
-    pid = tl.program_id(0)
-    chunk = pid // column_blocks
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_ok = col < width
+    chunk, start, last, col, col_ok = strip(count, width, column_blocks, per_program, BLOCK_N)
     mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = min((chunk + 1) * per_program, count)
-    for first in tl.range(chunk * per_program, last, BLOCK_M, num_stages=LOOP_STAGES):
+    for first in tl.range(start, last, BLOCK_M, num_stages=LOOP_STAGES):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -63,7 +57,7 @@ def _launch(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) 
     other = rows(x) if reduce and x is not None else None
     count, width = g.shape
     dx = dense_like(grad)
-    grid, column_blocks, per_program, block_m, block_n = row_tiles(g, count, width, reduce)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(count, width, reduce, processors(g))
     partial = partial_sums(reduce, grid // column_blocks, width, g.device)
     if grid > 0:
         with torch.cuda.device_of(g):

@@ -20,8 +20,6 @@ adds over [rows, I], and it reads x for LoRA once. Masks are left to the neighbo
 for free. Tensor lists would cost 200 us of flattening per call: the op takes three of everything, absent ones as None.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -32,8 +30,6 @@ from torch import Tensor
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, rows
 from jointnas_kernels.ops.width import channel
-
-# ---- shared ----
 
 
 def _lora_operands(

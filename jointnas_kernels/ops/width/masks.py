@@ -6,8 +6,6 @@ sum_ij a_i a_j G_ij = r c^T). Masks are computed once per step and shared by all
 to alpha through ``membership``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -9,8 +9,6 @@ Without a gate dh is g itself, and dy and dm are those of channel_mask: an op of
 need the activations for dm and dgate; weight steps keep nothing but the vectors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.backends import resolve
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles, strip, tile
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, processors, rows
 from jointnas_kernels.ops.width import channel
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # dh, dy, dmask, dgate, dx
@@ -65,10 +63,7 @@ def residual_forward_kernel(
     HAS_MASK: tl.constexpr, HAS_GATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of the blend, or of the sum."""
-    pid = tl.program_id(0)
-    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = (row < count)[:, None] & (col < width)[None, :]
+    row, col, ok = tile(count, width, column_blocks, BLOCK_M, BLOCK_N)
     z = tl.load(y_ptr + row[:, None] * y_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
     if HAS_MASK:
         z *= tl.load(mask_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
@@ -88,18 +83,14 @@ def residual_backward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dh, dx and (HAS_MASK) dy; with the flags also this program's column sums for dmask and its share of dgate."""
-    pid = tl.program_id(0)
-    chunk = pid // column_blocks
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_ok = col < width
+    chunk, start, last, col, col_ok = strip(count, width, column_blocks, per_program, BLOCK_N)
     gate = tl.load(gate_ptr).to(tl.float32)
     mask = tl.full([1, BLOCK_N], 1.0, tl.float32)
     if HAS_MASK:
         mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     dmask = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dgate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = min((chunk + 1) * per_program, count)
-    for first in tl.range(chunk * per_program, last, BLOCK_M, num_stages=LOOP_STAGES):
+    for first in tl.range(start, last, BLOCK_M, num_stages=LOOP_STAGES):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         at = row[:, None] * width + col[None, :]
@@ -119,16 +110,14 @@ def residual_backward_kernel(
     if NEED_MASK:
         tl.store(dmask_ptr + chunk * width + col, tl.sum(dmask, axis=0), mask=col_ok)
     if NEED_GATE:
-        tl.store(dgate_ptr + pid, tl.sum(tl.sum(dgate, axis=1), axis=0))
+        tl.store(dgate_ptr + tl.program_id(0), tl.sum(tl.sum(dgate, axis=1), axis=0))
 
 
-def _launch(
-    h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def _launch(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None) -> Tensor:
     h2, y2, x2, mask = rows(h), rows(y), None if x is None else rows(x), dense(mask)
     count, width = h2.shape
     out = dense_like(h)
-    grid, column_blocks, _, block_m, block_n = row_tiles(h, count, width, False)
+    grid, column_blocks, _, block_m, block_n = row_tiles(count, width, False, processors(h))
     if grid > 0:
         with torch.cuda.device_of(h):
             residual_forward_kernel[(grid,)](
@@ -150,7 +139,7 @@ def _launch_backward(
     dy = dh if mask is None else dense_like(grad)
     need_mask, need_gate = need[2] and mask is not None, need[3]
     reduce = need_mask or need_gate
-    grid, column_blocks, per_program, block_m, block_n = row_tiles(grad, count, width, reduce)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(count, width, reduce, processors(grad))
     dmask = partial_sums(need_mask, grid // column_blocks, width, g.device)
     dgate = partial_sums(need_gate, grid, 1, g.device)
     if grid > 0:

@@ -7,8 +7,6 @@ SDPA runs with scale=1. Backward, with halves 1, 2 and G = dL/dout:
     dp1 = G1 cos1 + G2 sin2     dp2 = G2 cos2 - G1 sin1     dq = mask dp     dmask = sum over B, T of q dp
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -147,14 +145,14 @@ def _unit(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _rotate_all(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor, xq: Tensor | None = None,
-    xk: Tensor | None = None, backward: bool = False,
+def _launch(
+    q: Tensor, k: Tensor, xq: Tensor | None, xk: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
+    k_mask: Tensor, need: Sequence[bool], backward: bool = True,
 ) -> Gradients:  # fmt: skip
-    """Outputs like q and k and, given the forward's inputs xq, xk, the mask gradients."""
-    need_q, need_k = xq is not None, xk is not None
+    """Outputs like q and k or, of gradients q and k and the forward's inputs xq and xk, the gradients."""
+    need_q, need_k = need[2] and xq is not None, need[3] and xk is not None
     q, k, cos, sin = _unit(q), _unit(k), _unit(cos), _unit(sin)
-    xq, xk = q if xq is None else _unit(xq), k if xk is None else _unit(xk)
+    xq, xk = _unit(xq) if xq is not None and need_q else q, _unit(xk) if xk is not None and need_k else k
     (batch, length, heads, dim), kv_heads, reduce = q.shape, k.shape[2], need_q or need_k
     tokens = batch * length
     q_out, k_out, per_program = dense_like(q), dense_like(k), tokens_per_program(q, tokens, reduce)
@@ -176,12 +174,8 @@ def _rotate_all(
     return q_out, k_out, in_dtype_of(of_q, q_mask), in_dtype_of(of_k, k_mask)
 
 
-def _launch_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor | None, k: Tensor | None, cos: Tensor, sin: Tensor, q_mask: Tensor,
-    k_mask: Tensor, need: Sequence[bool],
-) -> Gradients:  # fmt: skip
-    xq, xk = q if need[2] else None, k if need[3] else None
-    return _rotate_all(dq_out, dk_out, cos, sin, q_mask, k_mask, xq, xk, True)
+def _launch_forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, q_mask: Tensor, k_mask: Tensor) -> Pair:
+    return _launch(q, k, None, None, cos, sin, q_mask, k_mask, (True, True, False, False), backward=False)[:2]
 
 
 def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor, int]:
@@ -222,8 +216,8 @@ def _cpu_backward(
 
 _op = Op(
     "masked_rope",
-    {"triton": lambda *tensors: _rotate_all(*tensors)[:2], "cpu": _cpu, "reference": _reference},
-    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
+    {"triton": _launch_forward, "cpu": _cpu, "reference": _reference},
+    {"triton": _launch, "cpu": _cpu_backward, "reference": _reference_backward},
     results=2,
     frozen=("cos", "sin"),
     read_for={"q": ("q_mask",), "k": ("k_mask",)},

@@ -8,8 +8,6 @@ Backward, with a = r * gate, v = r * up, s = sigmoid(a), f = a s, f' = s (1 + a 
 Nothing but gate and up is saved: the backward recomputes the sigmoid.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles
+from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles, strip, tile
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, rows
+from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, processors, rows
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dgate, dup, dr, dc
 
@@ -52,10 +50,7 @@ def swiglu_forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of silu(r * gate) * (r * up) * c."""
-    pid = tl.program_id(0)
-    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = (row < count)[:, None] & (col < width)[None, :]
+    row, col, ok = tile(count, width, column_blocks, BLOCK_M, BLOCK_N)
     r = tl.load(r_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_N]
     c = tl.load(c_ptr + col, mask=col < width, other=0.0).to(tl.float32)[None, :]
     a = r * tl.load(gate_ptr + row[:, None] * gate_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -71,16 +66,12 @@ def swiglu_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dgate, dup; with the flags also this program's column sums for dr (NEED_OUT) and dc (NEED_IN)."""
-    pid = tl.program_id(0)
-    chunk = pid // column_blocks
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_ok = col < width
+    chunk, start, last, col, col_ok = strip(count, width, column_blocks, per_program, BLOCK_N)
     r = tl.load(r_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_N]
     c = tl.load(c_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
     dr = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     dc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    last = min((chunk + 1) * per_program, count)
-    for first in tl.range(chunk * per_program, last, BLOCK_M, num_stages=LOOP_STAGES):
+    for first in tl.range(start, last, BLOCK_M, num_stages=LOOP_STAGES):
         row = (first + tl.arange(0, BLOCK_M)).to(tl.int64)
         ok = (row < count)[:, None] & col_ok[None, :]
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -109,7 +100,7 @@ def _launch(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tens
     x, u, out_mask, in_mask = rows(gate), rows(up), out_mask.contiguous(), in_mask.contiguous()
     count, width = x.shape
     out = dense_like(gate)
-    grid, column_blocks, _, block_m, block_n = row_tiles(gate, count, width, False)
+    grid, column_blocks, _, block_m, block_n = row_tiles(count, width, False, processors(gate))
     if grid > 0:
         with torch.cuda.device_of(gate):
             swiglu_forward_kernel[(grid,)](
@@ -127,7 +118,7 @@ def _launch_backward(
     count, width = x.shape
     dgate, dup, (_, _, need_out, need_in) = dense_like(gate), dense_like(gate), need
     reduce = need_out or need_in
-    grid, column_blocks, per_program, block_m, block_n = row_tiles(gate, count, width, reduce)
+    grid, column_blocks, per_program, block_m, block_n = row_tiles(count, width, reduce, processors(gate))
     dr, dc = (partial_sums(n, grid // column_blocks, width, gate.device) for n in (need_out, need_in))
     if grid > 0:
         with torch.cuda.device_of(gate):

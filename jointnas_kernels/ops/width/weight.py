@@ -12,8 +12,6 @@ Equal in value and in every gradient (the mask sum is rank 1). Backward, with E 
 The supernet never calls this (``mixed_linear`` needs no mixed weight); it is the benchmark's subject and a check.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -26,6 +24,7 @@ from torch import Tensor
 from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.core.columns import tile
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, power_of_two, processors, rows
 from jointnas_kernels.ops.width.masks import membership, prefix_mask
@@ -189,10 +188,7 @@ def masks_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Forward: W times the mixture of the PAIRS stored masks. BACKWARD: sums of g W G_p over this tile."""
-    pid = tl.program_id(0)
-    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = (row < M)[:, None] & (col < N)[None, :]
+    row, col, ok = tile(M, N, column_blocks, BLOCK_M, BLOCK_N)
     e = tl.load(w_ptr + row[:, None] * w_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
     if BACKWARD:
         e *= tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -201,7 +197,7 @@ def masks_kernel(
     for p in range(PAIRS):
         mask = tl.load(masks_ptr + tl.cast(p, tl.int64) * M * N + at, mask=ok, other=0.0).to(tl.float32)
         if BACKWARD:
-            tl.store(partial_ptr + pid * PAIRS + p, tl.sum(tl.sum(e * mask, axis=1), axis=0))
+            tl.store(partial_ptr + tl.program_id(0) * PAIRS + p, tl.sum(tl.sum(e * mask, axis=1), axis=0))
         else:
             a = tl.load(alpha_in_ptr + p % K_IN).to(tl.float32)
             mixed += a * tl.load(alpha_out_ptr + p // K_IN).to(tl.float32) * mask
@@ -215,14 +211,11 @@ def loop_kernel(
     g_stride, BACKWARD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Forward: out[:rows, :cols] += alpha_in_i alpha_out_j W. BACKWARD: sum of g W over this tile of the block."""
-    pid = tl.program_id(0)
-    row = ((pid // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    col = (pid % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ok = (row < rows)[:, None] & (col < cols)[None, :]
+    row, col, ok = tile(rows, cols, column_blocks, BLOCK_M, BLOCK_N)
     w = tl.load(w_ptr + row[:, None] * w_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
     if BACKWARD:
         g = tl.load(g_ptr + row[:, None] * g_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
-        tl.store(partial_ptr + pid, tl.sum(tl.sum(g * w, axis=1), axis=0))
+        tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(g * w, axis=1), axis=0))
     else:
         at = out_ptr + row[:, None] * N + col[None, :]
         coefficient = tl.load(alpha_in_ptr + i).to(tl.float32) * tl.load(alpha_out_ptr + j).to(tl.float32)

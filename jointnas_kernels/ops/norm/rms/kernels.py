@@ -1,8 +1,6 @@
 """Triton kernels of mixed_rmsnorm. A row is S segments of SEG channels that no size cuts, so that all K prefix sums are
 one scan of S numbers; the quantizer (Q > 0 precisions) is act_quant_mix's, its rows the segments, all of one scale."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Sequence

@@ -19,8 +19,6 @@ Saved are also levels [rows, Q, 2], the scale and zero point of every row and pr
 v is never in memory. The norm's incoming gradient stays in fp32, where the two ops apart round it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -64,9 +62,7 @@ def forward(
     return _normalised(x, weight, alpha, in_mask, inv, sizes), inv
 
 
-def _normalised(
-    x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, inv: Tensor, sizes: Sizes
-) -> Tensor:  # fmt: skip
+def _normalised(x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, inv: Tensor, sizes: Sizes) -> Tensor:
     acc = compute_dtype(x.dtype)
     t = _spread(inv * alpha.to(acc), sizes, x.shape[-1])
     scale = weight.to(acc) if in_mask is None else weight.to(acc) * in_mask.to(acc)

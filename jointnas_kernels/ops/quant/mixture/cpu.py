@@ -1,7 +1,5 @@
 """Calls of the CPU kernels of the mixture (csrc/cpu)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

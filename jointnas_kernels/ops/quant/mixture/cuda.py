@@ -1,8 +1,6 @@
 """Calls of the CUDA C++ kernel of the mixture (csrc/cuda/quant_lora_mix.cu): the forward, and the dprobs of arch steps.
 Half types, groups of 32, 64 or 128, input channels a multiple of 128, rank 8, 16, 24 or 32, at most 4 precisions."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

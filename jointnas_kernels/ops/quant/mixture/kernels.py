@@ -11,8 +11,6 @@ The decision to know: the forward reads W and writes W~ once (2 x 34 MB for a 40
   * W enters as the accumulator of the LoRA product.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

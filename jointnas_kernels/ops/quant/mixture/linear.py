@@ -9,8 +9,6 @@ V = g [B'_1 .. B'_P], both [T, P r]:
                                   library's GEMM (the others; 16 MB that stay in cache)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, without_autocast
-from jointnas_kernels.ops.quant.mixture.op import BACKENDS, BACKWARD, FORWARD, checked, choose
+from jointnas_kernels.ops.quant.mixture.op import IMPLEMENTATIONS, checked, choose
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
 
 
@@ -30,16 +28,14 @@ def _forward(
     clip: Tensor | None, scaling: float, bits: Sequence[int], group_size: int, ste: str, recompute: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and W~ in the dtype of x where it is kept for dx."""
+    mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
     with without_autocast(x):
-        mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
-        mixed = FORWARD[how](mix).to(x.dtype)
+        mixed = IMPLEMENTATIONS[how].forward(mix).to(x.dtype)
         y = F.linear(x, mixed, None if bias is None else bias.to(x.dtype))
     return y, None if recompute else mixed
 
 
-def _backward(
-    how: str, grad: Tensor, x: Tensor | None, bias: Tensor | None, *args: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+def _backward(how: str, grad: Tensor, x: Tensor | None, bias: Tensor | None, *args: Any) -> tuple[Tensor | None, ...]:
     """(dx, dbias, da, db, dprobs, dclip)."""
     weight, lora_a, lora_b, probs, clip, mixed, scaling, bits, group_size, ste, recompute, need = args
     mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
@@ -49,7 +45,7 @@ def _backward(
     with without_autocast(grad):
         flat = grad.reshape(-1, grad.shape[-1])
         if need_x:
-            dx = grad @ (FORWARD[how](mix).to(grad.dtype) if recompute else mixed)
+            dx = grad @ (IMPLEMENTATIONS[how].forward(mix).to(grad.dtype) if recompute else mixed)
         if need_bias and bias is not None:
             dbias = flat.sum(0).to(bias.dtype)
         if x is not None:  # else no other gradient is wanted
@@ -57,7 +53,7 @@ def _backward(
             rank_only = (need_a or need_b) and ste == "identity"
             want = Want((need_a or need_b) and not rank_only, need_probs, need_clip)
             if any(want):
-                sums = BACKWARD[how](mix, Upstream(flat, x2), want)
+                sums = IMPLEMENTATIONS[how].gradients(mix, Upstream(flat, x2), want)
             if rank_only:
                 sums = (*lora_gradients(flat, x2, mix), *sums[2:])
     return dx, dbias, *sums
@@ -82,8 +78,8 @@ def lora_gradients(grad: Tensor, x: Tensor, mix: Mixture) -> tuple[Tensor, Tenso
 
 _op = Op(
     "quant_lora_linear",
-    {how: partial(_forward, how) for how in BACKENDS},
-    {how: partial(_backward, how) for how in BACKENDS},
+    {how: partial(_forward, how) for how in IMPLEMENTATIONS},
+    {how: partial(_backward, how) for how in IMPLEMENTATIONS},
     frozen=("weight",),
     read_for={"x": ("lora_a", "lora_b", "probs", "clip"), "saved0": ("x",)},  # dx alone needs W~ but not x
     choose=lambda x, bias, *args: choose(*args[:-2], args[-1]),

@@ -1,8 +1,6 @@
 """quant_lora_mix as an operator: its implementations by backend, the choice among them, and the public function."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,22 +14,16 @@ from jointnas_kernels.ops.quant.mixture import cpu, cuda, kernels, reference
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
 from jointnas_kernels.ops.quant.weights import check_clip, check_quantizers
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
+IMPLEMENTATIONS = {"cuda": cuda, "triton": kernels, "cpu": cpu, "reference": reference}  # each: forward, gradients
 MODES = ("weight", "arch", "full")
-FORWARD: dict[str, Callable[[Mixture], Tensor]] = {
-    "cuda": cuda.forward, "triton": kernels.forward, "cpu": cpu.forward, "reference": reference.forward,
-}  # fmt: skip
-BACKWARD: dict[str, Callable[[Mixture, Upstream, Want], Gradients]] = {
-    "cuda": cuda.gradients, "triton": kernels.gradients, "cpu": cpu.gradients, "reference": reference.gradients,
-}  # fmt: skip
 
 
 def choose(weight: Tensor, *args: Any) -> str:
     """The backend for these arguments of the operator; by itself "cuda" only where its kernel takes them."""
     backend = args[-1]
     reason = cuda.unsupported(Mixture(weight, *args[:-1])) if weight.is_cuda else "it runs on CUDA"
-    available = BACKENDS[1:] if reason and (backend is None or backend == "auto") else BACKENDS
-    chosen = resolve("quant_lora_mix", backend, weight, available)
+    skipped = 1 if reason and backend in (None, "auto") else 0
+    chosen = resolve("quant_lora_mix", backend, weight, [*IMPLEMENTATIONS][skipped:])
     if chosen == "cuda" and reason:
         raise bad("quant_lora_mix", f"backend 'cuda' cannot run: {reason}")
     return chosen
@@ -41,21 +33,22 @@ def _forward(
     how: str, weight: Tensor, lora_a: Tensor, lora_b: Tensor, probs: Tensor, clip: Tensor | None, scaling: float,
     bits: Sequence[int], group_size: int, ste: str,
 ) -> Tensor:  # fmt: skip
+    mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
     with without_autocast(weight):
-        return FORWARD[how](Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste))
+        return IMPLEMENTATIONS[how].forward(mix)
 
 
 def _backward(how: str, grad: Tensor, *args: Any) -> Gradients:
     *mixture, (a, b, probs, clip) = args
     mix = Mixture(*mixture)
     with without_autocast(mix.weight):
-        return BACKWARD[how](mix, Upstream(grad), Want(a or b, probs, clip))
+        return IMPLEMENTATIONS[how].gradients(mix, Upstream(grad), Want(a or b, probs, clip))
 
 
 _op = Op(
     "quant_lora_mix",
-    {how: partial(_forward, how) for how in BACKENDS},
-    {how: partial(_backward, how) for how in BACKENDS},
+    {how: partial(_forward, how) for how in IMPLEMENTATIONS},
+    {how: partial(_backward, how) for how in IMPLEMENTATIONS},
     frozen=("weight",),
     choose=choose,
 )
