@@ -6,8 +6,8 @@ import torch
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import FAMILIES, build
 from jointnas_kernels.layout import GROUPS, HEADS, PAIRS, TRAITS, VALUES, all_sizes, block_of, kept, size, traits
-from jointnas_kernels.ops import strided_pair_index
 from tests.hf.hf_models import tiny_config
+from tests.ops.naive import strided_pair_index
 
 
 @pytest.mark.parametrize("family", TRAITS)

@@ -15,7 +15,7 @@ from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.ops.width.categorical import reinmax
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.ops.width.linear import mixed_linear, mixed_linear_group
-from jointnas_kernels.ops.width.masks import membership, prefix_mask, strided_pair_index, strided_pair_mask
+from jointnas_kernels.ops.width.masks import membership, prefix_mask
 from jointnas_kernels.ops.width.residual import gated_residual
 from jointnas_kernels.ops.width.rope import masked_rope
 from jointnas_kernels.ops.width.swiglu import masked_swiglu
@@ -43,7 +43,5 @@ __all__ = [
     "quant_lora_linear",
     "quant_lora_mix",
     "reinmax",
-    "strided_pair_index",
-    "strided_pair_mask",
     "unpack_weight",
 ]

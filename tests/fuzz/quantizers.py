@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
-from jointnas_kernels.ops.lowbit import pack
+from jointnas_kernels.ops.lowbit import tiles
 from tests.fuzz.check import EXACT, SUMMED, Bounds, Case, Named, limit
 from tests.fuzz.levels import Mixture, clip_slope, constant, dequantize, quantize, to, token_levels, wide
 from tests.fuzz.source import Source
@@ -269,7 +269,7 @@ def pack_weight(source: Source) -> Case:
 
     def call(t: Named) -> tuple[Tensor, ...]:
         packed = ops.pack_weight(t["q"], bits)
-        again = pack.untile_weight(pack.tile_weight(packed, bits), bits, outputs) if tiled else packed
+        again = tiles.untile_weight(tiles.tile_weight(packed, bits), bits, outputs) if tiled else packed
         return packed, ops.unpack_weight(packed, bits, (outputs, inputs)), again
 
     expected = (torch.from_numpy(words), q.to(torch.int8), torch.from_numpy(words))

@@ -13,10 +13,10 @@ from transformers.models.llama import modeling_llama
 from jointnas_kernels.hf import Importance, Supernet, convert, extract
 from jointnas_kernels.hf.families import build
 from jointnas_kernels.layout import sliding_windows
-from jointnas_kernels.ops import strided_pair_index
 from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
 from jointnas_kernels.ops.quant.mixture.reference import Mixture, forward
 from jointnas_kernels.space import SearchSpace, keep_matrix
+from tests.ops.naive import strided_pair_index
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -7,8 +7,8 @@ from transformers import LlamaConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn import ArchParameters
 from jointnas_kernels.nn.choices import FLOOR, _Dirichlet, _ToDevice
-from jointnas_kernels.ops import strided_pair_index
 from jointnas_kernels.space import SearchSpace
+from tests.ops.naive import strided_pair_index
 
 CONFIG = LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                      num_key_value_heads=2, head_dim=16)  # fmt: skip

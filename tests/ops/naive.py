@@ -71,3 +71,15 @@ def mixed_linear(
         for b, m in zip(alpha_out, sizes_out, strict=True):
             out = out + b * torch.nn.functional.pad(bias[:m], (0, weight.shape[0] - m))
     return out
+
+
+def strided_pair_index(D: int, d: int) -> Tensor:
+    """[d]: the dims of a D-wide head that a d-wide head keeps: rotate-half pairs (i, i + D/2), i in multiples of D/d."""
+    first = torch.arange(0, D // 2, D // d)
+    return torch.cat([first, first + D // 2])
+
+
+def strided_pair_mask(alpha: Tensor, dims: Sequence[int], D: int) -> Tensor:
+    """[D]: the sum of alpha over the head_dims that keep a dim."""
+    hot = [torch.zeros(D).index_fill(0, strided_pair_index(D, d), 1.0) for d in dims]
+    return (torch.stack(hot, -1) * alpha).sum(-1)
