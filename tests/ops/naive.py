@@ -74,7 +74,7 @@ def mixed_linear(
 
 
 def strided_pair_index(D: int, d: int) -> Tensor:
-    """[d]: the dims of a D-wide head that a d-wide head keeps: rotate-half pairs (i, i + D/2), i in multiples of D/d."""
+    """[d]: the dims that a d-wide head keeps of a D-wide one: rotate-half pairs (i, i + D/2), i in multiples of D/d."""
     first = torch.arange(0, D // 2, D // d)
     return torch.cat([first, first + D // 2])
 
