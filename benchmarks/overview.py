@@ -11,7 +11,7 @@ from benchmarks.sections import Row, pick
 CANDIDATES = 15_360  # of the `llama3` space
 BLUE, GREY, RED = "#1f5fa8", "#8a8f98", "#c0392b"
 FLOW = [  # what stands in the boxes, left to right
-    ("a pre-trained model", "Llama, Mistral,\nQwen2, Qwen3"),
+    ("a pre-trained model", "Llama, Mistral,\nQwen2, Qwen3, Phi-3"),
     ("supernet", "every width, depth and\nbits per block, in one"),
     ("search", "latency table of your device,\nparameter budget"),
     ("a smaller model", "distilled, exported; stock\ntransformers loads it"),
