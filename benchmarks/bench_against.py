@@ -4,9 +4,10 @@
     python -m benchmarks.bench_against ../before [--rounds 15] [--only step gemv ...]
 
 One worker process per checkout stays alive; they take turns case by case, so a machine that changes its speed does so
-for both. A row holds both medians over the rounds and their ratio, this checkout over the other: at most 1.02 is
-"unchanged". Only names that are public in both are used. The rows are printed, not recorded: they compare two trees on
-one afternoon, and nobody could repeat them from a results file.
+for both. What a kernel takes also depends on which pages its process got (1.8 or 6.5 ms for one mixed_weight of 4096^2,
+in either checkout), which several processes even out. A row holds both medians over the rounds and their ratio, this
+checkout over the other: at most 1.02 is "unchanged". Only names that are public in both are used. The rows are printed,
+not recorded: they compare two trees on one afternoon, and nobody could repeat them from a results file.
 """
 
 from __future__ import annotations
@@ -163,32 +164,41 @@ def work(panels: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="root of the other checkout")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="of each pair of processes")
+    parser.add_argument("--processes", type=int, default=1, help="pairs of processes, one after the other")
     parser.add_argument("--only", nargs="+", choices=PANELS, default=list(PANELS))
     args = parser.parse_args()
     here = Path(__file__).resolve().parent.parent
     for panel in args.only:
-        workers = []
-        for tree in (args.other.resolve(), here):
-            path = os.pathsep.join((str(tree), str(tree / "python")))
-            command = [sys.executable, str(Path(__file__).resolve()), "--work", panel]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-            workers.append(subprocess.Popen(command, cwd=tree, env={**os.environ, "PYTHONPATH": path}, **pipes))
-        names, _ = (json.loads(worker.stdout.readline()) for worker in workers)
-        samples: list[tuple[list[float], list[float]]] = [([], []) for _ in names]
-        for turn in range(args.rounds):
-            for index in range(len(names)):
-                for of in (0, 1) if turn % 2 else (1, 0):
-                    worker = workers[of]
-                    worker.stdin.write(f"{index}\n")
-                    samples[index][of].append(float(worker.stdout.readline()))
-        for worker in workers:
-            worker.stdin.close()
-            worker.wait()
-        for name, (before, after) in zip(names, samples, strict=True):
+        samples: Samples = {}
+        for _ in range(args.processes):
+            compare(panel, (args.other.resolve(), here), args.rounds, samples)
+        for name, (before, after) in samples.items():
             a, b = statistics.median(before), statistics.median(after)
             best = min(after) / min(before)
             print(f"{name:50s} {a * 1e6:12.1f} -> {b * 1e6:12.1f} us  {b / a:6.3f}  (fastest {best:.3f})", flush=True)
+
+
+Samples = dict[str, tuple[list[float], list[float]]]
+
+
+def compare(panel: str, trees: tuple[Path, Path], rounds: int, samples: Samples) -> None:
+    """Rounds of one pair of processes, added to the samples of each case."""
+    workers = []
+    for tree in trees:
+        path = os.pathsep.join((str(tree), str(tree / "python")))
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", panel]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        workers.append(subprocess.Popen(command, cwd=tree, env={**os.environ, "PYTHONPATH": path}, **pipes))
+    names, _ = (json.loads(worker.stdout.readline()) for worker in workers)
+    for turn in range(rounds):
+        for index, name in enumerate(names):
+            for of in (0, 1) if turn % 2 else (1, 0):
+                workers[of].stdin.write(f"{index}\n")
+                samples.setdefault(name, ([], []))[of].append(float(workers[of].stdout.readline()))
+    for worker in workers:
+        worker.stdin.close()
+        worker.wait()
 
 
 if __name__ == "__main__":

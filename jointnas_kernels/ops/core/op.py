@@ -33,7 +33,7 @@ _KINDS = {  # of arguments
 
 
 def _dense(output: Any) -> Any:
-    """Outputs of a reference as kernels write them."""
+    """Outputs as kernels write them."""
     if isinstance(output, tuple):
         return tuple(None if part is None else part.contiguous() for part in output)
     return output.contiguous()
@@ -74,9 +74,10 @@ class Registered:
         self.name, self.implementations, self.choose = public or name, implementations, choose
         self.available = tuple(implementations)
         reference = implementations["reference"]
+        self.alone = reference if len(implementations) == 1 and choose is None else None
 
         def run(*args: Any) -> Any:
-            return _apart(self.run(*args), args)
+            return _apart(_dense(self.run(*args)), args)
 
         definition = torch.library.custom_op(f"jointnas::{name}", run, mutates_args=(), schema=schema)
         definition.register_fake(lambda *args: _apart(_dense(reference(*args[:-1])), args))
@@ -84,6 +85,8 @@ class Registered:
 
     def run(self, *args: Any) -> Any:
         """The outputs by the backend that the last argument asks for, or that fits; below autograd."""
+        if self.alone:  # nothing to choose, and no kernel whose layout to follow
+            return self.alone(*args[:-1])
         how = self.choose(*args) if self.choose else resolve(self.name, args[-1], args[0], self.available)
         output = self.implementations[how](*args[:-1])
         return _dense(output) if how == "reference" else output
