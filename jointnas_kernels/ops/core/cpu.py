@@ -37,7 +37,7 @@ def call(name: str, *args: Tensor | array[int] | float | None, threads: int | No
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """A dense result like ``tensor``, large ones on huge pages (csrc/cpu/huge_pages.cpp says why)."""
+    """A dense result like ``tensor``, large ones on huge pages (csrc/cpu/memory.cpp says why)."""
     out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     size = out.numel() * out.element_size()
     if size >= HUGE_FROM:
