@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,11 +20,12 @@ from jointnas_kernels.layout import FINAL_NORM, HIDDEN, PAIRS, Norm, all_sizes, 
 from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetBlock, SupernetNorm
 from jointnas_kernels.nn.choices import ArchParameters
 from jointnas_kernels.nn.linear import SupernetLinear
-from jointnas_kernels.space import SearchSpace
+from jointnas_kernels.space import ATTENTION, SearchSpace, subnet_config
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+log = logging.getLogger(__name__)
 RUNTIME_ROPES = ("dynamic", "longrope")  # frequencies that change with the length of the input
 
 
@@ -37,7 +40,8 @@ def convert(
 
     Args:
         model: of a supported family (`families.FAMILIES`), on any device, also meta (then without importance).
-        space: must fit the model's config.
+        space: must fit the model's config. What its class refuses is left out, with a warning; see
+            `SearchSpace.feasible`.
         lora_rank, lora_alpha: of LoRA, on all seven linears of a block; it is scaled by alpha / rank.
         lora: the same as a `peft.LoraConfig`, in place of rank and alpha; see `adapters.lora_options`.
         importance: scores to reorder by. None: scored on `calibration`; neither: the original order.
@@ -53,8 +57,9 @@ def convert(
     """
     check_model(model)
     config: Any = model.config
-    space.validate(config)
-    check_rotary(config, space)
+    space, removed = feasible_space(config, space)
+    for line in removed:
+        log.warning("search space: removed %s", line)
     layout, sizes = block_of(config), all_sizes(config)
     pairs: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha} if lora is None else lora_options(lora, layout)
     if lora is not None and (lora_rank, lora_alpha) != (32, 16):
@@ -133,18 +138,30 @@ def check_model(model: nn.Module) -> None:
         raise JointNASError("convert: nothing to replace: the model has no transformer blocks.")
 
 
+def feasible_space(config: Any, space: SearchSpace) -> tuple[SearchSpace, list[str]]:
+    """`SearchSpace.feasible`: what can be extracted from a model with this config, and one line per removal.
+
+    Raises:
+        JointNASError: nothing, or a size that is no sub-network, or whose rotary frequencies are no plain model's.
+    """
+    feasible, removed = space.feasible(config)
+    check_rotary(config, feasible)
+    return feasible, removed
+
+
 def check_rotary(config: Any, space: SearchSpace) -> None:
     """Raise unless a plain model with a smaller head_dim has the frequencies that the pairs it keeps have here."""
     full, kind = all_sizes(config), config.rope_parameters["rope_type"]
-    own, scaling = _frequencies(config, full["head_dim"])
+    own, scaling = _frequencies(config)
     if len(own) != full["head_dim"] // 2:
         raise JointNASError(f"convert: {2 * len(own)} of {full['head_dim']} dims are rotated; all of them must be.")
-    for d in space.head_dim:
+    for hidden, heads, d in {sizes[-1]: sizes for sizes in space.combinations(ATTENTION)}.values():
         if d == full["head_dim"]:
             continue
         exact = kind not in RUNTIME_ROPES
         if exact:
-            small, small_scaling = _frequencies(config, d)
+            choice = replace(space.full(), hidden=hidden, heads=heads, head_dim=d)
+            small, small_scaling = _frequencies(subnet_config(config, choice))
             pairs = kept(PAIRS, full, {"head_dim": d})[: d // 2]
             exact = small_scaling == scaling and torch.allclose(small, own[pairs], rtol=1e-5, atol=0)
         if not exact:
@@ -155,8 +172,7 @@ def check_rotary(config: Any, space: SearchSpace) -> None:
             )
 
 
-def _frequencies(config: Any, head_dim: int) -> tuple[Tensor, float]:
-    small = type(config)(**{**config.to_dict(), "head_dim": head_dim})
+def _frequencies(config: Any) -> tuple[Tensor, float]:
     with torch.device("cpu"):
-        made: Any = rotary(small)
+        made: Any = rotary(config)
     return made.inv_freq, made.attention_scaling

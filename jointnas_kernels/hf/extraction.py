@@ -9,29 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import build, rotary
 from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.supernet import Supernet
-from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of, config_sizes, kept
+from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of, kept
 from jointnas_kernels.nn.block import ActQuant, SupernetBlock
 from jointnas_kernels.nn.choices import ArchParameters
 from jointnas_kernels.nn.linear import FakeQuantLinear, joined
 from jointnas_kernels.ops.quant import grid
-from jointnas_kernels.space import BITS, Choice, SearchSpace, kept_blocks
-
-
-def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> PreTrainedConfig:
-    """The config of the extracted model; `kept`: the original indices of its blocks, None: the first ones."""
-    data = {**config.to_dict(), **config_sizes(all_sizes(config, choice.widths))}
-    data["num_hidden_layers"] = choice.blocks
-    data.pop("_name_or_path", None)
-    types = data.pop("layer_types", None)
-    if types is not None:  # which blocks look through a sliding window
-        data["layer_types"] = [types[b] for b in (range(choice.blocks) if kept is None else kept)]
-    made: PreTrainedConfig = type(config)(**data)
-    return made
+from jointnas_kernels.space import ATTENTION, BITS, Choice, SearchSpace, kept_blocks, subnet_config
 
 
 class _Cut:
@@ -40,7 +29,11 @@ class _Cut:
     def __init__(self, supernet: Supernet, choice: Choice) -> None:
         supernet.space.check(choice)
         self.blocks = kept_blocks(supernet.block_rank, choice.blocks)
-        self.config = subnet_config(supernet.config, choice, self.blocks)
+        try:
+            self.config = subnet_config(supernet.config, choice, self.blocks)
+        except JointNASError as error:
+            near = supernet.space.nearest(choice).named(ATTENTION)
+            raise JointNASError(f"no stock model is {error} Nearest in the space: {near}.") from None
         self._sizes = all_sizes(supernet.config), all_sizes(supernet.config, choice.widths)
         self._device, self._channels = supernet.device, dict[Axis, Tensor]()
 
@@ -60,7 +53,7 @@ def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     with its LoRA and quantizers alive, use `shrink`.
 
     Raises:
-        JointNASError: the choice is not one of the supernet's space.
+        JointNASError: the choice is not one of the supernet's space, or the model's class refuses its sizes.
     """
     cut = _Cut(supernet, choice)
     with torch.device("meta"):
@@ -100,7 +93,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
     Quantizing sliced weights equals slicing quantized ones up to the rounding of s B A, whose GEMM has another shape.
 
     Raises:
-        JointNASError: the choice is not one of the supernet's space.
+        JointNASError: the choice is not one of the supernet's space, or the model's class refuses its sizes.
     """
     cut, space, layout = _Cut(supernet, choice), supernet.space, block_of(supernet.config)
     small_space = SearchSpace.single(cut.config, space.weight_bits, space.act_bits, space.group_size)

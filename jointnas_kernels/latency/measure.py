@@ -26,7 +26,7 @@ from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
 from jointnas_kernels.layout import block_of
-from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks
+from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks, subnet_config
 
 ENOUGH = 4  # whole models for the two terms of a calibration
 TURNS = 5  # of measuring a whole model
@@ -130,6 +130,7 @@ def calibrate(
     Raises:
         JointNASError: too few random choices are feasible, or one of the given ones is not.
     """
+    space, _ = space.feasible(config)
     plain = LatencyTable(table.header, table.rows)
     bound = plain.bind(space)
     if isinstance(choices, int):
@@ -154,10 +155,9 @@ def measure_choices(
     seconds is so for one turn of many models, not for all of one model.
 
     Raises:
-        JointNASError: one of the choices is infeasible on this device.
+        JointNASError: one of the choices is infeasible, on this device or for the model's class.
     """
-    from jointnas_kernels.hf import subnet_config  # late: reading tables needs no transformers
-    from jointnas_kernels.hf.families import build
+    from jointnas_kernels.hf.families import build  # late: reading tables needs no transformers
 
     device, dtype = torch.device(table.header.device.type), getattr(torch, table.workload.dtype)
     watch = watch or table.watch(15 * seconds)

@@ -47,7 +47,7 @@ def profile(
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
     Args:
-        space: the sizes and bits.
+        space: the sizes and bits; what only structures need that the model's class refuses is not timed.
         config: of the model, for what the space does not say.
         out: the table file. One for the same device, model and workload is continued when `resume` is set: with what is
             missing, was disturbed, or can be run by a backend that was not there then. Anything else there is an error,
@@ -67,7 +67,7 @@ def profile(
         JointNASError: the space does not fit the model, an unknown backend, or a file that cannot be continued.
     """
     workload = workload or Workload()
-    space.validate(config)
+    space, _ = space.feasible(config)
     names = list(registry.names() if backends is None else backends)
     for name in names:
         registry.get(name)
@@ -167,9 +167,9 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows
 
 def _weight_bytes(space: SearchSpace, workload: Workload, dims: ModelDims, target: Target) -> int:
     """Linears of the largest model of the space: how much is touched between two uses of one weight."""
-    total = 0
+    total, full = 0, space.full()
     for part in parts(workload, dims, space):
-        spec = part.spec(*(space.sizes(d)[-1] for d in part.dims))
+        spec = part.spec(*(getattr(full, d) for d in part.dims))
         if spec.op in ("linear", "lm_head"):
             total += spec.n * spec.k * part.count * (space.blocks[-1] if part.per_block else 1)
     return int(total * target.dtype.itemsize)

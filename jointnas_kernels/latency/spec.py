@@ -136,8 +136,8 @@ class Part:
         return tuple(d for d in WIDTHS if d in used)
 
     def specs(self, space: SearchSpace) -> Iterator[OpSpec]:
-        """At all sizes of the space, without bits."""
-        return itertools.starmap(self.spec, itertools.product(*(space.sizes(d) for d in self.dims)))
+        """At all sizes that a structure of the space has, without bits."""
+        return itertools.starmap(self.spec, space.combinations(self.dims))
 
     def spec(self, *widths: int) -> OpSpec:
         """At these sizes of `dims`."""

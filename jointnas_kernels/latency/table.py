@@ -13,7 +13,8 @@ The expectation is exact for independent dimensions. For a structure (widths v, 
 
 Where no backend can run a linear there is no value, and none is made up: `coverage` reports it, choices that need it
 cannot be predicted, and the mean over (w, a) is taken over the feasible ones only, i.e. it is conditional on
-feasibility; the probability that the condition excludes is returned, for the objective to penalise.
+feasibility; the probability that the condition excludes is returned, for the objective to penalise. Structures that the
+space excludes are treated alike: p(v) is conditional on the others, and no operation is needed for them alone.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Part, Worklo
 from jointnas_kernels.latency.timing import describe, pinned_threads
 from jointnas_kernels.latency.watch import Watch, warn_once
 from jointnas_kernels.layout import WIDTHS
-from jointnas_kernels.space import Choice, SearchSpace, keep_matrix, kept_blocks
+from jointnas_kernels.space import ATTENTION, Choice, SearchSpace, joint, keep_matrix, kept_blocks
 
 
 class Expected(NamedTuple):
@@ -45,7 +46,8 @@ class Expected(NamedTuple):
 
     Attributes:
         latency: over the feasible choices, in the table's unit; a scalar or [*WIDTHS, blocks].
-        infeasible: mean probability, over the kept blocks, of infeasible bits; likewise.
+        infeasible: probability of an excluded structure, or else, in the mean over the kept blocks, of infeasible
+            bits; likewise.
     """
 
     latency: Tensor
@@ -235,7 +237,7 @@ class LatencyTable:
             JointNASError: the table lacks operations of the space, or nothing is left.
         """
         wbits, abits = bit_choices(space)
-        feasible = self.bind(space).feasible.flatten(0, -3).all(0)  # [W, A]: at every width
+        feasible = self.bind(space).feasible[space.allowed].flatten(0, -3).all(0)  # [W, A]: at every width
         keep_w = [w for w, ok in zip(wbits, feasible.any(1).tolist(), strict=True) if ok]
         keep_a = [a for a, ok in zip(abits, feasible.any(0).tolist(), strict=True) if ok]
         if not keep_w:
@@ -273,20 +275,24 @@ class Bound:
                 f"the latency table lacks {len(absent)} operations of this space, first {absent[0]}; "
                 "measure them with `jointnas profile --resume`"
             )
-        # [*WIDTHS, W, A]: whether all linears of a block exist at these widths and bits
+        # [*WIDTHS, W, A]: whether all linears of a block exist at these widths and bits; said of allowed ones only
         linears = (_spread(self.values[p.name], p.dims).isfinite() for p in self.parts if p.group)
         self.feasible = functools.reduce(operator.and_, linears)
         self._finite = {n: v.nan_to_num(0.0) for n, v in self.values.items()}
 
     def _tensor(self, part: Part, absent: list[OpSpec]) -> Tensor:
-        """fp64, one axis per width of the part, then [W, A] for linears; NaN where infeasible."""
+        """fp64, one axis per width of the part, then [W, A] for linears; NaN where infeasible or excluded."""
+        needed = set(self.space.combinations(part.dims))
         shape, values = [len(self.space.sizes(d)) for d in part.dims], list[float]()
         if part.group:
             shape += [len(self.wbits), len(self.abits)]
         pairs = list(itertools.product(self.wbits, self.abits)) if part.group else [(DENSE, DENSE)]
-        for size in part.specs(self.space):
+        for sizes in itertools.product(*(self.space.sizes(d) for d in part.dims)):
+            if sizes not in needed:
+                values += [math.nan] * len(pairs)
+                continue
             for w, a in pairs:
-                spec = size.with_bits(w, a, part.group)
+                spec = part.spec(*sizes).with_bits(w, a, part.group)
                 row = self.table._best.get(spec)
                 if row is None or (row.status != "ok" and not part.group):
                     absent.append(spec)
@@ -300,13 +306,14 @@ class Bound:
         self.keep, self.feasible = self.keep.to(device), self.feasible.to(device)
 
     def expected(self, probs: Mapping[str, Tensor]) -> Expected:
-        """Latency in expectation over structures and bits, and P(infeasible bits); fp64 scalars."""
+        """Latency in expectation over structures and bits, and P(infeasible); fp64 scalars."""
         latency, infeasible = self.structures(probs)
-        p = joint(probs)
-        return Expected((p * latency).sum(), (p * infeasible).sum())
+        p, feasible = joint(self.space, probs)
+        return Expected((p * latency).sum(), 1 - feasible * (1 - (p * infeasible).sum()))
 
     def structures(self, probs: Mapping[str, Tensor]) -> Expected:
-        """Both values for every structure, [*WIDTHS, blocks], in expectation over the bits alone."""
+        """Both values for every structure, [*WIDTHS, blocks], in expectation over the bits alone; of excluded ones
+        without meaning."""
         bits = {k: probs[k].double() for k in ("weight_bits", "act_bits") if k in probs}
         device = probs["blocks"].device
         if self.keep.device != device:
@@ -331,8 +338,10 @@ class Bound:
     # ---- one choice -------------------------------------------------------------------------------------------------
 
     def predict(self, choice: Choice) -> float:
-        """Latency of the choice; an error where it needs an operation this device cannot run."""
+        """Latency of the choice; an error where the space excludes it, or this device cannot run an operation."""
         self.space.check(choice)
+        if not self.space.allows(choice):
+            raise JointNASError(f"{choice.named(ATTENTION)} are infeasible together: the space excludes them")
         total, linear = self.structure(choice)
         for b in kept_blocks(self.rank, choice.blocks):
             weight_bits, a = choice.bits(b)
@@ -357,24 +366,17 @@ class Bound:
 
     def original(self) -> float:
         """The unquantized model with the largest size of every dimension: the objective's unit of latency."""
-        total = self.fixed + self.per_block * self.space.blocks[-1]
+        full = self.space.full()
+        total = self.fixed + self.per_block * full.blocks
         for part in self.parts:
-            sizes = [getattr(self.space, d)[-1] for d in part.dims]
+            sizes = [getattr(full, d) for d in part.dims]
             row = self.table.best(part.spec(*sizes))
             if row is None or row.median is None:
                 raise JointNASError(f"the latency table lacks {part.spec(*sizes)}, needed by the original model")
-            total += row.median * part.count * (self.space.blocks[-1] if part.per_block else 1)
+            total += row.median * part.count * (full.blocks if part.per_block else 1)
         return total
 
 
 def _spread(value: Tensor, dims: Sequence[str]) -> Tensor:
     """A part's tensor broadcastable over all four widths, bit axes last."""
     return value[tuple(slice(None) if d in dims else None for d in WIDTHS)]
-
-
-def joint(probs: Mapping[str, Tensor]) -> Tensor:
-    """P(structure) [*WIDTHS, blocks] of independent dimensions, fp64."""
-    total = probs[WIDTHS[0]].double()
-    for key in (*WIDTHS[1:], "blocks"):
-        total = total[..., None] * probs[key].double()
-    return total

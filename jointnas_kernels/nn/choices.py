@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.layout import HEADS, HIDDEN, NEURONS, PAIRS, VALUES, WIDTHS, Factor, all_sizes, traits
 from jointnas_kernels.ops.width.categorical import reinmax
-from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, keep_matrix
+from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, joint, keep_matrix
 
 RELAXATIONS = ("dirichlet", "reinmax", "gumbel")
 BIT_RELAXATIONS = ("softmax", *RELAXATIONS)
@@ -211,9 +211,12 @@ class ArchParameters(nn.Module):
         return result
 
     def argmax(self) -> Choice:
-        """The most probable size of every dimension."""
-        sizes = {k: torch.tensor(self.space.sizes(k)) for k in self.logits}
-        return Choice.from_dict({k: sizes[k][p.argmax(-1)].tolist() for k, p in self.probs().items()})
+        """The most probable structure that the space does not exclude, and the most probable bits."""
+        probs = self.probs()
+        structures = joint(self.space, probs).probs
+        index = dict(zip(STRUCTURE, torch.unravel_index(structures.argmax(), structures.shape), strict=True))
+        index |= {k: probs[k].argmax(-1) for k in BITS if k in probs}
+        return Choice.from_dict({k: torch.tensor(self.space.sizes(k))[i].tolist() for k, i in index.items()})
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
         """Certain probabilities of a choice, keyed like `probs`."""

@@ -1,9 +1,10 @@
 """What the architecture step minimises, and the choice that finally has to satisfy the constraints.
 
-    L = CE + η E[latency] / latency_original + λ(t) (over + under + late) + μ P(infeasible bits)
+    L = CE + η E[latency] / latency_original + λ(t) (over + under + late) + μ P(infeasible)
     over = E relu(params / B_max - 1)   under = E relu(1 - params / B_min)   late = E relu(latency / target - 1)
 
-All expectations are exact, over all structures under the current probabilities (and, inside the relu, over the bits).
+All expectations are exact, over all structures under the current probabilities (and, inside the relu, over the bits),
+conditional on what is feasible: structures that the space does not exclude, bits that the device can run.
 The paper's Eq. 2 has the relu outside, relu(E[params] - B_max) (`penalty: expectation`). That one is 0 for a mixture of
 too large and too small models, so the depth of the embedded model stayed undecided between 3 and 6 blocks at its budget
 (seen: entropy 0.9 after 240 steps) and no probable choice obeyed the limit; inside, each choice pays for itself.
@@ -12,7 +13,6 @@ too large and too small models, so the depth of the embedded model stayed undeci
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,15 +23,16 @@ from torch import Tensor
 
 from jointnas.config import RunConfig
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.table import Bound, joint
+from jointnas_kernels.latency.table import Bound
 from jointnas_kernels.space import (
     WIDTHS,
     Choice,
     SearchSpace,
     count_params,
-    expected_params,
+    joint,
     keep_probability,
     kept_blocks,
+    structure_params,
 )
 
 Probs = Mapping[str, Tensor]
@@ -73,9 +74,7 @@ class Objective:
         self.config, self.model_config, self.bound = config.search, model_config, bound
         self.limits = Limits.of(config, model_config)
         self.latency_original = bound.original()
-        counts = [count_params(model_config, structure) for structure in structures(bound.space)]
-        sizes = [len(bound.space.sizes(k)) for k in (*WIDTHS, "blocks")]
-        self.params = torch.tensor(counts, dtype=torch.float64).view(sizes)  # [*WIDTHS, blocks]
+        self.params = structure_params(model_config, bound.space)  # [*WIDTHS, blocks]
 
     def violation(self, params: Tensor, latency: Tensor) -> Tensor:
         """Relative violations of the limits, added up."""
@@ -96,12 +95,13 @@ class Objective:
 
     def regularizer(self, probs: Probs, step: int) -> tuple[Tensor, dict[str, float]]:
         """Everything but the CE, on the host, and its parts for the log."""
-        p = joint(probs)
+        p, feasible = joint(self.bound.space, probs)
         latencies, infeasibles = self.bound.structures(probs)
-        latency, infeasible = (p * latencies).sum(), (p * infeasibles).sum()
-        params = expected_params(self.model_config, self.bound.space, probs)
+        latency, infeasible = (p * latencies).sum(), 1 - feasible * (1 - (p * infeasibles).sum())
+        counts = self.params.to(p.device)
+        params = (p * counts).sum()
         if self.config.penalty == "choices":
-            penalty = (p * self.violation(self.params.to(p.device), latencies)).sum()
+            penalty = (p * self.violation(counts, latencies)).sum()
         else:
             penalty = self.violation(params, latency)
         weight = self.penalty_weight(step)
@@ -111,12 +111,6 @@ class Objective:
             "latency_ms": latency.item(), "latency_share": latency.item() / self.latency_original,
             "params": params.item(), "penalty": penalty.item(), "lambda": weight, "infeasible": infeasible.item(),
         }  # fmt: skip
-
-
-def structures(space: SearchSpace) -> list[Choice]:
-    """Every combination of widths and depth, without bits, in the order of the elements of [*WIDTHS, blocks]."""
-    sizes = (space.sizes(k) for k in (*WIDTHS, "blocks"))
-    return [Choice(h, n, d, i, l) for h, n, d, i, l in itertools.product(*sizes)]
 
 
 def entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> dict[str, float]:
@@ -145,7 +139,7 @@ class Feasibility:
 
     def __init__(self, model_config: Any, bound: Bound, limits: Limits) -> None:
         self.model_config, self.bound, self.limits, self.space = model_config, bound, limits, bound.space
-        self.structures = structures(bound.space)
+        self.structures = bound.space.structures()
 
     def violations(self, choice: Choice) -> list[str]:
         """What the choice breaks, in words; empty if nothing."""
@@ -176,7 +170,7 @@ class Feasibility:
         bits = p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]  # [blocks, W, A]
         most = bits.flatten(1).amax(1).sum().item()  # of any bits
         best: tuple[float, Choice] | None = None
-        values, order = total.flatten().sort(descending=True)
+        values, order = total[self.space.allowed].flatten().sort(descending=True)  # as `structures`
         for score, index in zip(values.tolist(), order.tolist(), strict=True):
             if best is not None and score + most <= best[0]:
                 break
@@ -192,17 +186,18 @@ class Feasibility:
         return best[1]
 
     def _nothing(self) -> str:
-        sizes = [count_params(self.model_config, self.structures[i]) for i in (0, -1)]
+        sizes = {structure: count_params(self.model_config, structure) for structure in self.structures}
+        smallest = min(sizes, key=sizes.__getitem__)
         text = (
             f"no choice of the space satisfies the limits (parameters {self.limits.params_min:,.0f} to "
             f"{self.limits.params_max:,.0f}, latency up to {self.limits.latency_max:g} ms); the space spans "
-            f"{sizes[0]:,} to {sizes[1]:,} parameters"
+            f"{sizes[smallest]:,} to {max(sizes.values()):,} parameters"
         )
-        fixed, linear = self.bound.structure(self.structures[0])
+        fixed, linear = self.bound.structure(smallest)
         finite = linear[linear.isfinite()]
         if not len(finite):
             return text
-        fastest = fixed + self.structures[0].blocks * finite.min().item()
+        fastest = fixed + smallest.blocks * finite.min().item()
         return f"{text} and its fastest choice takes {fastest:.3f} ms"
 
     def _fit_bits(self, structure: Choice, bits: Tensor) -> tuple[float, Choice] | None:

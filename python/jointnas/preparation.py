@@ -15,7 +15,8 @@ from jointnas.initialise import DATA_FREE, calibration_windows, initialise
 from jointnas.objective import Feasibility, Limits
 from jointnas.run_folder import Run, found_choice, load_supernet, read_config
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Supernet, convert, importance_scores
+from jointnas_kernels.hf import Supernet, convert, feasible_space, importance_scores
+from jointnas_kernels.hf.conversion import check_model
 from jointnas_kernels.latency import LatencyTable, calibrate, profile
 from jointnas_kernels.space import WIDTHS, SearchSpace
 
@@ -29,17 +30,18 @@ def prepare(
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
     The model is converted in place."""
-    space = config.space.build()
+    known = loading.model_config(config.model) if model is None else model.config
+    space, removed = feasible_space(known, config.space.build())
+    _warn(removed)
     if model is None:
         model = loading.load_model(config.model)
-    space.validate(model.config)
+    check_model(model)
     if streams is None:
         streams = loading.load_streams(config.data, config.model, config.seed)
     if table is None:
         table = load_table(config, space, model.config)
-    restricted, removed = table.restrict(space)
-    for line in removed:
-        log.warning("search space: removed %s", line)
+    restricted, unsupported = table.restrict(space)
+    _warn(unsupported)
     check_limits(config, model.config, table, restricted)
     torch.manual_seed(config.seed)  # LoRA's A
     options = config.search
@@ -53,7 +55,12 @@ def prepare(
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
     initialise_quantizers(config, supernet, streams)
-    return Run(config, Path(config.out), supernet, streams, table, restricted, removed)
+    return Run(config, Path(config.out), supernet, streams, table, restricted, removed + unsupported)
+
+
+def _warn(removed: list[str]) -> None:
+    for line in removed:
+        log.warning("search space: removed %s", line)
 
 
 def open_run(run: str | Path, searched: bool = True) -> Run:

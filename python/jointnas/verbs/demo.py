@@ -27,7 +27,7 @@ from jointnas.results import text_table
 from jointnas.run_folder import Run, found_choice, load_supernet, read_json, write_json
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import extract
+from jointnas_kernels.hf import extract, feasible_space
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice
 
@@ -106,7 +106,8 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
 
 def with_target(config: RunConfig) -> tuple[RunConfig, LatencyTable]:
     """Measures the run's latency table, if it is not there yet, and sets the target from it."""
-    space, model_config = config.space.build(), loading.model_config(config.model)
+    model_config = loading.model_config(config.model)
+    space, _ = feasible_space(model_config, config.space.build())
     table = measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
     bound = table.bind(table.restrict(space)[0])
     fastest = min([bound.original(), *(bound.predict(choice) for _, choice in single_precisions(bound))])

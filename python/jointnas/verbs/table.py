@@ -6,6 +6,7 @@ what changed between two, no device is needed. Whatever is written is a new file
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from jointnas import loading, plots
@@ -13,7 +14,10 @@ from jointnas.config import LatencyConfig, ModelConfig, RunConfig, SpaceConfig
 from jointnas.preparation import measure_table
 from jointnas.run_folder import new
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.latency import Comparison, Coverage, LatencyTable, compare, interpolate
+
+log = logging.getLogger(__name__)
 
 
 def measure(
@@ -39,8 +43,10 @@ def measure(
     """
     loading.check_device(device)
     model = _sized(space, model).model_copy(update={"device": device})
-    config, built, path = loading.model_config(model), space.build(), Path(out)
-    built.validate(config)
+    config, path = loading.model_config(model), Path(out)
+    built, removed = feasible_space(config, space.build())
+    for line in removed:
+        log.warning("search space: removed %s", line)
     if path.exists() and not resume:
         raise JointNASError(f"{out} exists; pass --resume true to continue or complete it, or choose another file")
     run = RunConfig(model=model, space=space, latency=latency, progress=progress)
@@ -84,7 +90,8 @@ def fill(
     Raises:
         JointNASError: `out` exists, or the table cannot be used.
     """
-    path, built, config = new(out, "file"), space.build(), loading.model_config(_sized(space, model))
+    path, config = new(out, "file"), loading.model_config(_sized(space, model))
+    built, _ = feasible_space(config, space.build())
     completed = interpolate(LatencyTable.load(table, device, force), built, config)
     completed.save(path)
     return completed.coverage(built, config)
@@ -104,7 +111,9 @@ def show(
     """
     config = loading.model_config(_sized(space, model))
     loaded = LatencyTable.load(table, device, force, recover=True)
-    return f"{loaded.summary()}\nfor this space: {loaded.coverage(space.build(), config)}"
+    built, removed = feasible_space(config, space.build())
+    left_out = "".join(f"\n  not in it: {line}" for line in removed)
+    return f"{loaded.summary()}\nfor this space: {loaded.coverage(built, config)}{left_out}"
 
 
 def draw(table: str, out: str, device: str = "cpu", force: bool = False) -> Path:

@@ -1,24 +1,12 @@
-"""Search spaces, choices, and exact sizes of what a choice describes.
-
-A space lists the allowed sizes of each dimension; one choice picks one of each:
-
-    hidden, heads, head_dim, intermediate   widths shared by all blocks
-    blocks                                  how many blocks are kept, most important first
-    weight_bits, act_bits                   one per original block (None: not quantized, 16 = identity)
-
-Every key-value head is kept; `heads` query heads keep the first heads / n_kv of each key-value group. Sizes are
-counted from a config alone (any object with the attributes of transformers' LlamaConfig, or of the config of another
-supported family) by walking its layout, so no weights are needed.
-The number of parameters is multilinear in the independent dimensions, so its expectation is the same formula applied
-to expected sizes: exact, and differentiable in the probabilities.
-"""
+"""The allowed sizes of every dimension, and which of their combinations are feasible."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,77 +15,22 @@ from torch import Tensor
 
 from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.space.choice import BITS, STRUCTURE, WIDTHS, Choice, Data, integer, named, sequence
+from jointnas_kernels.space.stock import refused
 
-WIDTHS = layout.WIDTHS
-STRUCTURE = (*WIDTHS, "blocks")
-BITS = ("weight_bits", "act_bits")
-Probs = Mapping[str, Tensor]
-
-
-class _Data:
-    """Dataclasses from and to plain data."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON and YAML."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
-
-    @classmethod
-    def _check(cls, data: Mapping[str, Any], what: str, where: str, *base: str) -> None:
-        """Raise unless all keys are fields, or `base`, and without that one none of the structure's is missing."""
-        names = [*(f.name for f in fields(cls)), *base]  # type: ignore[arg-type]
-        for key in data:
-            if key not in names:
-                raise unknown(f"{what} key", key, names, where)
-        missing = [n for n in STRUCTURE if n not in data]
-        if missing and all(data.get(key) is None for key in base):
-            raise JointNASError(f"{where}: missing {', '.join(missing)}.")
+ATTENTION = WIDTHS[:3]  # hidden, heads, head_dim: what a model class may refuse together; it refuses others alone
 
 
 @dataclass(frozen=True)
-class Choice(_Data):
-    """One point of a space. `blocks` says how many blocks stay (by importance); bits are indexed by original block."""
-
-    hidden: int
-    heads: int
-    head_dim: int
-    intermediate: int
-    blocks: int
-    weight_bits: tuple[int, ...] | None = None
-    act_bits: tuple[int, ...] | None = None
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The sizes that all blocks share."""
-        return {k: getattr(self, k) for k in WIDTHS}
-
-    def bits(self, block: int) -> tuple[int | None, int]:
-        """(weight bits, None: not quantized; activation bits) of an original block."""
-        weight, act = self.weight_bits, self.act_bits
-        return None if weight is None else weight[block], 16 if act is None else act[block]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
-        """Inverse of `to_dict`.
-
-        Raises:
-            JointNASError: missing or unknown keys, or other values than integers.
-        """
-        cls._check(data, "choice", where)
-        values: dict[str, Any] = {n: _integer(data[n], f"{where}: {n}") for n in STRUCTURE}
-        for key in BITS:
-            bits = data.get(key)
-            if bits is not None:
-                values[key] = tuple(_integer(b, f"{where}: {key}") for b in _sequence(bits, f"{where}: {key}"))
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class SearchSpace(_Data):
+class SearchSpace(Data):
     """The allowed sizes of every dimension, ascending. Bits of None leave that part unquantized.
 
+    `excluded` lists combinations (hidden, heads, head_dim) of allowed sizes that are not in the space. `feasible`
+    fills it; without it every combination counts, and no model is needed.
+
     Raises:
-        JointNASError: sizes that are no distinct positive integers, bits that no kernel has, or quantization groups
-            that a width would cut.
+        JointNASError: sizes that are no distinct positive integers, bits that no kernel has, quantization groups
+            that a width would cut, or nothing but excluded combinations.
     """
 
     hidden: tuple[int, ...]
@@ -108,13 +41,14 @@ class SearchSpace(_Data):
     weight_bits: tuple[int, ...] | None = None
     act_bits: tuple[int, ...] | None = None
     group_size: int = 128
+    excluded: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         for key in (*STRUCTURE, *BITS):
             values = getattr(self, key)
             if values is not None or key in STRUCTURE:
                 object.__setattr__(self, key, _sizes(values, f"search space: {key}"))
-        _integer(self.group_size, "search space: group_size")
+        integer(self.group_size, "search space: group_size")
         if self.group_size < 1:
             raise JointNASError(f"search space: group_size is {self.group_size}; it must be positive.")
         for key, low, high in (("weight_bits", 2, 8), ("act_bits", 2, 16)):
@@ -129,11 +63,25 @@ class SearchSpace(_Data):
             for key in ("hidden", "intermediate"):
                 self._multiple(key, self.group_size, "the quantization group size")
             self._multiple("head_dim", self.o_proj_group, "o_proj's group: min(group size, smallest head_dim)")
+        self._exclude()
 
     def _multiple(self, key: str, of: int, what: str) -> None:
         bad = [v for v in getattr(self, key) if v % of]
         if bad:
             raise JointNASError(f"search space: {key} {bad[0]} is no multiple of {of}, {what}.")
+
+    def _exclude(self) -> None:
+        """Keeps of `excluded` what else were in the space."""
+        where, known = "search space: excluded", set[tuple[int, ...]]()
+        for entry in sequence(self.excluded, where):
+            sizes = tuple(integer(v, where) for v in sequence(entry, where))
+            if len(sizes) != len(ATTENTION):
+                raise JointNASError(f"{where}: expected {', '.join(ATTENTION)}, found {list(sizes)}.")
+            if all(size in self.sizes(key) for key, size in zip(ATTENTION, sizes, strict=True)):
+                known.add(sizes)
+        object.__setattr__(self, "excluded", tuple(sorted(known)))
+        if not self.combinations(ATTENTION):
+            raise JointNASError(f"{where}: every combination is; at least one must be left.")
 
     # ---- making one -------------------------------------------------------------------------------------------------
 
@@ -164,7 +112,7 @@ class SearchSpace(_Data):
         Raises:
             JointNASError: unknown or missing keys, or bad values.
         """
-        cls._check(data, "search-space", where, "base")
+        cls.check_keys(data, "search-space", where, "base")
         values = dict(data)
         base = values.pop("base", None)
         return cls(**values) if base is None else cls(**{**cls.named(str(base)).to_dict(), **values})
@@ -216,23 +164,67 @@ class SearchSpace(_Data):
         sizes: tuple[int, ...] | None = getattr(self, key)
         return sizes or ()
 
+    def combinations(self, dims: Sequence[str]) -> list[tuple[int, ...]]:
+        """Ascending sizes of these dimensions that occur together in a structure of the space.
+
+        Raises:
+            JointNASError: no dimension has one of the names.
+        """
+        coupled = [d for d in dims if d in ATTENTION]
+        places = [ATTENTION.index(d) for d in coupled]
+        grid = itertools.product(*(self.sizes(d) for d in ATTENTION))
+        occurring = {tuple(sizes[i] for i in places) for sizes in set(grid).difference(self.excluded)}
+
+        def occurs(sizes: tuple[int, ...]) -> bool:
+            return tuple(size for d, size in zip(dims, sizes, strict=True) if d in ATTENTION) in occurring
+
+        return list(filter(occurs, itertools.product(*(self.sizes(d) for d in dims))))
+
+    @cached_property
+    def allowed(self) -> Tensor:
+        """[hidden, heads, head_dim] bool: which of their combinations are not excluded."""
+        grid = itertools.product(*(self.sizes(d) for d in ATTENTION))
+        mask = torch.tensor([sizes not in self.excluded for sizes in grid], device="cpu")
+        return mask.view([len(self.sizes(d)) for d in ATTENTION])
+
+    def allows(self, choice: Choice) -> bool:
+        """Whether the structure of a choice of this space is not excluded."""
+        return tuple(getattr(choice, d) for d in ATTENTION) not in self.excluded
+
+    def nearest(self, choice: Choice) -> Choice:
+        """The choice with the allowed combination that changes its sizes least, by their ratios."""
+
+        def distance(sizes: tuple[int, ...]) -> float:
+            return sum(abs(math.log(size / getattr(choice, d))) for d, size in zip(ATTENTION, sizes, strict=True))
+
+        sizes: Any = dict(zip(ATTENTION, min(self.combinations(ATTENTION), key=distance), strict=True))
+        return replace(choice, **sizes)
+
     def size(self) -> int:
         """How many choices there are."""
         per_block = math.prod(len(self.sizes(k)) or 1 for k in BITS)
-        return int(math.prod(len(self.sizes(k)) for k in STRUCTURE) * per_block**self.depth)
+        others = math.prod(len(self.sizes(k)) for k in STRUCTURE if k not in ATTENTION)
+        return int(self.allowed.sum()) * others * per_block**self.depth
 
     def full(self) -> Choice:
-        """The largest size of every dimension, the highest precision everywhere."""
-        return self._choice(lambda key, n: (self.sizes(key)[-1],) * n)
+        """The largest size of every dimension, the highest precision everywhere. Where that structure is excluded, the
+        one with the largest hidden · heads · head_dim."""
+        full = self._choice(lambda key, n: (self.sizes(key)[-1],) * n)
+        largest = max(self.combinations(ATTENTION), key=lambda sizes: (math.prod(sizes), sizes))
+        sizes: Any = dict(zip(ATTENTION, largest, strict=True))
+        return replace(full, **sizes)
 
     def sample(self, generator: torch.Generator | None = None) -> Choice:
-        """Uniform in every dimension, independently."""
+        """Uniform in every dimension, independently; with excluded combinations, uniform over what is left."""
 
         def pick(key: str, n: int) -> tuple[int, ...]:
             sizes = self.sizes(key)
             return tuple(sizes[i] for i in torch.randint(len(sizes), (n,), generator=generator).tolist())
 
-        return self._choice(pick)
+        while True:
+            choice = self._choice(pick)
+            if self.allows(choice):
+                return choice
 
     def _choice(self, pick: Callable[[str, int], tuple[int, ...]]) -> Choice:
         """From `pick(dimension, how many)`."""
@@ -240,23 +232,26 @@ class SearchSpace(_Data):
         bits = {k: pick(k, self.depth) for k in BITS if self.sizes(k)}
         return Choice(**structure, **bits)  # type: ignore[arg-type]
 
+    def structures(self) -> list[Choice]:
+        """Every combination of sizes but bits, in their order."""
+        return [Choice(*sizes) for sizes in self.combinations(STRUCTURE)]
+
     def __iter__(self) -> Iterator[Choice]:
         """Every choice, lazily: `size()` of them."""
 
         def rows(key: str) -> Iterable[tuple[int, ...] | None]:
             return itertools.product(self.sizes(key), repeat=self.depth) if self.sizes(key) else (None,)
 
-        for structure in itertools.product(*(self.sizes(k) for k in STRUCTURE)):
-            sizes: Any = dict(zip(STRUCTURE, structure, strict=True))
+        for structure in self.structures():
             for w in rows("weight_bits"):
                 for a in rows("act_bits"):
-                    yield Choice(**sizes, weight_bits=w, act_bits=a)
+                    yield replace(structure, weight_bits=w, act_bits=a)
 
     def check(self, choice: Choice) -> None:
-        """Raise unless the choice is a point of this space.
+        """Raise unless the choice has sizes and bits of this space. A supernet computes excluded combinations, too.
 
         Raises:
-            JointNASError: it is not.
+            JointNASError: it has not.
         """
         for key in STRUCTURE:
             if getattr(choice, key) not in self.sizes(key):
@@ -272,12 +267,58 @@ class SearchSpace(_Data):
                 if b not in sizes:
                     raise unknown(f"{key} choice", b, sizes)
 
-    def validate(self, config: Any) -> None:
-        """Raise unless every choice is a sub-network of the model that `config` describes.
+    # ---- of one model -----------------------------------------------------------------------------------------------
+
+    def feasible(self, config: Any) -> tuple[SearchSpace, list[str]]:
+        """What of the space the class of a model's config takes: combinations that it refuses are `excluded`, sizes
+        that are left in none are removed. Also one line per removal, and one for all excluded combinations.
 
         Raises:
-            JointNASError: the first size that is not, and what is allowed.
+            JointNASError: a size that is no sub-network of this model, and what is allowed; or nothing is left.
         """
+        self._fit(config)
+        values, lines, new = self.to_dict(), list[str](), dict[tuple[int, ...], str]()
+        for dims in (ATTENTION, ("intermediate",), ("blocks",)):
+            grid = self.combinations(dims)
+            reasons = refused(config, dims, grid)
+            left = [sizes for sizes in grid if sizes not in reasons]
+            if not left:
+                raise JointNASError(self._nothing(config, dims, reasons))
+            for place, key in enumerate(dims):
+                values[key] = sorted({sizes[place] for sizes in left})
+                gone = {sizes[place]: why for sizes, why in reversed(reasons.items()) if sizes[place] not in values[key]}
+                lines += [f"{key} {size}: {why}" for size, why in sorted(gone.items())]
+            new |= reasons if dims == ATTENTION else {}
+        space = SearchSpace.from_dict(values | {"excluded": [*self.excluded, *new]})
+        new = {sizes: why for sizes, why in new.items() if sizes in space.excluded}
+        if new:
+            sizes, why = next(iter(new.items()))
+            total = len(space.combinations(ATTENTION)) + len(space.excluded)
+            lines.append(f"{len(new)} of {total} combinations of {', '.join(ATTENTION)}, first {named(ATTENTION, sizes)}: {why}")
+        return space, lines
+
+    def _nothing(self, config: Any, dims: Sequence[str], reasons: Mapping[tuple[int, ...], str]) -> str:
+        """That no sizes of these dimensions are feasible, and which numbers of heads are with the first."""
+        first, why = next(iter(reasons.items()))
+        text = f"search space: no {', '.join(dims)} is feasible. {named(dims, first)}: {why}"
+        if dims != ATTENTION:
+            return text
+        hidden, _, head_dim = first
+        groups = config.num_key_value_heads
+        grid = [(hidden, heads, head_dim) for heads in range(groups, config.num_attention_heads + 1, groups)]
+        fits = [str(sizes[1]) for sizes in grid if sizes not in refused(config, dims, grid)]
+        return f"{text} Heads that fit hidden {hidden}: {', '.join(fits) or 'none'}."
+
+    def validate(self, config: Any) -> None:
+        """Raise unless choices of this space are sub-networks of the model that `config` describes.
+
+        Raises:
+            JointNASError: as `feasible`.
+        """
+        self.feasible(config)
+
+    def _fit(self, config: Any) -> None:
+        """Raise unless every size is one of a sub-network."""
         own = layout.original_sizes(config)
         for key in STRUCTURE:
             if self.sizes(key)[-1] > own[key]:
@@ -307,20 +348,8 @@ class SearchSpace(_Data):
             raise JointNASError(f"the model's {size} is no multiple of the quantization group size {self.group_size}.")
 
 
-def _integer(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise JointNASError(f"{where}: expected an integer, found {value!r}.")
-    return value
-
-
-def _sequence(value: Any, where: str) -> Sequence[Any]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise JointNASError(f"{where}: expected a list of integers, found {value!r}.")
-    return value
-
-
 def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    sizes = tuple(_integer(v, where) for v in _sequence(value, where))
+    sizes = tuple(integer(v, where) for v in sequence(value, where))
     if not sizes:
         raise JointNASError(f"{where}: at least one choice is needed.")
     if min(sizes) < 1:
@@ -346,87 +375,3 @@ _NAMED = {
         weight_bits=(2, 4, 8), act_bits=(4, 8, 16),
     ),
 }
-
-
-# ---- sizes ----------------------------------------------------------------------------------------------------------
-
-
-def kept_blocks(block_rank: Sequence[int], blocks: int) -> tuple[int, ...]:
-    """Original indices of the `blocks` most important blocks, in the order they run."""
-    return tuple(sorted(block_rank[:blocks]))
-
-
-def count_params(config: Any, choice: Choice) -> int:
-    """Parameters of the extracted model, as transformers counts them (tied embeddings once)."""
-    return int(_total(config, choice.widths, choice.blocks, lambda _: choice.blocks))
-
-
-def expected_params(config: Any, space: SearchSpace, probs: Probs) -> Tensor:
-    """Exact E[count_params] for independent dimensions; fp64, differentiable in `probs` (keyed by dimension)."""
-    means = _means(space, probs)
-    total: Tensor = _total(config, means, means["blocks"], lambda _: means["blocks"])
-    return total
-
-
-def model_bytes(
-    config: Any, space: SearchSpace, choice: Choice, block_rank: Sequence[int] | None = None, dtype_bytes: int = 2
-) -> float:
-    """Bytes of the weights on disk: packed integers plus one scale of `dtype_bytes` per group; everything else dense.
-
-    `block_rank` lists blocks most important first and says whose bits count; None means the original order.
-    """
-    kept = kept_blocks(block_rank or range(space.depth), choice.blocks)
-
-    def of_all(linear: layout.Linear) -> float:
-        return sum(_bytes_per_weight(space, linear, choice.bits(b)[0], dtype_bytes) for b in kept)
-
-    return float(_total(config, choice.widths, choice.blocks, of_all, dtype_bytes))
-
-
-def expected_bytes(
-    config: Any, space: SearchSpace, probs: Probs, block_rank: Sequence[int] | None = None, dtype_bytes: int = 2
-) -> Tensor:
-    """Exact E[model_bytes]; fp64, differentiable in `probs`."""
-    keep = keep_probability(space, probs["blocks"], block_rank)
-
-    def of_all(linear: layout.Linear) -> Tensor:
-        if space.weight_bits is None:
-            return keep.sum() * dtype_bytes
-        cost = [_bytes_per_weight(space, linear, bits, dtype_bytes) for bits in space.weight_bits]
-        per_block = probs["weight_bits"].double() @ torch.tensor(cost, dtype=torch.float64, device=keep.device)
-        return (keep * per_block).sum()
-
-    total: Tensor = _total(config, _means(space, probs), keep.sum(), of_all, dtype_bytes)
-    return total
-
-
-def _total(
-    config: Any, widths: layout.Sizes, blocks: Any, of_all: Callable[[layout.Linear], Any], unit: int = 1
-) -> Any:
-    """Σ of all parameters, in numbers or expectations: `unit` of each; of a linear's weights `of_all` in all blocks."""
-    sizes, block = layout.all_sizes(config, widths), layout.block_of(config)
-    tables = (layout.EMBEDDING,) if config.tie_word_embeddings else (layout.EMBEDDING, layout.HEAD)
-    outside = sum(table.weights(sizes) for table in tables) + layout.size(layout.FINAL_NORM.axis, sizes)
-    total = (outside + blocks * block.others(sizes)) * unit
-    return total + sum(linear.weights(sizes) * of_all(linear) for linear in block.linears)
-
-
-def keep_probability(space: SearchSpace, blocks: Tensor, block_rank: Sequence[int] | None = None) -> Tensor:
-    """P(block b is kept) = P(number of blocks > rank of b), [depth] fp64, from probabilities blocks [K] of depths."""
-    return keep_matrix(space, block_rank).to(blocks.device) @ blocks.double()
-
-
-def keep_matrix(space: SearchSpace, block_rank: Sequence[int] | None = None) -> Tensor:
-    """[number of original blocks, len(space.blocks)] in fp64: 1 where that number of blocks keeps that block."""
-    rank = torch.tensor(range(space.depth) if block_rank is None else block_rank).argsort()
-    return (torch.tensor(space.blocks) > rank[:, None]).double()
-
-
-def _means(space: SearchSpace, probs: Probs) -> dict[str, Tensor]:
-    """Expected sizes, fp64."""
-    p = {k: probs[k].double() for k in STRUCTURE}
-    return {k: v @ torch.tensor(space.sizes(k), dtype=torch.float64, device=v.device) for k, v in p.items()}
-
-
-def _bytes_per_weight(space: SearchSpace, linear: layout.Linear, bits: int | None, dtype_bytes: int) -> float:
-    return float(dtype_bytes) if bits is None else bits / 8 + dtype_bytes / space.group(linear)

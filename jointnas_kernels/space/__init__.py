@@ -1,0 +1,34 @@
+"""Search spaces, choices, and exact sizes of what a choice describes.
+
+A space lists the allowed sizes of each dimension; one choice picks one of each:
+
+    hidden, heads, head_dim, intermediate   widths shared by all blocks
+    blocks                                  how many blocks are kept, most important first
+    weight_bits, act_bits                   one per original block (None: not quantized, 16 = identity)
+
+Every key-value head is kept; `heads` query heads keep the first heads / n_kv of each key-value group. The stock model
+class refuses some combinations of the three sizes of its attention: `SearchSpace.feasible` asks it, and takes them out.
+"""
+
+from jointnas_kernels.space.choice import BITS, STRUCTURE, WIDTHS, Choice
+from jointnas_kernels.space.counts import (
+    Joint,
+    Probs,
+    count_params,
+    expected_bytes,
+    expected_params,
+    joint,
+    keep_matrix,
+    keep_probability,
+    kept_blocks,
+    model_bytes,
+    structure_params,
+)
+from jointnas_kernels.space.search_space import ATTENTION, SearchSpace
+from jointnas_kernels.space.stock import subnet_config
+
+__all__ = [
+    "ATTENTION", "BITS", "STRUCTURE", "WIDTHS", "Choice", "Joint", "Probs", "SearchSpace", "count_params",
+    "expected_bytes", "expected_params", "joint", "keep_matrix", "keep_probability", "kept_blocks", "model_bytes",
+    "structure_params", "subnet_config",
+]  # fmt: skip
