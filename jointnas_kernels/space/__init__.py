@@ -10,7 +10,6 @@ Every key-value head is kept; `heads` query heads keep the first heads / n_kv of
 class refuses some combinations of the three sizes of its attention: `SearchSpace.feasible` asks it, and takes them out.
 """
 
-from jointnas_kernels.space.choice import BITS, STRUCTURE, WIDTHS, Choice
 from jointnas_kernels.space.counts import (
     Joint,
     Probs,
@@ -24,8 +23,8 @@ from jointnas_kernels.space.counts import (
     model_bytes,
     structure_params,
 )
-from jointnas_kernels.space.search_space import ATTENTION, SearchSpace
-from jointnas_kernels.space.stock import subnet_config
+from jointnas_kernels.space.plain import ATTENTION, BITS, STRUCTURE, WIDTHS
+from jointnas_kernels.space.search_space import Choice, SearchSpace, subnet_config
 
 __all__ = [
     "ATTENTION", "BITS", "STRUCTURE", "WIDTHS", "Choice", "Joint", "Probs", "SearchSpace", "count_params",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import layout
-from jointnas_kernels.space.choice import STRUCTURE, Choice
-from jointnas_kernels.space.search_space import ATTENTION, SearchSpace
+from jointnas_kernels.space.plain import ATTENTION, STRUCTURE
+from jointnas_kernels.space.search_space import Choice, SearchSpace
 
 Probs = Mapping[str, Tensor]
 TINY = 1e-300  # a condition of probability 0 gives 0, not NaN

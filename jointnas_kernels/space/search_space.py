@@ -1,4 +1,4 @@
-"""The allowed sizes of every dimension, and which of their combinations are feasible."""
+"""Search spaces and the choices in them; which sizes fit a model, and which of them its class takes together."""
 
 from __future__ import annotations
 
@@ -15,10 +15,50 @@ from torch import Tensor
 
 from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.space.choice import BITS, STRUCTURE, WIDTHS, Choice, Data, integer, named, sequence
-from jointnas_kernels.space.stock import refused
+from jointnas_kernels.space.plain import ATTENTION, BITS, STRUCTURE, WIDTHS, Data, ascending, integer, named, sequence
+from jointnas_kernels.space.stock import made, refused
 
-ATTENTION = WIDTHS[:3]  # hidden, heads, head_dim: what a model class may refuse together; it refuses others alone
+
+@dataclass(frozen=True)
+class Choice(Data):
+    """One point of a space. `blocks` says how many blocks stay (by importance); bits are indexed by original block."""
+
+    hidden: int
+    heads: int
+    head_dim: int
+    intermediate: int
+    blocks: int
+    weight_bits: tuple[int, ...] | None = None
+    act_bits: tuple[int, ...] | None = None
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The sizes that all blocks share."""
+        return {k: getattr(self, k) for k in WIDTHS}
+
+    def named(self, dims: Sequence[str] = STRUCTURE) -> str:
+        """Sizes in words."""
+        return named(dims, [getattr(self, d) for d in dims])
+
+    def bits(self, block: int) -> tuple[int | None, int]:
+        """(weight bits, None: not quantized; activation bits) of an original block."""
+        weight, act = self.weight_bits, self.act_bits
+        return None if weight is None else weight[block], 16 if act is None else act[block]
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
+        """Inverse of `to_dict`.
+
+        Raises:
+            JointNASError: missing or unknown keys, or other values than integers.
+        """
+        cls.check_keys(data, "choice", where)
+        values: dict[str, Any] = {n: integer(data[n], f"{where}: {n}") for n in STRUCTURE}
+        for key in BITS:
+            bits = data.get(key)
+            if bits is not None:
+                values[key] = tuple(integer(b, f"{where}: {key}") for b in sequence(bits, f"{where}: {key}"))
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -47,7 +87,7 @@ class SearchSpace(Data):
         for key in (*STRUCTURE, *BITS):
             values = getattr(self, key)
             if values is not None or key in STRUCTURE:
-                object.__setattr__(self, key, _sizes(values, f"search space: {key}"))
+                object.__setattr__(self, key, ascending(values, f"search space: {key}"))
         integer(self.group_size, "search space: group_size")
         if self.group_size < 1:
             raise JointNASError(f"search space: group_size is {self.group_size}; it must be positive.")
@@ -277,7 +317,7 @@ class SearchSpace(Data):
             JointNASError: a size that is no sub-network of this model, and what is allowed; or nothing is left.
         """
         self._fit(config)
-        values, lines, new = self.to_dict(), list[str](), dict[tuple[int, ...], str]()
+        values, lines, together = self.to_dict(), list[str](), dict[tuple[int, ...], str]()
         for dims in (ATTENTION, ("intermediate",), ("blocks",)):
             grid = self.combinations(dims)
             reasons = refused(config, dims, grid)
@@ -286,15 +326,15 @@ class SearchSpace(Data):
                 raise JointNASError(self._nothing(config, dims, reasons))
             for place, key in enumerate(dims):
                 values[key] = sorted({sizes[place] for sizes in left})
-                gone = {sizes[place]: why for sizes, why in reversed(reasons.items()) if sizes[place] not in values[key]}
-                lines += [f"{key} {size}: {why}" for size, why in sorted(gone.items())]
-            new |= reasons if dims == ATTENTION else {}
-        space = SearchSpace.from_dict(values | {"excluded": [*self.excluded, *new]})
-        new = {sizes: why for sizes, why in new.items() if sizes in space.excluded}
+                first = {sizes[place]: reason for sizes, reason in reversed(reasons.items())}
+                lines += [f"{key} {size}: {first[size]}" for size in sorted(first) if size not in values[key]]
+            together |= reasons if dims == ATTENTION else {}
+        space = SearchSpace.from_dict({**values, "excluded": [*self.excluded, *together]})
+        new = [sizes for sizes in together if sizes in space.excluded]
         if new:
-            sizes, why = next(iter(new.items()))
             total = len(space.combinations(ATTENTION)) + len(space.excluded)
-            lines.append(f"{len(new)} of {total} combinations of {', '.join(ATTENTION)}, first {named(ATTENTION, sizes)}: {why}")
+            text = f"{len(new)} of {total} combinations of {', '.join(ATTENTION)}, first {named(ATTENTION, new[0])}"
+            lines.append(f"{text}: {together[new[0]]}")
         return space, lines
 
     def _nothing(self, config: Any, dims: Sequence[str], reasons: Mapping[tuple[int, ...], str]) -> str:
@@ -348,15 +388,18 @@ class SearchSpace(Data):
             raise JointNASError(f"the model's {size} is no multiple of the quantization group size {self.group_size}.")
 
 
-def _sizes(value: Any, where: str) -> tuple[int, ...]:
-    sizes = tuple(integer(v, where) for v in sequence(value, where))
-    if not sizes:
-        raise JointNASError(f"{where}: at least one choice is needed.")
-    if min(sizes) < 1:
-        raise JointNASError(f"{where}: {min(sizes)} is not positive.")
-    if len(set(sizes)) < len(sizes):
-        raise JointNASError(f"{where}: {list(sizes)} names a choice twice.")
-    return tuple(sorted(sizes))
+def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> Any:
+    """The config, of the same class, of the model that a choice describes.
+
+    `kept`: the original indices of its blocks, None: the first ones; widths in numbers of channels.
+
+    Raises:
+        JointNASError: the class refuses these sizes; its own reason.
+    """
+    found, why = made(config, {**choice.widths, "blocks": choice.blocks}, kept)
+    if found is None:
+        raise JointNASError(f"{choice.named()}: {why}")
+    return found
 
 
 _NAMED = {

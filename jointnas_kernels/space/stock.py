@@ -8,28 +8,26 @@ are as many as half of hidden / heads.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.layout import all_sizes, config_sizes, original_sizes
-from jointnas_kernels.space.choice import Choice
 
 
-def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> Any:
-    """The config, of the same class, of the model that a choice describes.
-
-    `kept`: the original indices of its blocks, None: the first ones; widths in numbers of channels.
-
-    Raises:
-        JointNASError: the class refuses these sizes; its own reason.
-    """
-    made, why = _made(config, choice, kept)
-    if made is None:
-        raise JointNASError(f"{choice.named()}: {why}")
-    return made
+def made(config: Any, sizes: Mapping[str, int], kept: Sequence[int] | None = None) -> tuple[Any, str]:
+    """The config, of the same class, of a model of other sizes, None if the class refuses them; and the first line of
+    why. `kept`: the original indices of its blocks, None: the first ones."""
+    data = {**config.to_dict(), **config_sizes(all_sizes(config, sizes)), "num_hidden_layers": sizes["blocks"]}
+    data.pop("_name_or_path", None)
+    types = data.pop("layer_types", None)
+    if types is not None:  # which blocks look through a sliding window
+        data["layer_types"] = [types[b] for b in (range(sizes["blocks"]) if kept is None else kept)]
+    try:
+        return type(config)(**data), ""
+    except Exception as error:  # whatever its checks raise
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        return None, f"{type(config).__name__} refuses it: {lines[0]}"
 
 
 def refused(config: Any, dims: Sequence[str], grid: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], str]:
@@ -37,29 +35,13 @@ def refused(config: Any, dims: Sequence[str], grid: Iterable[tuple[int, ...]]) -
     why. A plain object with sizes refuses nothing."""
     if not hasattr(config, "to_dict"):
         return {}
-    own, found = Choice(**original_sizes(config)), dict[tuple[int, ...], str]()
+    own, found = original_sizes(config), dict[tuple[int, ...], str]()
     with _quiet():
         for sizes in grid:
-            change: Any = dict(zip(dims, sizes, strict=True))
-            made, why = _made(config, replace(own, **change))
-            if made is None:
+            taken, why = made(config, {**own, **dict(zip(dims, sizes, strict=True))})
+            if taken is None:
                 found[sizes] = why
     return found
-
-
-def _made(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> tuple[Any, str]:
-    """The config, None if its class refuses it; and the first line of why."""
-    data = {**config.to_dict(), **config_sizes(all_sizes(config, choice.widths))}
-    data["num_hidden_layers"] = choice.blocks
-    data.pop("_name_or_path", None)
-    types = data.pop("layer_types", None)
-    if types is not None:  # which blocks look through a sliding window
-        data["layer_types"] = [types[b] for b in (range(choice.blocks) if kept is None else kept)]
-    try:
-        return type(config)(**data), ""
-    except Exception as error:  # whatever its checks raise
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        return None, f"{type(config).__name__} refuses it: {lines[0]}"
 
 
 @contextmanager

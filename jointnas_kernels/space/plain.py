@@ -1,9 +1,9 @@
-"""One point of a search space."""
+"""Names of the dimensions, and plain data of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from jointnas_kernels import layout
@@ -12,6 +12,7 @@ from jointnas_kernels.errors import JointNASError, unknown
 WIDTHS = layout.WIDTHS
 STRUCTURE = (*WIDTHS, "blocks")
 BITS = ("weight_bits", "act_bits")
+ATTENTION = WIDTHS[:3]  # hidden, heads, head_dim: what a model class may refuse together; it refuses others alone
 
 
 class Data:
@@ -33,48 +34,6 @@ class Data:
             raise JointNASError(f"{where}: missing {', '.join(missing)}.")
 
 
-@dataclass(frozen=True)
-class Choice(Data):
-    """One point of a space. `blocks` says how many blocks stay (by importance); bits are indexed by original block."""
-
-    hidden: int
-    heads: int
-    head_dim: int
-    intermediate: int
-    blocks: int
-    weight_bits: tuple[int, ...] | None = None
-    act_bits: tuple[int, ...] | None = None
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The sizes that all blocks share."""
-        return {k: getattr(self, k) for k in WIDTHS}
-
-    def named(self, dims: Sequence[str] = STRUCTURE) -> str:
-        """Sizes in words."""
-        return named(dims, [getattr(self, d) for d in dims])
-
-    def bits(self, block: int) -> tuple[int | None, int]:
-        """(weight bits, None: not quantized; activation bits) of an original block."""
-        weight, act = self.weight_bits, self.act_bits
-        return None if weight is None else weight[block], 16 if act is None else act[block]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
-        """Inverse of `to_dict`.
-
-        Raises:
-            JointNASError: missing or unknown keys, or other values than integers.
-        """
-        cls.check_keys(data, "choice", where)
-        values: dict[str, Any] = {n: integer(data[n], f"{where}: {n}") for n in STRUCTURE}
-        for key in BITS:
-            bits = data.get(key)
-            if bits is not None:
-                values[key] = tuple(integer(b, f"{where}: {key}") for b in sequence(bits, f"{where}: {key}"))
-        return cls(**values)
-
-
 def named(dims: Sequence[str], sizes: Sequence[int]) -> str:
     """Sizes in words."""
     return ", ".join(f"{d} {size}" for d, size in zip(dims, sizes, strict=True))
@@ -92,6 +51,18 @@ def sequence(value: Any, where: str) -> Sequence[Any]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise JointNASError(f"{where}: expected a list of integers, found {value!r}.")
     return value
+
+
+def ascending(value: Any, where: str) -> tuple[int, ...]:
+    """The sizes of a dimension, if they are distinct and positive."""
+    sizes = tuple(integer(v, where) for v in sequence(value, where))
+    if not sizes:
+        raise JointNASError(f"{where}: at least one choice is needed.")
+    if min(sizes) < 1:
+        raise JointNASError(f"{where}: {min(sizes)} is not positive.")
+    if len(set(sizes)) < len(sizes):
+        raise JointNASError(f"{where}: {list(sizes)} names a choice twice.")
+    return tuple(sorted(sizes))
 
 
 def _plain(value: Any) -> Any:
