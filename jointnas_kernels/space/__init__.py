@@ -12,7 +12,6 @@ class refuses some combinations of the three sizes of its attention: `SearchSpac
 
 from jointnas_kernels.space.counts import (
     Joint,
-    Probs,
     count_params,
     expected_bytes,
     expected_params,
@@ -27,7 +26,7 @@ from jointnas_kernels.space.plain import ATTENTION, BITS, STRUCTURE, WIDTHS
 from jointnas_kernels.space.search_space import Choice, SearchSpace, subnet_config
 
 __all__ = [
-    "ATTENTION", "BITS", "STRUCTURE", "WIDTHS", "Choice", "Joint", "Probs", "SearchSpace", "count_params",
+    "ATTENTION", "BITS", "STRUCTURE", "WIDTHS", "Choice", "Joint", "SearchSpace", "count_params",
     "expected_bytes", "expected_params", "joint", "keep_matrix", "keep_probability", "kept_blocks", "model_bytes",
     "structure_params", "subnet_config",
 ]  # fmt: skip
