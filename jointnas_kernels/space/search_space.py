@@ -237,7 +237,8 @@ class SearchSpace(Data):
         def distance(sizes: tuple[int, ...]) -> float:
             return sum(abs(math.log(size / getattr(choice, d))) for d, size in zip(ATTENTION, sizes, strict=True))
 
-        sizes: Any = dict(zip(ATTENTION, min(self.combinations(ATTENTION), key=distance), strict=True))
+        nearest = min(self.combinations(ATTENTION), key=distance)
+        sizes: Any = dict(zip(ATTENTION, nearest, strict=True))
         return replace(choice, **sizes)
 
     def size(self) -> int:
@@ -274,7 +275,8 @@ class SearchSpace(Data):
 
     def structures(self) -> list[Choice]:
         """Every combination of sizes but bits, in their order."""
-        return [Choice(*sizes) for sizes in self.combinations(STRUCTURE)]
+        found: list[Any] = self.combinations(STRUCTURE)
+        return [Choice(*sizes) for sizes in found]
 
     def __iter__(self) -> Iterator[Choice]:
         """Every choice, lazily: `size()` of them."""
