@@ -125,17 +125,23 @@ class SearchConfig(Section):
     capture: bool = Field(default=True, description="on a CUDA device: replay the supernet's blocks as CUDA graphs")
 
 
-Method = Literal["rtn", "clip", "gptq", "omniquant"]
+Method = Literal["rtn", "clip", "gptq", "omniquant", "reconstruct"]
 
 
 class InitOptions(Section):
-    """Initialisation of weight quantizers from calibration windows (gptq, omniquant)."""
+    """Initialisation of weight quantizers from calibration windows (gptq, omniquant, reconstruct)."""
 
     samples: int = Field(default=128, ge=1, description="calibration windows of data.seq_len tokens")
-    batch: int = Field(default=4, ge=1, description="windows run at once; omniquant learns on as many per step")
+    batch: int = Field(default=4, ge=1, description="windows run at once, and learned from per step")
     damping: float = Field(default=0.01, gt=0, description="gptq: of the Hessian, as a share of its mean diagonal")
     act_order: bool = Field(default=False, description="gptq: inputs with the largest activations first")
-    epochs: int = Field(default=20, ge=1, description="omniquant: passes over the windows per block")
+    epochs: int | None = Field(
+        default=None, ge=1, description="passes over the windows per block; none: 20 for omniquant, 6 for reconstruct"
+    )
+    lr_weight: float = Field(
+        default=0.01, gt=0, description="reconstruct: of the weights, or of LoRA in a supernet, in quantizer steps"
+    )
+    lr_ratio: float = Field(default=3e-3, gt=0, description="reconstruct: of the clip logits")
     lr_clip: float = Field(default=1e-2, gt=0, description="omniquant: of the clip logits")
     lr_transform: float = Field(default=5e-3, gt=0, description="omniquant: of the equivalent transformation")
     transform: bool | None = Field(
@@ -146,7 +152,7 @@ class InitOptions(Section):
 class QuantizerConfig(Section):
     """How the supernet's weight quantizers start. gptq is for plain models only (`jointnas quantize`)."""
 
-    init: Method = "clip"
+    init: Method = "reconstruct"
     options: InitOptions = InitOptions()
 
 

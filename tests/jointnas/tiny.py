@@ -61,6 +61,7 @@ def config(out: Path | str, space: dict[str, Any] | None = None, **sections: Any
             "steps": 12, "lora_rank": 4, "lr_arch": 0.1, "lr_weight": 1e-3, "log_every": 2, "gap_every": 4,
             "save_every": 2, "importance_batches": 2, "entropy_stop": 0.0,
         },
+        "quantizer": {"init": "clip"},
         "finetune": {"steps": 6, "save_every": 3, "log_every": 2},
         "eval": {"tokens": 512, "tasks": False},
     }  # fmt: skip

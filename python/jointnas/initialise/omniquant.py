@@ -34,6 +34,7 @@ from jointnas_kernels.layout import HIDDEN, NEURONS, Axis, size
 from jointnas_kernels.ops.core.tensors import compute_dtype
 
 log = logging.getLogger(__name__)
+EPOCHS = 20  # of the option's none
 LARGEST = 4.0  # start of gamma at most: at a ratio of 1 its gradient would vanish; sigmoid(4) = 0.98
 SITES = ("attention", "value", "mlp", "up")  # the inputs that t scales, one of each stage of a block
 WRITERS = {"value": "v_proj", "up": "up_proj"}  # whose rows are divided by t; elsewhere the norm's weight is
@@ -165,9 +166,10 @@ def learn(problem: Problem, options: InitOptions, *, transform: bool, seed: int 
     if moved is not None:
         groups.append({"params": [leaf.requires_grad_() for leaf in moved.leaves()], "lr": options.lr_transform})
     optimizer = torch.optim.Adam(groups)
-    total = options.epochs * math.ceil(len(x) / blocks.batch)
+    epochs = options.epochs or EPOCHS
+    total = epochs * math.ceil(len(x) / blocks.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / total)))
-    for epoch in range(options.epochs):
+    for epoch in range(epochs):
         order = torch.randperm(len(x), generator=seeded(seed, b, problem.bits, epoch)).to(x.device)
         for chosen in order.split(blocks.batch):
             with torch.enable_grad():

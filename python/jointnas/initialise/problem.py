@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.clip import mse_clip
 from jointnas_kernels.ops.core.tensors import compute_dtype
+from jointnas_kernels.ops.quant.spec import divisor
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 Parameters = dict[str, Tensor]  # of one block, by name
@@ -32,6 +33,12 @@ class Problem:
     def __post_init__(self) -> None:
         self.parameters = {k: v.detach() for k, v in self.blocks.layers[self.b].named_parameters()}
 
+    def on(self, windows: slice) -> Problem:
+        """The same on some of the windows."""
+        assert self.x is not None
+        assert self.y is not None
+        return replace(self, x=self.x[windows], y=self.y[windows])
+
     @property
     def weights(self) -> Parameters:
         """Those that are quantized, by parameter name."""
@@ -41,6 +48,11 @@ class Problem:
         """Ratios of 1."""
         weights = {path: (self.parameters[f"{path}.weight"], group) for path, group in self.groups.items()}
         return {p: torch.ones(w.shape[0], w.shape[1] // group, device=w.device) for p, (w, group) in weights.items()}
+
+    def steps(self, clips: Clips) -> dict[str, float]:
+        """Mean distance of neighbouring levels of each module's weight."""
+        largest = {p: self.parameters[f"{p}.weight"].unflatten(-1, (-1, g)).abs().amax(-1) for p, g in self.groups.items()}
+        return {path: float((clips[path] * v).mean()) / divisor(self.bits, True) for path, v in largest.items()}
 
     def searched(self, parameters: Parameters, importance: Mapping[str, Tensor] | None = None) -> Clips:
         """Ratios with the least squared error of each group, its inputs weighed by `importance` [I] of each module."""
@@ -75,8 +87,8 @@ class Problem:
         return found
 
     @torch.no_grad()
-    def error(self, parameters: Parameters) -> float:
-        """Mean squared error of the block's output with these parameters."""
+    def error(self, parameters: Parameters, relative: bool = False) -> float:
+        """Error of the block's output with these parameters: mean square, or `relative` (`blocks.relative_error`)."""
         assert self.x is not None
         assert self.y is not None
-        return self.blocks.mse(self.b, self.x, self.y, parameters)
+        return self.blocks.mse(self.b, self.x, self.y, parameters, relative)

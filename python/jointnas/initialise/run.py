@@ -3,9 +3,9 @@
     x_0 = embeddings of the calibration windows
     block b:   y = block(x) of the original;   quantizers of b from (x', y);   x <- y,   x' <- quantized block(x')
 
-x' are the inputs the block sees when everything before it is quantized. For a supernet, where a block's precision is
-one choice of several and so is that of every block before it, x' = x, and activations are not quantized: each precision
-of each block is initialised against the original's input and output.
+x' are the inputs the block sees when everything before it is quantized. In a supernet a block's precision is one choice
+of several, and so is that of every block before it: `reconstruct` takes x' behind blocks of the same precision, the
+other methods x' = x. Activations of a supernet are not quantized here.
 
 Memory beyond the model: x, x' and y, and what the method needs for one block. With a folder, every finished block is
 written at once (`block-000.safetensors`, renamed into place), and its errors to `blocks.jsonl`. A resumed run puts
@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -31,6 +31,7 @@ from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.gptq import accumulate, gptq
 from jointnas.initialise.omniquant import learn
 from jointnas.initialise.problem import Clips, Parameters, Problem
+from jointnas.initialise.reconstruct import Pair, reconstruct
 from jointnas.initialise.store import Store
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
@@ -110,11 +111,12 @@ def initialise(
     becomes a `FakeQuantLinear`, whose weight lies on the grid it carries; `omniquant` also moves scales between norms
     and linears where activations are quantized. "rtn" (round to nearest) and "clip" (each group's ratio of least
     squared error) need no `calibration` [windows, tokens]; errors are reported only with it. Finished blocks go to
-    `folder`.
+    `folder`. "reconstruct" learns weights, or a supernet's LoRA pairs, and ratios.
 
     One row per block, or with a supernet per (block, weight bits): the mean squared error of the block's output with
     rounding to nearest (`mse_rtn`), where learning started (`mse_start`) and at the end (`mse`), and the mean square of
-    that output (`power`)."""
+    that output (`power`). With reconstruct also `error_rtn`, `error_start`, `error`: the means of
+    `blocks.relative_error` on the windows that were not learned from."""
     if method not in METHODS:
         raise unknown("quantizer initialiser", method, METHODS)
     options = options or InitOptions()
@@ -134,7 +136,7 @@ def initialise(
         if method == "gptq":
             raise JointNASError(
                 "initialise: gptq decides how fixed weights are rounded, but a supernet rounds W + s B A anew in every "
-                "step. Allowed for supernets: rtn, clip, omniquant; gptq is for the plain model that `extract` returns"
+                "step. Allowed for supernets: rtn, clip, omniquant, reconstruct; gptq is for the plain model that `extract` returns"
             )
         job = Supernets(model, method, options, seed)
     else:
@@ -151,14 +153,14 @@ def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | Non
     rows: list[Row] = []
     todo = store is None or store.finished() < count
     x = blocks.start(calibration) if calibration is not None and todo else None
-    quantized = x.clone() if x is not None and isinstance(job, Plain) else None
+    behind = [] if x is None else [x.clone() for _ in range(job.chains)]  # inputs behind quantized blocks
     bar = Progress(f"initialise: {job.method}", count, 0, progress)
     for b in range(count):
         began = time.monotonic()
         y = None if x is None else blocks.advance(b, x.clone())
         found = store.load(b) if store is not None else None
         if found is None:
-            state, new = job.solve(b, x if quantized is None else quantized, y)
+            state, new = job.solve(b, x, behind, y)
             for row in new:
                 row["seconds"] = time.monotonic() - began
             if store is not None:
@@ -167,10 +169,10 @@ def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | Non
             state, new = found
         job.install(b, {k: v.to(blocks.device) for k, v in state.items()})
         x = y
-        if quantized is not None:
-            blocks.advance(b, quantized)
+        for i, inputs in enumerate(behind):
+            blocks.advance(b, inputs, job.weights(b, i))
         rows += new
-        bar.step(**{k: v for k, v in new[-1].items() if k in ("mse_rtn", "mse")})
+        bar.step(**{k: v for k, v in new[-1].items() if k in ("mse_rtn", "mse", "error_rtn", "error")})
     bar.close()
     if store is not None:
         store.report(rows)
@@ -181,35 +183,53 @@ def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | Non
 
 
 class Supernets:
-    """Clip ratios of every precision of a supernet's blocks."""
+    """Clip ratios, and with `reconstruct` LoRA pairs, of every precision of a supernet's blocks."""
 
     def __init__(self, model: Supernet, method: Method, options: InitOptions, seed: int) -> None:
         self.model, self.method, self.options, self.seed = model, method, options, seed
         self.blocks, self.bits = Blocks(model, options.batch), model.space.weight_bits or ()
+        self.chains = len(self.bits) if method == "reconstruct" else 0
 
     def settings(self, calibration: Tensor | None) -> dict[str, Any]:
         """What blocks in one folder must have in common."""
         about = {"space": self.model.space.to_dict(), "block_rank": list(self.model.block_rank)}
         return _settings(self, calibration) | {"supernet": about}
 
-    def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
-        """What block b is changed to, and its errors, for inputs x and targets y [windows, tokens, N]."""
-        groups = {path: self._linear(b, path).group_size for path in self.blocks.modules}
-        clips: list[dict[str, Tensor]] = []
+    def solve(
+        self, b: int, x: Tensor | None, behind: Sequence[Tensor], y: Tensor | None
+    ) -> tuple[State, list[Row]]:
+        """What block b is changed to, and its errors, for inputs x, or those behind blocks of each precision, and
+        targets y [windows, tokens, N]."""
+        linears = {path: self._linear(b, path) for path in self.blocks.modules}
+        groups = {path: linear.group_size for path, linear in linears.items()}
+        solutions: list[Solution] = []
         rows: list[Row] = []
-        for bits in self.bits:
-            problem = Problem(self.blocks, b, x, y, bits, groups)
-            found, row = _searched(problem, self.method, self.options, False, self.seed)
-            clips.append(found[1])
+        for i, bits in enumerate(self.bits):
+            problem = Problem(self.blocks, b, behind[i] if behind else x, y, bits, groups)
+            pairs = {path: Pair.of(linear, bits) for path, linear in linears.items()}
+            found, row = _searched(problem, self.method, self.options, False, self.seed, pairs)
+            solutions.append(found)
             rows.append({"block": b, "method": self.method, "weight_bits": bits, "act_bits": 16, **row})
             if x is not None:
-                rows[-1]["mse"] = problem.error(problem.quantized(*found))
-        return {f"{path}.clip": torch.stack([c[path] for c in clips]) for path in groups}, rows
+                rows[-1]["mse"] = problem.error(found.quantized(problem))
+        state = {f"{path}.clip": torch.stack([found.clips[path] for found in solutions]) for path in groups}
+        for path in solutions[0].pairs:
+            state[f"{path}.lora_a"] = torch.stack([found.pairs[path].a for found in solutions])
+            state[f"{path}.lora_b"] = torch.stack([found.pairs[path].b for found in solutions])
+        return state, rows
 
+    @torch.no_grad()
     def install(self, b: int, state: State) -> None:
         """Change block b."""
         for path in self.blocks.modules:
-            self._linear(b, path).set_clip(state[f"{path}.clip"])
+            linear = self._linear(b, path)
+            linear.set_clip(state[f"{path}.clip"])
+            for name in ("lora_a", "lora_b") if f"{path}.lora_a" in state else ():
+                getattr(linear, name).copy_(state[f"{path}.{name}"])
+
+    def weights(self, b: int, index: int) -> Parameters | None:
+        """Block b's weights at precision number `index`."""
+        return {f"{path}.weight": self._linear(b, path).merged(index) for path in self.blocks.modules}
 
     def _linear(self, b: int, path: str) -> Any:
         return self.blocks.layers[b].get_submodule(path)
@@ -220,7 +240,7 @@ class Plain:
 
     def __init__(self, model: nn.Module, method: Method, options: InitOptions, bits: Bits, seed: int) -> None:
         self.model, self.method, self.options, self.bits, self.seed = model, method, options, bits, seed
-        self.blocks = Blocks(model, options.batch)
+        self.blocks, self.chains = Blocks(model, options.batch), 1
         count = len(self.blocks.layers)
         if not len(bits.weight) == len(bits.act) == count:
             raise JointNASError(
@@ -236,10 +256,13 @@ class Plain:
         """What blocks in one folder must have in common."""
         return _settings(self, calibration) | {"bits": json.loads(json.dumps(self.bits.__dict__))}
 
-    def solve(self, b: int, x: Tensor | None, y: Tensor | None) -> tuple[State, list[Row]]:
-        """What block b is changed to, and its errors, for inputs x and targets y [windows, tokens, N]."""
+    def solve(
+        self, b: int, x: Tensor | None, behind: Sequence[Tensor], y: Tensor | None
+    ) -> tuple[State, list[Row]]:
+        """What block b is changed to, and its errors, for inputs behind quantized blocks and targets y
+        [windows, tokens, N]."""
         bits, act, groups = self.bits.weight[b], self.bits.act[b], self.bits.groups(self.blocks.modules)
-        problem = Problem(self.blocks, b, x, y, bits, groups)
+        problem = Problem(self.blocks, b, behind[0] if behind else None, y, bits, groups)
         row: Row = {"block": b, "method": self.method, "weight_bits": bits, "act_bits": act}
         with self.blocks.quantized_inputs(b, act, self.bits.act_symmetric):
             if self.method == "gptq":
@@ -247,11 +270,11 @@ class Plain:
                 row["mse_rtn"] = problem.error(problem.quantized(problem.weights, problem.unclipped()))
             else:
                 transform = act < 16 if self.options.transform is None else self.options.transform
-                (parameters, clips), more = _searched(problem, self.method, self.options, transform, self.seed)
+                found, more = _searched(problem, self.method, self.options, transform, self.seed)
                 row |= more
-                state = dict(parameters)
+                state = dict(found.parameters)
                 for path, group in groups.items():
-                    values, of = grid.quantize(parameters[f"{path}.weight"], bits, group, clip=clips[path])
+                    values, of = grid.quantize(state[f"{path}.weight"], bits, group, clip=found.clips[path])
                     state |= {f"{path}.weight": values, f"{path}.scale": of.scale}
             if y is not None:
                 row["mse"] = problem.error({k: v for k, v in state.items() if not k.endswith(".scale")})
@@ -277,6 +300,10 @@ class Plain:
                 scales[f"{path}.scale"] = of.scale
         return values | scales
 
+    def weights(self, b: int, index: int) -> Parameters | None:
+        """None: block b holds its quantized weights."""
+        return None
+
     def install(self, b: int, state: State) -> None:
         """Change block b."""
         layer = self.blocks.layers[b]
@@ -292,19 +319,43 @@ class Plain:
             layer.set_submodule(path, new.requires_grad_(old.weight.requires_grad).train(old.training))
 
 
+@dataclass(frozen=True)
+class Solution:
+    """What the methods that round to nearest find: a block's parameters before quantization, clip ratios, LoRA pairs."""
+
+    parameters: Parameters
+    clips: Clips
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+
+    def quantized(self, problem: Problem) -> Parameters:
+        """The parameters that the block is run with."""
+        if not self.pairs:
+            return problem.quantized(self.parameters, self.clips)
+        return {
+            f"{path}.weight": pair.quantized(
+                self.parameters[f"{path}.weight"], problem.bits, problem.groups[path], self.clips[path]
+            )
+            for path, pair in self.pairs.items()
+        }
+
+
 def _searched(
-    problem: Problem, method: Method, options: InitOptions, transform: bool, seed: int
-) -> tuple[tuple[Parameters, Clips], Row]:
-    """((parameters before quantization, clip ratios), errors) of the methods that round to nearest."""
+    problem: Problem, method: Method, options: InitOptions, transform: bool, seed: int,
+    pairs: Mapping[str, Pair] | None = None,
+) -> tuple[Solution, Row]:
+    """Clip ratios and what belongs to them, and errors; `pairs`: of a supernet, whose weights do not change."""
     weights, row = problem.weights, {}
     clips = problem.unclipped()
     if problem.x is not None:
         row["mse_rtn"] = problem.error(problem.quantized(weights, clips))
     if method == "omniquant":
         learned = learn(problem, options, transform=transform, seed=seed)
-        row["mse_start"] = learned.start
-        return (learned.parameters, learned.clips), row
-    return (weights, clips if method == "rtn" else problem.searched(weights)), row
+        return Solution(learned.parameters, learned.clips), row | {"mse_start": learned.start}
+    if method == "reconstruct":
+        found = reconstruct(problem, options, pairs, seed)
+        row |= {"error_rtn": found.rtn, "error_start": found.start, "error": found.end}
+        return Solution(found.weights, found.clips, found.pairs), row
+    return Solution(weights, clips if method == "rtn" else problem.searched(weights)), row
 
 
 def _settings(job: Supernets | Plain, calibration: Tensor | None) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Block reconstruction (BRECQ, arXiv 2102.05426; Block-AP of EfficientQAT, arXiv 2407.11062): learn what is rounded,
+and the clip ratios, so that the quantized block returns what the original block returned.
+
+    min  E_tokens log(1 + |block(x'; Q(W + D; clip)) - y|^2 / |y|^2)
+
+x' are the inputs behind quantized blocks, y the outputs of the original model on its own inputs, so that a block also
+makes up for the blocks before it. Gradients pass the rounding straight through (the `clip` rule). D is the weight's own
+change in a plain model, and s B A, the LoRA pair of the precision, in a supernet, whose weights are frozen.
+`blocks.relative_error` says why the error is not a plain mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jointnas.config import InitOptions
+from jointnas.data import seeded
+from jointnas.initialise.blocks import relative_error
+from jointnas.initialise.problem import Clips, Parameters, Problem
+from jointnas_kernels.nn.linear import SupernetLinear
+from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
+
+log = logging.getLogger(__name__)
+EPOCHS = 6  # of the option's none
+WARMUP, FLOOR = 0.05, 0.05  # of the steps; of the learning rate
+LARGEST = 0.999  # ratio at most: at 1 a sigmoid has no gradient
+
+
+@dataclass(frozen=True)
+class Pair:
+    """LoRA of one linear and precision: A [r, I], B [O, r], s."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @classmethod
+    def of(cls, linear: SupernetLinear, bits: int) -> Pair:
+        """A supernet linear's pair of a precision, copied."""
+        a, b = linear.pair(linear.index_of(bits))
+        return cls(a.detach().clone(), b.detach().clone(), linear.scaling)
+
+    def groups(self, step: float, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups of Adam that move s B A by about `rate` quantizer steps at a time, and A by that of itself."""
+        size = float(self.a.square().mean().sqrt())  # of one element of A
+        each = self.scaling * size * math.sqrt(len(self.a))  # of an element of s B A, for each 1 in B
+        return [{"params": [self.a], "lr": rate * size}, {"params": [self.b], "lr": rate * step / each}]
+
+    def quantized(self, weight: Tensor, bits: int, group_size: int, clip: Tensor) -> Tensor:
+        """Q(W + s B A) [O, I], differentiable in A, B and the ratios."""
+        one = torch.ones(1, dtype=torch.float32, device=weight.device)
+        return quant_lora_mix(
+            weight, self.a[None], self.b[None], self.scaling, (bits,), one, group_size, clip=clip[None], ste="clip",
+            mode="weight",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """A block's weights before quantization (of a plain model), its LoRA pairs (of a supernet), ratios, and relative
+    errors: of rounding to nearest, where learning started, and at the end."""
+
+    weights: Parameters
+    pairs: Mapping[str, Pair]
+    clips: Clips
+    rtn: float
+    start: float
+    end: float
+
+
+def reconstruct(
+    problem: Problem, options: InitOptions, pairs: Mapping[str, Pair] | None = None, seed: int = 0
+) -> Reconstructed:
+    """Learns a block's weights (no `pairs`) or its LoRA pairs, by module path, and its clip ratios.
+
+    An eighth of the windows is not learned from, and decides: on the start, absmax or the ratios of least error weighed
+    by the inputs' energy, and on whether what was learned is better than it. The result is never worse than rounding to
+    nearest there."""
+    assert problem.x is not None
+    assert problem.y is not None
+    train, held = _divided(problem)
+    pairs = dict(pairs or {})
+    weights = {k: v.clone() for k, v in problem.weights.items()}
+
+    def quantized(clips: Mapping[str, Tensor]) -> Parameters:
+        if not pairs:
+            return problem.quantized(weights, dict(clips))
+        return {
+            f"{path}.weight": pair.quantized(weights[f"{path}.weight"], problem.bits, problem.groups[path], clips[path])
+            for path, pair in pairs.items()
+        }
+
+    starts = [problem.unclipped(), problem.searched(problem.weights, problem.energies(problem.weights))]
+    with torch.no_grad():
+        errors = [held.error(quantized(clips), relative=True) for clips in starts]
+    start, clips = min(zip(errors, starts, strict=True), key=lambda found: found[0])
+    before = {k: v.clone() for k, v in weights.items()}, {k: _copy(v) for k, v in pairs.items()}
+    logits = {path: ratio.clamp_max(LARGEST).logit() for path, ratio in clips.items()}
+    groups: list[dict[str, Any]] = [{"params": list(logits.values()), "lr": options.lr_ratio}]
+    for path, step in problem.steps(clips).items():
+        if pairs:
+            groups += pairs[path].groups(step, options.lr_weight)
+        else:
+            groups.append({"params": [weights[f"{path}.weight"]], "lr": options.lr_weight * step})
+    _descend(train, options, lambda: quantized(_ratios(logits)), groups, start, seed)
+    with torch.no_grad():
+        ratios = _ratios(logits)
+        end = held.error(quantized(ratios), relative=True)
+    if end < start:
+        return Reconstructed(_detached(weights), pairs, ratios, errors[0], start, end)
+    log.warning("reconstruct: block %d at %d bits did not improve on its start (%.3g to %.3g), which is kept",
+                problem.b, problem.bits, start, end)  # fmt: skip
+    return Reconstructed(before[0], before[1], clips, errors[0], start, start)
+
+
+def _divided(problem: Problem) -> tuple[Problem, Problem]:
+    """The windows that are learned from, and those that decide; both are all of them where there is one only."""
+    assert problem.x is not None
+    assert problem.y is not None
+    count = len(problem.x)
+    border = count if count == 1 else count - max(1, count // 8)
+    return problem.on(slice(border)), problem.on(slice(border % count, None))
+
+
+def _descend(
+    problem: Problem, options: InitOptions, quantized: Callable[[], Parameters], groups: list[dict[str, Any]],
+    start: float, seed: int,
+) -> None:  # fmt: skip
+    """Adam on the relative error, in units of the start; cosine to a twentieth after a short warm-up."""
+    assert problem.x is not None
+    assert problem.y is not None
+    x, y, batch, epochs = problem.x, problem.y, problem.blocks.batch, options.epochs or EPOCHS
+    leaves = [leaf.requires_grad_() for group in groups for leaf in group["params"]]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    total = epochs * math.ceil(len(x) / batch)
+
+    def rate(step: int) -> float:
+        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
+        return min(1.0, (step + 1) / max(1.0, WARMUP * total)) * (FLOOR + (1 - FLOOR) * cosine)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    for epoch in range(epochs):
+        order = torch.randperm(len(x), generator=seeded(seed, problem.b, problem.bits, epoch)).to(x.device)
+        for chosen in order.split(batch):
+            with torch.enable_grad():
+                out = problem.blocks.run(problem.b, x[chosen], quantized())
+                loss = relative_error(out, y[chosen]).mean() / max(start, 1e-30)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+
+
+def _ratios(logits: Mapping[str, Tensor]) -> Clips:
+    return {path: value.sigmoid() for path, value in logits.items()}
+
+
+def _copy(pair: Pair) -> Pair:
+    return Pair(pair.a.clone(), pair.b.clone(), pair.scaling)
+
+
+def _detached(parameters: Parameters) -> Parameters:
+    return {k: v.detach() for k, v in parameters.items()}
