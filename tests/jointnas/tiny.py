@@ -62,7 +62,7 @@ def config(out: Path | str, space: dict[str, Any] | None = None, **sections: Any
             "save_every": 2, "importance_batches": 2, "entropy_stop": 0.0,
         },
         "finetune": {"steps": 6, "save_every": 3, "log_every": 2},
-        "eval": {"tokens": 512, "tasks": False},
+        "eval": {"tokens": 512, "tasks": []},
     }  # fmt: skip
     for name, section in sections.items():
         values[name] = {**values[name], **section} if isinstance(section, dict) and name in values else section
