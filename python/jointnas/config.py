@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import Workload
@@ -192,6 +192,12 @@ class EvalConfig(Section):
     task_files: str | None = Field(default=None, description="folder with the tasks' data; none: from the hub")
     task_limit: int | None = Field(default=None, ge=1, description="questions per task; none: all")
 
+    @model_validator(mode="after")
+    def _holds_a_window(self) -> EvalConfig:
+        if self.tokens < self.context:
+            raise ValueError(f"tokens = {self.tokens} is less than one window of context = {self.context}")
+        return self
+
 
 class RunConfig(Section):
     """One search run."""
@@ -224,7 +230,8 @@ def build(schema: type[S], values: Mapping[str, Any], where: str = "configuratio
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     places = [str(part) for part in first["loc"]]
     if first["type"] != "extra_forbidden":
-        raise JointNASError(f"{where}: {'.'.join(places)}: {first['msg']}, got {first['input']!r}")
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"  # a section: its message says it
+        raise JointNASError(f"{': '.join(filter(None, (where, '.'.join(places), first['msg'])))}{got}")
     section: Any = schema
     for part in places[:-1]:
         section = section.model_fields[part].annotation

@@ -1,7 +1,7 @@
 """How far from converged a search or a distillation ended, by a plain rule on its losses, and what to raise.
 
 A line is fitted by least squares to the losses of the last quarter of the steps (at least 8). Along it the loss changes
-by c, known to ± m, two standard errors of the slope (steps taken as independent). With t = 2 % of the mean loss:
+by c, known to ± m, two standard errors of the slope (steps taken as independent). With t = 1 % of the mean loss:
 
     diverged   a loss is not finite
     short      fewer than 8 steps
@@ -23,7 +23,7 @@ from jointnas.metrics import read_metrics
 from jointnas.run_folder import read_json, write_json
 
 LEAST = 8  # steps from which a slope is fitted
-MATTERS = 0.02  # of the mean loss: a change over a quarter of the steps that is worth more steps
+MATTERS = 0.01  # of the mean loss: a change over a quarter of the steps that is worth more steps
 FAR = 1.5  # times the original's perplexity: worth saying even where the loss is flat
 FILE = "convergence.json"
 Part = Mapping[str, Any]

@@ -88,6 +88,7 @@ def student_of(supernet: Supernet, choice: Choice, train: str = "full") -> nn.Mo
     if train == "full":
         return trainable(supernet, choice)
     small = shrink(supernet, choice).mode("weight")
+    small.arch.requires_grad_(False)
     assert small.choice is not None
     for i, block in enumerate(small.blocks):
         source: Any = block
@@ -136,19 +137,20 @@ def bake(student: nn.Module) -> PreTrainedModel:
     return model
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What distillation trains of a model, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 class Trained:
     """The trained parameters of a model by name, and their fp32 masters: themselves where they have that precision."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = trained_parameters(model)
         self.masters = {
             name: p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
-
-    def count(self) -> int:
-        """Trained numbers."""
-        return sum(p.numel() for p in self.parameters.values())
 
     def collect(self) -> None:
         """Moves the gradients of rounded parameters to their masters."""
@@ -293,7 +295,7 @@ class Original(nn.Module):
 
     def __init__(self, supernet: Supernet) -> None:
         super().__init__()
-        self.supernet = supernet
+        self.supernet, self.config = supernet, supernet.config
         self.train(supernet.training)
 
     def forward(self, input_ids: Tensor) -> CausalLMOutput:

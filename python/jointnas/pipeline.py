@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from jointnas import convergence, evaluation, loading
 from jointnas.config import EvalConfig, ModelConfig, RunConfig
-from jointnas.distillation import Original, Trained, bake, distil, original_logits, student_of
+from jointnas.distillation import Original, bake, distil, original_logits, student_of, trained_parameters
 from jointnas.exporting import export_model, reload
 from jointnas.objective import original_params
 from jointnas.results import Row
@@ -48,7 +48,7 @@ def finish(run: Run) -> tuple[PreTrainedModel, Path]:
     """The found choice of a run, distilled, and exported to the run's `final/`, replacing what is there."""
     config, choice = run.config, found_choice(run.folder)
     student = _trained(run, choice, config.seed, run.folder, config.resume == "auto")
-    trained = Trained(student).count()
+    trained = sum(p.numel() for p in trained_parameters(student).values())
     model = bake(student)
     params = count_params(run.model_config, choice)
     original, perplexity = (
@@ -128,8 +128,10 @@ def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measu
 def quality(
     model: nn.Module, source: ModelConfig, tokens: Tensor, options: EvalConfig, tasks: Tasks
 ) -> dict[str, Any]:
-    """The quality part of a `Row`: perplexity on a token stream, int64 [N], and accuracies, where there are tasks."""
-    context = min(options.context, len(tokens) - 1)
+    """The quality part of a `Row`: perplexity on a token stream, int64 [N], in the context asked for or the longest
+    possible, and accuracies, where there are tasks."""
+    of: Any = model.config
+    context = min(options.context, len(tokens) - 1, int(of.max_position_embeddings))
     perplexity = evaluation.perplexity(model, tokens, context=context, max_tokens=options.tokens)
     accuracy: dict[str, dict[str, float]] = {}
     if tasks.tasks:

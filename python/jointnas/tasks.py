@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -69,7 +70,10 @@ def load_tasks(config: EvalConfig) -> Tasks:
         raise JointNASError(f"eval.task_files: folder {config.task_files!r} does not exist")
     if not names:
         return found
-    with quiet():
+    if importlib.util.find_spec("lm_eval") is None:
+        raise JointNASError("tasks need the `lm-eval` package: pip install lm-eval, or set eval.tasks to []")
+    with quiet(), contextlib.ExitStack() as after:
+        after.callback(read_rows.cache_clear)  # files may change, and are large
         manager = _manager([name for name in names if name not in EMBEDDED])
         for name in names:
             if name in EMBEDDED:
@@ -142,9 +146,10 @@ def _catalogued(found: Tasks, name: str, config: EvalConfig, manager: Any) -> No
                     f"task {leaf!r}: its data set {made.get('dataset_path')!r} cannot be loaded ({reason}); without "
                     "network, give its files: eval.task_files"
                 ) from None
+            held, where = override["custom_dataset"].args
             raise JointNASError(
-                f"task {leaf!r}: {override['custom_dataset'].args[1]} does not have the columns of "
-                f"{made.get('dataset_path')!r} ({type(error).__name__}: {reason})"
+                f"task {leaf!r}: the rows of {where}, with columns {', '.join(next(iter(held.values()))[0])}, are not "
+                f"those of {made.get('dataset_path')!r} ({type(error).__name__}: {reason})"
             ) from None
         tasks[leaf] = task
     group = manager.task_index[name].cfg or {}
@@ -242,7 +247,7 @@ def read_rows(file: Path) -> Rows:
         JointNASError: it cannot be read, or its rows differ in columns.
     """
     if file.suffix == ".parquet":
-        import pyarrow.parquet  # comes with datasets
+        import pyarrow.parquet  # optional: comes with datasets
 
         try:
             return list(pyarrow.parquet.read_table(file).to_pylist())

@@ -29,7 +29,7 @@ def curve(kind: str, steps: int) -> list[float]:
         "falling": 3 + 5 / np.sqrt(1 + i) + noise(steps, 0.02),
         "flat": 3 + 2 * np.exp(-i / 20) + noise(steps, 0.02),
         "rising": 3 + 2 * np.exp(-i / 20) + 0.002 * i + noise(steps, 0.02),
-        "noisy": 3 + noise(steps, 2.0),
+        "noisy": 3 + noise(steps, 2.0, 1),
         "diverged": np.where(i < steps - 5, 3.0, math.nan),
     }
     return values[kind].tolist()

@@ -219,7 +219,7 @@ BAD = {
     "missing": "task 'piqa': {f}/piqa/validation.jsonl or {f}/piqa/validation.parquet is missing (the questions",
     "examples": "winogrande/train.jsonl or {f}/winogrande/train.parquet is missing (the 5 few-shot examples",
     "too few": "task 'winogrande': too few examples for 5 shots",
-    "columns": "task 'piqa': {f}/piqa does not have the columns of 'baber/piqa' (UndefinedError: 'sol1' is undefined)",
+    "columns": "rows of {f}/piqa, with columns goal, solution1, sol2, label, are not those of 'baber/piqa' (",
     "label": "answer 'label' of row 0 is none of its 2 choices",
     "hidden answers": "answer -1 of row 0 is none of its 2 choices",
     "ragged": "{f}/piqa.jsonl:2 does not have the columns of the first line: goal, sol1, sol2, label",
