@@ -64,6 +64,8 @@ def accuracy(
     if batch_size is None:
         tokens = min(longest, 2 * len(tokenizer(tasks.longest).input_ids))  # the first prompt is an example
         batch_size = max(1, min(64, 2**28 // (tokens * int(model.config.vocab_size))))
+    for task in tasks.tasks.values():
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own: the same examples for every model
     with quiet(), evaluating(model):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
         report = evaluate(

@@ -32,9 +32,7 @@ def distilled(run: Run, choice: Choice, *, seed: int | None = None) -> PreTraine
     return bake(_trained(run, choice, seed=run.config.seed if seed is None else seed))
 
 
-def _trained(
-    run: Run, choice: Choice, seed: int, folder: Path | None = None, resume: bool = False
-) -> nn.Module:
+def _trained(run: Run, choice: Choice, seed: int, folder: Path | None = None, resume: bool = False) -> nn.Module:
     config = run.config
     student = student_of(run.supernet, choice, config.finetune.train)
     return distil(

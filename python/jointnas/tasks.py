@@ -167,7 +167,6 @@ def _catalogued(found: Tasks, name: str, config: EvalConfig, manager: Any) -> No
 def _add(found: Tasks, name: str, tasks: dict[str, Any], shots: int) -> None:
     """Records tasks under the name that is reported, after the first prompt of each was made."""
     for key, task in tasks.items():
-        task.set_fewshot_seed(seed=1234)  # as lm-eval's command does
         try:
             prompt = task.fewshot_context(task.eval_docs[0], shots)
         except (AssertionError, ValueError) as error:

@@ -166,6 +166,17 @@ def test_scores_are_those_of_the_definition(files: Path, model: LlamaForCausalLM
     assert results["piqa"]["acc_norm"] == pytest.approx(norm / QUESTIONS)
 
 
+def test_every_model_sees_the_same_examples(files: Path, model: LlamaForCausalLM) -> None:
+    tasks = load_tasks(EvalConfig(tasks=["winogrande"], task_files=str(files)))
+    asked = []
+    for _ in range(2):
+        accuracy(model, assets.load_tokenizer(), tasks)
+        asked.append([instance.args for instance in tasks.tasks["winogrande"].instances])
+    assert len(asked[0]) == 2 * QUESTIONS
+    assert asked[0] == asked[1]
+    assert len({prompt for prompt, _ in asked[0]}) > 1
+
+
 def test_shots_can_be_set(files: Path) -> None:
     tasks = load_tasks(EvalConfig(tasks=["arc_challenge", "gloss"], task_files=str(files), shots=2))
     assert tasks.shots == {"arc_challenge": 2, "gloss": 0}  # the embedded tasks have no examples
