@@ -93,9 +93,8 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
         model = loading.load_model(config)
     measures = pipeline.quality(model, config, tokens, options, tasks)
     weights = assets.model_dir() if config.source == "embedded" else folder
-    size = sum(f.stat().st_size for f in weights.glob("*.safetensors")) or sum(
-        p.numel() * p.element_size() for p in model.parameters()
-    )
+    files = [weights] if weights.is_file() else list(weights.glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in files) or sum(p.numel() * p.element_size() for p in model.parameters())
     return asdict(Row(folder.name, original_params(shape), size, None, None, **measures))
 
 
