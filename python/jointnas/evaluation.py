@@ -78,7 +78,7 @@ def accuracy(
         items = sum(int(report["n-samples"][member]["effective"]) for member in tasks.members(name))
         numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float))}
         results[name] = {**numbers, "shots": tasks.shots[name], "items": items}
-    mean = {}
+    mean: dict[str, float] = {}
     for metric in ("acc", "acc_norm"):
         values = [row[metric] for row in results.values() if metric in row]
         mean |= {metric: sum(values) / len(values)} if values else {}

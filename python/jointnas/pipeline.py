@@ -20,6 +20,7 @@ from jointnas.objective import original_params
 from jointnas.results import Row
 from jointnas.run_folder import Run, final_folder, found_choice, write_json
 from jointnas.tasks import Tasks, load_tasks
+from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import deploy, describe, measure_model
 from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
@@ -73,7 +74,10 @@ def ready_tasks(config: RunConfig) -> Tasks:
     """The tasks of a run; what would keep its models from being asked is found before anything expensive."""
     tasks = load_tasks(config.eval)
     if tasks.tasks:
-        loading.load_tokenizer(config.model)
+        try:
+            loading.load_tokenizer(config.model)
+        except JointNASError as error:
+            raise JointNASError(f"{error}; a model without tokenizer needs eval.tasks = []") from None
     return tasks
 
 
