@@ -11,7 +11,7 @@ config = RunConfig(
     data={"batch_size": 2, "seq_len": 64},
     search={"steps": 4, "lr_arch": 0.05, "budget_max": 0.9, "importance_batches": 1},  # budget: share of the parameters
     finetune={"steps": 4},
-    eval={"tokens": 2048, "tasks": False},
+    eval={"tokens": 2048, "tasks": []},
 )
 folder = search(config)  # table, search, prune, distil, export, evaluate, report
 

@@ -111,6 +111,22 @@ class SupernetLinear(nn.Module):
         self.clip_logits = nn.Parameter(torch.logit(ratio.clamp(1e-3, 1 - 1e-3)))
         self.clip = None
 
+    @torch.no_grad()
+    def keep(self, bits: int) -> None:
+        """Drops all precisions but this one, with their LoRA pairs and clip ratios: what a fixed choice trains.
+
+        Raises:
+            JointNASError: the layer has no such precision.
+        """
+        if self.bits is None or bits not in self.bits:
+            raise unknown("precision", bits, self.bits or (), where="keep")
+        one = slice(self.bits.index(bits), self.bits.index(bits) + 1)
+        self.lora_a, self.lora_b = nn.Parameter(self.lora_a[one].clone()), nn.Parameter(self.lora_b[one].clone())
+        self.clip = None if self.clip is None else self.clip[one].clone()
+        if self.clip_logits is not None:
+            self.clip_logits = nn.Parameter(self.clip_logits[one].clone())
+        self.bits = (bits,)
+
     def clip_ratio(self) -> Tensor | None:
         """Current clip ratios, None for the plain absmax."""
         return self.clip if self.clip_logits is None else self.clip_logits.sigmoid()
@@ -134,6 +150,7 @@ class SupernetLinear(nn.Module):
             )
         bits, clip = self.bits, self.clip_ratio()
         if index is not None:
+            index = index if len(bits) > 1 else 0  # after `keep`, whatever number the precision has in the space
             bits, a, b = bits[index : index + 1], a[index : index + 1], b[index : index + 1]
             clip = None if clip is None else clip[index : index + 1]
             probs = a.new_ones(1, dtype=torch.float32)

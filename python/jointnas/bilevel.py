@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jointnas import convergence
 from jointnas.data import Batches, seeded
 from jointnas.metrics import Metrics
-from jointnas.objective import Feasibility, Objective, entropies
+from jointnas.objective import Feasibility, Objective, entropies, original_params
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.progress import Progress
@@ -50,8 +51,10 @@ def optimise(run: Run) -> Found:
     metrics = Metrics(run.folder, "search", step, config.tensorboard)
     progress = Progress("search", options.steps, step, config.progress)
     began = time.monotonic() - seconds
+    curve: list[Tensor] = []  # weight losses since the last metrics
     while step < options.steps and not converged:
         losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step)}
+        curve.append(losses["ce_weight"])
         logs: dict[str, Any] = {}
         if step >= options.weight_warmup:
             losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step)
@@ -67,6 +70,8 @@ def optimise(run: Run) -> Found:
             if step % options.gap_every == 0 or last:
                 row |= gap(run, lanes[GAP])
             row["probs"] = {k: p.detach().tolist() for k, p in probs.items()}
+            row["losses"] = torch.stack(curve).tolist()
+            curve = []
             row["seconds"] = time.monotonic() - began
             metrics.write(step, **row)
             shown = {"step": f"{step} of {options.steps}", "ce": row["ce_weight"], "entropy": largest}
@@ -146,15 +151,13 @@ def _loss(supernet: Supernet, ids: Tensor) -> Tensor:
 
 def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds: float) -> Found:
     probs = run.supernet.arch.probs()
-    if not converged:
-        worst = entropies(probs, run.space, run.supernet.block_rank)
-        names = sorted((k for k in worst if worst[k] >= run.config.search.entropy_stop), key=lambda k: -worst[k])
-        if names:
-            log.warning(
-                "THE SEARCH DID NOT CONVERGE: %d steps, and these dimensions are undecided: %s. The most probable "
-                "choice is taken; raise search.steps or search.lr_arch.",
-                step, ", ".join(f"{k} (entropy {worst[k]:.2f})" for k in names[:8]),
-            )  # fmt: skip
+    entropy = entropies(probs, run.space, run.supernet.block_rank)
+    part = convergence.record(
+        run.folder, "search", steps=step, tokens=step * run.config.data.batch_size * run.config.data.seq_len,
+        trained=sum(p.numel() for p in run.supernet.lora_parameters()), total=original_params(run.model_config),
+        undecided={k: v for k, v in entropy.items() if not converged and v >= run.config.search.entropy_stop},
+    )  # fmt: skip
+    log.log(logging.WARNING if part["advice"] else logging.INFO, "%s", convergence.sentence(part))
     check = Feasibility(run.model_config, run.bound, objective.limits)
     argmax = run.supernet.argmax()
     violations = check.violations(argmax)

@@ -30,11 +30,15 @@ VERBS = {
     "quantize": "quantize a model after training, at one precision, and export it",
     "finetune": "distil the found choice of a run again",
     "export": "copy the finished model of a run",
-    "eval": "size, latency and quality of a run's models",
+    "eval": "perplexity and tasks of a model, or of a run's models",
     "report": "draw a run's plots and report.html",
     "compare": "the found choice against random ones of its cost",
 }
-FILES: dict[str, str | None] = {"tables": "+", "table": None, "first": None, "second": None}  # need no option's name
+# arguments that need no option's name: how many, and what they are
+FILES: dict[str, tuple[str | None, str]] = {
+    **dict.fromkeys(("table", "first", "second"), (None, "latency table file")),
+    "tables": ("+", "latency table files"), "source": (None, "run folder, model folder, hub name or 'embedded'"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,7 +117,7 @@ def parser_of(verb: str) -> Any:
         return parser
     files = [name for name in FILES if name in inspect.signature(function).parameters]
     for name in files:
-        parser.add_argument(name, type=str, nargs=FILES[name], help="latency table file")
+        parser.add_argument(name, type=str, nargs=FILES[name][0], help=FILES[name][1])
     parser.add_function_arguments(function, as_group=False, skip=set(files))
     return parser
 

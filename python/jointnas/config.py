@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import Workload
@@ -166,9 +166,12 @@ class BitsConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Distillation of the found model from the original, all weights trained through the quantizers:
+    """Distillation of the found model from the original, trained through its quantizers:
     kd · KL(original || model) + (1 - kd) · cross-entropy."""
 
+    train: Literal["full", "lora"] = Field(
+        default="full", description="all weights, or the search's LoRA pairs alone (no optimizer state of weights)"
+    )
     steps: int = Field(default=1000, ge=0)
     lr: float = Field(default=3e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, le=1, description="share of the steps; then cosine to a tenth")
@@ -186,9 +189,20 @@ class FinetuneConfig(Section):
 class EvalConfig(Section):
     """What is reported of a model."""
 
-    tokens: int = Field(default=65536, ge=256, description="held-out tokens for the perplexity")
-    tasks: bool = Field(default=True, description="the embedded multiple-choice tasks (embedded tokenizer only)")
+    tokens: int = Field(default=65536, ge=2, description="held-out tokens for the perplexity")
+    context: int = Field(default=256, ge=2, description="tokens per window of the perplexity")
+    tasks: list[str] = Field(
+        default=["embedded"], description="embedded, paper (its seven tasks), names of lm-eval's; []: none"
+    )
+    shots: int | None = Field(default=None, ge=0, description="few-shot examples; none: the paper's, the task's own")
+    task_files: str | None = Field(default=None, description="folder with the tasks' data; none: from the hub")
     task_limit: int | None = Field(default=None, ge=1, description="questions per task; none: all")
+
+    @model_validator(mode="after")
+    def _holds_a_window(self) -> EvalConfig:
+        if self.tokens < self.context:
+            raise ValueError(f"tokens = {self.tokens} is less than one window of context = {self.context}")
+        return self
 
 
 class RunConfig(Section):
@@ -222,7 +236,8 @@ def build(schema: type[S], values: Mapping[str, Any], where: str = "configuratio
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     places = [str(part) for part in first["loc"]]
     if first["type"] != "extra_forbidden":
-        raise JointNASError(f"{where}: {'.'.join(places)}: {first['msg']}, got {first['input']!r}")
+        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"  # a section: its message says it
+        raise JointNASError(f"{': '.join(filter(None, (where, '.'.join(places), first['msg'])))}{got}")
     section: Any = schema
     for part in places[:-1]:
         section = section.model_fields[part].annotation

@@ -2,14 +2,19 @@
 
     loss = kd · T² KL(teacher || student) + (1 - kd) · CE,   per token, T the temperature
 
-All weights of the small model are trained, through its quantizers (straight-through) where the choice has bits, and
-then the quantized weights are baked in.
+Either all weights of the small model are trained, or (`train: lora`) the LoRA pairs of the search go on, on frozen
+weights, which needs neither gradients nor optimizer states of the weights. Both go through the quantizers
+(straight-through) where the choice has bits, and then the quantized weights are baked in.
+
+What is trained is kept in fp32: parameters of lower precision are rounded from master copies after every step. AdamW
+moves a weight by about lr, and half a bf16 unit below a weight of 1 is 2e-3: smaller steps would be lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
 from jointnas.data import Batches
 from jointnas.metrics import Metrics
+from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, extract, shrink
 from jointnas_kernels.layout import block_of
 from jointnas_kernels.nn.linear import FakeQuantLinear, joined
@@ -75,6 +82,22 @@ class TrainableQuantLinear(nn.Linear):
         return FakeQuantLinear(weight, bias, of, self.act_bits, self.act_symmetric)
 
 
+def student_of(supernet: Supernet, choice: Choice, train: str = "full") -> nn.Module:
+    """What is distilled: the choice as a plain model (`trainable`), or ("lora") as a supernet of its own size whose
+    LoRA pairs, of the chosen precisions only, are trained. `bake` makes either the final model."""
+    if train == "full":
+        return trainable(supernet, choice)
+    small = shrink(supernet, choice).mode("weight")
+    small.arch.requires_grad_(False)
+    assert small.choice is not None
+    for i, block in enumerate(small.blocks):
+        source: Any = block
+        weight_bits, _ = small.choice.bits(i)
+        for linear in source.linears.values() if weight_bits is not None else ():
+            linear.keep(weight_bits)
+    return small
+
+
 @torch.no_grad()
 def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     """The choice as a plain model of its own size with LoRA merged, its quantizers alive in every linear."""
@@ -99,8 +122,13 @@ def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     return model
 
 
-def bake(model: PreTrainedModel) -> PreTrainedModel:
-    """Replaces training linears by what they compute, in place."""
+def bake(student: nn.Module) -> PreTrainedModel:
+    """The distilled student as a plain model on quantized weights; a plain student is changed in place."""
+    if isinstance(student, Supernet):
+        assert student.choice is not None
+        return extract(student, student.choice)
+    assert isinstance(student, PreTrainedModel)
+    model = student
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, TrainableQuantLinear):
@@ -109,21 +137,61 @@ def bake(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What distillation trains of a model, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Trained:
+    """The trained parameters of a model by name, and their fp32 masters: themselves where they have that precision."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = trained_parameters(model)
+        self.masters = {
+            name: p if p.dtype.itemsize >= 4 else nn.Parameter(p.detach().float())
+            for name, p in self.parameters.items()
+        }
+
+    def collect(self) -> None:
+        """Moves the gradients of rounded parameters to their masters."""
+        for p, master in self._rounded():
+            master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Rounds the masters into the model."""
+        for p, master in self._rounded():
+            p.copy_(master)
+
+    @torch.no_grad()
+    def restore(self, masters: Mapping[str, Tensor], where: Path) -> None:
+        """Puts saved masters in."""
+        if masters.keys() != self.masters.keys():
+            raise JointNASError(f"{where} was distilled with another finetune.train; remove its folder to start again")
+        for name, master in self.masters.items():
+            master.copy_(masters[name])
+        self.round()
+
+    def _rounded(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        return ((p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p)
+
+
 def distil(
-    student: PreTrainedModel, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int,
+    student: nn.Module, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int,
     seq_len: int, seed: int = 0, folder: Path | None = None, resume: bool = False, progress: bool = True,
     tensorboard: bool = True,
-) -> PreTrainedModel:  # fmt: skip
-    """Trains the student in place and returns it, quantizers still alive (`bake` ends that).
+) -> nn.Module:  # fmt: skip
+    """Trains the student (`student_of`) in place and returns it, quantizers still alive (`bake` ends that).
 
     Metrics and checkpoints go to `folder`; None: nowhere."""
     device = next(student.parameters()).device
     batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3)
-    student.requires_grad_(True).train()
-    if config.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    decayed = [p for p in student.parameters() if p.dim() > 1]
-    others = [p for p in student.parameters() if p.dim() <= 1]
+    if not isinstance(student, Supernet):
+        student.requires_grad_(True)
+    student.train()
+    trained = Trained(student)
+    decayed = [p for p in trained.masters.values() if p.dim() > 1]
+    others = [p for p in trained.masters.values() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), fused=True if device.type == "cuda" else None,
@@ -134,35 +202,54 @@ def distil(
     newest = checkpoint.latest(saved) if saved is not None and resume else None
     if newest is not None:
         tensors, state = checkpoint.load(newest)
-        student.load_state_dict(tensors["model"])
+        trained.restore(tensors["trained"], newest)
         checkpoint.unpack_optimizer(optimizer, tensors["optimizer"], state["groups"])
         start = int(state["step"])
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
     metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
     bar = Progress("finetune", config.steps, start, progress)
-    for step in range(start, config.steps):
-        ids = batches.at(step, device)
-        loss, parts = distillation_loss(student, teacher, ids, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.clip)
-        optimizer.step()
-        schedule.step()
-        done = step + 1
-        if metrics is not None and (done % config.log_every == 0 or done == config.steps):
-            metrics.write(done, **{k: v.item() for k, v in parts.items()}, lr=schedule.get_last_lr()[0])
-        if saved is not None and done % config.save_every == 0 and done < config.steps:
-            optimizer_tensors, groups = checkpoint.pack_optimizer(optimizer)
-            tensors = {"model": dict(student.state_dict()), "optimizer": optimizer_tensors}
-            checkpoint.save(saved, done, tensors, {"groups": groups}, keep=1)
-        bar.step()
+    losses: list[Tensor] = []
+    with checkpointing(student, config.gradient_checkpointing):
+        for step in range(start, config.steps):
+            loss, parts = distillation_loss(student, teacher, batches.at(step, device), config)
+            student.zero_grad(set_to_none=True)
+            loss.backward()
+            trained.collect()
+            torch.nn.utils.clip_grad_norm_(list(trained.masters.values()), config.clip)
+            optimizer.step()
+            trained.round()
+            schedule.step()
+            losses.append(loss.detach())
+            done = step + 1
+            if metrics is not None and (done % config.log_every == 0 or done == config.steps):
+                values = {k: v.item() for k, v in parts.items()}
+                metrics.write(done, **values, lr=schedule.get_last_lr()[0], losses=torch.stack(losses).tolist())
+                losses = []
+            if saved is not None and done % config.save_every == 0 and done < config.steps:
+                optimizer_tensors, groups = checkpoint.pack_optimizer(optimizer)
+                tensors = {"trained": dict(trained.masters), "optimizer": optimizer_tensors}
+                checkpoint.save(saved, done, tensors, {"groups": groups}, keep=1)
+            bar.step()
     bar.close()
     if metrics is not None:
         metrics.close()
-    if config.gradient_checkpointing:
+    return student.eval()
+
+
+@contextlib.contextmanager
+def checkpointing(student: nn.Module, on: bool) -> Iterator[None]:
+    """Blocks are recomputed in the backward pass inside, if `on`."""
+    if isinstance(student, Supernet):
+        before, student.gradient_checkpointing = student.gradient_checkpointing, on
+        yield
+        student.gradient_checkpointing = before
+        return
+    assert isinstance(student, PreTrainedModel)
+    if on:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    yield
+    if on:
         student.gradient_checkpointing_disable()
-    student.eval()
-    return student
 
 
 def learning_rate(config: FinetuneConfig, step: int) -> float:
@@ -179,7 +266,8 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, its parts), averaged over the tokens [B, T-1] that have a next token."""
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.bf16):
-        logits = student(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        options = {} if isinstance(student, Supernet) else {"use_cache": False}
+        logits = student(input_ids=ids, **options).logits[:, :-1].flatten(0, 1).float()
     ce = F.cross_entropy(logits, ids[:, 1:].flatten())
     if config.kd == 0:
         return ce, {"ce": ce.detach()}
@@ -200,3 +288,16 @@ def original_logits(supernet: Supernet) -> Teacher:
         return logits
 
     return teacher
+
+
+class Original(nn.Module):
+    """The original model from the supernet's own frozen weights, to be evaluated like any other."""
+
+    def __init__(self, supernet: Supernet) -> None:
+        super().__init__()
+        self.supernet, self.config = supernet, supernet.config
+        self.train(supernet.training)
+
+    def forward(self, input_ids: Tensor) -> CausalLMOutput:
+        """Logits [B, T, V] of ids [B, T]."""
+        return self.supernet.original(input_ids)

@@ -1,31 +1,22 @@
 """Quality of a causal language model: perplexity on held-out text and multiple-choice accuracy by lm-eval.
 
 `perplexity` is exp of the mean negative log-likelihood per token over non-overlapping windows (each window's first
-token is predicted from nothing and not counted). `accuracy` runs the embedded tasks through lm-eval's own
-`simple_evaluate` (0-shot, `acc` and `acc_norm`), offline; any other lm-eval task name works, too.
+token is predicted from nothing and not counted). `accuracy` asks the questions of `tasks.load_tasks` through lm-eval.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from jointnas import assets
-from jointnas_kernels.errors import JointNASError, unknown
-
-TASKS = ("continuation", "word", "order", "gloss")
-CHANCE = 0.25  # every embedded task has four choices
+from jointnas.tasks import Tasks, quiet
+from jointnas_kernels.errors import JointNASError
 
 
 @torch.no_grad()
@@ -58,56 +49,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(before)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back the log lines and progress bars of lm-eval and datasets; exceptions pass."""
-    # their bars cannot be switched off after import
-    with contextlib.ExitStack() as after, contextlib.redirect_stderr(io.StringIO()):
-        for name in ("lm_eval", "lm-eval", "datasets"):
-            logger = logging.getLogger(name)
-            after.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
-        yield
-
-
-def _task_config(name: str, cache: str) -> dict[str, Any]:
-    """The embedded task's YAML with its data file's absolute path."""
-    config: dict[str, Any] = yaml.safe_load((assets.task_dir() / f"{name}.yaml").read_text())
-    files = config["dataset_kwargs"]["data_files"]
-    paths = {split: str(assets.task_dir() / file) for split, file in files.items()}
-    return {**config, "dataset_kwargs": {"data_files": paths, "cache_dir": cache}}
-
-
 def accuracy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[str] = TASKS, *,
-    limit: int | None = None, batch_size: int = 64,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, *, limit: int | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
-    """Accuracy per task: `{"gloss": {"acc": …, "acc_norm": …, "acc_stderr": …, "items": …}, …, "mean": {"acc": …}}`.
+    """Accuracy per task, `{"gloss": {"acc": …, "acc_stderr": …, "acc_norm": …, "acc_norm_stderr": …, "shots": …,
+    "items": …}, …}`, as lm-eval computes it, and the `mean` of "acc" and "acc_norm" over the tasks that have them.
 
-    Names other than `TASKS` are looked up in lm-eval's catalogue; `limit` takes the first items, in random order."""
-    from lm_eval.evaluator import simple_evaluate  # optional, and slow to import
+    `limit` takes the first items of each task; `batch_size` None: what about 1 GB of logits allow."""
+    from lm_eval.evaluator import evaluate  # optional, and slow to import
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    names = {name: f"jointnas_{name}" if name in TASKS else name for name in tasks}  # as lm-eval has them
-    with _quiet(), tempfile.TemporaryDirectory() as cache, evaluating(model):
-        manager = TaskManager(include_defaults=not set(tasks) <= set(TASKS))
-        for name in tasks:
-            if name not in TASKS and name not in manager.all_tasks:
-                raise unknown("task", name, [*TASKS, *manager.all_tasks])
-        longest = int(model.config.max_position_embeddings)
+    longest = int(model.config.max_position_embeddings)
+    if batch_size is None:
+        tokens = min(longest, 2 * len(tokenizer(tasks.longest).input_ids))  # the first prompt is an example
+        batch_size = max(1, min(64, 2**28 // (tokens * int(model.config.vocab_size))))
+    for task in tasks.tasks.values():
+        task.set_fewshot_seed(seed=1234)  # lm-eval's own: the same examples for every model
+    with quiet(), evaluating(model):
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
-        report = simple_evaluate(
-            lm, tasks=[_task_config(name, cache) if name in TASKS else name for name in tasks], limit=limit,
-            bootstrap_iters=0, task_manager=manager, log_samples=False, verbosity="ERROR",
+        report = evaluate(
+            lm=lm, task_dict={"tasks": tasks.tasks, "groups": tasks.groups, "group_map": {}}, limit=limit,
+            bootstrap_iters=1000, log_samples=False,
         )  # fmt: skip
     results: dict[str, dict[str, float]] = {}
-    for name, full in names.items():
-        row = {key.split(",")[0]: value for key, value in report["results"][full].items()}
-        found = {key: float(row[key]) for key in ("acc", "acc_norm") if key in row}
-        items = float(report["n-samples"][full]["effective"])
-        acc = found.get("acc", math.nan)
-        results[name] = {**found, "acc_stderr": math.sqrt(acc * (1 - acc) / max(1.0, items - 1)), "items": items}
-    scores = [row["acc"] for row in results.values() if "acc" in row]
-    results["mean"] = {"acc": sum(scores) / len(scores)} if scores else {}
-    return results
+    for name, key in tasks.rows.items():
+        row = {k.split(",")[0]: v for k, v in report["results"][key].items() if "," in k}
+        items = sum(int(report["n-samples"][member]["effective"]) for member in tasks.members(name))
+        numbers = {k: float(v) for k, v in row.items() if isinstance(v, (int, float))}
+        results[name] = {**numbers, "shots": tasks.shots[name], "items": items}
+    mean: dict[str, float] = {}
+    for metric in ("acc", "acc_norm"):
+        values = [row[metric] for row in results.values() if metric in row]
+        mean |= {metric: sum(values) / len(values)} if values else {}
+    return {**results, "mean": mean} if results else {}

@@ -2,54 +2,83 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from jointnas import evaluation, loading
-from jointnas.distillation import bake, distil, original_logits, trainable
+from jointnas import convergence, evaluation, loading
+from jointnas.config import EvalConfig, ModelConfig, RunConfig
+from jointnas.distillation import Original, bake, distil, original_logits, student_of, trained_parameters
 from jointnas.exporting import export_model, reload
 from jointnas.objective import original_params
 from jointnas.results import Row
 from jointnas.run_folder import Run, final_folder, found_choice, write_json
+from jointnas.tasks import Tasks, load_tasks
+from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import deploy, describe, measure_model
 from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
 
+log = logging.getLogger(__name__)
 
-def distilled(
-    run: Run, choice: Choice, *, seed: int | None = None, folder: Path | None = None, resume: bool = False
-) -> PreTrainedModel:
-    """The choice, cut out of the run's supernet and fine-tuned on all data; without a folder nothing is kept."""
+
+def distilled(run: Run, choice: Choice, *, seed: int | None = None) -> PreTrainedModel:
+    """The choice, cut out of the run's supernet and fine-tuned on all data; nothing of the training is kept."""
+    return bake(_trained(run, choice, seed=run.config.seed if seed is None else seed))
+
+
+def _trained(run: Run, choice: Choice, seed: int, folder: Path | None = None, resume: bool = False) -> nn.Module:
     config = run.config
-    student = trainable(run.supernet, choice)
-    distil(
+    student = student_of(run.supernet, choice, config.finetune.train)
+    return distil(
         student, original_logits(run.supernet), run.streams.all, config.finetune, batch_size=config.data.batch_size,
-        seq_len=config.data.seq_len, seed=config.seed if seed is None else seed, folder=folder, resume=resume,
-        progress=config.progress, tensorboard=config.tensorboard,
+        seq_len=config.data.seq_len, seed=seed, folder=folder, resume=resume, progress=config.progress,
+        tensorboard=config.tensorboard,
     )  # fmt: skip
-    return bake(student)
 
 
 def finish(run: Run) -> tuple[PreTrainedModel, Path]:
     """The found choice of a run, distilled, and exported to the run's `final/`, replacing what is there."""
     config, choice = run.config, found_choice(run.folder)
-    model = distilled(run, choice, folder=run.folder, resume=config.resume == "auto")
+    student = _trained(run, choice, config.seed, run.folder, config.resume == "auto")
+    trained = sum(p.numel() for p in trained_parameters(student).values())
+    model = bake(student)
     params = count_params(run.model_config, choice)
-    perplexity = quality(model, run, tasks=False)["perplexity"]
+    original, perplexity = (
+        quality(of, config.model, run.streams.held_out, config.eval, Tasks())["perplexity"]
+        for of in (Original(run.supernet), model)
+    )
+    tokens = config.finetune.steps * (config.finetune.batch_size or config.data.batch_size) * config.data.seq_len
+    part = convergence.record(
+        run.folder, "finetune", steps=config.finetune.steps, tokens=tokens, trained=trained, total=params,
+        perplexity=(original, perplexity),
+    )  # fmt: skip
+    log.log(logging.WARNING if part["advice"] else logging.INFO, "%s", convergence.sentence(part))
     facts = {
         "parameters": f"{params:,} ({params / original_params(run.model_config):.1%} of the original)",
         "predicted latency": f"{run.bound.predict(choice):.3f} ms ({run.table.header.device})",
-        "held-out perplexity": f"{perplexity:.3f}",
+        "held-out perplexity": f"{perplexity:.3f} (original {original:.3f})",
     }
     final, rank = run.folder / "final", run.supernet.block_rank
     export_model(model, final, choice, rank, facts=facts, **loading.origin(config.model))
     return model, final
+
+
+def ready_tasks(config: RunConfig) -> Tasks:
+    """The tasks of a run; what would keep its models from being asked is found before anything expensive."""
+    tasks = load_tasks(config.eval)
+    if tasks.tasks:
+        try:
+            loading.load_tokenizer(config.model)
+        except JointNASError as error:
+            raise JointNASError(f"{error}; a model without tokenizer needs eval.tasks = []") from None
+    return tasks
 
 
 def reloaded(run: Run) -> PreTrainedModel:
@@ -58,20 +87,21 @@ def reloaded(run: Run) -> PreTrainedModel:
     return reload(final_folder(run.folder), model.device, getattr(torch, model.dtype))
 
 
-def evaluate_found(run: Run) -> list[dict[str, Any]]:
+def evaluate_found(run: Run, tasks: Tasks | None = None) -> list[dict[str, Any]]:
     """Rows of the original and the finished model of a run, written to its `eval.json`."""
+    tasks = ready_tasks(run.config) if tasks is None else tasks
     found = reloaded(run)
     rows = [
-        asdict(evaluated("original", loading.load_model(run.config.model), None, run)),
-        asdict(evaluated("found", found, found_choice(run.folder), run)),
+        asdict(evaluated("original", loading.load_model(run.config.model), None, run, tasks)),
+        asdict(evaluated("found", found, found_choice(run.folder), run, tasks)),
     ]
     write_json(run.folder / "eval.json", rows)
     return rows
 
 
-def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run) -> Row:
+def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run, tasks: Tasks) -> Row:
     """Size, latency and quality of one model; choice None: the original. The model is of no use afterwards."""
-    measures = quality(model, run)
+    measures = quality(model, run.config.model, run.streams.held_out, run.config.eval, tasks)
     if choice is None:
         space = SearchSpace.single(run.model_config)
         shape, predicted = space.full(), run.bound.original()
@@ -97,16 +127,20 @@ def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measu
     return measure_model(model, table.workload, threads=device.threads, watch=table.watch())
 
 
-def quality(model: PreTrainedModel, run: Run, tasks: bool = True) -> dict[str, Any]:
-    """Perplexity on the run's held-out text, and task accuracies where the embedded tasks fit the model."""
-    options, held_out = run.config.eval, run.streams.held_out
-    context = min(256, len(held_out) - 1)
-    perplexity = evaluation.perplexity(model, held_out, context=context, max_tokens=options.tokens)
-    accuracy: dict[str, float] = {}
-    if tasks and options.tasks and run.config.model.source == "embedded":
-        found = evaluation.accuracy(model, loading.load_tokenizer(run.config.model), limit=options.task_limit)
-        accuracy = {name: values["acc"] for name, values in found.items()}
-    return {"perplexity": perplexity if math.isfinite(perplexity) else math.inf, "tasks": accuracy}
+def quality(
+    model: nn.Module, source: ModelConfig, tokens: Tensor, options: EvalConfig, tasks: Tasks
+) -> dict[str, Any]:
+    """The quality part of a `Row`: perplexity on a token stream, int64 [N], in the context asked for or the longest
+    possible, and accuracies, where there are tasks."""
+    of: Any = model.config
+    context = min(options.context, len(tokens) - 1, int(of.max_position_embeddings))
+    perplexity = evaluation.perplexity(model, tokens, context=context, max_tokens=options.tokens)
+    accuracy: dict[str, dict[str, float]] = {}
+    if tasks.tasks:
+        assert isinstance(model, PreTrainedModel)
+        accuracy = evaluation.accuracy(model, loading.load_tokenizer(source), tasks, limit=options.task_limit)
+    finite = perplexity if math.isfinite(perplexity) else math.inf
+    return {"perplexity": finite, "context": context, "tasks": accuracy}
 
 
 # ---- comparisons at one seed ----------------------------------------------------------------------------------------
@@ -126,6 +160,7 @@ class Scored:
 def score(run: Run, choice: Choice, seed: int) -> Scored:
     """Fine-tunes a choice from the run's supernet as it is, and measures its held-out cross-entropy."""
     model = distilled(run, choice, seed=seed)
-    perplexity = evaluation.perplexity(model, run.streams.held_out, max_tokens=run.config.eval.tokens)
+    options, held_out = run.config.eval, run.streams.held_out
+    perplexity = evaluation.perplexity(model, held_out, context=options.context, max_tokens=options.tokens)
     params = count_params(run.model_config, choice)
     return Scored(choice, params, run.bound.predict(choice), math.log(perplexity), perplexity)

@@ -20,42 +20,67 @@ class Row:
     predicted_ms: float | None
     measured_ms: float | None
     perplexity: float
-    tasks: dict[str, float]  # accuracy by task, and their mean
+    context: int  # tokens per window of the perplexity
+    tasks: dict[str, dict[str, float]]  # by task, `evaluation.accuracy`
     contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(header, cells) of result rows."""
-    tasks = list(rows[0]["tasks"]) if rows else []
-    header = ["model", "parameters", "MB", "measured ms", "predicted ms", "perplexity", *(f"{t} %" for t in tasks)]
+    context = f" ({rows[0]['context']} tokens)" if rows and "context" in rows[0] else ""
+    header = ["model", "parameters", "MB", "measured ms", "predicted ms", f"perplexity{context}"]
     cells = []
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
         values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
         values[3] += " *" * row.get("contended", False)
-        values += [f"{row['perplexity']:.2f}", *(f"{100 * row['tasks'].get(t, float('nan')):.1f}" for t in tasks)]
-        cells.append(values)
+        cells.append([*values, f"{row['perplexity']:.2f}"])
+    return header, cells
+
+
+def task_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """(header, cells) of the tasks of result rows: percent, ± one standard error, a line per task."""
+    names = dict.fromkeys(name for row in rows for name in row["tasks"])
+    header = ["task", "shots", "items", *(f"{row['name']}: {m}" for row in rows for m in ("acc %", "acc_norm %"))]
+    cells = []
+    for name in names:
+        of: list[dict[str, float]] = [row["tasks"].get(name, {}) for row in rows]
+        first = next(values for values in of if values)
+        cells.append([name, *(f"{first[k]:.0f}" if k in first else "–" for k in ("shots", "items"))])
+        for values in of:
+            for metric in ("acc", "acc_norm"):
+                error = f" ± {100 * values[f'{metric}_stderr']:.1f}" if f"{metric}_stderr" in values else ""
+                cells[-1].append(f"{100 * values[metric]:.1f}{error}" if metric in values else "–")
     return header, cells
 
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as text, names left, numbers right."""
-    header, cells = columns(rows)
+    """Rows as text, and their tasks below."""
+    lines = aligned(*columns(rows)) + [f"* {BUSY}"] * any(r.get("contended") for r in rows)
+    if any(row["tasks"] for row in rows):
+        lines += ["", *aligned(*task_columns(rows))]
+    return "\n".join(lines)
+
+
+def aligned(header: list[str], cells: Sequence[list[str]]) -> list[str]:
+    """Lines of a table, names left, numbers right."""
     widths = [max(len(r[i]) for r in [header, *cells]) for i in range(len(header))]
-    lines = [
+    return [
         "  ".join([r[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(r[1:], widths[1:], strict=True))])
         for r in (header, ["-" * w for w in widths], *cells)
     ]
-    return "\n".join(lines + [f"* {BUSY}"] * any(r.get("contended") for r in rows))
 
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as an HTML table."""
-    header, cells = columns(rows)
-    head = "".join(f"<th>{html.escape(h)}" for h in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
+    """Rows as an HTML table, and one of their tasks."""
     note = f"<p>* {html.escape(BUSY)}</p>" if any(r.get("contended") for r in rows) else ""
-    return f"<table><tr>{head}{body}</table>{note}"
+    tables = [columns(rows), *([task_columns(rows)] if any(row["tasks"] for row in rows) else [])]
+    found = []
+    for header, cells in tables:
+        head = "".join(f"<th>{html.escape(h)}" for h in header)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
+        found.append(f"<table><tr>{head}{body}</table>")
+    return note.join([found[0], "".join(found[1:])])
 
 
 # ---- Pareto fronts --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
     choice.json                the found choice
     final/                     its fine-tuned model
 
-Whatever is known of the result is in eval.json, plots/ and report.html.
+Whatever is known of the result is in eval.json, convergence.json, plots/ and report.html.
 """
 
 from __future__ import annotations

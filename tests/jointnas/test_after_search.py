@@ -165,11 +165,14 @@ def test_report(joint) -> None:
 def test_tables() -> None:
     rows = [
         {"name": "original", "params": 1000, "bytes": 2e6, "measured_ms": 1.0, "predicted_ms": 1.1, "perplexity": 9.0,
-         "tasks": {"a": 0.5}},
+         "context": 256, "tasks": {"a": {"acc": 0.5, "acc_stderr": 0.05, "acc_norm": 0.6, "shots": 5, "items": 100}}},
         {"name": "<found>", "params": 10, "bytes": 1e6, "measured_ms": None, "predicted_ms": 0.5, "perplexity": 11.0,
-         "tasks": {"a": 0.25}},
+         "context": 256, "tasks": {"a": {"acc": 0.25, "acc_stderr": 0.04, "shots": 5, "items": 100}}},
     ]  # fmt: skip
     lines = text_table(rows).splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert "25.0" in lines[-1]
+    models, tasks = lines[: lines.index("")], lines[lines.index("") + 1 :]
+    assert len({len(line) for line in models}) == len({len(line) for line in tasks}) == 1
+    assert "perplexity (256 tokens)" in models[0]
+    assert "".join(tasks[-1].split()) == "a510050.0±5.060.025.0±4.0–"
+    assert len(text_table([{**row, "tasks": {}} for row in rows]).splitlines()) == 4
     assert "&lt;found&gt;" in html_table(rows)

@@ -42,7 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def search(folder: Path, *arguments: str) -> list[str]:
     space = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
-    return ["search", "--model.source", str(folder / "model"), "--out", str(folder / "out"), *space, *arguments]
+    model = ["--model.source", str(folder / "model"), "--eval.tasks=[]"]
+    return ["search", *model, "--out", str(folder / "out"), *space, *arguments]
 
 
 CASES = {
@@ -66,7 +67,14 @@ CASES = {
     "not-a-model": (lambda f: ["search", "--model.source", str(f)], "has no config.json"),
     "device": (lambda f: ["doctor", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu, cuda"),
     "no-run": (lambda f: ["report", "--run", str(f)], "is no run folder"),
-    "eval-no-run": (lambda f: ["eval", "--run", str(f)], "is no run folder"),
+    "no-tokenizer": (lambda f: search(f, "--eval.tasks=[gloss]"), "a model without tokenizer needs eval.tasks = []"),
+    "eval-nothing": (lambda f: ["eval", str(f)], "is neither a run folder (config.yaml) nor a model folder"),
+    "eval-no-folder": (lambda f: ["eval", str(f / "x")], "model folder '{f}/x' does not exist"),
+    "eval-dtype": (lambda f: ["eval", str(f / "model"), "--dtype=int3"], "jointnas eval: dtype: "),
+    "eval-window": (lambda f: ["eval", str(f / "model"), "--tokens=100"],
+                    "jointnas eval: Value error, tokens = 100 is less than one window of context = 256"),
+    "eval-task": (lambda f: ["eval", str(f / "model"), "--tasks=[paper]", "--task_files=none"],
+                  "eval.task_files: folder 'none' does not exist"),
     "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "has no finished model"),
     "table-exists": (lambda f: ["profile", "--out", str(f / "good.jsonl")], "exists; pass --resume true"),
     "required": (lambda f: ["profile"], "out"),

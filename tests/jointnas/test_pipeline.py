@@ -17,7 +17,8 @@ from tests.jointnas import tiny
 SPACE = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
 SMALL = [
     "--search.steps=8", "--search.lr_arch=0.1", "--search.budget_max=0.7", "--search.lora_rank=4", "--data.seq_len=16",
-    "--data.batch_size=2", "--finetune.steps=4", "--eval.tokens=512", "--progress=false",
+    "--data.batch_size=2", "--finetune.steps=4", "--eval.tokens=512", "--eval.tasks=[]",
+    "--progress=false",
 ]  # fmt: skip
 
 
@@ -76,7 +77,7 @@ def test_resuming_a_finished_run_keeps_it(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_other_verbs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "--run", str(run)]) == 0
+    assert cli.main(["eval", str(run)]) == 0
     assert "found" in capsys.readouterr().out
     assert cli.main(["report", "--run", str(run)]) == 0
     assert cli.main(["finetune", "--run", str(run)]) == 0

@@ -8,7 +8,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointnas import assets
-from jointnas.evaluation import TASKS, accuracy, perplexity
+from jointnas.config import EvalConfig
+from jointnas.evaluation import accuracy, perplexity
+from jointnas.tasks import EMBEDDED, load_tasks
 from jointnas_kernels.errors import JointNASError
 
 
@@ -70,17 +72,12 @@ def _direct(model: LlamaForCausalLM, name: str, limit: int) -> tuple[float, floa
 
 def test_evaluate_equals_a_direct_scorer(model: LlamaForCausalLM, capfd: pytest.CaptureFixture[str]) -> None:
     limit = 20
-    results = accuracy(model, assets.load_tokenizer(), limit=limit, batch_size=16)
+    results = accuracy(model, assets.load_tokenizer(), load_tasks(EvalConfig()), limit=limit, batch_size=16)
     assert capfd.readouterr().out == ""
-    assert set(results) == {*TASKS, "mean"}
-    for name in TASKS:
+    assert set(results) == {*EMBEDDED, "mean"}
+    for name in EMBEDDED:
         acc, acc_norm = _direct(model, name, limit)
         assert results[name]["items"] == limit
         assert results[name]["acc"] == pytest.approx(acc), name
         assert results[name]["acc_norm"] == pytest.approx(acc_norm), name
-    assert results["mean"]["acc"] == pytest.approx(sum(results[n]["acc"] for n in TASKS) / len(TASKS))
-
-
-def test_unknown_task_is_an_error_with_the_nearest_name(model: LlamaForCausalLM) -> None:
-    with pytest.raises(JointNASError, match="continuation"):
-        accuracy(model, assets.load_tokenizer(), tasks=["continuatoin"])
+    assert results["mean"]["acc"] == pytest.approx(sum(results[n]["acc"] for n in EMBEDDED) / len(EMBEDDED))

@@ -63,7 +63,7 @@ def config(out: Path | str, space: dict[str, Any] | None = None, **sections: Any
         },
         "quantizer": {"init": "clip"},
         "finetune": {"steps": 6, "save_every": 3, "log_every": 2},
-        "eval": {"tokens": 512, "tasks": False},
+        "eval": {"tokens": 512, "tasks": []},
     }  # fmt: skip
     for name, section in sections.items():
         values[name] = {**values[name], **section} if isinstance(section, dict) and name in values else section

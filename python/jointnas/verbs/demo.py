@@ -25,6 +25,7 @@ from jointnas.pipeline import distilled, evaluated, finish, reloaded
 from jointnas.preparation import measure_table, prepare
 from jointnas.results import text_table
 from jointnas.run_folder import Run, found_choice, load_supernet, read_json, write_json
+from jointnas.tasks import load_tasks
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract, feasible_space
@@ -62,6 +63,7 @@ def demo(
         log.info("[%4.0f s] %s", time.monotonic() - began, text)
 
     config, table = with_target(demo_config(out, device, seed))
+    tasks = load_tasks(config.eval)
     run = prepare(config, table=table)
     say(f"latency table: {len(table.rows)} measurements on {table.header.device}")
     say(f"target {config.target_latency_ms:.2f} ms: {TARGET:.0%} of the original at its fastest precision")
@@ -76,7 +78,7 @@ def demo(
     done = {r["name"] for r in rows}
     for name, of in candidates(run, choice, randoms, seed):
         if name not in done:
-            rows.append(asdict(evaluated(name, candidate(run, name, of), of, run)))
+            rows.append(asdict(evaluated(name, candidate(run, name, of), of, run, tasks)))
             write_json(path, rows)
             say(f"{name}: perplexity {rows[-1]['perplexity']:.2f}")
     say(f"report: {report(out)}, plots in {run.folder / 'plots'}")

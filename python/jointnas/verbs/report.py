@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jointnas import plots
+from jointnas.convergence import sentences
 from jointnas.metrics import read_metrics
 from jointnas.objective import absolute
 from jointnas.results import html_table, pareto_points
@@ -40,6 +41,9 @@ def report(run: str) -> Path:
         points, what = pareto_points(rows)
         path = plots.pareto_front(points, pictures / "pareto.png", (what, "held-out perplexity"))
         sections += ["<h2>Result</h2>", html_table(rows), image(path)]
+    ends = sentences(folder)
+    if ends:
+        sections += ["<h2>Convergence</h2>", *(f"<p>{html.escape(line)}</p>" for line in ends)]
     found = read_json(folder / "choice.json")
     if found:
         sections.append(f"<h2>Choice</h2>{preformatted(json.dumps(found['choice']))}")

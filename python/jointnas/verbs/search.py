@@ -6,7 +6,8 @@ from pathlib import Path
 
 from jointnas.bilevel import optimise
 from jointnas.config import RunConfig
-from jointnas.pipeline import evaluate_found, finish
+from jointnas.convergence import sentences
+from jointnas.pipeline import evaluate_found, finish, ready_tasks
 from jointnas.preparation import prepare
 from jointnas.results import text_table
 from jointnas.run_folder import load_supernet, read_json
@@ -24,6 +25,8 @@ def search(config: RunConfig) -> Path:
     Raises:
         JointNASError: bad input, or a folder that already holds another search.
     """
+    evaluated = (Path(config.out) / "eval.json").is_file()
+    tasks = None if evaluated else ready_tasks(config)
     run = prepare(config)
     if config.resume == "auto" and (run.folder / "choice.json").is_file():
         load_supernet(run)
@@ -31,8 +34,8 @@ def search(config: RunConfig) -> Path:
         optimise(run)
     if not (run.folder / "final").is_dir():
         finish(run)
-    if not (run.folder / "eval.json").is_file():
-        evaluate_found(run)
+    if not evaluated:
+        evaluate_found(run, tasks)
     report(str(run.folder))
     return run.folder
 
@@ -40,4 +43,5 @@ def search(config: RunConfig) -> Path:
 def text(folder: Path) -> str:
     """What the command prints."""
     rows = text_table(read_json(folder / "eval.json"))
-    return f"{rows}\n\nmodel: {folder / 'final'}\nreport: {folder / 'report.html'}"
+    ends = "\n".join(sentences(folder))
+    return f"{rows}\n\n{ends}\n\nmodel: {folder / 'final'}\nreport: {folder / 'report.html'}"
