@@ -144,7 +144,7 @@ class Tensors:
         return list(self._files)
 
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor, floating-point ones in the model's dtype if one was given; in memory of its own (files are mapped)."""
+        """A tensor, floating-point ones in the given dtype if there is one; in memory of its own (files are mapped)."""
         if name not in self._files:
             raise JointNASError(f"{str(self.folder)!r} has no tensor {name!r}")
         tensor = self._files.pop(name).get_tensor(name)

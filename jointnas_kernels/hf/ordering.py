@@ -79,7 +79,7 @@ class Order:
         if packed.numel() == s["hidden"] + blocks:  # of a shrunk supernet
             shapes = shapes[:2]
         if packed.dtype != torch.int64 or packed.numel() != sum(math.prod(shape) for shape in shapes):
-            raise JointNASError(f"a channel order of {packed.numel()} {packed.dtype} numbers is not that of this model.")
+            raise JointNASError(f"a channel order of {packed.numel()} {packed.dtype} numbers is not this model's.")
         split = packed.split([math.prod(shape) for shape in shapes])
         hidden, rank, *rest = (part.view(shape) for part, shape in zip(split, shapes, strict=True))
         return cls(tuple(hidden.tolist()), tuple(rank.tolist()), *rest)

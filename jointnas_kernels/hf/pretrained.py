@@ -1,4 +1,4 @@
-"""What transformers' Trainer, accelerate and their users expect of a model, for supernets: files, counts, checkpointing.
+"""What transformers' Trainer, accelerate and their users expect of a model: state, files, counts, checkpointing.
 
 A saved supernet is a folder of
 
@@ -26,6 +26,7 @@ from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.parts import supernet_parts
 from jointnas_kernels.layout import LINEARS
 from jointnas_kernels.nn.choices import ArchParameters
+from jointnas_kernels.nn.linear import MODES
 from jointnas_kernels.space import Choice, SearchSpace
 
 DESCRIPTION = "supernet.json"
@@ -54,6 +55,9 @@ class Pretrained(nn.Module):
     lm_head: nn.Parameter | None
     choice: Choice | None
     backend: str | None
+    seed: int
+    step: int
+    _mode: str
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,6 +104,27 @@ class Pretrained(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
         self.gradient_checkpointing = False
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """Where automatic draws are (seed, step, mode) and the channel order that the weights have, int64 [n]."""
+        return torch.cat((torch.tensor([self.seed, self.step, MODES.index(self._mode)]), self.order.pack()))
+
+    def set_extra_state(self, state: Any) -> None:
+        """Inverse of `get_extra_state`; part of `load_state_dict`.
+
+        Raises:
+            JointNASError: the state is of another channel order.
+        """
+        if not torch.equal(state[3:].cpu(), self.order.pack()):
+            raise JointNASError(
+                "the state's channel order is not this supernet's; convert with the importance it was saved with, or"
+                " load it with Supernet.from_pretrained."
+            )
+        self.seed, self.step, mode = state[:3].tolist()
+        supernet: Any = self
+        supernet.mode(MODES[mode])
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
@@ -202,6 +227,7 @@ def _parts(data: dict[str, Any], path: Path, order: Tensor, backend: str | None)
 def _own_memory(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Rows of a linear that its family fuses share its memory, which files cannot: such tensors are copied."""
     for name, value in state.items():
-        if name.startswith(prefix) and type(value) is Tensor:
-            if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
-                state[name] = value.clone(memory_format=torch.contiguous_format)
+        if not name.startswith(prefix) or type(value) is not Tensor:
+            continue
+        if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+            state[name] = value.clone(memory_format=torch.contiguous_format)

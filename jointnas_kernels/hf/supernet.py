@@ -25,14 +25,12 @@ from jointnas_kernels.space import Choice, SearchSpace
 
 
 class Supernet(Pretrained):
-    """Made by `convert`. What a forward pass computes is decided by `fix(choice)`, or by `draw(generator)` once per
-    step. Without either,
+    """Made by `convert`; computes what `fix(choice)` or, once per step, `draw(generator)` decided.
 
-    * in training mode every forward pass draws an architecture of its own, which is a function of (seed, step, mode),
-      and counts `step` up; set `step` to draw the same once more (`SearchCallback` holds it for all micro-batches of an
-      optimizer step). All ranks draw the same, and a resumed run what the killed one would have drawn: the three are
-      part of the state dict;
-    * in evaluation mode it is the most probable choice: what the search has found so far.
+    Without either, a forward pass in evaluation mode is that of the most probable choice, what the search has found so
+    far. In training mode each one draws an architecture of its own, a function of (seed, step, mode), and counts `step`
+    up; set `step` back to draw the same again, as `SearchCallback` does for the micro-batches of an optimizer step. The
+    three are part of the state dict: a resumed run draws what the killed one would have drawn, and all ranks the same.
 
     Modes say whose gradients a backward pass computes: "weight" LoRA's, "arch" those of the architecture parameters
     (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample, not a fixed choice.
@@ -247,17 +245,13 @@ class Supernet(Pretrained):
             x = graphs.guard(x, ticket)
         wanted = labels is None or not self.training if return_logits is None else return_logits
         output = self._output(x, labels, wanted, num_items_in_batch)
-        if self.regularizer is not None and self.training and self._mode != "weight" and self.choice is None:
-            self._regularize(output, labels, num_items_in_batch)
+        regularized = self.training and self._mode != "weight" and self.choice is None
+        if self.regularizer is not None and regularized and labels is not None:
+            value = self.regularizer(self.arch.probs()).to(output.loss.device, output.loss.dtype)
+            if num_items_in_batch is not None:  # the share of this micro-batch
+                value = value * ((labels[:, 1:] != IGNORE).sum() / num_items_in_batch)
+            output.loss = output.loss + value
         return output if return_dict is not False else output.to_tuple()
-
-    def _regularize(self, output: CausalLMOutput, labels: Tensor | None, items: Tensor | int | None) -> None:
-        if output.loss is None or labels is None or self.regularizer is None:
-            return
-        value = self.regularizer(self.arch.probs()).to(output.loss.device, output.loss.dtype)
-        if items is not None:
-            value = value * ((labels[:, 1:] != IGNORE).sum() / items)
-        output.loss = output.loss + value
 
     def _replayable(
         self, sample: ArchSample, input_ids: Tensor, attention_mask: Tensor | None
@@ -287,7 +281,8 @@ class Supernet(Pretrained):
             ones(heads * dim), ones(s["intermediate"]), *norms,
         )  # fmt: skip
         x = self._tokens(input_ids, masks)
-        step = self._step(x, masks, attention_mask, position_ids)._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
+        step = self._step(x, masks, attention_mask, position_ids)
+        step = step._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
         for block in self.blocks:
             x = block(x, step, BlockSample())
         return self._output(self.norm(x, step), labels, True)
@@ -360,24 +355,6 @@ class Supernet(Pretrained):
     def arch_parameters(self) -> list[nn.Parameter]:
         """What arch steps train."""
         return list(self.arch.parameters())
-
-    def get_extra_state(self) -> Tensor:
-        """Where automatic draws are (seed, step, mode) and the channel order that the weights have, int64 [n]."""
-        return torch.cat((torch.tensor([self.seed, self.step, MODES.index(self._mode)]), self.order.pack()))
-
-    def set_extra_state(self, state: Any) -> None:
-        """Inverse of `get_extra_state`; part of `load_state_dict`.
-
-        Raises:
-            JointNASError: the state is of another channel order.
-        """
-        if not torch.equal(state[3:].cpu(), self.order.pack()):
-            raise JointNASError(
-                "the state's channel order is not this supernet's; convert with the importance it was saved with, or"
-                " load it with Supernet.from_pretrained."
-            )
-        self.seed, self.step, mode = state[:3].tolist()
-        self.mode(MODES[mode])
 
     def search_state(self) -> dict[str, Tensor]:
         """Everything a search changes, as a flat dict for safetensors: LoRA, architecture parameters, quantizer state,

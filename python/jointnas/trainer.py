@@ -7,10 +7,10 @@
     )
 
 An optimizer step trains LoRA or the architecture, each with its own gradients only; parameters without a gradient are
-not touched, neither by weight decay. Everything a step draws is a function of (args.seed, step), as in `jointnas search`,
-and the same for all of its micro-batches; so a resumed run goes on as the killed one would have, bit for bit. Trainer's
-evaluation sees the most probable choice. The two kinds of steps take turns in one data set, where `jointnas search` keeps
-a part of it for architecture steps.
+not touched, not even by weight decay. What a step draws is a function of (args.seed, step), as in `jointnas search`,
+and the same for all of its micro-batches: a resumed run goes on as the killed one would have, bit for bit. Trainer's
+evaluation sees the most probable choice. The two kinds of steps take turns in one data set; `jointnas search` keeps a
+part of it for architecture steps.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class SearchCallback(TrainerCallback):
                 raise JointNASError(f"SearchCallback: {name} is {value}; it must be at least {least}.")
         if not lr_arch > 0:
             raise JointNASError(f"SearchCallback: lr_arch is {lr_arch}; a learning rate must be positive.")
-        self.arch_every, self.weight_warmup, self.lr_arch, self.objective = arch_every, weight_warmup, lr_arch, objective
+        self.arch_every, self.weight_warmup = arch_every, weight_warmup
+        self.lr_arch, self.objective = lr_arch, objective
         self._parts: dict[str, float] = {}  # of the last architecture step's objective
         self._use_cache: Any = None
 
@@ -68,7 +69,7 @@ class SearchCallback(TrainerCallback):
         """
         optimizer, options = Trainer.get_optimizer_cls_and_kwargs(args)
         if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-            raise JointNASError(f"SearchCallback: optim {args.optim!r} makes its own parameter groups; use adamw_torch.")
+            raise JointNASError(f"SearchCallback: optim {args.optim!r} makes its own parameter groups; use adamw_torch")
         weight = {"params": supernet.lora_parameters(), "weight_decay": args.weight_decay}
         arch: dict[str, Any] = {"params": supernet.arch_parameters(), "lr": self.lr_arch, "weight_decay": 0.0}
         if "betas" in options:

@@ -148,7 +148,7 @@ def test_arguments_of_transformers() -> None:
     plain = supernet(x).logits
     assert torch.equal(supernet(x, use_cache=False, output_attentions=None, return_dict=True).logits, plain)
     assert torch.equal(supernet(x, return_dict=False)[0], plain)
-    with pytest.raises(JointNASError, match="unknown argument 'use_cache'.*Allowed: input_ids"):
+    with pytest.raises(JointNASError, match=r"unknown argument 'use_cache'.*Allowed: input_ids"):
         supernet(x, use_cache=True)
     with pytest.raises(JointNASError, match="Did you mean 'position_ids'"):
         supernet(x, positions_ids=x)
