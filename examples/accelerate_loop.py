@@ -24,7 +24,7 @@ def search(steps: int, save_at: int | None = None, resume: bool = False) -> hf.S
         {"params": supernet.lora_parameters(), "lr": 1e-2},
         {"params": supernet.arch_parameters(), "lr": 0.05, "betas": (0.5, 0.999), "weight_decay": 0.0},
     ])  # fmt: skip
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)  # several ranks: DistributedDataParallelKwargs(find_unused_parameters=True)
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     model, optimizer, loader = accelerator.prepare(supernet, optimizer, loader)
     if resume:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
@@ -104,6 +105,27 @@ class Pretrained(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations."""
         self.gradient_checkpointing = False
+
+    # ---- ranks ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Read by DistributedDataParallel, which wants parameters of one device; see `averaged`."""
+        return [f"arch.{name}" for name, _ in self.arch.named_parameters()]
+
+    def averaged(self, alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same host values [K] or [blocks, K]; where several ranks train, the gradient of each is its mean over
+        them. It reaches parameters that are equal on all ranks, and stay so."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            for alpha in alphas.values():
+                if alpha.requires_grad:
+                    alpha.register_hook(self._mean_over_ranks)
+        return alphas
+
+    def _mean_over_ranks(self, gradient: Tensor) -> Tensor:
+        total = gradient.to(self.device, copy=True)  # NCCL has nothing for the host
+        dist.all_reduce(total)
+        return (total / dist.get_world_size()).to(gradient.device)
 
     # ---- state ------------------------------------------------------------------------------------------------------
 

@@ -170,7 +170,9 @@ class Supernet(Pretrained):
         """What runs without `draw`, `use` or `fix`."""
         if not self.training:
             return self._one_hot(self.argmax())
-        sample = self.draw(seeded(self.seed, self.step, MODES.index(self._mode)))
+        with torch.set_grad_enabled(self._mode != "weight" and torch.is_grad_enabled()):
+            alphas = self.arch.draw(seeded(self.seed, self.step, MODES.index(self._mode)))
+            sample = self.use(self.averaged(alphas))
         self.sample = None  # it holds for one forward pass
         self.step += 1
         return sample
@@ -247,7 +249,7 @@ class Supernet(Pretrained):
         output = self._output(x, labels, wanted, num_items_in_batch)
         regularized = self.training and self._mode != "weight" and self.choice is None
         if self.regularizer is not None and regularized and labels is not None:
-            value = self.regularizer(self.arch.probs()).to(output.loss.device, output.loss.dtype)
+            value = self.regularizer(self.averaged(self.arch.probs())).to(output.loss.device, output.loss.dtype)
             if num_items_in_batch is not None:  # the share of this micro-batch
                 value = value * ((labels[:, 1:] != IGNORE).sum() / num_items_in_batch)
             output.loss = output.loss + value

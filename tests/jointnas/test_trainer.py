@@ -1,12 +1,14 @@
 """Hugging Face Trainer and accelerate on a supernet: the steps of a search, resumed bit for bit.
 
-``python -m tests.jointnas.test_trainer OUT`` trains and kills itself in the middle.
+``python -m tests.jointnas.test_trainer OUT`` trains and kills itself in the middle; with a rank in the environment, it
+trains as one of several.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -109,18 +111,23 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def start(out: Path, **variables: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'tests'}", **variables}
+    return subprocess.Popen([sys.executable, "-m", "tests.jointnas.test_trainer", out], cwd=ROOT, env=environment)
+
+
 ACCUMULATE = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "warmup_steps": 2}
 
 
 def test_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
-    whole, watch = trainer(tmp_path / "whole", callbacks=(watch := Watch(),), **ACCUMULATE), watch
+    watch = Watch()
+    whole = trainer(tmp_path / "whole", callbacks=(watch,), **ACCUMULATE)
     whole.train()
-    assert [kind for kind, _ in watch.seen] == ["weight", "arch"] * (STEPS // 2)
-    assert all(changed == {{"weight": "blocks", "arch": "arch"}[kind]} for kind, changed in watch.seen)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-m", "tests.jointnas.test_trainer", str(tmp_path / "killed")]
-    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kinds = [("weight", {"blocks"}), ("arch", {"arch"})] * (STEPS // 2)
+    assert watch.seen[1:] == kinds[1:]
+    assert watch.seen[0] == ("weight", set())  # the warm-up starts at a learning rate of 0
+    killed = start(tmp_path / "killed")
+    assert killed.wait(500) == -signal.SIGKILL
     assert [f.name for f in (tmp_path / "killed").iterdir()] == ["checkpoint-3"]
     resumed = trainer(tmp_path / "killed", **ACCUMULATE)
     resumed.train(resume_from_checkpoint=True)
@@ -282,6 +289,42 @@ def test_accelerate(tmp_path: Path) -> None:
     assert_equal_states(whole, resumed)
 
 
+def shared(folder: Path, batch: int, **options: Any) -> Supernet:
+    """Two rows a step, of which a rank takes `batch`."""
+    net = supernet()
+    terms = objective(net, tiny.config(folder, search={"budget_max": 0.5, "lambda_ramp": 0.0}))
+    made = trainer(
+        folder, net, SearchCallback(lr_arch=0.05, objective=terms), max_steps=4, per_device_train_batch_size=batch,
+        save_strategy="no", train_sampling_strategy="sequential", **options,
+    )  # fmt: skip
+    made.train()
+    return net
+
+
+def test_ranks_draw_the_same_and_average_gradients(tmp_path: Path) -> None:
+    """DistributedDataParallel: as one process with all rows, though the rows of a step differ in length."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [start(tmp_path, RANK=str(r), LOCAL_RANK=str(r), **where) for r in range(2)]
+    alone = shared(tmp_path / "alone", 2)
+    assert [rank.wait(500) for rank in ranks] == [0, 0]
+    first, second = (Supernet.from_pretrained(tmp_path / str(rank)) for rank in range(2))
+    assert_equal_states(first, second)
+    before = supernet().state_dict()
+    moved = 0
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(first.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+        moved += int(not torch.equal(value, before[name]))
+    assert moved > len(list(alone.linears()))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        trained = shared(Path(sys.argv[1]) / "out", 1, ddp_backend="gloo")
+        trained.save_pretrained(Path(sys.argv[1]) / os.environ["RANK"])
+        torch.distributed.destroy_process_group()
+        sys.exit()
     trainer(Path(sys.argv[1]), callbacks=(Kill(),), **ACCUMULATE).train()
