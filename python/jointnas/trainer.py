@@ -34,8 +34,9 @@ class SearchCallback(TrainerCallback):
         arch_every: every so many optimizer steps one trains the architecture, the others LoRA.
         weight_warmup: optimizer steps before the first that may train the architecture.
         lr_arch: learning rate of the architecture parameters; that of LoRA is Trainer's.
-        objective: latency and budget terms of the architecture steps' loss; None: cross-entropy alone. Its
-            `search.steps`, over which the penalty ramps up, are Trainer's optimizer steps.
+        objective: latency and budget terms of the architecture steps' loss, made by
+            `Objective(config, supernet.config, table.bind(supernet.space, supernet.block_rank))`; the config's
+            `search.steps`, over which the penalty ramps up, are Trainer's optimizer steps. None: cross-entropy alone.
 
     Raises:
         JointNASError: numbers out of range.
