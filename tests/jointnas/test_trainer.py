@@ -119,6 +119,7 @@ def start(out: Path, **variables: str) -> subprocess.Popen[bytes]:
 ACCUMULATE = {"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "warmup_steps": 2}
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
     watch = Watch()
     whole = trainer(tmp_path / "whole", callbacks=(watch,), **ACCUMULATE)
@@ -301,6 +302,7 @@ def shared(folder: Path, batch: int, **options: Any) -> Supernet:
     return net
 
 
+@pytest.mark.slow
 def test_ranks_draw_the_same_and_average_gradients(tmp_path: Path) -> None:
     """DistributedDataParallel: as one process with all rows, though the rows of a step differ in length."""
     with socket.socket() as free:
