@@ -74,8 +74,10 @@ class Order:
         """
         s = all_sizes(config)
         blocks = s["blocks"]
-        shapes = ((s["hidden"],), (blocks,), (blocks, s["heads"]), (blocks, s["kv_heads"], s["head_dim"]),
-                  (blocks, s["intermediate"]))  # fmt: skip
+        shapes: tuple[tuple[int, ...], ...] = (
+            (s["hidden"],), (blocks,), (blocks, s["heads"]), (blocks, s["kv_heads"], s["head_dim"]),
+            (blocks, s["intermediate"]),
+        )  # fmt: skip
         if packed.numel() == s["hidden"] + blocks:  # of a shrunk supernet
             shapes = shapes[:2]
         if packed.dtype != torch.int64 or packed.numel() != sum(math.prod(shape) for shape in shapes):

@@ -53,7 +53,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
     """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored); gradient to x only.
 
-    `items`, a scalar: divide the sum by this many instead of by the labelled tokens (of all parts of a larger batch).
+    Args:
+        items: a scalar that the sum is divided by (labelled tokens of all parts of a larger batch); None: the tokens
+            that are labelled here.
     """
     loss: Tensor = _LinearCrossEntropy.apply(x, weight.detach(), labels, items)  # type: ignore[no-untyped-call]
     return loss

@@ -87,7 +87,9 @@ class SearchCallback(TrainerCallback):
         Raises:
             JointNASError: the model is no supernet, or an option of Trainer does not go with one.
         """
-        supernet = _supernet(kwargs)
+        supernet = kwargs["model"]
+        if not isinstance(supernet, Supernet):
+            raise JointNASError(f"SearchCallback: the model is a {type(supernet).__name__}; give Trainer a supernet.")
         refused = {
             "label_smoothing_factor": args.label_smoothing_factor, "neftune_noise_alpha": args.neftune_noise_alpha,
             "use_liger_kernel": args.use_liger_kernel, "torch_compile": args.torch_compile,
@@ -117,7 +119,7 @@ class SearchCallback(TrainerCallback):
         Raises:
             JointNASError: the supernet is fixed to one choice.
         """
-        supernet = _supernet(kwargs)
+        supernet: Supernet = kwargs["model"]
         if supernet.choice is not None:
             raise JointNASError("SearchCallback: the supernet is fixed to one choice; call relax() to search.")
         supernet.relax()
@@ -135,20 +137,20 @@ class SearchCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:  # fmt: skip
         """Decides what the step trains, and which architecture it draws."""
-        supernet = _supernet(kwargs).mode(self.mode(state.global_step))
-        supernet.step = state.global_step
+        supernet: Supernet = kwargs["model"]
+        supernet.mode(self.mode(state.global_step)).step = state.global_step
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:  # fmt: skip
         """The next micro-batch draws the same architecture."""
-        _supernet(kwargs).step = state.global_step
+        kwargs["model"].step = state.global_step
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:  # fmt: skip
         """Adds the largest entropy of a dimension, and the parts of the objective."""
-        logs, supernet = kwargs["logs"], _supernet(kwargs)
+        logs, supernet = kwargs["logs"], kwargs["model"]
         if "loss" in logs:
             entropy = entropies(supernet.arch.probs(), supernet.space, supernet.block_rank)
             own = {"entropy_max": max(entropy.values(), default=0.0), **self._parts}
@@ -161,19 +163,12 @@ class SearchCallback(TrainerCallback):
         """Makes the checkpoint a folder that `Supernet.from_pretrained` loads, too."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            _supernet(kwargs).save_description(folder)
+            kwargs["model"].save_description(folder)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:  # fmt: skip
         """Leaves the supernet as it was given."""
-        supernet = _supernet(kwargs)
+        supernet: Supernet = kwargs["model"]
         supernet.regularizer = None
         supernet.config.use_cache = self._use_cache
-
-
-def _supernet(kwargs: dict[str, Any]) -> Supernet:
-    model = kwargs["model"]
-    if not isinstance(model, Supernet):
-        raise JointNASError(f"SearchCallback: the model is a {type(model).__name__}; give Trainer a supernet.")
-    return model
