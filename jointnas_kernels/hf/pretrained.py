@@ -40,7 +40,7 @@ KEYS = (
 
 
 class Pretrained(nn.Module):
-    """Base of `Supernet`."""
+    """Base of `Supernet`: its files, and what Trainer and accelerate ask a model for."""
 
     accepts_loss_kwargs = True  # Trainer passes num_items_in_batch
     loss_type = "ForCausalLM"  # Trainer counts the labels behind the first of each row
