@@ -231,6 +231,28 @@ def test_packed_batches(tmp_path: Path) -> None:
     torch.testing.assert_close(whole.logits[:, :first], alone)
 
 
+def test_without_a_callback(tmp_path: Path) -> None:
+    """Weight steps only, one draw per forward pass; where they are is in the checkpoint."""
+
+    def made(steps: int) -> Trainer:
+        args = TrainingArguments(
+            str(tmp_path), max_steps=steps, save_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+            disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        return Trainer(supernet(), args, train_dataset=rows(), data_collator=padded)
+
+    first, whole = made(2), made(4)
+    first.train()
+    whole.train()
+    resumed = made(4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert (resumed.model.step, resumed.model.current_mode) == (4, "weight")
+    assert_equal_states(resumed.model, whole.model)
+    before = supernet().state_dict()
+    moved = {name for name, value in whole.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"lora_a", "lora_b", "_extra_state"}
+
+
 def test_kinds_of_steps() -> None:
     search = SearchCallback(arch_every=3, weight_warmup=4)
     assert [search.mode(step) for step in range(9)] == [
