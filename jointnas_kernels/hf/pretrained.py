@@ -63,7 +63,7 @@ class Pretrained(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.full_depth_gradient, self.gradient_checkpointing = True, False
-        self.register_state_dict_post_hook(_own_memory)
+        self.register_state_dict_post_hook(_own_memory)  # type: ignore[no-untyped-call]
 
     @property
     def device(self) -> torch.device:
@@ -226,7 +226,7 @@ class Pretrained(nn.Module):
         supernet.full_depth_gradient = bool(data["full_depth_gradient"])
         if data["choice"] is not None:
             supernet.fix(Choice.from_dict(data["choice"], where=str(path)))
-        return supernet  # type: ignore[no-any-return]
+        return supernet
 
 
 def _parts(data: dict[str, Any], path: Path, order: Tensor, backend: str | None) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _parts(data: dict[str, Any], path: Path, order: Tensor, backend: str | None)
     config = AutoConfig.for_model(**data["config"])
     family(config, f"{path}: a model")
     with torch.device("meta"):
-        model = build(config)
+        model: Any = build(config)
     model.tie_weights()
     generation = data["generation_config"]
     model.generation_config = None if generation is None else GenerationConfig.from_dict(generation)

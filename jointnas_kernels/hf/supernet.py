@@ -248,12 +248,12 @@ class Supernet(Pretrained):
         wanted = labels is None or not self.training if return_logits is None else return_logits
         output = self._output(x, labels, wanted, num_items_in_batch)
         regularized = self.training and self._mode != "weight" and self.choice is None
-        if self.regularizer is not None and regularized and labels is not None:
+        if self.regularizer is not None and regularized and labels is not None and output.loss is not None:
             value = self.regularizer(self.averaged(self.arch.probs())).to(output.loss.device, output.loss.dtype)
             if num_items_in_batch is not None:  # the share of this micro-batch
                 value = value * ((labels[:, 1:] != IGNORE).sum() / num_items_in_batch)
             output.loss = output.loss + value
-        return output if return_dict is not False else output.to_tuple()
+        return output if return_dict is not False else output.to_tuple()  # type: ignore[return-value]
 
     def _replayable(
         self, sample: ArchSample, input_ids: Tensor, attention_mask: Tensor | None
