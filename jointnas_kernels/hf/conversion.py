@@ -15,11 +15,9 @@ from jointnas_kernels.hf.adapters import lora_options
 from jointnas_kernels.hf.families import FAMILIES, rotary
 from jointnas_kernels.hf.importance import Importance, importance_scores
 from jointnas_kernels.hf.ordering import identity_order, reorder
+from jointnas_kernels.hf.parts import supernet_parts
 from jointnas_kernels.hf.supernet import Supernet
-from jointnas_kernels.layout import FINAL_NORM, HIDDEN, PAIRS, Norm, all_sizes, block_of, kept, sliding_windows, traits
-from jointnas_kernels.nn.block import ActQuant, HeadNorm, SupernetBlock, SupernetNorm
-from jointnas_kernels.nn.choices import ArchParameters
-from jointnas_kernels.nn.linear import SupernetLinear
+from jointnas_kernels.layout import PAIRS, all_sizes, block_of, kept, traits
 from jointnas_kernels.space import ATTENTION, SearchSpace, subnet_config
 
 if TYPE_CHECKING:
@@ -60,46 +58,19 @@ def convert(
     space, removed = feasible_space(config, space)
     for line in removed:
         log.warning("search space: removed %s", line)
-    layout, sizes = block_of(config), all_sizes(config)
+    layout = block_of(config)
     pairs: dict[str, Any] = {"rank": lora_rank, "alpha": lora_alpha} if lora is None else lora_options(lora, layout)
     if lora is not None and (lora_rank, lora_alpha) != (32, 16):
         raise JointNASError("convert: give lora_rank and lora_alpha, or lora=LoraConfig(...), not both.")
-    options = {**pairs, "bits": space.weight_bits, "ste": ste, "lora_dtype": lora_dtype, "backend": backend}
     if importance is None and calibration is not None:
         importance = importance_scores(model, calibration)
     order = identity_order(config) if importance is None else reorder(model, importance)
-
-    def linears(layer: nn.Module) -> dict[str, SupernetLinear]:
-        found = {}
-        for linear in layout.linears:
-            module: Any = layer.get_submodule(linear.module)
-            rows = layout.rows(linear, sizes)
-            bias = None if module.bias is None else module.bias[rows]
-            found[linear.name] = SupernetLinear(module.weight[rows], bias, group_size=space.group(linear), **options)
-        return found
-
-    def norm(parent: nn.Module, of: Norm) -> Any:
-        module: Any = parent.get_submodule(of.path)
-        return (SupernetNorm if of.axis == HIDDEN else HeadNorm)(module.weight, module.variance_epsilon, backend)
-
-    act = ActQuant(space.act_bits, act_symmetric, backend)
-    body: Any = model.get_submodule("model")
-    blocks = [
-        SupernetBlock(
-            linears(layer), {of.name: norm(layer, of) for of in layout.norms}, act, sizes["head_dim"],
-            window is not None,
-        )
-        for layer, window in zip(body.layers, sliding_windows(config), strict=True)
-    ]  # fmt: skip
-    arch = ArchParameters(
-        space, config, order.block_rank, relaxation=relaxation, bit_relaxation=bit_relaxation, tau=tau,
-        alpha_init=alpha_init,
-    )
-    embedding, head = body.embed_tokens.weight, model.get_submodule("lm_head").weight
-    return Supernet(
-        config, space, order, arch, embedding, blocks, norm(model, FINAL_NORM), None if head is embedding else head,  # type: ignore[arg-type]
-        body.rotary_emb, backend, getattr(model, "generation_config", None),
-    )
+    arch = {"relaxation": relaxation, "bit_relaxation": bit_relaxation, "tau": tau, "alpha_init": alpha_init}
+    return Supernet(**supernet_parts(
+        model, space, order, groups={linear.name: space.group(linear) for linear in layout.linears},
+        linear={**pairs, "ste": ste, "lora_dtype": lora_dtype}, arch=arch, act_symmetric=act_symmetric,
+        backend=backend,
+    ))  # fmt: skip
 
 
 def check_model(model: nn.Module) -> None:

@@ -118,7 +118,7 @@ def _linear(tensors: Tensors, name: str, scheme: Scheme, plain: nn.Module, backe
 class Tensors:
     """The safetensors files of a folder; every tensor is read once, by name, onto one device."""
 
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype | None = None) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
         self._stack = contextlib.ExitStack()
         self._files: dict[str, Any] = {}
@@ -139,8 +139,12 @@ class Tensors:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def names(self) -> list[str]:
+        """What is left to take."""
+        return list(self._files)
+
     def take(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A tensor, floating-point ones in the model's dtype; in memory of its own (files are mapped)."""
+        """A tensor, floating-point ones in the given dtype if there is one; in memory of its own (files are mapped)."""
         if name not in self._files:
             raise JointNASError(f"{str(self.folder)!r} has no tensor {name!r}")
         tensor = self._files.pop(name).get_tensor(name)

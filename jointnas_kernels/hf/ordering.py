@@ -8,6 +8,7 @@ Blocks are not moved, only ranked.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,37 @@ class Order:
         for inner in (orders[factor.order] for factor in axis[1:]):
             index = (index[:, :, None] * inner.shape[1] + inner[:, None, :]).flatten(1)
         return index.flatten()
+
+
+    def pack(self) -> Tensor:
+        """All of it in one int64 [n], for files."""
+        parts = (torch.tensor(self.hidden), torch.tensor(self.block_rank), self.heads, self.value_dims, self.neurons)
+        return torch.cat([part.flatten().cpu() for part in parts if part is not None])
+
+    @classmethod
+    def unpack(cls, packed: Tensor, config: Any) -> Order:
+        """Inverse of `pack`, for the model that a config describes.
+
+        Args:
+            packed: int64 [n].
+            config: the model's.
+
+        Raises:
+            JointNASError: it is of another model.
+        """
+        s = all_sizes(config)
+        blocks = s["blocks"]
+        shapes: tuple[tuple[int, ...], ...] = (
+            (s["hidden"],), (blocks,), (blocks, s["heads"]), (blocks, s["kv_heads"], s["head_dim"]),
+            (blocks, s["intermediate"]),
+        )  # fmt: skip
+        if packed.numel() == s["hidden"] + blocks:  # of a shrunk supernet
+            shapes = shapes[:2]
+        if packed.dtype != torch.int64 or packed.numel() != sum(math.prod(shape) for shape in shapes):
+            raise JointNASError(f"a channel order of {packed.numel()} {packed.dtype} numbers is not this model's.")
+        split = packed.split([math.prod(shape) for shape in shapes])
+        hidden, rank, *rest = (part.view(shape) for part, shape in zip(split, shapes, strict=True))
+        return cls(tuple(hidden.tolist()), tuple(rank.tolist()), *rest)
 
 
 def identity_order(config: Any) -> Order:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,17 +13,24 @@ from transformers.modeling_outputs import CausalLMOutput
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf.graphs import BlockGraphs
 from jointnas_kernels.hf.ordering import Order
+from jointnas_kernels.hf.pretrained import Pretrained
+from jointnas_kernels.hf.visibility import check_positions, sequences, visible
 from jointnas_kernels.layout import all_sizes, sliding_windows, traits
 from jointnas_kernels.nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
-from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks
+from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks, seeded
 from jointnas_kernels.nn.linear import MODES, SupernetLinear
-from jointnas_kernels.nn.loss import linear_cross_entropy
+from jointnas_kernels.nn.loss import IGNORE, linear_cross_entropy
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.space import Choice, SearchSpace
 
 
-class Supernet(nn.Module):
-    """Made by `convert`. Before a forward pass: `fix(choice)`, or `draw(generator)` once per step.
+class Supernet(Pretrained):
+    """Made by `convert`; computes what `fix(choice)` or, once per step, `draw(generator)` decided.
+
+    Without either, a forward pass in evaluation mode is that of the most probable choice, what the search has found so
+    far. In training mode each one draws an architecture of its own, a function of (seed, step, mode), and counts `step`
+    up; set `step` back to draw the same again, as `SearchCallback` does for the micro-batches of an optimizer step. The
+    three are part of the state dict: a resumed run draws what the killed one would have drawn, and all ranks the same.
 
     Modes say whose gradients a backward pass computes: "weight" LoRA's, "arch" those of the architecture parameters
     (and neither costs what the other needs), "full" both. Changing the mode drops a drawn sample, not a fixed choice.
@@ -32,6 +39,9 @@ class Supernet(nn.Module):
         embedding: [V, N], frozen like every weight.
         lm_head: [V, N]; None: tied to the embedding.
         arch: the architecture parameters; they stay on the host.
+        seed, step: of the next automatic draw.
+        regularizer: of the probabilities, keyed as `arch.probs` returns them; what it returns is added to the loss of
+            "arch" and "full" steps in training mode, once per batch (a micro-batch adds its share). None: nothing.
         full_depth_gradient: in "arch" and "full" mode, blocks that the depth draw skips still run, without a graph, to
             give their gates a gradient; their output is the identity either way. "weight" mode always skips them.
         gradient_checkpointing: recompute blocks in the backward pass.
@@ -49,7 +59,8 @@ class Supernet(nn.Module):
         self.embedding = nn.Parameter(embedding.detach(), requires_grad=False)
         self.blocks, self.norm, self.rotary = nn.ModuleList(blocks), norm, rotary
         self.lm_head = None if lm_head is None else nn.Parameter(lm_head.detach(), requires_grad=False)
-        self.full_depth_gradient, self.gradient_checkpointing = True, False
+        self.seed = self.step = 0
+        self.regularizer: Callable[[dict[str, Tensor]], Tensor] | None = None
         self.sample: ArchSample | None = None
         self.choice: Choice | None = None
         self.graphs: BlockGraphs | None = None
@@ -78,6 +89,11 @@ class Supernet(nn.Module):
             self._refresh()
         return self
 
+    @property
+    def current_mode(self) -> str:
+        """Whose gradients the next steps compute."""
+        return self._mode
+
     def draw(self, generator: torch.Generator | None = None, relaxation: str | None = None) -> ArchSample:
         """One architecture sample for the next forward passes; the generator is one of the host."""
         with torch.set_grad_enabled(self._mode != "weight" and torch.is_grad_enabled()):
@@ -100,7 +116,7 @@ class Supernet(nn.Module):
         return self
 
     def relax(self) -> Supernet:
-        """Back to sampling: the next forward pass needs a `draw`."""
+        """Back to sampling: let go of a fixed choice and of a drawn sample."""
         self.choice = self.sample = None
         return self
 
@@ -145,8 +161,21 @@ class Supernet(nn.Module):
 
     def _refresh(self) -> None:
         if self.choice is not None:
-            alphas = self.arch.one_hot(self.choice)
-            self.sample = self.arch.assemble(alphas, device=self.device, dtype=self.mask_dtype)
+            self.sample = self._one_hot(self.choice)
+
+    def _one_hot(self, choice: Choice) -> ArchSample:
+        return self.arch.assemble(self.arch.one_hot(choice), device=self.device, dtype=self.mask_dtype)
+
+    def _automatic(self) -> ArchSample:
+        """What runs without `draw`, `use` or `fix`."""
+        if not self.training:
+            return self._one_hot(self.argmax())
+        with torch.set_grad_enabled(self._mode != "weight" and torch.is_grad_enabled()):
+            alphas = self.arch.draw(seeded(self.seed, self.step, MODES.index(self._mode)))
+            sample = self.use(self.averaged(alphas))
+        self.sample = None  # it holds for one forward pass
+        self.step += 1
+        return sample
 
     def _apply(self, fn: Any, recurse: bool = True) -> Supernet:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -154,11 +183,6 @@ class Supernet(nn.Module):
         self.sample = None  # its masks are on the old device
         self._refresh()
         return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.embedding.device
 
     @property
     def mask_dtype(self) -> torch.dtype:
@@ -169,23 +193,41 @@ class Supernet(nn.Module):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, *,
-        return_logits: bool | None = None,
+        position_ids: Tensor | None = None, return_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None, return_dict: bool | None = None, **others: Any,
     ) -> CausalLMOutput:
         """Loss (if labels are given) and logits [B, T, V].
 
-        With labels the logits are left out unless `return_logits=True`: the loss is then computed chunk by chunk and
-        the full logits never exist. `attention_mask` [B, T] marks padding with 0; leave it out when there is none,
-        because only then attention can use the causal kernel. Labels are the input ids, shifted here; -100 is ignored.
+        With labels the logits are left out in training mode, unless `return_logits=True`: the loss is then computed
+        chunk by chunk and the full logits never exist.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 0 at padding. Leave it out when there is none, because only then attention can use
+                the causal kernel.
+            labels: [B, T], the input ids, shifted here; -100 is ignored.
+            position_ids: [B, T] or [1, T], None: 0 to T - 1. Where they do not go on by one, and without an
+                attention_mask, another sequence begins, and attention stays inside each.
+            return_logits: None: where there are no labels, and in evaluation mode.
+            num_items_in_batch: a scalar: the loss is the sum over the tokens, divided by this; None: their mean.
+            return_dict: False: a tuple.
+            others: arguments of transformers' models that are not supported; they may only be None or False.
 
         Raises:
-            JointNASError: there is no architecture, by `draw` or `fix`.
+            JointNASError: an unsupported argument, or position_ids of another shape.
         """
-        if self.sample is None:
-            raise JointNASError("the supernet has no architecture: call draw(generator) or fix(choice) before a step.")
-        sample = self.sample
-        graphs = self._replayable(sample, input_ids, attention_mask)
+        asked = [name for name, value in others.items() if value is not None and value is not False]
+        if asked:
+            allowed = ("input_ids", "attention_mask", "labels", "position_ids", "return_logits", "num_items_in_batch")
+            raise unknown("argument", asked[0], (*allowed, "return_dict"), where="a supernet's forward pass")
+        if position_ids is not None:
+            check_positions(position_ids, *input_ids.shape)
+        sample = self._automatic() if self.sample is None else self.sample
+        graphs = None if position_ids is not None else self._replayable(sample, input_ids, attention_mask)
         ticket = 0 if graphs is None else graphs.begin()
-        x, step = self.embed(input_ids, sample, attention_mask, None if graphs is None else graphs.step)
+        x, step = self.embed(
+            input_ids, sample, attention_mask, None if graphs is None else graphs.step, position_ids
+        )
         block: Any
         for index, (block, one, gate) in enumerate(zip(self.blocks, sample.blocks, sample.gates, strict=True)):
             skipped = gate == 0
@@ -203,7 +245,15 @@ class Supernet(nn.Module):
         x = self.norm(x, step)
         if graphs is not None:
             x = graphs.guard(x, ticket)
-        return self._output(x, labels, return_logits)
+        wanted = labels is None or not self.training if return_logits is None else return_logits
+        output = self._output(x, labels, wanted, num_items_in_batch)
+        regularized = self.training and self._mode != "weight" and self.choice is None
+        if self.regularizer is not None and regularized and labels is not None and output.loss is not None:
+            value = self.regularizer(self.averaged(self.arch.probs())).to(output.loss.device, output.loss.dtype)
+            if num_items_in_batch is not None:  # the share of this micro-batch
+                value = value * ((labels[:, 1:] != IGNORE).sum() / num_items_in_batch)
+            output.loss = output.loss + value
+        return output if return_dict is not False else output.to_tuple()  # type: ignore[return-value]
 
     def _replayable(
         self, sample: ArchSample, input_ids: Tensor, attention_mask: Tensor | None
@@ -217,7 +267,8 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def original(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> CausalLMOutput:
         """The model before conversion, from the same weights: a distillation teacher without a second copy."""
         s = all_sizes(self.config)
@@ -232,19 +283,21 @@ class Supernet(nn.Module):
             ones(heads * dim), ones(s["intermediate"]), *norms,
         )  # fmt: skip
         x = self._tokens(input_ids, masks)
-        step = self._step(x, masks, attention_mask)._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
+        step = self._step(x, masks, attention_mask, position_ids)
+        step = step._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
         for block in self.blocks:
             x = block(x, step, BlockSample())
         return self._output(self.norm(x, step), labels, True)
 
     def embed(
-        self, input_ids: Tensor, sample: ArchSample, attention_mask: Tensor | None = None, known: Step | None = None
+        self, input_ids: Tensor, sample: ArchSample, attention_mask: Tensor | None = None, known: Step | None = None,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Step]:
         """Masked embeddings [B, T, N], and what the blocks share; `known`: that of an earlier pass of this shape."""
         x = self._tokens(input_ids, sample.masks)
         if known is not None:
             return x, known._replace(masks=sample.masks, mode=self._mode)
-        return x, self._step(x, sample.masks, attention_mask)
+        return x, self._step(x, sample.masks, attention_mask, position_ids)
 
     def _tokens(self, input_ids: Tensor, masks: Masks) -> Tensor:
         kind = self.device.type
@@ -253,42 +306,36 @@ class Supernet(nn.Module):
             x = x.to(torch.get_autocast_dtype(kind))
         return channel_mask(x, masks.hidden, backend=self.backend)
 
-    def _step(self, x: Tensor, masks: Masks, attention_mask: Tensor | None) -> Step:
-        length = x.shape[1]
-        cos, sin = self.rotary(x, torch.arange(length, device=x.device)[None])
+    def _step(self, x: Tensor, masks: Masks, attention_mask: Tensor | None, position_ids: Tensor | None) -> Step:
+        length, device = x.shape[1], x.device
+        packed = None if position_ids is None or attention_mask is not None else sequences(position_ids)
+        cos, sin = self.rotary(x, torch.arange(length, device=device)[None] if position_ids is None else position_ids)
         look = near = None
-        if attention_mask is not None:
-            look = self._visible(length, attention_mask)
+        if attention_mask is not None or packed is not None:
+            look = visible(length, device, attention_mask, packed)
         if self._window is not None:  # up to its length a window hides nothing
-            near = look if length <= self._window else self._visible(length, attention_mask, self._window)
+            near = look if length <= self._window else visible(length, device, attention_mask, packed, self._window)
         ones = (torch.ones_like(masks.q), torch.ones_like(masks.k)) if self._qk_norm else None
         return Step(
             masks, self.space.hidden, cos, sin, look, near, head_dims=self.space.head_dim, rope_masks=ones,
             mode=self._mode,
         )  # fmt: skip
 
-    def _visible(self, length: int, attention_mask: Tensor | None, window: int | None = None) -> Tensor:
-        """[B or 1, 1, T, T]: True where a query may look."""
-        visible = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-        if window is not None:
-            visible = visible.triu(1 - window)
-        if attention_mask is None:
-            return visible[None, None]
-        visible = visible & attention_mask[:, None, None, :].bool()
-        return visible | torch.eye(length, dtype=torch.bool, device=self.device)  # left padding would see nothing: NaN
-
-    def _output(self, x: Tensor, labels: Tensor | None, return_logits: bool | None) -> CausalLMOutput:
+    def _output(
+        self, x: Tensor, labels: Tensor | None, return_logits: bool, items: Tensor | int | None = None
+    ) -> CausalLMOutput:
         weight = (self.embedding if self.lm_head is None else self.lm_head).to(x.dtype)
         loss = logits = None
         if labels is not None:
-            target = nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        if return_logits or (return_logits is None and labels is None):
+            target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+        if return_logits:
             logits = nn.functional.linear(x, weight)
             if labels is not None:
-                wide = torch.promote_types(logits.dtype, torch.float32)
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1).to(wide), target)
+                wide = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+                loss = nn.functional.cross_entropy(wide, target, reduction="mean" if items is None else "sum")
+                loss = loss if items is None else loss / items
         elif labels is not None:
-            loss = linear_cross_entropy(x.flatten(0, 1), weight, target)
+            loss = linear_cross_entropy(x.flatten(0, 1), weight, target, items)
         return CausalLMOutput(loss=loss, logits=logits)
 
     # ---- parameters and state ---------------------------------------------------------------------------------------

@@ -40,6 +40,17 @@ BIT_RELAXATIONS = ("softmax", *RELAXATIONS)
 FLOOR = 1e-3  # of the Dirichlet concentration: elu + 1 reaches 0 in fp32 below -17
 
 
+def seeded(*numbers: int) -> torch.Generator:
+    """A host generator that is a function of these numbers."""
+    state = 0x9E3779B97F4A7C15
+    for n in numbers:  # splitmix64 steps: neighbouring steps and seeds must not give related streams
+        state = (state + n + 0x9E3779B97F4A7C15) % 2**64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+        state ^= state >> 31
+    return torch.Generator().manual_seed(state % 2**63)
+
+
 class Masks(NamedTuple):
     """Device vectors shared by all layers of one step: hidden [N], q [H, D], k [Hkv, D], value [H * D],
     intermediate [I]; alpha [K] of the hidden size, for the norms; q_norm, k_norm [K] of the head dim, for those on

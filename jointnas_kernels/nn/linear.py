@@ -127,6 +127,17 @@ class SupernetLinear(nn.Module):
             self.clip_logits = nn.Parameter(self.clip_logits[one].clone())
         self.bits = (bits,)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """A whole layer's state decides which quantizer state there is; `torch` alone would ignore clip ratios."""
+        if f"{prefix}weight" in state_dict:
+            shape = (len(self.bits or ()), self.out_features, self.in_features // self.group_size)
+            for name in ("clip", "clip_logits"):
+                there = f"{prefix}{name}" in state_dict
+                if there != (getattr(self, name) is not None):
+                    value = self.lora_a.detach().new_empty(shape) if there else None
+                    setattr(self, name, value if value is None or name == "clip" else nn.Parameter(value))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def clip_ratio(self) -> Tensor | None:
         """Current clip ratios, None for the plain absmax."""
         return self.clip if self.clip_logits is None else self.clip_logits.sigmoid()

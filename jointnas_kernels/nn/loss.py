@@ -21,11 +21,11 @@ CHUNK = 1 << 26  # logits held at once: 256 MB in fp32
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, items: Tensor | int | None) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         need = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if need else None
-        count = (labels != IGNORE).sum()
+        count = (labels != IGNORE).sum() if items is None else items
         total = torch.zeros((), dtype=wide, device=x.device)
         step = max(1, CHUNK // weight.shape[0])
         for start in range(0, x.shape[0], step):
@@ -47,10 +47,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (dx,) = ctx.saved_tensors
-        return None if dx is None else (dx * grads[0]).to(dx.dtype), None, None
+        return None if dx is None else (dx * grads[0]).to(dx.dtype), None, None, None
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored); gradient to x only."""
-    loss: Tensor = _LinearCrossEntropy.apply(x, weight.detach(), labels)  # type: ignore[no-untyped-call]
+def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
+    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored); gradient to x only.
+
+    Args:
+        items: a scalar that the sum is divided by (labelled tokens of all parts of a larger batch); None: the tokens
+            that are labelled here.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight.detach(), labels, items)  # type: ignore[no-untyped-call]
     return loss

@@ -14,6 +14,8 @@ _WHERE = {
     **dict.fromkeys(("SearchSpace", "Choice", "count_params", "expected_params"), "jointnas_kernels.space"),
     "LatencyTable": "jointnas_kernels.latency",
     "RunConfig": "jointnas.config",
+    "Objective": "jointnas.objective",
+    "SearchCallback": "jointnas.trainer",
     **{name: f"jointnas.verbs.{name}" for name in _VERBS},
 }
 __all__ = sorted([*_WHERE, "profile", "table"])

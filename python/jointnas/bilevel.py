@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from jointnas import convergence
-from jointnas.data import Batches, seeded
+from jointnas.data import Batches
 from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies, original_params
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
 from jointnas_kernels.hf import Supernet
+from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import count_params
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from jointnas import assets
 from jointnas.config import DataConfig
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.nn.choices import seeded
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,6 @@ class Batches:
         offset = 0 if epoch == 0 else int(torch.randint(self._length, (1,), generator=seeded(self._seed, epoch, 1)))
         starts = (chosen * self._length + offset).clamp_max(len(self._stream) - self._length)
         return self._stream[starts[:, None] + torch.arange(self._length)].to(device)
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A host generator that is a function of these numbers."""
-    state = 0x9E3779B97F4A7C15
-    for n in numbers:  # splitmix64 steps: neighbouring steps and seeds must not give related streams
-        state = (state + n + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return torch.Generator().manual_seed(state % 2**63)
 
 
 def load(config: DataConfig, tokenizer: Any = None, seed: int = 0) -> Streams:

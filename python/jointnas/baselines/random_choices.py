@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from jointnas.data import seeded
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.space import Choice, count_params, kept_blocks
 
 RANDOM = 7  # lane of random numbers

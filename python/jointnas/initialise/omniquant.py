@@ -27,10 +27,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from jointnas.config import InitOptions
-from jointnas.data import seeded
 from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.problem import Clips, Parameters, Problem
 from jointnas_kernels.layout import HIDDEN, NEURONS, Axis, size
+from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.ops.core.tensors import compute_dtype
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from jointnas_kernels.ops.lowbit import check as lowbit_check
 
 PACKAGES = (
     "jointnas-kernels", "torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "jsonargparse",
-    "peft", "lm_eval", "datasets", "matplotlib", "tensorboard", "humming-kernels", "gemlite", "vllm", "gptqmodel",
+    "peft", "accelerate", "lm_eval", "datasets", "matplotlib", "tensorboard", "humming-kernels", "gemlite", "vllm",
+    "gptqmodel",
 )  # fmt: skip
 
 EXTENSION = {
