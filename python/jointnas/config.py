@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import Workload
+from jointnas_kernels.latency.profiler import LONGEST
 from jointnas_kernels.latency.schema import Metric
 from jointnas_kernels.space import SearchSpace
 
@@ -81,7 +82,9 @@ class LatencyConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int | None = Field(default=None, ge=1)
     backends: list[str] | None = Field(default=None, description="which to try; none: all")
-    seconds: float = Field(default=0.03, gt=0, description="time spent on each measurement")
+    seconds_per_operation: float = Field(
+        default=0.03, gt=0, le=LONGEST, description="time spent on each of some hundred operations, by each backend"
+    )
     metric: Metric = Field(default="latency", description="what a profile measures")
     calibrate: int = Field(default=6, ge=0, description="whole models measured to fit the overhead; 0: none")
 

@@ -122,8 +122,8 @@ def measure_table(
             log.info("%s; continuing its measurement", error)
     table = profile(
         space, model_config, out, workload=options.value(), device=config.model.device, threads=options.threads,
-        backends=options.backends, progress=config.progress, seconds=options.seconds, seed=config.seed,
-        metric=options.metric,
+        backends=options.backends, progress=config.progress, seed=config.seed, metric=options.metric,
+        seconds_per_operation=options.seconds_per_operation,
     )  # fmt: skip
     fitted = table.calibration is not None and not table.calibration.contended
     if options.calibrate and options.metric == "latency" and not fitted:

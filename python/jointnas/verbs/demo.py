@@ -93,7 +93,7 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
         {
             "out": out, "seed": seed, "resume": "auto", "model": {"device": device},
             "data": {"batch_size": 4, "seq_len": 128},
-            "latency": {"batch": 4, "seq": 128, "seconds": 0.02},
+            "latency": {"batch": 4, "seq": 128, "seconds_per_operation": 0.02},
             "search": {
                 "steps": 240, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
                 "log_every": 5,
