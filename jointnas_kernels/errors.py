@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 
 class JointNASError(ValueError):
@@ -25,23 +27,37 @@ def unknown(kind: str, name: object, allowed: Iterable[object], where: str = "")
     return JointNASError(f"unknown {kind} {str(name)!r}{place}.{hint} Allowed: {', '.join(names) or '(none)'}.")
 
 
-def writable(path: str | Path, what: str = "out") -> Path:
+def writable(path: str | Path, kind: Literal["file", "folder"] = "folder", what: str = "out") -> Path:
     """The path, which can be made or written here; asked before work whose result goes there. Makes nothing.
 
     Args:
         path: of a file or folder that need not exist, nor the folders above it.
+        kind: what it is going to be.
         what: the option it comes from, for the message.
 
     Raises:
-        JointNASError: a part of the path is a file, or may not be written to.
+        JointNASError: a part of the path is a file, it is itself of the other kind, or may not be written to.
     """
     path = Path(path)
     try:
-        there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
-        if there != path and not there.is_dir():
-            raise JointNASError(f"{what} {str(path)!r}: {str(there)!r} is a file, not a folder; choose another path")
-    except OSError as error:  # a name that is too long, a folder that cannot be searched
+        there = _nearest(path)
+        is_folder = there.is_dir()
+    except OSError as error:  # a folder that cannot be searched, or a name that is too long
         raise JointNASError(f"{what} {str(path)!r} cannot be made: {error.strerror}") from None
-    if not os.access(there, os.W_OK | (os.X_OK if there.is_dir() else 0)):
+    except ValueError:
+        raise JointNASError(f"{what} {str(path)!r} cannot be made: no path contains a zero byte") from None
+    if is_folder != (there != path or kind == "folder"):
+        is_one = "folder, not a file" if is_folder else "file, not a folder"
+        raise JointNASError(f"{what} {str(path)!r}: {str(there)!r} is a {is_one}; choose another path")
+    if not os.access(there, os.W_OK | (os.X_OK if is_folder else 0)):
         raise JointNASError(f"{what} {str(path)!r}: {str(there)!r} may not be written to; choose another path")
+    return path
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    for part in (path, *path.absolute().parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            part.lstat()
+            return part
     return path

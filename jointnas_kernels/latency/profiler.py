@@ -72,7 +72,7 @@ def profile(
     """
     if not 0 < seconds_per_operation <= LONGEST:
         raise JointNASError(f"profile: seconds_per_operation is {seconds_per_operation}; allowed: above 0, to {LONGEST}")
-    workload, out, seconds = workload or Workload(), writable(out), seconds_per_operation
+    workload, out, seconds = workload or Workload(), writable(out, "file"), seconds_per_operation
     space.validate(config)
     names = list(registry.names() if backends is None else backends)
     for name in names:

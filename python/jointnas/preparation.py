@@ -29,6 +29,7 @@ def prepare(
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
     The model is converted in place."""
+    config = loading.resolve(config)
     space = config.space.build()
     if model is None:
         model = loading.load_model(config.model)

@@ -26,7 +26,7 @@ from jointnas.preparation import measure_table, prepare
 from jointnas.results import text_table
 from jointnas.run_folder import Run, found_choice, load_supernet, read_json, write_json
 from jointnas.verbs.report import report
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import extract
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice
@@ -36,13 +36,13 @@ TARGET = 0.6  # of the fastest single precision of the whole model
 
 
 def demo(
-    out: str = "runs/demo", device: str = "cpu", seed: int = 0, randoms: int = 1, threads: int | None = None
+    out: str = "runs/demo", device: str = "auto", seed: int = 0, randoms: int = 1, threads: int | None = None
 ) -> list[dict[str, Any]]:
     """Runs the whole mission on the embedded model and returns the result table.
 
     Args:
         out: run folder; a finished or interrupted demo in it is continued.
-        device: cpu or cuda; the latency table is that device's.
+        device: cpu, cuda, or auto: cuda where there is one. The latency table is that device's.
         seed: of everything.
         randoms: random architectures of the found model's cost, trained for comparison.
         threads: CPU threads for all work; default: what torch uses.
@@ -53,7 +53,8 @@ def demo(
     Raises:
         JointNASError: there is no such device, or `out` holds something else.
     """
-    loading.check_device(device)
+    writable(out)
+    start = loading.resolve(demo_config(out, device, seed))
     if threads:
         torch.set_num_threads(threads)
     began = time.monotonic()
@@ -61,7 +62,7 @@ def demo(
     def say(text: str) -> None:
         log.info("[%4.0f s] %s", time.monotonic() - began, text)
 
-    config, table = with_target(demo_config(out, device, seed))
+    config, table = with_target(start)
     run = prepare(config, table=table)
     say(f"latency table: {len(table.rows)} measurements on {table.header.device}")
     say(f"target {config.target_latency_ms:.2f} ms: {TARGET:.0%} of the original at its fastest precision")

@@ -7,6 +7,7 @@ from typing import Any
 from jointnas.pipeline import evaluate_found
 from jointnas.preparation import open_run
 from jointnas.results import text_table
+from jointnas_kernels.errors import writable
 
 
 def evaluate(run: str) -> list[dict[str, Any]]:
@@ -21,6 +22,7 @@ def evaluate(run: str) -> list[dict[str, Any]]:
     Raises:
         JointNASError: it is no run folder, or has no finished model.
     """
+    writable(run, what="run")
     return evaluate_found(open_run(run, searched=False))
 
 

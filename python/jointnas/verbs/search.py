@@ -11,6 +11,7 @@ from jointnas.preparation import prepare
 from jointnas.results import text_table
 from jointnas.run_folder import load_supernet, read_json
 from jointnas.verbs.report import report
+from jointnas_kernels.errors import writable
 
 
 def search(config: RunConfig) -> Path:
@@ -22,8 +23,9 @@ def search(config: RunConfig) -> Path:
         config: the whole configuration.
 
     Raises:
-        JointNASError: bad input, or a folder that already holds another search.
+        JointNASError: bad input, or a folder that already holds another search or cannot be made.
     """
+    writable(config.out)
     run = prepare(config)
     if config.resume == "auto" and (run.folder / "choice.json").is_file():
         load_supernet(run)
