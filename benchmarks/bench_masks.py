@@ -138,7 +138,8 @@ class Masks:
         largest, slow = max(spaces, key=lambda s: candidates(s, 1)), 0.0
         if self.device == "cpu" and not args.tiny:
             rate, scales = probe.copy_rate(), SCALES if args.scale is None else (args.scale,)
-            found = {s: loop_seconds(models.llama_8b(layers, vocab, s), scaled(largest, s), dtype.itemsize, rate) for s in scales}
+            configs = {s: models.llama_8b(layers, vocab, s) for s in scales}
+            found = {s: loop_seconds(c, scaled(largest, s), dtype.itemsize, rate) for s, c in configs.items()}
             args.scale = next((s for s in scales if found[s] <= LONGEST), scales[-1])
             slow = found[args.scale]
         self.scale = args.scale or 1

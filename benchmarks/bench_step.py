@@ -68,8 +68,9 @@ class Bench:
     generator: torch.Generator = dataclasses.field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     @classmethod
-    def random(cls, args: argparse.Namespace, dtype: torch.dtype) -> Bench:
+    def random(cls, args: argparse.Namespace) -> Bench:
         """Random weights of Llama-3.1-8B's shapes, as many blocks and as large a vocabulary as the device takes."""
+        dtype = probe.DTYPES[args.dtype]
         layers = args.layers or (32 if args.device == "cuda" else 1)
         vocab = 128256 if args.device == "cuda" else 256
         config = models.llama_tiny(layers=2) if args.tiny else models.llama_8b(layers, vocab)
@@ -348,15 +349,16 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         if panel not in PANELS:
             parser.error(f"unknown panel {panel!r}; allowed: {', '.join(PANELS)}")
     rec = Recorder("step", args.device, args.out, args.commit)
-    plan = probe.plan(args, models.linear_weights(models.llama_tiny() if args.tiny else models.llama_8b(1)))
-    args.batch, args.tokens = plan.batch, plan.tokens
+    probed = models.llama_tiny() if args.tiny else models.llama_8b(args.layers or 1)
+    plan = probe.plan(args, models.linear_weights(probed))
+    args.batch, args.tokens, args.dtype = plan.batch, plan.tokens, _short(plan.dtype)
     budget = args.budget or (12.0 if cuda else 60.0)
-    each = plan.seconds * (args.layers or 1) * CONTENDERS
+    each = plan.seconds * CONTENDERS
     probe.announce(
-        f"step: {', '.join(panels)}; {str(plan.dtype).removeprefix('torch.')}, {plan.batch} x {plan.tokens} tokens",
+        f"step: {', '.join(panels)}; {args.dtype}, {plan.batch} x {plan.tokens} tokens",
         0.0 if args.tiny else len(panels) * (2 * each + min(rounds * each, max(budget, 2 * each))),
     )
-    bench = Bench.random(args, plan.dtype)
+    bench = Bench.random(args)
     for space in ("llama3", "qllama3"):
         try:
             print(f"gate {space}: {agrees(bench, space):.3g}", flush=True)

@@ -126,8 +126,8 @@ def check_model(model: nn.Module) -> None:
             part = layer.get_submodule(path)
             if type(part) is not nn.Linear or not isinstance(getattr(part, "weight", None), nn.Parameter):
                 raise JointNASError(
-                    f"convert: model.layers.{i}.{path} is a {type(part).__name__}, not a plain torch.nn.Linear with a weight; load"
-                    " the model unquantized and without adapters."
+                    f"convert: model.layers.{i}.{path} is a {type(part).__name__}, not a plain torch.nn.Linear with a"
+                    " weight; load the model unquantized and without adapters."
                 )
         for norm in layout.norms:
             part = layer.get_submodule(norm.path)

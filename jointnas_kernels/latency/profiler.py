@@ -71,7 +71,8 @@ def profile(
             made or continued.
     """
     if not 0 < seconds_per_operation <= LONGEST:
-        raise JointNASError(f"profile: seconds_per_operation is {seconds_per_operation}; allowed: above 0, to {LONGEST}")
+        allowed = f"allowed: above 0, to {LONGEST:g}"
+        raise JointNASError(f"profile: seconds_per_operation is {seconds_per_operation}; {allowed}")
     workload, out, seconds = workload or Workload(), writable(out, "file"), seconds_per_operation
     space.validate(config)
     names = list(registry.names() if backends is None else backends)

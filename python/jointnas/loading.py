@@ -95,8 +95,8 @@ def check_unquantized(found: Any, config: ModelConfig) -> None:
         return
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     raise JointNASError(
-        f"model {config.source!r} is quantized already ({getattr(method, 'value', method)}), and no longer has the weights"
-        " that a search or another quantization starts from; give the model that it was made from, or save it"
+        f"model {config.source!r} is quantized already ({getattr(method, 'value', method)}), and no longer has the"
+        " weights that a search or another quantization starts from; give the model that it was made from, or save it"
         " dequantized first (transformers: model.dequantize()). jointnas_kernels.hf.load runs exports as they are."
     )
 

@@ -82,7 +82,7 @@ def test_rounds_that_fit_are_announced(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert found == {"a": Timing(1, 1, 1, 3), "b": Timing(3, 3, 3, 3)}
     assert harness.time_interleaved(contenders, 9, 0, budget=1.0)["a"].n == 2  # at least
     order.clear()
-    found = harness.time_interleaved(contenders, 9, 0, budget=1.0, least=1, done=lambda name, t: order.append((name, t.n)))
+    harness.time_interleaved(contenders, 9, 0, budget=1.0, least=1, done=lambda name, t: order.append((name, t.n)))
     assert order == [("a", 1), ("b", 1)]
     assert harness.time_interleaved(contenders, 1, 0)["b"].n == 1
 
@@ -97,8 +97,7 @@ def test_each_result_is_done_before_the_next_contender_runs(monkeypatch: pytest.
 def test_rows_of_a_panel_that_is_killed(tmp_path: Path) -> None:
     """What was measured before is on disk, with its ratio to the LoRA steps, which come first."""
     rec = harness.Recorder("step", "cpu", tmp_path, "abc")
-    args = arguments(tiny=True, layers=None)
-    bench = bench_step.Bench.random(args, torch.float32)
+    bench = bench_step.Bench.random(arguments(tiny=True, layers=None, dtype="fp32"))
     rows: list[int] = []
 
     def killed() -> None:
@@ -145,7 +144,8 @@ def test_spaces_are_scaled_with_the_model() -> None:
         small = bench_masks.scaled(space, 4)
         assert bench_masks.candidates(small, 32) == bench_masks.candidates(space, 32)
         assert all(d % 2 == 0 for d in small["head_dim"])
-        times = [bench_masks.loop_seconds(models.llama_8b(1, 256, s), bench_masks.scaled(space, s), 4, 1e10) for s in (1, 4)]
+        sizes = [(models.llama_8b(1, 256, s), bench_masks.scaled(space, s)) for s in (1, 4)]
+        times = [bench_masks.loop_seconds(config, part, 4, 1e10) for config, part in sizes]
         assert times[0] == pytest.approx(16 * times[1])
 
 

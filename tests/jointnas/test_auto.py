@@ -121,7 +121,7 @@ def test_a_run_keeps_what_auto_meant(tmp_path: Path, monkeypatch: pytest.MonkeyP
     saved = read_config(tmp_path / "run")
     assert (saved.model.device, saved.model.dtype, saved.latency.dtype) == ("cpu", "float32", "float32")
     monkeypatch.setattr(loading, "resolve_model", lambda m: m.model_copy(update={"device": "cpu", "dtype": "bfloat16"}))
-    with pytest.raises(JointNASError, match="another configuration: model.dtype was 'float32', is 'bfloat16'"):
+    with pytest.raises(JointNASError, match=r"another configuration: model\.dtype was 'float32', is 'bfloat16'"):
         optimise(tiny.start(config.model_copy(update={"resume": "auto"})))
 
 
@@ -157,7 +157,8 @@ def test_tables_of_whichever_device_of_this_machine(tmp_path: Path, monkeypatch:
     there = Device(type="cuda", name="NVIDIA H200", arch="sm_90", threads=0)
     LatencyTable(table.header.model_copy(update={"device": there}), table.rows).save(tmp_path / "cuda.jsonl")
     real = timing.describe
-    monkeypatch.setattr("jointnas_kernels.latency.table.describe", lambda d, t=None: there if d == "cuda" else real(d, t))
+    described = lambda d, t=None: there if d == "cuda" else real(d, t)  # noqa: E731
+    monkeypatch.setattr("jointnas_kernels.latency.table.describe", described)
     for available in (True, False):
         gpu(available, monkeypatch)
         LatencyTable.load(tmp_path / "cpu.jsonl", "auto")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
-import yaml
 
 from jointnas import cli, config
 from jointnas.config import RunConfig

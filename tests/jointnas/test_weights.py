@@ -83,28 +83,76 @@ def edit_index(f: Path, how: Callable[[dict[str, str]], Any]) -> None:
 
 NORM = "model.norm.weight"
 BAD: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "cut in a tensor": ("single", lambda f: cut(f, 0.5), rf"{SINGLE} is truncated: its \d+ bytes end inside tensor model\.layers"),
+    "cut in a tensor": (
+        "single", lambda f: cut(f, 0.5),
+        rf"{SINGLE} is truncated: its \d+ bytes end inside tensor model\.layers",
+    ),
     "cut at the end": ("single", lambda f: cut(f, 0.9999), f"{SINGLE} is truncated: .* inside tensor {NORM}"),
-    "cut in the header": ("single", lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:50]), "50 bytes end inside its header"),
+    "cut in the header": (
+        "single", lambda f: (f / SINGLE).write_bytes((f / SINGLE).read_bytes()[:50]),
+        "50 bytes end inside its header",
+    ),
     "empty": ("single", lambda f: (f / SINGLE).write_bytes(b""), "0 bytes end inside its header"),
-    "header": ("single", lambda f: (f / SINGLE).write_bytes((9).to_bytes(8, "little") + b"{'a': 1}}" * 9), "damaged header"),
-    "git lfs": ("single", lambda f: (f / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "Git LFS pointer"),
+    "header": (
+        "single", lambda f: (f / SINGLE).write_bytes((9).to_bytes(8, "little") + b"{'a': 1}}" * 9),
+        "damaged header",
+    ),
+    "git lfs": (
+        "single", lambda f: (f / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "Git LFS pointer",
+    ),
     "nan": ("single", put(DOWN, float("nan")), f"{SINGLE}: {DOWN} has NaN values"),
-    "infinite": ("single", put("model.embed_tokens.weight", float("-inf")), r"model\.embed_tokens\.weight has infinite values"),
+    "infinite": (
+        "single", put("model.embed_tokens.weight", float("-inf")),
+        r"model\.embed_tokens\.weight has infinite values",
+    ),
     "nan in a norm": ("single", put(NORM, float("nan")), f"{NORM} has NaN values"),
     "nan in a head": ("untied", put("lm_head.weight", float("nan")), r"lm_head\.weight has NaN values"),
-    "nan in a shard": ("sharded", lambda f: change(shard_of(f, DOWN), lambda t: t[DOWN].fill_(float("nan"))), rf"model-\d{5}-of-\d{5}\.safetensors: {DOWN} has NaN"),
-    "lacks one": ("single", lambda f: change(f / SINGLE, lambda t: t.pop(DOWN)), f"lacks tensor {DOWN}; is it"),
-    "lacks many": ("single", lambda f: change(f / SINGLE, lambda t: [t.pop(k) for k in list(t) if "mlp" in k]), r"lacks tensor model\.layers\.0\.mlp\.down_proj\.weight and 8 more"),
-    "lacks the head": ("untied", lambda f: change(f / SINGLE, lambda t: t.pop("lm_head.weight")), r"lacks tensor lm_head\.weight"),
-    "has more": ("single", lambda f: change(f / SINGLE, lambda t: t.update(extra=torch.ones(2))), f"{SINGLE} has, but its config has no use for, tensor extra"),
-    "shape": ("single", lambda f: change(f / SINGLE, lambda t: t.update({NORM: torch.ones(64)})), rf"{SINGLE}: {NORM} has shape \(64,\); the config wants \(128,\)"),
-    "shard missing": ("sharded", lambda f: shard_of(f, DOWN).unlink(), r"model-\d{5}-of-\d{5}\.safetensors is missing; .*index\.json says that it holds"),
-    "shard cut": ("sharded", lambda f: shard_of(f, DOWN).write_bytes(shard_of(f, DOWN).read_bytes()[:-5]), r"of-\d{5}.*is truncated: .* inside tensor"),
-    "index names more": ("sharded", lambda f: edit_index(f, lambda m: m.update(extra=m[DOWN])), "has no tensor extra, which .*index.json"),
-    "index lacks one": ("sharded", lambda f: change(shard_of(f, DOWN), lambda t: t.pop(DOWN)) or edit_index(f, lambda m: m.pop(DOWN)), f"lacks tensor {DOWN}"),
+    "nan in a shard": (
+        "sharded", lambda f: change(shard_of(f, DOWN), lambda t: t[DOWN].fill_(float("nan"))),
+        rf"model-\d+-of-\d+\.safetensors: {DOWN} has NaN",
+    ),
+    "lacks one": (
+        "single", lambda f: change(f / SINGLE, lambda t: t.pop(DOWN)),
+        f"lacks tensor {DOWN}; is it",
+    ),
+    "lacks many": (
+        "single", lambda f: change(f / SINGLE, lambda t: [t.pop(k) for k in list(t) if "mlp" in k]),
+        r"lacks tensor model\.layers\.0\.mlp\.down_proj\.weight and 8 more",
+    ),
+    "lacks the head": (
+        "untied", lambda f: change(f / SINGLE, lambda t: t.pop("lm_head.weight")),
+        r"lacks tensor lm_head\.weight",
+    ),
+    "has more": (
+        "single", lambda f: change(f / SINGLE, lambda t: t.update(extra=torch.ones(2))),
+        f"{SINGLE} has, but its config has no use for, tensor extra",
+    ),
+    "shape": (
+        "single", lambda f: change(f / SINGLE, lambda t: t.update({NORM: torch.ones(64)})),
+        rf"{SINGLE}: {NORM} has shape \(64,\); the config wants \(128,\)",
+    ),
+    "shard missing": (
+        "sharded", lambda f: shard_of(f, DOWN).unlink(),
+        r"model-\d{5}-of-\d{5}\.safetensors is missing; .*index\.json says that it holds",
+    ),
+    "shard cut": (
+        "sharded", lambda f: shard_of(f, DOWN).write_bytes(shard_of(f, DOWN).read_bytes()[:-5]),
+        r"of-\d{5}.*is truncated: .* inside tensor",
+    ),
+    "index names more": (
+        "sharded", lambda f: edit_index(f, lambda m: m.update(extra=m[DOWN])),
+        "has no tensor extra, which .*index.json",
+    ),
+    "index lacks one": (
+        "sharded", lambda f: change(shard_of(f, DOWN), lambda t: t.pop(DOWN)) or edit_index(f, lambda m: m.pop(DOWN)),
+        f"lacks tensor {DOWN}",
+    ),
     "index broken": ("sharded", lambda f: (f / INDEX).write_text("{"), "index.json is damaged"),
-    "index empty": ("sharded", lambda f: (f / INDEX).write_text("{}"), "index.json is damaged: KeyError 'weight_map'"),
+    "index empty": (
+        "sharded", lambda f: (f / INDEX).write_text("{}"),
+        "index.json is damaged: KeyError 'weight_map'",
+    ),
     "pickled": ("single", pickled, r"pickled weights \(pytorch_model\.bin\), which can run code"),
     "no weights": ("single", lambda f: (f / SINGLE).unlink(), "has no weights: no model.safetensors"),
 }  # fmt: skip

@@ -267,7 +267,7 @@ def test_space_key_order_does_not_matter(table: LatencyTable) -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, 60.0, float("nan")])
 def test_time_per_operation_is_bounded(seconds: float, tmp_path: Path) -> None:
-    with pytest.raises(JointNASError, match="seconds_per_operation is .*allowed: above 0, to 5"):
+    with pytest.raises(JointNASError, match=r"seconds_per_operation is .*allowed: above 0, to 5"):
         run_profile(tmp_path / "table.jsonl", seconds_per_operation=seconds)
     assert not list(tmp_path.iterdir())
 
@@ -278,7 +278,8 @@ def test_profile_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptur
     table = run_profile(tmp_path / "table.jsonl", progress=True)
     count = sum(row.status != "infeasible" for row in table.rows)
     operations = len({row.spec for row in table.rows})
-    assert f"profile: {operations} operations, {count} measurements of 0.0001 s or more: at least 0:00:01" in caplog.text
+    said = f"profile: {operations} operations, {count} measurements of 0.0001 s or more: at least 0:00:01"
+    assert said in caplog.text
     caplog.clear()
     run_profile(tmp_path / "table.jsonl", progress=True)
     assert "profile:" not in caplog.text, "nothing left to do"
