@@ -29,6 +29,9 @@ def prepare(
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
     The model is converted in place."""
+    if model is not None and config.model.device == "auto":
+        own = config.model.model_copy(update={"device": str(next(model.parameters()).device)})
+        config = config.model_copy(update={"model": own})
     config = loading.resolve(config)
     space = config.space.build()
     if model is None:

@@ -170,8 +170,8 @@ def test_tables_of_whichever_device_of_this_machine(tmp_path: Path, monkeypatch:
         LatencyTable.load(tmp_path / "cuda.jsonl", "cpu")
 
 
-def test_prepare_resolves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu(False, monkeypatch)
+def test_a_given_model_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu(True, monkeypatch)
     config = tiny.config(tmp_path)
     run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
-    assert run.config == loading.resolve(config) != config
+    assert (run.config.model.device, run.config.model.dtype) == ("cpu", "float32")
