@@ -146,6 +146,8 @@ def profile(
 def _announce(operations: int, measurements: int, seconds: float, metric: Metric) -> None:
     """How long a profile takes at least; large operations take longer than they are given."""
     each = {"latency": seconds, "energy": WINDOW * WINDOWS, "memory": 0.0}[metric]
+    if not each:
+        return
     least = datetime.timedelta(seconds=math.ceil(measurements * each))
     log.info(
         "profile: %d operations, %d measurements of %g s or more: at least %s (h:mm:ss)", operations, measurements,

@@ -125,9 +125,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def new(out: str, kind: Literal["file", "folder"] = "folder") -> Path:
     """The path of something that is not there yet, and can be made."""
-    if Path(out).exists():
+    path = writable(out, kind)
+    if path.exists():
         raise JointNASError(f"{out} exists; choose another {kind}")
-    return writable(out, kind)
+    return path
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
