@@ -69,7 +69,7 @@ CASES = {
     "no-table": (lambda f: search(f, f"--latency.table={f}/none.jsonl"), "does not exist; make one with"),
     "model": (lambda f: ["search", "--model.source", str(f / "no" / "x")], "model folder '{f}/no/x' does not exist"),
     "not-a-model": (lambda f: ["search", "--model.source", str(f)], "has no config.json"),
-    "device": (lambda f: ["doctor", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu, cuda"),
+    "device": (lambda f: ["doctor", "--device", "tpu"], "unknown device 'tpu'; allowed: auto, cpu, cuda"),
     "no-run": (lambda f: ["report", "--run", str(f)], "is no run folder"),
     "eval-no-run": (lambda f: ["eval", "--run", str(f)], "is no run folder"),
     "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "has no finished model"),
