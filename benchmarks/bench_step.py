@@ -150,12 +150,14 @@ def agrees(bench: Bench, name: str) -> float:
             grads = torch.autograd.grad(loss, wanted)
             found.append((loss, torch.cat([g.flatten().float() for g in grads])))
         pairs |= {f"{mode} loss": (found[0][0], found[1][0]), f"{mode} gradient": (found[0][1], found[1][1])}
-    if bench.dtype != torch.bfloat16:
+    quantized = small.space(name).act_bits is not None
+    if bench.dtype != torch.bfloat16 and not quantized:
         return gate(name, pairs, 1e-3)
     # Half-precision activations through one block and back: 2^-8 per rounding, some twenty roundings in a row. Where a
     # rounding differs, an activation level may flip: inputs d apart on steps of s leave an rms error of sqrt(d s), with
     # d = 2^-8 and 2 bits (s = 2 sigma) 9 % of sigma, a quarter of it in the mixture, in each of a block's quantizers.
-    return gate(name, pairs, 0.12 if small.space(name).act_bits else 6e-2)
+    # In fp32 a flip is rarer, but as large: one among the 128 tokens here was seen to make 0.033.
+    return gate(name, pairs, 0.12 if quantized else 6e-2)
 
 
 def measure(

@@ -37,11 +37,11 @@ def read(kind: type[PreTrainedModel], source: str, revision: str | None, dtype: 
         return f"model {source!r}" if file is None else str(file)
 
     with _quiet():
-        model: Any
-        model, info = kind.from_pretrained(
+        loaded: Any = kind.from_pretrained(
             source, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
+    model, info = loaded
     for name, stored, wanted in sorted(info["mismatched_keys"]):
         raise JointNASError(f"{place(name)}: {name} has shape {tuple(stored)}; the config wants {tuple(wanted)}")
     unknown = [name for name in info["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
