@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 STAGE  := .ci/stage build/test
 SETUP  := .ci/stage build/setup
 PYTEST := $(BIN)/python -m pytest
+NO_GPU := CUDA_VISIBLE_DEVICES=
 
 .PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu clean
 
@@ -51,10 +52,10 @@ docs: setup ## the API site, into site/
 	@$(STAGE) docs .ci/site $(BIN)
 
 examples: setup ## the scripts of examples/
-	@$(STAGE) examples $(PYTEST) tests/examples
+	@$(NO_GPU) $(STAGE) examples $(PYTEST) tests/examples
 
 unit: setup ## everything else under tests/
-	@$(STAGE) unit $(PYTEST) tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
+	@$(NO_GPU) $(STAGE) unit $(PYTEST) tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
 
 # own processes: the interpreter must be switched on before Triton is imported, and must be off to compile
 interpret: setup ## Triton kernels in its interpreter

@@ -41,8 +41,8 @@ class Round:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "table.jsonl"
             table = profile(
-                space, config, path, workload=WORKLOADS[mode], device=device, seconds=seconds[0], progress=False,
-                watch=watch,
+                space, config, path, workload=WORKLOADS[mode], device=device, seconds_per_operation=seconds[0],
+                progress=False, watch=watch,
             )  # fmt: skip
         space, _ = table.restrict(space)
         # the device decides what is feasible, not the round: the first one draws

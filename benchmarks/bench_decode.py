@@ -148,7 +148,7 @@ def operations(config: Any, device: str, dtype: torch.dtype, context: int, secon
     with tempfile.TemporaryDirectory() as folder:
         table = profile(
             space, config, Path(folder) / "table.jsonl", workload=workload, device=device, backends=("torch", ours),
-            progress=False, seconds=seconds, watch=watch,
+            progress=False, seconds_per_operation=seconds, watch=watch,
         )  # fmt: skip
     bound = table.bind(space)
     return {n: bound.original() if c is None else bound.predict(c) for n, c in choices(space).items()}

@@ -42,6 +42,7 @@ from jointnas.pipeline import score
 from jointnas.preparation import prepare
 from jointnas.results import hypervolume, pareto
 from jointnas.run_folder import Run
+from jointnas_kernels.errors import writable
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice
 
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seq", type=int, default=128)
     args = parser.parse_args(argv)
     env = environment(args.device.partition(":")[0], args.commit)
-    folder = args.out or RESULTS / slug(env["device"])
+    folder = writable(args.out or RESULTS / slug(env["device"]))
     settings = Settings(
         args.device, str(Path(args.table).resolve()), args.model, args.search_steps, args.finetune_steps, args.batch,
         args.seq, args.threads,

@@ -22,6 +22,7 @@ import datetime
 import gc
 import importlib.util
 import json
+import math
 import os
 import platform
 import re
@@ -38,7 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jointnas_kernels.errors import writable
 from jointnas_kernels.latency.timing import cache_bytes, cpu_name
+from jointnas_kernels.progress import Progress
 from jointnas_kernels.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +115,7 @@ class Recorder:
 
     def __post_init__(self) -> None:
         self.env = environment(self.device, self.commit)
-        self.folder = Path(self.folder) if self.folder else RESULTS / slug(self.env["device"])
+        self.folder = writable(self.folder or RESULTS / slug(self.env["device"]))
 
     def row(
         self, name: str, value: Timing | float, unit: str = "s", extra: Mapping[str, Any] | None = None, **params: Any
@@ -182,20 +185,43 @@ def gate(name: str, pairs: Mapping[str, tuple[Tensor, Tensor]], tol: float) -> f
 
 
 def time_interleaved(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, device: str = "cpu", budget: float = 1e9
-) -> dict[str, Timing]:
-    """Time each contender once per round, ``rounds`` rounds or until ``budget`` seconds (at least two rounds)."""
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, device: str = "cpu", budget: float = 1e9,
+    what: str = "", done: Callable[[str, Timing], None] | None = None, least: int = 2,
+) -> dict[str, Timing]:  # fmt: skip
+    """Time each contender once per round: ``rounds`` of them, or as many (at least ``least``) as fit into ``budget``
+    seconds, by the first one. ``what`` announces and shows that, ``done`` gets each result as soon as it is final."""
     for call in contenders.values():
         for _ in range(warmup):
             call()
     samples: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[str, Timing] = {}
+    bar: Progress | None = None
+    number = 0
     started = time.perf_counter()
-    for number in range(rounds):
-        if number >= 2 and time.perf_counter() - started > budget:
-            break
+    while number < rounds:
+        number += 1
         for name, call in contenders.items():
             samples[name].append(_once(call, device))
-    return {name: Timing.of(s) for name, s in samples.items()}
+            if bar is not None:
+                bar.step(samples[name][0], now=name)
+            if number == rounds:
+                times[name] = Timing.of(samples[name])
+                if done is not None:
+                    done(name, times[name])
+        if number == 1:
+            round_takes = time.perf_counter() - started
+            rounds = max(1, min(rounds, max(least, int(budget / max(round_takes, 1e-9)))))
+            if what and rounds > 1:
+                left = datetime.timedelta(seconds=math.ceil((rounds - 1) * round_takes))
+                print(f"{what}: {len(contenders)} contenders, {rounds - 1} more rounds, {left} (h:mm:ss)", flush=True)
+                bar = Progress(what, (rounds - 1) * sum(s[0] for s in samples.values()))
+    for name in [name for name in contenders if name not in times]:  # only the first round fitted
+        times[name] = Timing.of(samples[name])
+        if done is not None:
+            done(name, times[name])
+    if bar is not None:
+        bar.close()
+    return {name: times[name] for name in contenders}
 
 
 def _once(call: Callable[[], Any], device: str) -> float:

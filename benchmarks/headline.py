@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 
-from benchmarks.sections import Row, chosen_today, seconds
+from benchmarks.sections import Row, chosen_today, one_shape, seconds
 
 Line = list[str]
 MOST = 12  # lines per machine
@@ -41,6 +41,7 @@ def step_lines(rows: list[Row]) -> Iterable[Line]:
 def ratios(rows: list[Row], panel: str) -> dict[str, tuple[Row, Row, float]]:
     """By kind of step: our fastest, the fastest plain PEFT, and ours over PEFT."""
     here = [r for r in rows if r["params"]["panel"] == panel and r["name"].endswith("graph") == (panel == "graph")]
+    here = one_shape(here)
     lora = [r for r in here if r["name"].startswith("PEFT") and "dropout" not in r["name"]]
     found = {}
     for kind in ("llama3 weight", "llama3 arch", "qllama3 weight", "qllama3 arch"):
@@ -53,6 +54,7 @@ def ratios(rows: list[Row], panel: str) -> dict[str, tuple[Row, Row, float]]:
 
 def mask_lines(rows: list[Row]) -> Iterable[Line]:
     """The best loops and the best masks at the largest space. Each was timed beside LoRA: ratio of ratios."""
+    rows = one_shape(rows)
     largest = max((r["params"]["candidates"] for r in rows), default=0)
     here = [r for r in rows if r["params"]["candidates"] == largest]
     ours = min((r for r in here if r["name"].startswith("ours")), key=lambda r: r["extra"]["ratio"], default=None)
@@ -62,9 +64,10 @@ def mask_lines(rows: list[Row]) -> Iterable[Line]:
     ):
         row = min((r for r in here if r["name"] in names), key=lambda r: r["extra"]["ratio"], default=None)
         if ours and row:
+            part = f", widths divided by {ours['params']['scale']}" if "scale" in ours["params"] else ""
             own, other = (f"{seconds(r['median'])}, +{r['extra']['memory'] / 1e9:.1f} GB" for r in (ours, row))
             yield [
-                f"search iteration, {largest:,} candidates (ratio: over LoRA steps beside each)", own,
+                f"search iteration, {largest:,} candidates{part} (ratio: over LoRA steps beside each)", own,
                 f"{names[row['name']]} {other}", f"{ours['extra']['ratio'] / row['extra']['ratio']:.3f}×",
             ]  # fmt: skip
 

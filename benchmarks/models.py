@@ -40,16 +40,25 @@ AXES = {
 # --- Llama with random weights ----------------------------------------------------------------------------------------
 
 
-def llama_8b(layers: int = 32, vocab: int = 128256) -> Any:
-    """Llama-3.1-8B's shapes. One layer and a small vocabulary make a model that is one block."""
+def llama_8b(layers: int = 32, vocab: int = 128256, scale: int = 1) -> Any:
+    """Llama-3.1-8B's shapes, widths divided by ``scale``. One layer and a small vocabulary make a model that is one
+    block."""
     rope: dict[str, Any] = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": 4096, "intermediate_size": 14336}
-    sizes |= {"num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    sizes: dict[str, Any] = {"vocab_size": vocab, "hidden_size": 4096 // scale}
+    sizes |= {"intermediate_size": 14336 // scale}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8}
+    sizes |= {"head_dim": 128 // scale}
     rest: dict[str, Any] = {"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_parameters": rope}
     rest |= {"tie_word_embeddings": False, "use_cache": False, "bos_token_id": 0, "eos_token_id": 1}
     rest |= {"attn_implementation": "sdpa"}
     return LlamaConfig(**sizes, **rest)
+
+
+def linear_weights(config: Any) -> int:
+    """Weights of the linears of all blocks."""
+    heads, inner = config.num_attention_heads + config.num_key_value_heads, config.intermediate_size
+    return config.num_hidden_layers * config.hidden_size * (2 * heads * config.head_dim + 3 * inner)
 
 
 def llama_tiny(layers: int = 2) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from benchmarks import sections
-from benchmarks.sections import Row, pick
+from benchmarks.sections import Row, one_shape, pick
 
 CANDIDATES = 15_360  # of the `llama3` space
 BLUE, GREY, RED = "#1f5fa8", "#8a8f98", "#c0392b"
@@ -61,7 +61,7 @@ def flow(axis: Any) -> None:
 
 def bars(rows: list[Row]) -> dict[str, tuple[float, float]]:
     """Name: (times a LoRA step of the same run, GB beyond LoRA), in the paper's space."""
-    here = {r["name"]: r["extra"] for r in pick(rows, candidates=CANDIDATES)}
+    here = {r["name"]: r["extra"] for r in pick(one_shape(rows), candidates=CANDIDATES)}
     return {CONTENDERS[n]: (here[n]["ratio"], here[n]["memory"] / 1e9) for n in CONTENDERS if n in here}
 
 

@@ -48,8 +48,20 @@ def where(row: Row) -> str:
     return f"{row['device']}, torch {row['torch']}, {row['date'][:10]}, commit {row['commit']}"
 
 
+def one_shape(rows: list[Row]) -> list[Row]:
+    """The rows of steps at the largest shape that was measured: others are not comparable with them."""
+
+    def shape(row: Row) -> tuple[Any, ...]:
+        p = row["params"]
+        return (-p.get("scale", 1), p["layers"], p["batch"] * p["tokens"], p["dtype"])
+
+    largest = max(map(shape, rows), default=None)
+    return [row for row in rows if shape(row) == largest]
+
+
 def masks(rows: list[Row], device: str) -> str:
     """Fig. 3: one line per size of the search space."""
+    rows = one_shape(rows)
     names = {
         "loop": "loops", "loop-best": "loops, improved", "masks": "stored masks (Eq. 9)", "gemv": "stored, best",
         "shared": "stored, shared",
@@ -74,10 +86,11 @@ def masks(rows: list[Row], device: str) -> str:
     if not body:
         return ""
     sizes = rows[0]["params"]
+    part = f", widths divided by {sizes['scale']}" if "scale" in sizes else ""
     head = ["candidates", "2 LoRA steps", "ours", *names.values(), "extra memory ours / Eq. 9 / best"]
     return (
         f"**Mixing weights: one search iteration (weight + arch step), {sizes['layers']} Llama-3.1-8B block"
-        f"{'s' if sizes['layers'] > 1 else ''}, batch {sizes['batch']} × {sizes['tokens']}, {sizes['dtype']}** "
+        f"{'s' if sizes['layers'] > 1 else ''}{part}, batch {sizes['batch']} × {sizes['tokens']}, {sizes['dtype']}** "
         f"({where(rows[-1])}; × = times slower than ours)\n\n{table(head, body)}\n\n"
         f"![time and memory over the number of candidates](plots/masks-{slug(device)}.png)"
     )
@@ -364,6 +377,7 @@ def plot_masks(rows: list[Row], device: str) -> None:
         "shared": ("stored masks, shared", "tab:brown", "D"),
         "ours": ("ours", "tab:blue", "o"),
     }
+    rows = one_shape(rows)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for name, (label, color, marker) in styles.items():
         here = sorted(pick(rows, name), key=lambda r: r["params"]["candidates"])

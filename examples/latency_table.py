@@ -15,7 +15,7 @@ space = SearchSpace(
 )
 
 workload = latency.Workload("decode", batch=1, seq=64)  # one token after 64
-latency.profile(space, config, "table.jsonl", workload=workload, seconds=0.002, progress=False)
+latency.profile(space, config, "table.jsonl", workload=workload, seconds_per_operation=0.002, progress=False)
 
 table = LatencyTable.load("table.jsonl")
 print(table.summary())

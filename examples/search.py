@@ -7,7 +7,7 @@ from jointnas import RunConfig, search
 config = RunConfig(
     out="runs/example",
     space={"base": "tiny", "hidden": [256], "heads": [4], "head_dim": [64], "weight_bits": [4, 8], "act_bits": "none"},
-    latency={"seq": 64, "seconds": 0.001, "calibrate": 0},
+    latency={"seq": 64, "seconds_per_operation": 0.001, "calibrate": 0},
     data={"batch_size": 2, "seq_len": 64},
     search={"steps": 4, "lr_arch": 0.05, "budget_max": 0.9, "importance_batches": 1},  # budget: share of the parameters
     finetune={"steps": 4},

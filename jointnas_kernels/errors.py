@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
 
 
 class JointNASError(ValueError):
@@ -16,7 +20,44 @@ def unknown(kind: str, name: object, allowed: Iterable[object], where: str = "")
     Example: ``raise unknown("search-space key", "hiden", fields, where="space.yaml")``.
     """
     names = [str(a) for a in allowed]
-    near = difflib.get_close_matches(str(name), names, n=1)
+    longer = [n for n in names if name and n.startswith(str(name))]  # what was cut short, before what looks alike
+    near = longer[:1] or difflib.get_close_matches(str(name), names, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     place = f" in {where}" if where else ""
     return JointNASError(f"unknown {kind} {str(name)!r}{place}.{hint} Allowed: {', '.join(names) or '(none)'}.")
+
+
+def writable(path: str | Path, kind: Literal["file", "folder"] = "folder", what: str = "out") -> Path:
+    """The path, which can be made or written here; asked before work whose result goes there. Makes nothing.
+
+    Args:
+        path: of a file or folder that need not exist, nor the folders above it.
+        kind: what it is going to be.
+        what: the option it comes from, for the message.
+
+    Raises:
+        JointNASError: a part of the path is a file, it is itself of the other kind, or may not be written to.
+    """
+    path = Path(path)
+    try:
+        there = _nearest(path)
+        is_folder = there.is_dir()
+    except OSError as error:  # a folder that cannot be searched, or a name that is too long
+        raise JointNASError(f"{what} {str(path)!r} cannot be made: {error.strerror}") from None
+    except ValueError:
+        raise JointNASError(f"{what} {str(path)!r} cannot be made: no path contains a zero byte") from None
+    if is_folder != (there != path or kind == "folder"):
+        is_one = "folder, not a file" if is_folder else "file, not a folder"
+        raise JointNASError(f"{what} {str(path)!r}: {str(there)!r} is a {is_one}; choose another path")
+    if not os.access(there, os.W_OK | (os.X_OK if is_folder else 0)):
+        raise JointNASError(f"{what} {str(path)!r}: {str(there)!r} may not be written to; choose another path")
+    return path
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    for part in (path, *path.absolute().parents):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            part.lstat()
+            return part
+    return path

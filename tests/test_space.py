@@ -1,6 +1,7 @@
 """Search spaces, exact sizes and their expectations, and the messages for bad input."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -270,6 +271,47 @@ def test_a_model_off_the_quantization_group_is_refused() -> None:
     space = SearchSpace.from_dict({**BASE, "weight_bits": [4]})
     with pytest.raises(JointNASError, match="intermediate size 700 is no multiple of the quantization group size 128"):
         space.validate(config)
+
+
+SIZES = {  # choices of hidden, intermediate, head_dim
+    "SmolLM2-135M": ([576], [1536], [64]),
+    "two widths": ([384, 576], [768, 1536], [32, 64]),
+    "odd head_dim": ([192], [384], [48, 72]),
+    "eights only": ([72], [216], [24]),
+    "fours only": ([20], [60], [20]),
+    "none": ([6], [10], [2]),
+}
+
+
+@pytest.mark.parametrize("name", SIZES, ids=lambda n: n.replace(" ", "-"))
+def test_a_wrong_group_size_names_those_that_fit(name: str) -> None:
+    hidden, intermediate, head_dim = SIZES[name]
+    sizes = {**BASE, "hidden": hidden, "intermediate": intermediate, "head_dim": head_dim, "weight_bits": [2, 4]}
+
+    def fits(group: int) -> bool:
+        try:
+            SearchSpace.from_dict({**sizes, "group_size": group})
+        except JointNASError:
+            return False
+        return True
+
+    with pytest.raises(JointNASError, match="no multiple of") as error:
+        SearchSpace.from_dict({**sizes, "group_size": 1024})
+    said = [int(n) for n in re.findall(r"\d+", str(error.value).rpartition("Group sizes that fit:")[2])]
+    assert all(fits(group) for group in said)
+    possible = [group for group in range(4, 1024, 4) if fits(group)]
+    word = next((w for w in (16, 8, 4) if any(g % w == 0 for g in possible)), 16)
+    assert said == [g for g in possible if g % word == 0]
+
+
+def test_group_sizes_that_fit_the_model_too() -> None:
+    """A space of multiples of 128 on a model of 576: 64 divides both."""
+    config = LlamaConfig(**{**TINY.to_dict(), "hidden_size": 576, "intermediate_size": 1536})
+    space = SearchSpace.from_dict({**BASE, "hidden": [128, 256], "weight_bits": [4]})
+    message = r"hidden size 576 is no multiple .* 128\. Group sizes that fit: 16, 32, 64\."
+    with pytest.raises(JointNASError, match=message):
+        space.validate(config)
+    SearchSpace.from_dict({**space.to_dict(), "group_size": 64}).validate(config)
 
 
 @pytest.mark.parametrize(

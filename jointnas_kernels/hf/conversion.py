@@ -89,15 +89,21 @@ def check_model(model: nn.Module) -> None:
     for name in traits(config).zeros:
         if getattr(config, name):
             raise JointNASError(f"convert: {name} {getattr(config, name)} is not supported; set it to 0.")
+    quantization = getattr(config, "quantization_config", None)
+    if quantization or getattr(model, "is_quantized", False):
+        raise JointNASError(
+            "convert: the model is quantized already, and no longer has the weights that a search starts from; load the"
+            " model that it was made from, or call model.dequantize() of transformers first."
+        )
     layout = block_of(config)
     layers: Any = model.get_submodule("model.layers")
     for i, layer in enumerate(layers):
         for path in layout.modules:
             part = layer.get_submodule(path)
-            if type(part) is not nn.Linear:
+            if type(part) is not nn.Linear or not isinstance(getattr(part, "weight", None), nn.Parameter):
                 raise JointNASError(
-                    f"convert: model.layers.{i}.{path} is a {type(part).__name__}, not a plain torch.nn.Linear; load"
-                    " the model unquantized and without adapters."
+                    f"convert: model.layers.{i}.{path} is a {type(part).__name__}, not a plain torch.nn.Linear with a"
+                    " weight; load the model unquantized and without adapters."
                 )
         for norm in layout.norms:
             part = layer.get_submodule(norm.path)

@@ -12,6 +12,7 @@ then by the next `--resume`. What still is disturbed is marked, counted and warn
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import os
 import time
@@ -22,10 +23,10 @@ from typing import Any
 
 import torch
 
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import Target, Weight, excuse, random_input, random_weight, verified
-from jointnas_kernels.latency.meters import UNITS, meter
+from jointnas_kernels.latency.meters import UNITS, WINDOW, WINDOWS, meter
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops, parts
 from jointnas_kernels.latency.table import LatencyTable
@@ -34,15 +35,17 @@ from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import SearchSpace
 
+log = logging.getLogger(__name__)
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
 PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 9 s of a profile with 0.03 s each
+LONGEST = 5.0  # seconds for one operation: more tells nothing, and there are hundreds
 AGAIN = 0.3  # share of the profile's time, at least half of that, that goes into what was disturbed, at the end
 
 
 def profile(
     space: SearchSpace, config: Any, out: str | Path, *, workload: Workload | None = None, device: str = "cpu",
     threads: int | None = None, backends: Sequence[str] | None = None, resume: bool = True, progress: bool = True,
-    seconds: float = 0.04, seed: int = 0, watch: Watch | None = None, metric: Metric = "latency",
+    seconds_per_operation: float = 0.04, seed: int = 0, watch: Watch | None = None, metric: Metric = "latency",
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
@@ -58,15 +61,19 @@ def profile(
         backends: names to try; default: all registered ones.
         resume: continue what is in `out`.
         progress: show a bar.
-        seconds: time spent on each (operation, backend).
+        seconds_per_operation: time spent on each operation by each backend, up to 5.
         seed: of the weights and inputs.
         watch: what notices a busy machine; default: this machine's.
         metric: what is measured of every operation (`meters.py`).
 
     Raises:
-        JointNASError: the space does not fit the model, an unknown backend, or a file that cannot be continued.
+        JointNASError: the space does not fit the model, an unknown backend, another time, or a file that cannot be
+            made or continued.
     """
-    workload = workload or Workload()
+    if not 0 < seconds_per_operation <= LONGEST:
+        allowed = f"allowed: above 0, to {LONGEST:g}"
+        raise JointNASError(f"profile: seconds_per_operation is {seconds_per_operation}; {allowed}")
+    workload, out, seconds = workload or Workload(), writable(out, "file"), seconds_per_operation
     space, _ = space.feasible(config)
     names = list(registry.names() if backends is None else backends)
     for name in names:
@@ -85,7 +92,7 @@ def profile(
         specs = sorted(enumerate_ops(space, config, workload), key=lambda s: (s.op, s.m, s.n, s.k, s.wbits, s.group))
         model_bytes = _weight_bytes(space, workload, dims, target)
         store = Weights(target, model_bytes, torch.Generator().manual_seed(seed))
-        writer, header, rows, calibration = _open(Path(out), header, resume)
+        writer, header, rows, calibration = _open(out, header, resume)
         readings: dict[OpSpec, Reading] = {}
 
         def due(spec: OpSpec) -> list[str]:
@@ -109,6 +116,8 @@ def profile(
         done = {spec for spec, _ in rows}
         try:
             todo = [spec for spec in specs if spec not in done or due(spec)]
+            if progress and todo:
+                _announce(len(todo), sum(len(due(spec)) for spec in todo), seconds, metric)
             for spec in _with_progress(todo, f"profile {device}", progress):
                 run(spec)
             # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
@@ -132,6 +141,18 @@ def profile(
     if table.caution:
         warn_once(table.caution)
     return table
+
+
+def _announce(operations: int, measurements: int, seconds: float, metric: Metric) -> None:
+    """How long a profile takes at least; large operations take longer than they are given."""
+    each = {"latency": seconds, "energy": WINDOW * WINDOWS, "memory": 0.0}[metric]
+    if not each:
+        return
+    least = datetime.timedelta(seconds=math.ceil(measurements * each))
+    log.info(
+        "profile: %d operations, %d measurements of %g s or more: at least %s (h:mm:ss)", operations, measurements,
+        each, least,
+    )  # fmt: skip
 
 
 def slower(row: Row, before: Row) -> bool:

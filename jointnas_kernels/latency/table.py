@@ -97,8 +97,9 @@ class LatencyTable:
 
         Args:
             path: the file.
-            device: what it is going to be used for ("cpu", "cuda", or an identity); a table from another device is
-                refused unless `force`. None: no check, for looking at or merging tables of other machines.
+            device: what it is going to be used for ("cpu", "cuda", "auto": the device of this machine that is of the
+                table's type, or an identity); a table from another device is refused unless `force`. None: no check,
+                for looking at or merging tables of other machines.
             force: take it whatever device it is from.
             recover: also an unfinished one, as far as it goes, for looking at it.
 
@@ -106,6 +107,8 @@ class LatencyTable:
             JointNASError: missing, truncated, edited or invalid file; another device.
         """
         contents = read(path, recover)
+        if device == "auto":
+            device = contents.header.device.type if torch.cuda.is_available() else "cpu"
         if device is not None and not force:
             here = describe(device, contents.header.device.threads) if isinstance(device, str) else device
             if here != contents.header.device:

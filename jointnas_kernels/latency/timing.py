@@ -74,6 +74,19 @@ def cpu_name() -> str:
     return name
 
 
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware: AVX512-BF16, AMX, or ARM's extension of that name.
+
+    Without, torch widens every operand, and float32 is the faster dtype.
+    """
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return False
+    listed = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(listed.partition(":")[2].split())
+
+
 @contextmanager
 def pinned_threads(threads: int) -> Iterator[None]:
     """Runs the body with this many intra-op threads (0: leave as it is)."""

@@ -108,7 +108,16 @@ class SearchSpace(Data):
     def _multiple(self, key: str, of: int, what: str) -> None:
         bad = [v for v in getattr(self, key) if v % of]
         if bad:
-            raise JointNASError(f"search space: {key} {bad[0]} is no multiple of {of}, {what}.")
+            raise JointNASError(f"search space: {key} {bad[0]} is no multiple of {of}, {what}. {self._fitting()}")
+
+    def _fitting(self, *inputs: int) -> str:
+        """Says which group sizes fit all widths, and `inputs` more: multiples of as many inputs as a 32-bit word holds
+        at 2 bits (every kernel takes those), where there are none at 4 or at 8."""
+        common = math.gcd(*self.hidden, *self.intermediate, *inputs)
+        fit = [g for g in range(4, common + 1, 4) if common % g == 0]
+        fit = [g for g in fit if not any(d % min(g, self.head_dim[0]) for d in self.head_dim)]
+        best = next((found for word in (16, 8, 4) if (found := [g for g in fit if g % word == 0])), [])
+        return f"Group sizes that fit: {', '.join(map(str, best)) or 'none; choose other widths'}."
 
     def _exclude(self) -> None:
         """Keeps of `excluded` what else were in the space."""
@@ -387,7 +396,10 @@ class SearchSpace(Data):
         cut = [key for key in ("hidden", "intermediate") if self.weight_bits and own[key] % self.group_size]
         if cut:
             size = f"{cut[0]} size {own[cut[0]]}"
-            raise JointNASError(f"the model's {size} is no multiple of the quantization group size {self.group_size}.")
+            fitting = self._fitting(own["hidden"], own["intermediate"])
+            raise JointNASError(
+                f"the model's {size} is no multiple of the quantization group size {self.group_size}. {fitting}"
+            )
 
 
 def subnet_config(config: Any, choice: Choice, kept: Sequence[int] | None = None) -> Any:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import Workload
+from jointnas_kernels.latency.profiler import LONGEST
 from jointnas_kernels.latency.schema import Metric
 from jointnas_kernels.space import SearchSpace
 
@@ -26,8 +27,11 @@ class ModelConfig(Section):
 
     source: str = Field(default="embedded", description="'embedded', or folder or hub name of a supported family")
     revision: str | None = Field(default=None, description="hub revision")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    device: str = Field(default="cpu", description="cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto",
+        description="auto: the checkpoint's bfloat16 where the device computes in it natively, else float32",
+    )
+    device: str = Field(default="auto", description="cpu, cuda or cuda:N; auto: cuda where there is one")
 
 
 class DataConfig(Section):
@@ -78,15 +82,17 @@ class LatencyConfig(Section):
     workload: Literal["prefill", "decode"] = "prefill"
     batch: int = Field(default=1, ge=1)
     seq: int = Field(default=128, ge=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="auto: the model's")
     threads: int | None = Field(default=None, ge=1)
     backends: list[str] | None = Field(default=None, description="which to try; none: all")
-    seconds: float = Field(default=0.03, gt=0, description="time spent on each measurement")
+    seconds_per_operation: float = Field(
+        default=0.03, gt=0, le=LONGEST, description="time spent on each of some hundred operations, by each backend"
+    )
     metric: Metric = Field(default="latency", description="what a profile measures")
     calibrate: int = Field(default=6, ge=0, description="whole models measured to fit the overhead; 0: none")
 
     def value(self) -> Workload:
-        """The workload alone."""
+        """The workload alone, of what `loading.resolve` made of the configuration."""
         return Workload(self.workload, self.batch, self.seq, self.dtype)
 
 

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from jointnas import assets, data
-from jointnas.config import DataConfig, ModelConfig
+from jointnas import assets, data, weights
+from jointnas.config import DataConfig, ModelConfig, RunConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import family
+from jointnas_kernels.latency.timing import native_bf16
 
 # Sizes of models whose tables can be measured without having their weights.
 KNOWN: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "dtype": "bfloat16",
     },
 }  # fmt: skip
 
@@ -32,29 +35,70 @@ def check_device(device: str) -> torch.device:
     except RuntimeError:
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
-        raise JointNASError(f"unknown device {device!r}; allowed: cpu, cuda, cuda:N")
+        raise JointNASError(f"unknown device {device!r}; allowed: auto, cpu, cuda, cuda:N")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise JointNASError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu")
+    if found.index is not None and found.type == "cuda" and found.index >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise JointNASError(f"device {device!r} was asked for, but there are {count}: cuda:0 to cuda:{count - 1}")
     return found
 
 
 def device_type(config: ModelConfig) -> str:
-    """cpu or cuda."""
+    """cpu or cuda, of a resolved configuration."""
     return config.device.partition(":")[0]
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with what every `auto` device and dtype means on this machine; it is this that a run keeps."""
+    model = resolve_model(config.model)
+    latency = config.latency
+    if latency.dtype == "auto":
+        latency = latency.model_copy(update={"dtype": model.dtype})
+    return config.model_copy(update={"model": model, "latency": latency})
+
+
+def resolve_model(config: ModelConfig) -> ModelConfig:
+    """The same of the model alone.
+
+    float32 stands for every checkpoint that is not bfloat16: float16 would need scaled losses. The embedded model is
+    float32 everywhere: at its size bfloat16 gains nothing, and its numbers agree between machines."""
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+    kind, dtype = check_device(device).type, config.dtype
+    if dtype == "auto":
+        stored = None if config.source == "embedded" else getattr(model_config(config), "dtype", None)
+        native = stored == torch.bfloat16 and (kind == "cuda" or native_bf16())
+        dtype = "bfloat16" if native else "float32"
+    return config.model_copy(update={"device": device, "dtype": dtype})
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in evaluation mode on its device."""
-    device, dtype = check_device(config.device), getattr(torch, config.dtype)
+    config = resolve_model(config)
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     if config.source == "embedded":
         model: PreTrainedModel = assets.load_model(dtype)
     else:
-        kind = family(model_config(config)).model
+        found = model_config(config)
+        check_unquantized(found, config)
         with _readable(config, "model"):
-            model = kind.from_pretrained(config.source, revision=config.revision or "main", dtype=dtype)
+            model = weights.read(family(found).model, config.source, config.revision, dtype)
     model.eval().requires_grad_(False)
     torch.nn.Module.to(model, device)
     return model
+
+
+def check_unquantized(found: Any, config: ModelConfig) -> None:
+    """Raise if a model's config says that its weights are quantized: what is compressed must not be compressed yet."""
+    quantization = getattr(found, "quantization_config", None)
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    raise JointNASError(
+        f"model {config.source!r} is quantized already ({getattr(method, 'value', method)}), and no longer has the"
+        " weights that a search or another quantization starts from; give the model that it was made from, or save it"
+        " dequantized first (transformers: model.dequantize()). jointnas_kernels.hf.load runs exports as they are."
+    )
 
 
 def model_config(config: ModelConfig) -> Any:
@@ -116,6 +160,8 @@ def _readable(config: ModelConfig, what: str) -> Iterator[None]:
         raise JointNASError(f"model folder {config.source!r} has no config.json")
     try:
         yield
-    except (OSError, ValueError) as error:
+    except JointNASError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise JointNASError(f"{what} {config.source!r} cannot be loaded: {reason}") from None

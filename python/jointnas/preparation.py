@@ -30,6 +30,10 @@ def prepare(
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
     The model is converted in place."""
+    if model is not None and config.model.device == "auto":
+        own = config.model.model_copy(update={"device": str(next(model.parameters()).device)})
+        config = config.model_copy(update={"model": own})
+    config = loading.resolve(config)
     known = loading.model_config(config.model) if model is None else model.config
     space, removed = feasible_space(known, config.space.build())
     _warn(removed)
@@ -129,8 +133,8 @@ def measure_table(
             log.info("%s; continuing its measurement", error)
     table = profile(
         space, model_config, out, workload=options.value(), device=config.model.device, threads=options.threads,
-        backends=options.backends, progress=config.progress, seconds=options.seconds, seed=config.seed,
-        metric=options.metric,
+        backends=options.backends, progress=config.progress, seed=config.seed, metric=options.metric,
+        seconds_per_operation=options.seconds_per_operation,
     )  # fmt: skip
     fitted = table.calibration is not None and not table.calibration.contended
     if options.calibrate and options.metric == "latency" and not fitted:

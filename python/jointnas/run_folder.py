@@ -18,7 +18,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -29,7 +29,7 @@ from jointnas.config import RunConfig, dump, load
 from jointnas.data import Streams
 from jointnas.metrics import flat
 from jointnas.objective import original_params
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.table import Bound
@@ -123,11 +123,12 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1))
 
 
-def new(out: str, kind: str = "folder") -> Path:
-    """The path of something that is not there yet."""
-    if Path(out).exists():
+def new(out: str, kind: Literal["file", "folder"] = "folder") -> Path:
+    """The path of something that is not there yet, and can be made."""
+    path = writable(out, kind)
+    if path.exists():
         raise JointNASError(f"{out} exists; choose another {kind}")
-    return Path(out)
+    return path
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------

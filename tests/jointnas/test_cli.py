@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "negative.jsonl").write_text("\n".join([*lines[:5], json.dumps(row), *lines[6:-1], end]) + "\n")
     (root / "space.yaml").write_text(yaml.safe_dump({**tiny.SPACE, "hiden": [64]}))
     (root / "run.yaml").write_text(yaml.safe_dump({"search": {"stpes": 3}}))
+    (root / "old.yaml").write_text(yaml.safe_dump({"latency": {"seconds": 60}}))
     (root / "broken.yaml").write_text("a: [1, 2")
     return root
 
@@ -51,6 +52,10 @@ CASES = {
     "option": (lambda f: ["search", "--search.stps=3"], "Did you mean '--search.steps'? Allowed: --search.steps"),
     "value": (lambda f: ["search", "--search.steps=abc"], "search.steps"),
     "out-of-range": (lambda f: ["search", "--search.steps=0"], "search.steps"),
+    "old-name": (lambda f: ["search", "--latency.seconds=1"], "Did you mean '--latency.seconds_per_operation'?"),
+    "old-key": (lambda f: ["search", "--config", str(f / "old.yaml")], "Did you mean 'latency.seconds_per_operation'?"),
+    "too-long": (lambda f: ["search", "--latency.seconds_per_operation=60"], "less than or equal to 5"),
+    "too-long-profile": (lambda f: ["profile", "--out=t", "--latency.seconds_per_operation=60"], "or equal to 5"),
     "choice": (lambda f: ["search", "--search.relaxation=soft"], "relaxation"),
     "config-key": (lambda f: ["search", "--config", str(f / "run.yaml")], "Did you mean 'search.steps'?"),
     "config-missing": (lambda f: ["search", "--config", str(f / "none.yaml")], "does not exist"),
@@ -65,7 +70,7 @@ CASES = {
     "no-table": (lambda f: search(f, f"--latency.table={f}/none.jsonl"), "does not exist; make one with"),
     "model": (lambda f: ["search", "--model.source", str(f / "no" / "x")], "model folder '{f}/no/x' does not exist"),
     "not-a-model": (lambda f: ["search", "--model.source", str(f)], "has no config.json"),
-    "device": (lambda f: ["doctor", "--device", "tpu"], "unknown device 'tpu'; allowed: cpu, cuda"),
+    "device": (lambda f: ["doctor", "--device", "tpu"], "unknown device 'tpu'; allowed: auto, cpu, cuda"),
     "no-run": (lambda f: ["report", "--run", str(f)], "is no run folder"),
     "no-tokenizer": (lambda f: search(f, "--eval.tasks=[gloss]"), "a model without tokenizer needs eval.tasks = []"),
     "eval-nothing": (lambda f: ["eval", str(f)], "is neither a run folder (config.yaml) nor a model folder"),

@@ -109,8 +109,8 @@ def test_broken_backend_is_reported_and_never_used(wrong: str, tmp_path: Path) -
     space = SearchSpace((64,), (4,), (32,), (64,), (1, 2, 3), (4,), None, group_size=64)
     config = SimpleNamespace(**{**vars(CONFIG), "intermediate_size": 64})
     table = profile(
-        space, config, tmp_path / "t.jsonl", workload=Workload(seq=4), threads=1, progress=False, seconds=1e-4,
-        backends=["torch", "torch-int4", "wrong"], watch=calm(),
+        space, config, tmp_path / "t.jsonl", workload=Workload(seq=4), threads=1, progress=False,
+        seconds_per_operation=1e-4, backends=["torch", "torch-int4", "wrong"], watch=calm(),
     )  # fmt: skip
     rejected = [r for r in table.rows if r.backend == "wrong"]
     assert rejected
@@ -169,7 +169,7 @@ def test_whole_models(tmp_path: Path, mode: str) -> None:
         workload=Workload(mode, 1, 8),
         threads=1,
         progress=False,
-        seconds=1e-4,
+        seconds_per_operation=1e-4,
         watch=calm(),
     )  # type: ignore[arg-type]
     usable, _ = table.restrict(space)

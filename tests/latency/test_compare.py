@@ -183,7 +183,7 @@ SIZES = [
     "--space.weight_bits=[8]", "--space.act_bits=[8]",
 ]  # fmt: skip
 LINE = [
-    "--progress=false", "--latency.seq=4", "--latency.seconds=1e-4",
+    "--progress=false", "--latency.seq=4", "--latency.seconds_per_operation=1e-4",
     '--latency.backends=["torch","torch-int8"]', "--latency.threads=1", "--latency.calibrate=0",
 ]  # fmt: skip
 

@@ -69,7 +69,7 @@ def test_energy_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_memory_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["hidden=[256]", "heads=[4]", "head_dim=[64]", "intermediate=[256]", "blocks=[2,6]", "weight_bits=[4]"]
     space = [f"--space.{size}" for size in (*sizes, "act_bits=[8]")]
-    options = ["--latency.seq=4", "--latency.seconds=1e-4", "--latency.threads=1", "--progress=false"]
+    options = ["--latency.seq=4", "--latency.seconds_per_operation=1e-4", "--latency.threads=1", "--progress=false"]
     out = tmp_path / "t.jsonl"
     assert cli.main(["profile", "--out", str(out), "--metric", "memory", *options, *space]) == 0
     table = LatencyTable.load(out)
@@ -94,7 +94,9 @@ def test_memory_counts_what_a_call_allocates() -> None:
 
 def test_memory_table(tmp_path: Path) -> None:
     path = tmp_path / "memory.jsonl"
-    options = {"workload": Workload(seq=8), "threads": 1, "progress": False, "seconds": 1e-4, "watch": calm()}
+    options = {
+        "workload": Workload(seq=8), "threads": 1, "progress": False, "seconds_per_operation": 1e-4, "watch": calm(),
+    }  # fmt: skip
     table = profile(SPACE, CONFIG_64, path, metric="memory", **options)  # type: ignore[arg-type]
     assert (table.header.metric, table.header.unit) == ("memory", "B")
     assert LatencyTable.load(path).rows == table.rows

@@ -36,7 +36,7 @@ FOUR_CONFIG = SimpleNamespace(**{**vars(CONFIG), "intermediate_size": 64})
 
 def resumed(path: Path, *names: str, metric: str = "latency") -> LatencyTable:
     return profile(
-        FOUR, FOUR_CONFIG, path, workload=Workload(seq=4), threads=1, progress=False, seconds=1e-4,
+        FOUR, FOUR_CONFIG, path, workload=Workload(seq=4), threads=1, progress=False, seconds_per_operation=1e-4,
         backends=["torch", *names], watch=calm(), metric=metric,
     )  # type: ignore[arg-type]  # fmt: skip
 

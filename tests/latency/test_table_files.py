@@ -176,7 +176,9 @@ SMALL = SearchSpace((64,), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group
 
 
 def run_profile(path: Path, **options: object) -> LatencyTable:
-    settings = {"workload": Workload(seq=8), "threads": 1, "progress": False, "seconds": 1e-4, "watch": calm()}
+    settings = {
+        "workload": Workload(seq=8), "threads": 1, "progress": False, "seconds_per_operation": 1e-4, "watch": calm(),
+    }  # fmt: skip
     return profile(SMALL, CONFIG, path, **{**settings, **options})  # type: ignore[arg-type]
 
 
@@ -201,7 +203,7 @@ def test_profile_resumes_after_a_kill(tmp_path: Path) -> None:
     path, root = tmp_path / "table.jsonl", Path(__file__).resolve().parents[2]
     code = (
         "import sys; from pathlib import Path; from tests.latency.test_table_files import run_profile; "
-        "run_profile(Path(sys.argv[1]), seconds=0.1)"
+        "run_profile(Path(sys.argv[1]), seconds_per_operation=0.1)"
     )
     paths = os.pathsep.join(map(str, (root, root / "python")))
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], env={**os.environ, "PYTHONPATH": paths})
@@ -242,8 +244,9 @@ def test_profile_extends_a_table_to_a_larger_space(tmp_path: Path) -> None:
     before = run_profile(path)
     larger = SearchSpace((64, 128), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group_size=64)
     after = profile(
-        larger, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4, watch=calm()
-    )
+        larger, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds_per_operation=1e-4,
+        watch=calm(),
+    )  # fmt: skip
     assert after.rows[: len(before.rows)] == before.rows
     assert not after.coverage(larger, CONFIG).missing
 
@@ -260,3 +263,29 @@ def test_writer_flushes_every_line(tmp_path: Path, table: LatencyTable) -> None:
 def test_space_key_order_does_not_matter(table: LatencyTable) -> None:
     assert registry.names()[0] == "torch"
     assert table.bind(SPACE) is table.bind(SearchSpace.from_dict(SPACE.to_dict()))
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, 60.0, float("nan")])
+def test_time_per_operation_is_bounded(seconds: float, tmp_path: Path) -> None:
+    with pytest.raises(JointNASError, match=r"seconds_per_operation is .*allowed: above 0, to 5"):
+        run_profile(tmp_path / "table.jsonl", seconds_per_operation=seconds)
+    assert not list(tmp_path.iterdir())
+
+
+def test_profile_says_how_long_it_takes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The number of measurements is what is still to be done, each at its time."""
+    caplog.set_level("INFO")
+    table = run_profile(tmp_path / "table.jsonl", progress=True)
+    count = sum(row.status != "infeasible" for row in table.rows)
+    operations = len({row.spec for row in table.rows})
+    said = f"profile: {operations} operations, {count} measurements of 0.0001 s or more: at least 0:00:01"
+    assert said in caplog.text
+    caplog.clear()
+    run_profile(tmp_path / "table.jsonl", progress=True)
+    assert "profile:" not in caplog.text, "nothing left to do"
+
+
+def test_profile_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(JointNASError, match="is a file, not a folder"):
+        run_profile(tmp_path / "file" / "table.jsonl")

@@ -194,7 +194,7 @@ MODEL = SimpleNamespace(**{**vars(CONFIG), "intermediate_size": 128})
 def tabled(folder: Path, *names: str) -> LatencyTable:
     return profile(
         SPACE, MODEL, folder / "t.jsonl", workload=Workload(seq=4, dtype="bfloat16"), threads=1, progress=False,
-        seconds=1e-4, backends=["torch", "torch-int4", *names], watch=calm(),
+        seconds_per_operation=1e-4, backends=["torch", "torch-int4", *names], watch=calm(),
     )  # fmt: skip
 
 

@@ -139,8 +139,9 @@ def test_reference_is_read_between_long_samples() -> None:
 def run(path: Path, reference: Callable[[], float], **options: object) -> LatencyTable:
     watch = Watch(lambda: (reference(),), waited=lambda: 0.0, patience=0.0, sleep=lambda s: None)
     return profile(
-        SPACE, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds=1e-4, watch=watch, **options
-    )  # type: ignore[arg-type]
+        SPACE, CONFIG, path, workload=Workload(seq=8), threads=1, progress=False, seconds_per_operation=1e-4,
+        watch=watch, **options,
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def steps(*values: float) -> Callable[[], float]:

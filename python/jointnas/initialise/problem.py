@@ -51,8 +51,11 @@ class Problem:
 
     def steps(self, clips: Clips) -> dict[str, float]:
         """Mean distance of neighbouring levels of each module's weight."""
-        largest = {p: self.parameters[f"{p}.weight"].unflatten(-1, (-1, g)).abs().amax(-1) for p, g in self.groups.items()}
-        return {path: float((clips[path] * v).mean()) / divisor(self.bits, True) for path, v in largest.items()}
+        found = {}
+        for path, group in self.groups.items():
+            largest = self.parameters[f"{path}.weight"].unflatten(-1, (-1, group)).abs().amax(-1)
+            found[path] = float((clips[path] * largest).mean()) / divisor(self.bits, True)
+        return found
 
     def searched(self, parameters: Parameters, importance: Mapping[str, Tensor] | None = None) -> Clips:
         """Ratios with the least squared error of each group, its inputs weighed by `importance` [I] of each module."""

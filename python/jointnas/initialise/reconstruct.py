@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from jointnas.config import InitOptions
-from jointnas.data import seeded
 from jointnas.initialise.blocks import relative_error
 from jointnas.initialise.problem import Clips, Parameters, Problem
+from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 
@@ -48,7 +48,7 @@ class Pair:
         return cls(a.detach().clone(), b.detach().clone(), linear.scaling)
 
     def groups(self, step: float, rate: float) -> list[dict[str, Any]]:
-        """Parameter groups of Adam that move s B A by about `rate` quantizer steps at a time, and A by that of itself."""
+        """Parameter groups of Adam that move s B A by about `rate` steps of the quantizer, and A by that of itself."""
         size = float(self.a.square().mean().sqrt())  # of one element of A
         each = self.scaling * size * math.sqrt(len(self.a))  # of an element of s B A, for each 1 in B
         return [{"params": [self.a], "lr": rate * size}, {"params": [self.b], "lr": rate * step / each}]

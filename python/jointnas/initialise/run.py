@@ -136,7 +136,8 @@ def initialise(
         if method == "gptq":
             raise JointNASError(
                 "initialise: gptq decides how fixed weights are rounded, but a supernet rounds W + s B A anew in every "
-                "step. Allowed for supernets: rtn, clip, omniquant, reconstruct; gptq is for the plain model that `extract` returns"
+                "step. Allowed for supernets: rtn, clip, omniquant, reconstruct; gptq is for the plain model that "
+                "`extract` returns"
             )
         job = Supernets(model, method, options, seed)
     else:
@@ -321,7 +322,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Solution:
-    """What the methods that round to nearest find: a block's parameters before quantization, clip ratios, LoRA pairs."""
+    """What methods that round to nearest find: a block's parameters before quantization, clip ratios, LoRA pairs."""
 
     parameters: Parameters
     clips: Clips

@@ -10,6 +10,7 @@ from jointnas.baselines.random_choices import random_choices
 from jointnas.pipeline import score
 from jointnas.preparation import open_run
 from jointnas.run_folder import found_choice, write_json
+from jointnas_kernels.errors import writable
 
 
 def compare(run: str, count: int = 8, seed: int = 0, width: float = 0.1) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def compare(run: str, count: int = 8, seed: int = 0, width: float = 0.1) -> dict
     Raises:
         JointNASError: it is no run folder, or the space has too few such choices.
     """
+    writable(run, what="run")
     opened = open_run(run, searched=False)
     found = found_choice(opened.folder)
     others = random_choices(found, opened.bound, opened.model_config, count, seed, width)

@@ -27,7 +27,7 @@ from jointnas.results import text_table
 from jointnas.run_folder import Run, found_choice, load_supernet, read_json, write_json
 from jointnas.tasks import load_tasks
 from jointnas.verbs.report import report
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import extract, feasible_space
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice
@@ -37,13 +37,13 @@ TARGET = 0.6  # of the fastest single precision of the whole model
 
 
 def demo(
-    out: str = "runs/demo", device: str = "cpu", seed: int = 0, randoms: int = 1, threads: int | None = None
+    out: str = "runs/demo", device: str = "auto", seed: int = 0, randoms: int = 1, threads: int | None = None
 ) -> list[dict[str, Any]]:
     """Runs the whole mission on the embedded model and returns the result table.
 
     Args:
         out: run folder; a finished or interrupted demo in it is continued.
-        device: cpu or cuda; the latency table is that device's.
+        device: cpu, cuda, or auto: cuda where there is one. The latency table is that device's.
         seed: of everything.
         randoms: random architectures of the found model's cost, trained for comparison.
         threads: CPU threads for all work; default: what torch uses.
@@ -54,7 +54,8 @@ def demo(
     Raises:
         JointNASError: there is no such device, or `out` holds something else.
     """
-    loading.check_device(device)
+    writable(out)
+    start = loading.resolve(demo_config(out, device, seed))
     if threads:
         torch.set_num_threads(threads)
     began = time.monotonic()
@@ -62,7 +63,7 @@ def demo(
     def say(text: str) -> None:
         log.info("[%4.0f s] %s", time.monotonic() - began, text)
 
-    config, table = with_target(demo_config(out, device, seed))
+    config, table = with_target(start)
     tasks = load_tasks(config.eval)
     run = prepare(config, table=table)
     say(f"latency table: {len(table.rows)} measurements on {table.header.device}")
@@ -95,7 +96,7 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
         {
             "out": out, "seed": seed, "resume": "auto", "model": {"device": device},
             "data": {"batch_size": 4, "seq_len": 128},
-            "latency": {"batch": 4, "seq": 128, "seconds": 0.02},
+            "latency": {"batch": 4, "seq": 128, "seconds_per_operation": 0.02},
             "search": {
                 "steps": 240, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
                 "log_every": 5,

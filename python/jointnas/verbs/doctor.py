@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from jointnas import assets
-from jointnas.loading import check_device
+from jointnas.config import ModelConfig
+from jointnas.loading import check_device, resolve_model
 from jointnas_kernels.latency import survey
 from jointnas_kernels.latency.timing import cache_bytes, compiled, describe
 from jointnas_kernels.ops.lowbit import check as lowbit_check
@@ -30,15 +31,16 @@ EXTENSION = {
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}  # what models usually have there
 
 
-def doctor(device: str = "cpu") -> dict[str, Any]:
+def doctor(device: str = "auto") -> dict[str, Any]:
     """Reports the environment and which latency backends work on a device.
 
     Args:
-        device: cpu or cuda.
+        device: cpu, cuda, or auto: cuda where there is one.
 
     Raises:
         JointNASError: there is no such device.
     """
+    device = resolve_model(ModelConfig(device=device)).device
     kind, packages = check_device(device), {}
     for name in PACKAGES:
         try:

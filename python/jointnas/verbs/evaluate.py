@@ -16,7 +16,7 @@ from jointnas.preparation import open_run
 from jointnas.results import Row, text_table
 from jointnas.run_folder import new, read_config, write_json
 from jointnas.tasks import load_tasks
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 
 
 def evaluate(
@@ -59,11 +59,12 @@ def evaluate(
         for name, value in own.items():
             if value is not None:
                 raise JointNASError(f"{source} is a run: its {name} is that of its config.yaml; leave --{name} out")
+        writable(source, what="run")
         rows = _run(source, given)
     else:
         where = {"source": source, "device": device, "dtype": dtype, "revision": revision}
         model = build(ModelConfig, {k: v for k, v in where.items() if v is not None}, "jointnas eval")
-        rows = [_model(model, data or "embedded", build(EvalConfig, given, "jointnas eval"))]
+        rows = [_model(loading.resolve_model(model), data or "embedded", build(EvalConfig, given, "jointnas eval"))]
     if target is not None:
         write_json(target, rows)
     return rows

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jointnas.pipeline import finish
 from jointnas.preparation import open_run
+from jointnas_kernels.errors import writable
 
 
 def finetune(run: str) -> Path:
@@ -17,4 +18,5 @@ def finetune(run: str) -> Path:
     Raises:
         JointNASError: it is no run folder, or its search has not finished.
     """
+    writable(run, what="run")
     return finish(open_run(run))[1]

@@ -14,7 +14,7 @@ from jointnas.metrics import read_metrics
 from jointnas.objective import absolute
 from jointnas.results import html_table, pareto_points
 from jointnas.run_folder import read_config, read_json
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace
 
@@ -32,7 +32,7 @@ def report(run: str) -> Path:
     Raises:
         JointNASError: it is no run folder.
     """
-    folder = Path(run)
+    folder = writable(run, what="run")
     config, environment = read_config(folder), read_json(folder / "env.json") or {}
     pictures = folder / "plots"
     sections: list[str] = []

@@ -12,6 +12,7 @@ from jointnas.preparation import prepare
 from jointnas.results import text_table
 from jointnas.run_folder import load_supernet, read_json
 from jointnas.verbs.report import report
+from jointnas_kernels.errors import writable
 
 
 def search(config: RunConfig) -> Path:
@@ -23,8 +24,9 @@ def search(config: RunConfig) -> Path:
         config: the whole configuration.
 
     Raises:
-        JointNASError: bad input, or a folder that already holds another search.
+        JointNASError: bad input, or a folder that already holds another search or cannot be made.
     """
+    writable(config.out)
     evaluated = (Path(config.out) / "eval.json").is_file()
     tasks = None if evaluated else ready_tasks(config)
     run = prepare(config)

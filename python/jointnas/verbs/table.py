@@ -1,7 +1,7 @@
 """`table`: latency tables, measured, put together, compared, completed, described and drawn.
 
-Tables are files. One of another device than this machine's `device` (cpu or cuda) is refused unless `force`; to look at
-what changed between two, no device is needed. Whatever is written is a new file.
+Tables are files. One of another device than this machine's `device` (cpu, cuda, or auto: whichever the table is of) is
+refused unless `force`; to look at what changed between two, no device is needed. Whatever is written is a new file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jointnas import loading, plots
 from jointnas.config import LatencyConfig, ModelConfig, RunConfig, SpaceConfig
 from jointnas.preparation import measure_table
 from jointnas.run_folder import new
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.latency import Comparison, Coverage, LatencyTable, compare, interpolate
 
@@ -24,7 +24,7 @@ def measure(
     out: str,
     space: SpaceConfig = SpaceConfig(), model: ModelConfig = ModelConfig(),  # noqa: B008
     latency: LatencyConfig = LatencyConfig(),  # noqa: B008
-    device: str = "cpu", resume: bool = False, progress: bool = True,
+    device: str = "auto", resume: bool = False, progress: bool = True,
 ) -> LatencyTable:
     """Measures the latency table of a space on this machine.
 
@@ -33,7 +33,7 @@ def measure(
         space: search space; `--space NAME` is short for `--space.base NAME`.
         model: whose sizes. The embedded model stands for Llama-3.1-8B where the space is `llama3` or `qllama3`.
         latency: workload and how to measure.
-        device: cpu or cuda.
+        device: cpu, cuda, or auto: that of the model, cuda where there is one.
         resume: continue an unfinished or smaller table in `out`; what a busy machine disturbed is measured again, and
             backends that were installed since are tried.
         progress: show a progress bar.
@@ -41,19 +41,19 @@ def measure(
     Raises:
         JointNASError: bad input, or `out` exists and is not to be, or cannot be, continued.
     """
-    loading.check_device(device)
-    model = _sized(space, model).model_copy(update={"device": device})
-    config, path = loading.model_config(model), Path(out)
+    path, model = writable(out, "file"), _sized(space, model)
+    model = model.model_copy(update={"device": model.device if device == "auto" else device})
+    run = loading.resolve(RunConfig(model=model, space=space, latency=latency, progress=progress))
+    config = loading.model_config(run.model)
     built, removed = feasible_space(config, space.build())
     for line in removed:
         log.warning("search space: removed %s", line)
     if path.exists() and not resume:
         raise JointNASError(f"{out} exists; pass --resume true to continue or complete it, or choose another file")
-    run = RunConfig(model=model, space=space, latency=latency, progress=progress)
     return measure_table(run, built, config, path, renew=True)
 
 
-def merge(tables: list[str], out: str, device: str = "cpu", force: bool = False) -> LatencyTable:
+def merge(tables: list[str], out: str, device: str = "auto", force: bool = False) -> LatencyTable:
     """Puts two or more tables of one device and workload together; of rows they share the last file's are taken.
 
     Raises:
@@ -81,7 +81,7 @@ def diff(first: str, second: str) -> Comparison:
 def fill(
     table: str, out: str,
     space: SpaceConfig = SpaceConfig(), model: ModelConfig = ModelConfig(),  # noqa: B008
-    device: str = "cpu", force: bool = False,
+    device: str = "auto", force: bool = False,
 ) -> Coverage:
     """Writes a table with those sizes of a space that lie between measured ones, interpolated.
 
@@ -100,7 +100,7 @@ def fill(
 def show(
     table: str,
     space: SpaceConfig = SpaceConfig(), model: ModelConfig = ModelConfig(),  # noqa: B008
-    device: str = "cpu", force: bool = False,
+    device: str = "auto", force: bool = False,
 ) -> str:
     """Which operations and precisions of a space a table, unfinished or not, holds, lacks, and why.
 
@@ -116,13 +116,14 @@ def show(
     return f"{loaded.summary()}\nfor this space: {loaded.coverage(built, config)}{left_out}"
 
 
-def draw(table: str, out: str, device: str = "cpu", force: bool = False) -> Path:
+def draw(table: str, out: str, device: str = "auto", force: bool = False) -> Path:
     """Draws the speed-ups of a table's precisions over 16 bit into a PNG.
 
     Raises:
         JointNASError: the table cannot be used, or holds nothing to draw.
     """
-    return plots.table_heatmap(LatencyTable.load(table, device, force), Path(out))
+    path = writable(out, "file")
+    return plots.table_heatmap(LatencyTable.load(table, device, force), path)
 
 
 def text(result: LatencyTable | Comparison | Coverage | Path | str) -> str:
