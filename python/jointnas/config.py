@@ -33,13 +33,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Token streams. One part trains the LoRA weights, the other the architecture."""
 
-    source: str = Field(default="embedded", description="'embedded', .txt file or folder, or hf:NAME[/config=SUBSET]")
-    text_column: str = "text"
-    seq_len: int = Field(default=128, ge=2)
+    source: str = Field(
+        default="embedded",
+        description="'embedded', a .txt, .jsonl, .json or .parquet file, a folder of them, or hf:NAME[/config=SUBSET]",
+    )
+    text_column: str = Field(default="text", description="of records of plain text; see jointnas.records for others")
+    seq_len: int = Field(default=128, ge=2, description="tokens of a window, BOS included")
     batch_size: int = Field(default=8, ge=1)
     arch_fraction: float = Field(default=0.5, gt=0, lt=1, description="share of the data that trains the architecture")
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5, description="for evaluation; embedded: its own")
-    max_tokens: int | None = Field(default=None, ge=1, description="use only so many tokens")
+    max_tokens: int | None = Field(default=None, ge=1, description="read and use only so many tokens for training")
+    cache: str | None = Field(
+        default=None, description="folder of tokenized files; none: ~/.cache/jointnas/tokens (under $XDG_CACHE_HOME)"
+    )
 
 
 class SpaceConfig(Section):
@@ -181,6 +187,7 @@ class EvalConfig(Section):
     """What is reported of a model."""
 
     tokens: int = Field(default=65536, ge=256, description="held-out tokens for the perplexity")
+    context: int | None = Field(default=None, ge=2, description="its windows; none: 256, or what the model can at most")
     tasks: bool = Field(default=True, description="the embedded multiple-choice tasks (embedded tokenizer only)")
     task_limit: int | None = Field(default=None, ge=1, description="questions per task; none: all")
 

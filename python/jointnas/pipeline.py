@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from jointnas import evaluation, loading
+from jointnas.data import without
 from jointnas.distillation import bake, distil, original_logits, trainable
 from jointnas.exporting import export_model, reload
 from jointnas.objective import original_params
@@ -31,7 +32,7 @@ def distilled(
     distil(
         student, original_logits(run.supernet), run.streams.all, config.finetune, batch_size=config.data.batch_size,
         seq_len=config.data.seq_len, seed=config.seed if seed is None else seed, folder=folder, resume=resume,
-        progress=config.progress, tensorboard=config.tensorboard,
+        progress=config.progress, tensorboard=config.tensorboard, bos=run.streams.bos,
     )  # fmt: skip
     return bake(student)
 
@@ -41,11 +42,12 @@ def finish(run: Run) -> tuple[PreTrainedModel, Path]:
     config, choice = run.config, found_choice(run.folder)
     model = distilled(run, choice, folder=run.folder, resume=config.resume == "auto")
     params = count_params(run.model_config, choice)
-    perplexity = quality(model, run, tasks=False)["perplexity"]
+    measures = quality(model, run, tasks=False)
+    windows = f"windows of {measures['context']} tokens" + ", the first BOS" * (run.streams.bos is not None)
     facts = {
         "parameters": f"{params:,} ({params / original_params(run.model_config):.1%} of the original)",
         "predicted latency": f"{run.bound.predict(choice):.3f} ms ({run.table.header.device})",
-        "held-out perplexity": f"{perplexity:.3f}",
+        "held-out perplexity": f"{measures['perplexity']:.3f} ({windows})",
     }
     final, rank = run.folder / "final", run.supernet.block_rank
     export_model(model, final, choice, rank, facts=facts, **loading.origin(config.model))
@@ -99,14 +101,30 @@ def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measu
 
 def quality(model: PreTrainedModel, run: Run, tasks: bool = True) -> dict[str, Any]:
     """Perplexity on the run's held-out text, and task accuracies where the embedded tasks fit the model."""
-    options, held_out = run.config.eval, run.streams.held_out
-    context = min(256, len(held_out) - 1)
-    perplexity = evaluation.perplexity(model, held_out, context=context, max_tokens=options.tokens)
+    options, streams, context = run.config.eval, run.streams, eval_context(run)
+    perplexities = {"perplexity": held_out_perplexity(model, run)}
+    if streams.bos is not None:
+        plain = without(streams.held_out[: options.tokens], streams.bos)
+        perplexities["perplexity_without_bos"] = evaluation.perplexity(model, plain, context=context)
     accuracy: dict[str, float] = {}
     if tasks and options.tasks and run.config.model.source == "embedded":
         found = evaluation.accuracy(model, loading.load_tokenizer(run.config.model), limit=options.task_limit)
         accuracy = {name: values["acc"] for name, values in found.items()}
-    return {"perplexity": perplexity if math.isfinite(perplexity) else math.inf, "tasks": accuracy}
+    finite = {name: value if math.isfinite(value) else math.inf for name, value in perplexities.items()}
+    return {**finite, "context": context, "tasks": accuracy}
+
+
+def held_out_perplexity(model: nn.Module, run: Run) -> float:
+    """Of a model of the run; windows begin with BOS where its tokenizer has one."""
+    return evaluation.perplexity(
+        model, run.streams.held_out, bos=run.streams.bos, context=eval_context(run), max_tokens=run.config.eval.tokens
+    )
+
+
+def eval_context(run: Run) -> int:
+    """Tokens of a window that perplexity is measured on."""
+    most = min(256, run.model_config.max_position_embeddings)
+    return min(run.config.eval.context or most, len(run.streams.held_out) - 1)
 
 
 # ---- comparisons at one seed ----------------------------------------------------------------------------------------
@@ -126,6 +144,6 @@ class Scored:
 def score(run: Run, choice: Choice, seed: int) -> Scored:
     """Fine-tunes a choice from the run's supernet as it is, and measures its held-out cross-entropy."""
     model = distilled(run, choice, seed=seed)
-    perplexity = evaluation.perplexity(model, run.streams.held_out, max_tokens=run.config.eval.tokens)
+    perplexity = held_out_perplexity(model, run)
     params = count_params(run.model_config, choice)
     return Scored(choice, params, run.bound.predict(choice), math.log(perplexity), perplexity)

@@ -30,6 +30,8 @@ def prepare(
 
     The model is converted in place."""
     space = config.space.build()
+    model_config = loading.model_config(config.model) if model is None else model.config
+    loading.check_lengths(model_config, data_seq_len=config.data.seq_len, eval_context=config.eval.context)
     if model is None:
         model = loading.load_model(config.model)
     space.validate(model.config)
@@ -45,8 +47,8 @@ def prepare(
     options = config.search
     importance = None
     if options.importance:
-        batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed)
-        importance = importance_scores(model, [batches.at(i) for i in range(options.importance_batches)])
+        batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed, streams.bos)
+        importance = importance_scores(model, [batches.at(i).ids for i in range(options.importance_batches)])
     supernet = convert(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, alpha_init=options.alpha_init,
@@ -72,7 +74,7 @@ def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Stream
     if method in DATA_FREE:
         initialise(supernet, method, options=options, progress=False)
         return
-    windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed)
+    windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed, streams.bos)
     initialise(
         supernet, method, windows, options=options, folder=Path(config.out) / "quantizers", progress=config.progress,
         seed=config.seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ BUSY = "measured while the machine was slower than when its latency table was ma
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a result table. Bytes: weights on disk, packed integers, everything else in 16 bit."""
+    """One line of a result table. Bytes: weights on disk, packed integers, everything else in 16 bit. Perplexity: with
+    BOS at the beginning of every window of `context` tokens, where the tokenizer has one by default."""
 
     name: str
     params: int
@@ -21,19 +23,25 @@ class Row:
     measured_ms: float | None
     perplexity: float
     tasks: dict[str, float]  # accuracy by task, and their mean
+    context: int | None = None
+    perplexity_without_bos: float | None = None  # where there is one
     contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(header, cells) of result rows."""
     tasks = list(rows[0]["tasks"]) if rows else []
-    header = ["model", "parameters", "MB", "measured ms", "predicted ms", "perplexity", *(f"{t} %" for t in tasks)]
+    both = any(row.get("perplexity_without_bos") is not None for row in rows)
+    header = ["model", "parameters", "MB", "measured ms", "predicted ms", "perplexity", *["without BOS"] * both]
+    header += [f"{t} %" for t in tasks]
     cells = []
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
         values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
         values[3] += " *" * row.get("contended", False)
-        values += [f"{row['perplexity']:.2f}", *(f"{100 * row['tasks'].get(t, float('nan')):.1f}" for t in tasks)]
+        values.append(f"{row['perplexity']:.2f}")
+        values += [f"{row.get('perplexity_without_bos') or math.nan:.2f}"] * both
+        values += [*(f"{100 * row['tasks'].get(t, float('nan')):.1f}" for t in tasks)]
         cells.append(values)
     return header, cells
 

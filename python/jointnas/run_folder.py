@@ -82,7 +82,7 @@ def write_start(run: Run) -> None:
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "device": str(run.table.header.device), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
         "removed": run.removed, "space": run.space.to_dict(), "block_rank": list(run.supernet.block_rank),
-        "original_params": original_params(run.model_config),
+        "original_params": original_params(run.model_config), "bos": run.streams.bos is not None,
     }  # fmt: skip
     write_json(run.folder / "env.json", environment)
     (run.folder / "config.yaml").write_text(dump(run.config))
@@ -186,4 +186,4 @@ def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
     free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"}
     search = {"log_every", "save_every", "keep_checkpoints", "capture"}
-    return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search})
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search, "data": {"cache"}})

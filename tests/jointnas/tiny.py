@@ -48,7 +48,7 @@ def streams(tokens: int = 4096) -> Streams:
     for i in range(1, tokens):
         text.append(int(other[i]) if noise[i] else int(table[text[-1]]))
     stream = torch.tensor(text)
-    return Streams(stream[: tokens // 2], stream[tokens // 2 : -512], stream[-512:])
+    return Streams(stream[:-512], tokens // 2, stream[-512:])
 
 
 def config(out: Path | str, space: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
