@@ -39,8 +39,8 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Streams:
-    """Integers [N], an id per token, or -1 - id for one that only gives context (`decode`): `all` for training, of
-    which the architecture has the part from token `border` on, and `held_out`. `bos`: the token that begins a window."""
+    """Integers [N], an id per token, or -1 - id for one that only gives context (`decode`): `all` for training, from
+    token `border` on that of the architecture, and `held_out`. `bos`: the token that begins a window."""
 
     all: Tensor
     border: int

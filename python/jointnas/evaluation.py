@@ -1,7 +1,7 @@
 """Quality of a causal language model: perplexity on held-out text and multiple-choice accuracy by lm-eval.
 
-`perplexity` is exp of the mean negative log-likelihood per token over non-overlapping windows. A window's first token is
-predicted from nothing and not counted; with BOS it is BOS. `accuracy` runs the embedded tasks through lm-eval's own
+`perplexity` is exp of the mean negative log-likelihood per token over non-overlapping windows. A window's first token
+is predicted from nothing and not counted; with BOS it is BOS. `accuracy` runs the embedded tasks through lm-eval's own
 `simple_evaluate` (0-shot, `acc` and `acc_norm`), offline; any other lm-eval task name works, too.
 """
 

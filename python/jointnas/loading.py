@@ -91,7 +91,7 @@ def has_tokenizer(config: ModelConfig) -> bool:
 
 
 def check_lengths(config: Any, **lengths: int | None) -> None:
-    """Raises if a setting (`data_seq_len=` is data.seq_len) asks for more tokens than a model of this config can see."""
+    """Raises if a setting (`data_seq_len=` is data.seq_len) asks for more tokens than a model of this config sees."""
     most = config.max_position_embeddings
     for name, length in lengths.items():
         if length is not None and length > most:

@@ -56,7 +56,7 @@ def tokenized(
     `identity` is what the source is now; `limit`: stop after so many tokens.
 
     Raises:
-        JointNASError: no text, tokens that a model of `vocabulary` words does not know, a folder that cannot be written.
+        JointNASError: no text, tokens that a model of `vocabulary` words does not know, a folder that is not writable.
     """
     name = hashlib.sha256(json.dumps([VERSION, identity, _identity(tokenizer), limit]).encode()).hexdigest()[:32]
     path, facts = folder / f"{name}.tokens", folder / f"{name}.json"

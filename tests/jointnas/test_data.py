@@ -187,7 +187,9 @@ TALK = [
     {"role": "assistant", "content": "a"},
     {"role": "user", "content": "never answered"},
 ]
-SHARED = [{"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]} for m in TALK]
+SHARED = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]} for m in TALK
+]
 IM = "<|im_start|>{}\n{}<|im_end|>\n"
 CHATS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {  # tokenizer, record, text, what is learned of it
     "chatml": (
@@ -290,7 +292,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], Any, str]] = {
     "not-text": (bytes_in("a.jsonl", b'{"text": 7}'), of_bytes(), "line 1: column 'text' holds int, not text"),
     "surrogate": (bytes_in("a.jsonl", b'{"text": "\\ud800"}'), of_bytes(), "half of a surrogate pair"),
     "parquet": (bytes_in("a.parquet", b"PAR1 no"), of_bytes(), "a.parquet' cannot be loaded"),
-    "image-message": (*talk(USER, {"role": "assistant", "content": [{"type": "image"}]}), "message 2: content holds list"),
+    "image": (*talk(USER, {**ANSWER, "content": [{"type": "image"}]}), "message 2: content holds list, not text"),
     "no-role": (*talk({"speaker": "me"}), "message 1 has neither role and content nor from and value"),
     "message-text": (*talk("hello"), "message 1 has neither"),
     "drops": (*talk(USER, ANSWER, template=DROPS), "leaves out an answer"),

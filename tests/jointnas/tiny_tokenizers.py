@@ -43,7 +43,7 @@ def finished(
     template: str | None = None,
 ) -> PreTrainedTokenizerFast:  # fmt: skip
     special = [t for t in dict.fromkeys((bos, eos, pad)) if t is not None]
-    inner.add_special_tokens(special + ["<|im_start|>", "<|im_end|>"])
+    inner.add_special_tokens([*special, "<|im_start|>", "<|im_end|>"])
     if bos is not None and adds:
         one = (bos, inner.token_to_id(bos))
         inner.post_processor = processors.TemplateProcessing(f"{bos} $A", f"{bos} $A {bos} $B", [one])
