@@ -25,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         need = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if need else None
-        count = (labels != IGNORE).sum()
+        count = (labels != IGNORE).sum().clamp_min(1)
         total = torch.zeros((), dtype=wide, device=x.device)
         step = max(1, CHUNK // weight.shape[0])
         for start in range(0, x.shape[0], step):
@@ -51,6 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored); gradient to x only."""
+    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored), 0 where all are ignored, as
+    they may be in a batch of prompts; gradient to x only."""
     loss: Tensor = _LinearCrossEntropy.apply(x, weight.detach(), labels)  # type: ignore[no-untyped-call]
     return loss

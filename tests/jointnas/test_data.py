@@ -128,13 +128,13 @@ def test_a_file_of_any_size_is_read_in_pieces(tmp_path: Path, monkeypatch: pytes
             sizes.append(sum(map(len, texts)))
             return tokenizer(texts, **options)
 
-    (tmp_path / "a.txt").write_text(LONG * 100 + "x" * 9000)
-    jsonl(tmp_path / "b.jsonl", *({"text": LONG} for _ in range(100)))
+    (tmp_path / "a.txt").write_text(LONG * 20 + "x" * 9000)
+    jsonl(tmp_path / "b.jsonl", *({"text": LONG} for _ in range(20)))
     monkeypatch.setattr("jointnas.records.BLOCK", 1000)
     monkeypatch.setattr("jointnas.tokens.BLOCK", 1000)
     found = streams(tmp_path, Watched(), tmp_path / "cache")
     assert max(sizes) <= 4000
-    assert text(found, tokenizer) == f"<s>{LONG * 100}{'x' * 9000}</s>" + f"<s>{LONG}</s>" * 100
+    assert text(found, tokenizer) == f"<s>{LONG * 20}{'x' * 9000}</s>" + f"<s>{LONG}</s>" * 20
 
 
 # ---- records with answers -------------------------------------------------------------------------------------------
