@@ -166,9 +166,9 @@ def test_a_run_with_bos_says_so(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "env.json").read_text())["bos"] is True
     model = tiny.model()
     found = pipeline.quality(model, run, tasks=False)
-    assert found["context"] == 64  # all that the model can
-    assert found["perplexity"] == evaluation.perplexity(model, begun.held_out, bos=BOS, context=64)
-    assert found["perplexity_without_bos"] == evaluation.perplexity(model, plain.held_out[plain.held_out != BOS], context=64)
+    assert found["context"] == 256
+    assert found["perplexity"] == evaluation.perplexity(model, begun.held_out, bos=BOS)
+    assert found["perplexity_without_bos"] == evaluation.perplexity(model, plain.held_out[plain.held_out != BOS])
     row = {"name": "x", "params": 1, "bytes": 1, "measured_ms": 1.0, "predicted_ms": 1.0, **found}
     header, _, values = text_table([row]).splitlines()
     assert header.split()[-3:] == ["perplexity", "without", "BOS"]
@@ -179,13 +179,13 @@ def test_a_run_with_bos_says_so(tmp_path: Path) -> None:
 
 
 def test_longer_than_the_model_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for section, name in (({"data": {"seq_len": 65}}, "data.seq_len"), ({"eval": {"context": 65}}, "eval.context")):
-        with pytest.raises(JointNASError, match=rf"{name} is 65, but the model sees at most 64 tokens"):
+    for section, name in (({"data": {"seq_len": 257}}, "data.seq_len"), ({"eval": {"context": 257}}, "eval.context")):
+        with pytest.raises(JointNASError, match=rf"{name} is 257, but the model sees at most 256 tokens"):
             tiny.start(tiny.config(tmp_path, **section))
     tiny.model().save_pretrained(tmp_path / "model")
     quantize = ["quantize", "--model.source", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
-    assert cli.main([*quantize, "--data.seq_len=65"]) == 2
-    assert "set it to 64 or less" in capsys.readouterr().err
+    assert cli.main([*quantize, "--data.seq_len=257"]) == 2
+    assert "set it to 256 or less" in capsys.readouterr().err
 
 
 # ---- models and their tokenizers ------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ NO_BITS = {**SPACE, "weight_bits": "none", "act_bits": "none"}
 
 def model(family: str = "llama") -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **vars(CONFIG), max_position_embeddings=64, pad_token_id=None)
+    config = AutoConfig.for_model(family, **vars(CONFIG), max_position_embeddings=256, pad_token_id=None)
     made: Any = build_model(config).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
