@@ -9,6 +9,7 @@ Where the model's tokenizer puts BOS before a text, a window is BOS and the toke
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import math
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from jointnas.tokens import bos_of, cache_folder, tokenized
 from jointnas_kernels.errors import JointNASError
 
 log = logging.getLogger(__name__)
+ENDS = 1 << 16  # tokens of a stream's ends that tell it from others
 IGNORE = -100  # label of a token that only gives context
 
 
@@ -56,6 +58,13 @@ class Streams:
     def arch(self) -> Tensor:
         """The part that trains the architecture, [N - border]."""
         return self.all[self.border :]
+
+    def fingerprint(self) -> str:
+        """Differs for other data: a hash of the lengths, and of the tokens at both ends."""
+        digest = hashlib.sha256(f"{len(self.all)} {self.border} {self.bos}".encode())
+        for part in (self.all[:ENDS], self.all[-ENDS:]):
+            digest.update(part.to(torch.int64).numpy().tobytes())
+        return digest.hexdigest()
 
 
 def decode(stream: Tensor) -> Batch:

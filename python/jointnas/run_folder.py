@@ -143,7 +143,7 @@ def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged:
     state = {
         "data_position": step,  # batches and draws are functions of (seed, step)
         "seed": run.config.seed, "converged": converged, "seconds": seconds, "optimizers": groups,
-        "config": resumable(run.config), "block_rank": list(run.supernet.block_rank),
+        "config": resumable(run.config), "data": run.streams.fingerprint(), "block_rank": list(run.supernet.block_rank),
     }  # fmt: skip
     checkpoint.save(run.folder / "checkpoints", step, tensors, state, keep=run.config.search.keep_checkpoints)
 
@@ -166,6 +166,11 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
         was, now = old.get(key), new.get(key)
         if was != now:
             raise JointNASError(f"{newest} belongs to another configuration: {'.'.join(key)} was {was!r}, is {now!r}")
+    if state["data"] != run.streams.fingerprint():
+        raise JointNASError(
+            f"{newest} was trained on other data than {run.config.data.source!r} holds now: put that back, or choose "
+            "another --out"
+        )
     run.supernet.load_search_state(tensors["supernet"])
     for name, optimizer in optimizers.items():
         checkpoint.unpack_optimizer(optimizer, tensors[name], state["optimizers"][name])

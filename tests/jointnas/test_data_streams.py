@@ -175,6 +175,17 @@ def test_a_run_with_bos_says_so(tmp_path: Path) -> None:
     assert values.split()[-2:] == [f"{found[k]:.2f}" for k in ("perplexity", "perplexity_without_bos")]
 
 
+def test_resuming_on_other_data_is_one_error(tmp_path: Path) -> None:
+    run, _ = tiny.search(tiny.config(tmp_path, tiny.NO_BITS, search={"steps": 2}))
+    config = run.config.model_copy(update={"resume": "auto"})
+    table = synthetic(config.space.build())
+    other = data.Streams(run.streams.all.flip(0), run.streams.border, run.streams.held_out)
+    with pytest.raises(JointNASError, match="step-2 was trained on other data than 'embedded' holds now"):
+        optimise(prepare(config, tiny.model(), other, table))
+    again = data.Streams(run.streams.all.int(), run.streams.border, run.streams.held_out)  # as a token file has them
+    optimise(prepare(config, tiny.model(), again, table))
+
+
 # ---- lengths --------------------------------------------------------------------------------------------------------
 
 
