@@ -183,4 +183,8 @@ def split(tokens: Tensor, held_out: Tensor, config: DataConfig, bos: int | None 
             f"{len(tokens)} training tokens are too few: both parts need at least one batch, "
             f"{config.batch_size} x {config.seq_len} = {least} tokens"
         )
+    if len(held_out) < 4 or not (decode(held_out[:ENDS]).labels[1:-1] != IGNORE).any():
+        raise JointNASError(
+            f"{len(held_out)} held-out tokens have nothing to evaluate; raise data.held_out_fraction or bring more data"
+        )
     return Streams(tokens, border, held_out, bos)

@@ -42,9 +42,9 @@ def perplexity(
         JointNASError: there is no whole window, or nothing in it that counts.
     """
     own = context - (bos is not None)  # tokens of the stream in a window
-    count = min(len(tokens), max_tokens or len(tokens)) // own
-    if count == 0:
-        raise JointNASError(f"perplexity needs at least one window of {context} tokens, got {len(tokens)} tokens")
+    count = min(len(tokens), max_tokens or len(tokens)) // max(1, own)
+    if count == 0 or context < 2:
+        raise JointNASError(f"perplexity needs at least one window of {max(2, context)} tokens, got {len(tokens)}")
     device = next(model.parameters()).device
     total, counted = 0.0, 0
     with evaluating(model):

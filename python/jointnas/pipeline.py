@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from jointnas import evaluation, loading
@@ -101,10 +101,10 @@ def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measu
 
 def quality(model: PreTrainedModel, run: Run, tasks: bool = True) -> dict[str, Any]:
     """Perplexity on the run's held-out text, and task accuracies where the embedded tasks fit the model."""
-    options, streams, context = run.config.eval, run.streams, eval_context(run)
+    options, context = run.config.eval, eval_context(run)
     perplexities = {"perplexity": held_out_perplexity(model, run)}
-    if streams.bos is not None:
-        plain = without(streams.held_out[: options.tokens], streams.bos)
+    if run.streams.bos is not None:
+        plain = without_bos(run)
         perplexities["perplexity_without_bos"] = evaluation.perplexity(model, plain, context=context)
     accuracy: dict[str, float] = {}
     if tasks and options.tasks and run.config.model.source == "embedded":
@@ -122,9 +122,15 @@ def held_out_perplexity(model: nn.Module, run: Run) -> float:
 
 
 def eval_context(run: Run) -> int:
-    """Tokens of a window that perplexity is measured on."""
+    """Tokens of a window that perplexity is measured on; fewer where there is not as much held-out text."""
     most = min(256, run.model_config.max_position_embeddings)
-    return min(run.config.eval.context or most, len(run.streams.held_out) - 1)
+    return min(run.config.eval.context or most, len(run.streams.held_out) - 1, len(without_bos(run)))
+
+
+def without_bos(run: Run) -> Tensor:
+    """The held-out stream that is evaluated, without the BOS tokens in it."""
+    tokens, bos = run.streams.held_out[: run.config.eval.tokens], run.streams.bos
+    return tokens if bos is None else without(tokens, bos)
 
 
 # ---- comparisons at one seed ----------------------------------------------------------------------------------------

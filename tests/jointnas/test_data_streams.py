@@ -24,7 +24,7 @@ from jointnas.preparation import prepare
 from jointnas.results import text_table
 from jointnas_kernels.errors import JointNASError
 from tests.jointnas import tiny
-from tests.jointnas.tiny_tokenizers import CHATML, of_bytes
+from tests.jointnas.tiny_tokenizers import CHATML, of_bytes, of_words
 from tests.latency.tables import synthetic
 
 BOS = 96  # of tiny.model()'s 97 words
@@ -155,6 +155,8 @@ def test_perplexity_with_bos_and_answers() -> None:
     assert found == pytest.approx(math.exp(total / count), rel=1e-5)
     with pytest.raises(JointNASError, match="none of 150 tokens counts"):
         evaluation.perplexity(model, -1 - data.decode(stream).ids, context=16)
+    with pytest.raises(JointNASError, match="at least one window of 2 tokens"):
+        evaluation.perplexity(model, stream, bos=BOS, context=1)
 
 
 def test_a_run_with_bos_says_so(tmp_path: Path) -> None:
@@ -173,6 +175,29 @@ def test_a_run_with_bos_says_so(tmp_path: Path) -> None:
     header, _, values = text_table([row]).splitlines()
     assert header.split()[-3:] == ["perplexity", "without", "BOS"]
     assert values.split()[-2:] == [f"{found[k]:.2f}" for k in ("perplexity", "perplexity_without_bos")]
+
+
+def test_a_search_on_answers_from_files(tmp_path: Path) -> None:
+    """A folder model, its tokenizer with BOS, Alpaca records: importance, OmniQuant, search, distillation, quality."""
+    words = [records.ALPACA, "Say 0 1 2 3 4 5 6 7 8 9"]
+    tokenizer, source, path = of_words(*words), tmp_path / "my model", tmp_path / "alpaca data.jsonl"
+    tiny.model().save_pretrained(source)
+    tokenizer.save_pretrained(source)
+    with path.open("w") as file:
+        for i in range(60):
+            file.write(json.dumps({"instruction": f"Say {i % 10}.", "input": "", "output": f"{i % 10} " * 9}) + "\n")
+    config = tiny.config(
+        tmp_path / "run", {**tiny.NO_BITS, "weight_bits": [4, 8]}, model={"source": str(source)},
+        data={"source": str(path), "cache": str(tmp_path), "seq_len": 96}, search={"steps": 2, "importance_batches": 1},
+        quantizer={"init": "omniquant", "options": {"samples": 2, "epochs": 1}}, finetune={"steps": 2},
+    )  # fmt: skip
+    run = prepare(config, table=synthetic(config.space.build()))
+    found = optimise(run)
+    student = pipeline.distilled(run, found.choice)
+    measured = pipeline.quality(student, run, tasks=False)
+    assert all(math.isfinite(measured[k]) for k in ("perplexity", "perplexity_without_bos"))
+    assert json.loads((tmp_path / "run" / "env.json").read_text())["bos"] is True
+    assert run.streams.bos == tokenizer.bos_token_id
 
 
 def test_resuming_on_other_data_is_one_error(tmp_path: Path) -> None:
