@@ -25,7 +25,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         need = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if need else None
-        count = (labels != IGNORE).sum() if items is None else items
+        count = (labels != IGNORE).sum().clamp_min(1) if items is None else items
         total = torch.zeros((), dtype=wide, device=x.device)
         step = max(1, CHUNK // weight.shape[0])
         for start in range(0, x.shape[0], step):
@@ -51,7 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, labels: Tensor, items: Tensor | int | None = None) -> Tensor:
-    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored); gradient to x only.
+    """Mean cross-entropy of x [T, N] @ weight [V, N]^T against labels [T] (-100: ignored), 0 where all are ignored, as
+    they may be in a batch of prompts; gradient to x only.
 
     Args:
         items: a scalar that the sum is divided by (labelled tokens of all parts of a larger batch); None: the tokens

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jointnas import convergence
-from jointnas.data import Batches
+from jointnas.data import Batch, Batches
 from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies, original_params
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
@@ -44,7 +44,7 @@ def optimise(run: Run) -> Found:
     optimizers = {"weight_optimizer": weight_optimizer, "arch_optimizer": arch_optimizer}
     step, seconds, converged = restore(run, optimizers)
     lanes = [
-        Batches(stream, config.data.batch_size, config.data.seq_len, config.seed * 4 + lane)
+        Batches(stream, config.data.batch_size, config.data.seq_len, config.seed * 4 + lane, run.streams.bos)
         for lane, stream in ((WEIGHT, run.streams.weight), (ARCH, run.streams.arch), (GAP, run.streams.arch))
     ]
     write_start(run)
@@ -135,17 +135,17 @@ def gap(run: Run, batches: Batches) -> dict[str, float]:
     relaxed = discrete = 0.0
     count = run.config.search.gap_batches
     for i in range(count):
-        ids = batches.at(i, supernet.device)
+        batch = batches.at(i, supernet.device)
         supernet.relax().draw(seeded(run.config.seed, i, GAP))
-        relaxed += _loss(supernet, ids).item() / count
+        relaxed += _loss(supernet, batch).item() / count
         supernet.fix(supernet.argmax())
-        discrete += _loss(supernet, ids).item() / count
+        discrete += _loss(supernet, batch).item() / count
     supernet.relax()
     return {"ce_relaxed": relaxed, "ce_argmax": discrete, "gap": discrete - relaxed}
 
 
-def _loss(supernet: Supernet, ids: Tensor) -> Tensor:
-    loss: Tensor | None = supernet(ids, labels=ids).loss
+def _loss(supernet: Supernet, batch: Batch) -> Tensor:
+    loss: Tensor | None = supernet(batch.ids, labels=batch.labels).loss
     assert loss is not None
     return loss
 

@@ -37,13 +37,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Token streams. One part trains the LoRA weights, the other the architecture."""
 
-    source: str = Field(default="embedded", description="'embedded', .txt file or folder, or hf:NAME[/config=SUBSET]")
-    text_column: str = "text"
-    seq_len: int = Field(default=128, ge=2)
+    source: str = Field(
+        default="embedded",
+        description="'embedded', a .txt, .jsonl, .json or .parquet file, a folder of them, or hf:NAME[/config=SUBSET]",
+    )
+    text_column: str = Field(default="text", description="of records of plain text; see jointnas.records for others")
+    seq_len: int = Field(default=128, ge=2, description="tokens of a window, BOS included")
     batch_size: int = Field(default=8, ge=1)
     arch_fraction: float = Field(default=0.5, gt=0, lt=1, description="share of the data that trains the architecture")
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5, description="for evaluation; embedded: its own")
-    max_tokens: int | None = Field(default=None, ge=1, description="use only so many tokens")
+    max_tokens: int | None = Field(default=None, ge=1, description="read and use only so many tokens for training")
+    cache: str | None = Field(
+        default=None, description="folder of tokenized files; none: ~/.cache/jointnas/tokens (under $XDG_CACHE_HOME)"
+    )
 
 
 class SpaceConfig(Section):
@@ -145,7 +151,7 @@ class InitOptions(Section):
         default=None, ge=1, description="passes over the windows per block; none: 20 for omniquant, 6 for reconstruct"
     )
     lr_weight: float = Field(
-        default=0.01, gt=0, description="reconstruct: of the weights, or of LoRA in a supernet, in quantizer steps"
+        default=0.015, gt=0, description="reconstruct: of the weights, or of LoRA in a supernet, in quantizer steps"
     )
     lr_ratio: float = Field(default=3e-3, gt=0, description="reconstruct: of the clip logits")
     lr_clip: float = Field(default=1e-2, gt=0, description="omniquant: of the clip logits")
@@ -196,7 +202,9 @@ class EvalConfig(Section):
     """What is reported of a model."""
 
     tokens: int = Field(default=65536, ge=2, description="held-out tokens for the perplexity")
-    context: int = Field(default=256, ge=2, description="tokens per window of the perplexity")
+    context: int | None = Field(
+        default=None, ge=2, description="tokens per window of it; none: 256, or what model and text have at most"
+    )
     tasks: list[str] = Field(
         default=["embedded"], description="embedded, paper (its seven tasks), names of lm-eval's; []: none"
     )
@@ -206,7 +214,7 @@ class EvalConfig(Section):
 
     @model_validator(mode="after")
     def _holds_a_window(self) -> EvalConfig:
-        if self.tokens < self.context:
+        if self.context is not None and self.tokens < self.context:
             raise ValueError(f"tokens = {self.tokens} is less than one window of context = {self.context}")
         return self
 

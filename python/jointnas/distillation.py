@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
-from jointnas.data import Batches
+from jointnas.data import IGNORE, Batches
 from jointnas.metrics import Metrics
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, extract, shrink
@@ -179,13 +179,14 @@ class Trained:
 def distil(
     student: nn.Module, teacher: Teacher, tokens: Tensor, config: FinetuneConfig, *, batch_size: int,
     seq_len: int, seed: int = 0, folder: Path | None = None, resume: bool = False, progress: bool = True,
-    tensorboard: bool = True,
+    tensorboard: bool = True, bos: int | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Trains the student (`student_of`) in place and returns it, quantizers still alive (`bake` ends that).
+    """Trains the student (`student_of`) in place on a stream, integers [N] (`data.Streams`), and returns it, quantizers
+    still alive (`bake` ends that).
 
     Metrics and checkpoints go to `folder`; None: nowhere."""
     device = next(student.parameters()).device
-    batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3)
+    batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3, bos)
     if not isinstance(student, Supernet):
         student.requires_grad_(True)
     student.train()
@@ -211,7 +212,8 @@ def distil(
     losses: list[Tensor] = []
     with checkpointing(student, config.gradient_checkpointing):
         for step in range(start, config.steps):
-            loss, parts = distillation_loss(student, teacher, batches.at(step, device), config)
+            ids, labels = batches.at(step, device)
+            loss, parts = distillation_loss(student, teacher, ids, config, labels)
             student.zero_grad(set_to_none=True)
             loss.backward()
             trained.collect()
@@ -262,20 +264,24 @@ def learning_rate(config: FinetuneConfig, step: int) -> float:
 
 
 def distillation_loss(
-    student: nn.Module, teacher: Teacher, ids: Tensor, config: FinetuneConfig
+    student: nn.Module, teacher: Teacher, ids: Tensor, config: FinetuneConfig, labels: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, its parts), averaged over the tokens [B, T-1] that have a next token."""
+    """(loss, its parts), averaged over the tokens that are predicted, of ids [B, T] all but the first; with labels,
+    int64 [B, T], those whose label is not -100."""
+    target_ids = (ids if labels is None else labels)[:, 1:].flatten()
+    learned = target_ids != IGNORE
+    target_ids = target_ids[learned]
+    count = max(1, len(target_ids))  # a batch may have none: its loss is 0
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.bf16):
         options = {} if isinstance(student, Supernet) else {"use_cache": False}
-        logits = student(input_ids=ids, **options).logits[:, :-1].flatten(0, 1).float()
-    ce = F.cross_entropy(logits, ids[:, 1:].flatten())
+        logits = student(input_ids=ids, **options).logits[:, :-1].flatten(0, 1)[learned].float()
+    ce = F.cross_entropy(logits, target_ids, reduction="sum") / count
     if config.kd == 0:
         return ce, {"ce": ce.detach()}
     with torch.no_grad():
-        target = (teacher(ids)[:, :-1].flatten(0, 1).float() / config.temperature).log_softmax(-1)
+        target = (teacher(ids)[:, :-1].flatten(0, 1)[learned].float() / config.temperature).log_softmax(-1)
     own = (logits / config.temperature).log_softmax(-1)
-    # kl_div's "batchmean" over [tokens, V] divides by the number of tokens
-    kl = F.kl_div(own, target, log_target=True, reduction="batchmean") * config.temperature**2
+    kl = F.kl_div(own, target, log_target=True, reduction="sum") / count * config.temperature**2
     return config.kd * kl + (1 - config.kd) * ce, {"ce": ce.detach(), "kl": kl.detach()}
 
 

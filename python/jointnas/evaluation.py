@@ -1,7 +1,8 @@
 """Quality of a causal language model: perplexity on held-out text and multiple-choice accuracy by lm-eval.
 
-`perplexity` is exp of the mean negative log-likelihood per token over non-overlapping windows (each window's first
-token is predicted from nothing and not counted). `accuracy` asks the questions of `tasks.load_tasks` through lm-eval.
+`perplexity` is exp of the mean negative log-likelihood per token over non-overlapping windows. A window's first token
+is predicted from nothing and not counted; with BOS it is BOS. `accuracy` asks the questions of `tasks.load_tasks`
+through lm-eval.
 """
 
 from __future__ import annotations
@@ -15,27 +16,39 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from jointnas.data import IGNORE, windows
 from jointnas.tasks import Tasks, quiet
 from jointnas_kernels.errors import JointNASError
 
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, tokens: Tensor, *, context: int = 256, batch_size: int = 16, max_tokens: int | None = None
-) -> float:
-    """Perplexity of a model on a token stream, int64 [N], of which the last incomplete window is left out."""
-    count = min(len(tokens), max_tokens or len(tokens)) // context
-    if count == 0:
-        raise JointNASError(f"perplexity needs at least one window of {context} tokens, got {len(tokens)} tokens")
-    windows = tokens[: count * context].view(count, context)
+    model: nn.Module, tokens: Tensor, *, bos: int | None = None, context: int = 256, batch_size: int = 16,
+    max_tokens: int | None = None,
+) -> float:  # fmt: skip
+    """Perplexity of a model on a token stream, integers [N] (`data.Streams`), without its last incomplete window.
+
+    Windows are of `context` tokens, the first of them BOS if there is one. Tokens that only give context do not count.
+
+    Raises:
+        JointNASError: there is no whole window, or nothing in it that counts.
+    """
+    own = context - (bos is not None)  # tokens of the stream in a window
+    count = min(len(tokens), max_tokens or len(tokens)) // max(1, own)
+    if count == 0 or context < 2:
+        raise JointNASError(f"perplexity needs at least one window of {max(2, context)} tokens, got {len(tokens)}")
     device = next(model.parameters()).device
-    total = 0.0
+    total, counted = 0.0, 0
     with evaluating(model):
         for i in range(0, count, batch_size):
-            ids = windows[i : i + batch_size].to(device)
+            starts = torch.arange(i, min(i + batch_size, count)) * own
+            ids, labels = windows(tokens, starts, context, bos).to(device)
             logits = model(input_ids=ids).logits[:, :-1].float()  # [B, T-1, V]
-            total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
-    return math.exp(total / (count * (context - 1)))
+            total += float(F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"))
+            counted += int((labels[:, 1:] != IGNORE).sum())
+    if counted == 0:
+        raise JointNASError(f"perplexity: none of {len(tokens)} tokens counts, all of them only give context")
+    return math.exp(total / counted)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
+
 
 def check_device(device: str) -> torch.device:
     """The device of this name."""
@@ -122,15 +124,31 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Streams:
     """The data, in tokens of the model."""
-    tokenizer = None if config.source == "embedded" else load_tokenizer(model)
-    return data.load(config, tokenizer, seed)
+    tokenizer = load_tokenizer(model) if has_tokenizer(model) else None
+    return data.load(config, tokenizer, seed, model=model.source, vocabulary=model_config(model).vocab_size)
+
+
+def has_tokenizer(config: ModelConfig) -> bool:
+    """False for a folder without a tokenizer's files."""
+    folder = Path(config.source)
+    return not folder.is_dir() or any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def check_lengths(config: Any, **lengths: int | None) -> None:
+    """Raises if a setting (`data_seq_len=` is data.seq_len) asks for more tokens than a model of this config sees."""
+    most = config.max_position_embeddings
+    for name, length in lengths.items():
+        if length is not None and length > most:
+            raise JointNASError(
+                f"{name.replace('_', '.', 1)} is {length}, but the model sees at most {most} tokens "
+                f"(max_position_embeddings); set it to {most} or less"
+            )
 
 
 def origin(config: ModelConfig) -> dict[str, Any]:
     """What an export keeps of the model it was made from; arguments of `exporting.export_model`."""
-    folder, (name, notices) = Path(config.source), licence(config)
-    alone = folder.is_dir() and not (folder / "tokenizer_config.json").is_file()  # a model without tokenizer
-    tokenizer = None if alone else load_tokenizer(config)
+    name, notices = licence(config)
+    tokenizer = load_tokenizer(config) if has_tokenizer(config) else None
     return {"base": config.source, "licence": name, "notices": notices, "tokenizer": tokenizer}
 
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from jointnas import convergence, evaluation, loading
 from jointnas.config import EvalConfig, ModelConfig, RunConfig
+from jointnas.data import without
 from jointnas.distillation import Original, bake, distil, original_logits, student_of, trained_parameters
 from jointnas.exporting import export_model, reload
 from jointnas.objective import original_params
@@ -39,7 +40,7 @@ def _trained(run: Run, choice: Choice, seed: int, folder: Path | None = None, re
     return distil(
         student, original_logits(run.supernet), run.streams.all, config.finetune, batch_size=config.data.batch_size,
         seq_len=config.data.seq_len, seed=seed, folder=folder, resume=resume, progress=config.progress,
-        tensorboard=config.tensorboard,
+        tensorboard=config.tensorboard, bos=run.streams.bos,
     )  # fmt: skip
 
 
@@ -50,20 +51,22 @@ def finish(run: Run) -> tuple[PreTrainedModel, Path]:
     trained = sum(p.numel() for p in trained_parameters(student).values())
     model = bake(student)
     params = count_params(run.model_config, choice)
-    original, perplexity = (
-        quality(of, config.model, run.streams.held_out, config.eval, Tasks())["perplexity"]
+    original, found = (
+        quality(of, config.model, run.streams.held_out, config.eval, Tasks(), run.streams.bos)
         for of in (Original(run.supernet), model)
     )
+    perplexities = (original["perplexity"], found["perplexity"])
     tokens = config.finetune.steps * (config.finetune.batch_size or config.data.batch_size) * config.data.seq_len
     part = convergence.record(
         run.folder, "finetune", steps=config.finetune.steps, tokens=tokens, trained=trained, total=params,
-        perplexity=(original, perplexity),
+        perplexity=perplexities,
     )  # fmt: skip
     log.log(logging.WARNING if part["advice"] else logging.INFO, "%s", convergence.sentence(part))
+    windows = f"windows of {found['context']} tokens" + ", the first BOS" * (run.streams.bos is not None)
     facts = {
         "parameters": f"{params:,} ({params / original_params(run.model_config):.1%} of the original)",
         "predicted latency": f"{run.bound.predict(choice):.3f} ms ({run.table.header.device})",
-        "held-out perplexity": f"{perplexity:.3f} (original {original:.3f})",
+        "held-out perplexity": f"{perplexities[1]:.3f} (original {perplexities[0]:.3f}; {windows})",
     }
     final, rank = run.folder / "final", run.supernet.block_rank
     export_model(model, final, choice, rank, facts=facts, **loading.origin(config.model))
@@ -101,7 +104,7 @@ def evaluate_found(run: Run, tasks: Tasks | None = None) -> list[dict[str, Any]]
 
 def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run, tasks: Tasks) -> Row:
     """Size, latency and quality of one model; choice None: the original. The model is of no use afterwards."""
-    measures = quality(model, run.config.model, run.streams.held_out, run.config.eval, tasks)
+    measures = quality(model, run.config.model, run.streams.held_out, run.config.eval, tasks, run.streams.bos)
     if choice is None:
         space = SearchSpace.single(run.model_config)
         shape, predicted = space.full(), run.bound.original()
@@ -128,19 +131,34 @@ def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measu
 
 
 def quality(
-    model: nn.Module, source: ModelConfig, tokens: Tensor, options: EvalConfig, tasks: Tasks
+    model: nn.Module, source: ModelConfig, tokens: Tensor, options: EvalConfig, tasks: Tasks, bos: int | None = None
 ) -> dict[str, Any]:
-    """The quality part of a `Row`: perplexity on a token stream, int64 [N], in the context asked for or the longest
-    possible, and accuracies, where there are tasks."""
-    of: Any = model.config
-    context = min(options.context, len(tokens) - 1, int(of.max_position_embeddings))
-    perplexity = evaluation.perplexity(model, tokens, context=context, max_tokens=options.tokens)
+    """The quality part of a `Row`: perplexity on a stream, integers [N] (`data.Streams`), in the context asked for or
+    the longest possible, with BOS where there is one also without it; and accuracies, where there are tasks."""
+    context = _context(model, tokens, options, bos)
+    found = {"perplexity": _perplexity(model, tokens, options, bos)}
+    if bos is not None:
+        plain = without(tokens[: options.tokens], bos)
+        found["perplexity_without_bos"] = evaluation.perplexity(model, plain, context=context)
     accuracy: dict[str, dict[str, float]] = {}
     if tasks.tasks:
         assert isinstance(model, PreTrainedModel)
         accuracy = evaluation.accuracy(model, loading.load_tokenizer(source), tasks, limit=options.task_limit)
-    finite = perplexity if math.isfinite(perplexity) else math.inf
-    return {"perplexity": finite, "context": context, "tasks": accuracy}
+    finite = {name: value if math.isfinite(value) else math.inf for name, value in found.items()}
+    return {**finite, "context": context, "tasks": accuracy}
+
+
+def _perplexity(model: nn.Module, tokens: Tensor, options: EvalConfig, bos: int | None) -> float:
+    context = _context(model, tokens, options, bos)
+    return evaluation.perplexity(model, tokens, bos=bos, context=context, max_tokens=options.tokens)
+
+
+def _context(model: nn.Module, tokens: Tensor, options: EvalConfig, bos: int | None) -> int:
+    """Tokens of a window that perplexity is measured on; fewer where there is not as much text."""
+    config: Any = model.config
+    most, used = int(config.max_position_embeddings), tokens[: options.tokens]
+    left = used if bos is None else without(used, bos)
+    return min(options.context or 256, most, len(tokens) - 1, len(left))
 
 
 # ---- comparisons at one seed ----------------------------------------------------------------------------------------
@@ -160,7 +178,6 @@ class Scored:
 def score(run: Run, choice: Choice, seed: int) -> Scored:
     """Fine-tunes a choice from the run's supernet as it is, and measures its held-out cross-entropy."""
     model = distilled(run, choice, seed=seed)
-    options, held_out = run.config.eval, run.streams.held_out
-    perplexity = evaluation.perplexity(model, held_out, context=options.context, max_tokens=options.tokens)
+    perplexity = _perplexity(model, run.streams.held_out, run.config.eval, run.streams.bos)
     params = count_params(run.model_config, choice)
     return Scored(choice, params, run.bound.predict(choice), math.log(perplexity), perplexity)

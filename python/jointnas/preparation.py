@@ -35,6 +35,7 @@ def prepare(
         config = config.model_copy(update={"model": own})
     config = loading.resolve(config)
     known = loading.model_config(config.model) if model is None else model.config
+    loading.check_lengths(known, data_seq_len=config.data.seq_len, eval_context=config.eval.context)
     space, removed = feasible_space(known, config.space.build())
     _warn(removed)
     if model is None:
@@ -51,8 +52,8 @@ def prepare(
     options = config.search
     importance = None
     if options.importance:
-        batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed)
-        importance = importance_scores(model, [batches.at(i) for i in range(options.importance_batches)])
+        batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed, streams.bos)
+        importance = importance_scores(model, [batches.at(i).ids for i in range(options.importance_batches)])
     supernet = convert(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, alpha_init=options.alpha_init,
@@ -83,7 +84,7 @@ def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Stream
     if method in DATA_FREE:
         initialise(supernet, method, options=options, progress=False)
         return
-    windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed)
+    windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed, streams.bos)
     initialise(
         supernet, method, windows, options=options, folder=Path(config.out) / "quantizers", progress=config.progress,
         seed=config.seed,

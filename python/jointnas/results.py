@@ -12,7 +12,8 @@ BUSY = "measured while the machine was slower than when its latency table was ma
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a result table. Bytes: weights on disk, packed integers, everything else in 16 bit."""
+    """One line of a result table. Bytes: weights on disk, packed integers, everything else in 16 bit. Perplexity: with
+    BOS at the beginning of every window of `context` tokens, where the tokenizer has one by default."""
 
     name: str
     params: int
@@ -22,19 +23,24 @@ class Row:
     perplexity: float
     context: int  # tokens per window of the perplexity
     tasks: dict[str, dict[str, float]]  # by task, `evaluation.accuracy`
+    perplexity_without_bos: float | None = None  # where there is one
     contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """(header, cells) of result rows."""
     context = f" ({rows[0]['context']} tokens)" if rows and "context" in rows[0] else ""
+    both = any(row.get("perplexity_without_bos") is not None for row in rows)
     header = ["model", "parameters", "MB", "measured ms", "predicted ms", f"perplexity{context}"]
+    header += ["without BOS"] * both
     cells = []
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
         values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
         values[3] += " *" * row.get("contended", False)
-        cells.append([*values, f"{row['perplexity']:.2f}"])
+        values.append(f"{row['perplexity']:.2f}")
+        without = row.get("perplexity_without_bos")
+        cells.append([*values, *["–" if without is None else f"{without:.2f}"] * both])
     return header, cells
 
 

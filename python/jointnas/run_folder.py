@@ -82,7 +82,7 @@ def write_start(run: Run) -> None:
         "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
         "device": str(run.table.header.device), "threads": torch.get_num_threads(), "cpus": os.cpu_count(),
         "removed": run.removed, "space": run.space.to_dict(), "block_rank": list(run.supernet.block_rank),
-        "original_params": original_params(run.model_config),
+        "original_params": original_params(run.model_config), "bos": run.streams.bos is not None,
     }  # fmt: skip
     write_json(run.folder / "env.json", environment)
     (run.folder / "config.yaml").write_text(dump(run.config))
@@ -144,7 +144,7 @@ def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged:
     state = {
         "data_position": step,  # batches and draws are functions of (seed, step)
         "seed": run.config.seed, "converged": converged, "seconds": seconds, "optimizers": groups,
-        "config": resumable(run.config), "block_rank": list(run.supernet.block_rank),
+        "config": resumable(run.config), "data": run.streams.fingerprint(), "block_rank": list(run.supernet.block_rank),
     }  # fmt: skip
     checkpoint.save(run.folder / "checkpoints", step, tensors, state, keep=run.config.search.keep_checkpoints)
 
@@ -167,6 +167,11 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
         was, now = old.get(key), new.get(key)
         if was != now:
             raise JointNASError(f"{newest} belongs to another configuration: {'.'.join(key)} was {was!r}, is {now!r}")
+    if state["data"] != run.streams.fingerprint():
+        raise JointNASError(
+            f"{newest} was trained on other data than {run.config.data.source!r} holds now: put that back, or choose "
+            "another --out"
+        )
     run.supernet.load_search_state(tensors["supernet"])
     for name, optimizer in optimizers.items():
         checkpoint.unpack_optimizer(optimizer, tensors[name], state["optimizers"][name])
@@ -187,4 +192,4 @@ def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
     free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"}
     search = {"log_every", "save_every", "keep_checkpoints", "capture"}
-    return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search})
+    return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search, "data": {"cache"}})

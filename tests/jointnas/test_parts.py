@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from jointnas import checkpoint, data
+from jointnas import checkpoint
 from jointnas.baselines.random_choices import canonical, random_choices
-from jointnas.config import DataConfig
 from jointnas.initialise.clip import RATIOS, mse_clip
 from jointnas.objective import Feasibility, Limits, Objective, entropies
 from jointnas.results import hypervolume, pareto
@@ -91,71 +90,6 @@ def test_optimizer_state_round_trip(tmp_path: Path) -> None:
         step(first, optimizer, k)
         step(second, again, k)
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
-
-
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
-def test_an_epoch_visits_every_window_once() -> None:
-    batches = data.Batches(torch.arange(1000), batch=4, length=10, seed=0)
-    starts = torch.cat([batches.at(step)[:, 0] for step in range(25)])
-    assert sorted(starts.tolist()) == list(range(0, 1000, 10))
-    second = torch.cat([batches.at(step)[:, 0] for step in range(25, 50)])
-    assert second.tolist() != starts.tolist()
-    assert second.max() <= 990
-
-
-def test_batches_depend_on_seed_and_step_alone() -> None:
-    stream = torch.randint(50, (3000,))
-    one, two = (data.Batches(stream, 3, 7, seed=5) for _ in range(2))
-    for step in (0, 999, 3, 141):
-        assert torch.equal(one.at(step), two.at(step))
-    assert not torch.equal(one.at(0), data.Batches(stream, 3, 7, seed=6).at(0))
-
-
-def test_seeded_streams_differ() -> None:
-    draws = {torch.rand(1, generator=data.seeded(*key)).item() for key in [(0, 0), (0, 1), (1, 0), (0, 0, 0), (2,)]}
-    assert len(draws) == 5
-    assert torch.rand(1, generator=data.seeded(3, 4)) == torch.rand(1, generator=data.seeded(3, 4))
-
-
-class Characters:
-    """The least a tokenizer can be."""
-
-    eos_token_id = 0
-
-    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[ord(c) % 90 + 1 for c in text] for text in texts]}
-
-
-def test_text_files(tmp_path: Path) -> None:
-    for i in range(3):
-        (tmp_path / f"{i}.txt").write_text("abc " * 500)
-    config = DataConfig(source=str(tmp_path), seq_len=8, batch_size=2, arch_fraction=0.25)
-    streams = data.load(config, Characters())
-    total = 3 * 2001
-    assert len(streams.held_out) == int(total * 0.05)
-    assert len(streams.all) == total - len(streams.held_out)
-    assert len(streams.arch) == pytest.approx(len(streams.all) * 0.25, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("nowhere.txt", "does not exist; allowed"),
-        ("short.txt", "too few"),
-        ("latin.txt", "not UTF-8"),
-        (".", "no .txt"),
-    ],
-)
-def test_bad_text(tmp_path: Path, source: str, message: str) -> None:
-    (tmp_path / "data").mkdir()
-    folder = tmp_path / "data" if source == "." else tmp_path
-    (tmp_path / "short.txt").write_text("abc")
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe\xfa" * 100)
-    path = folder if source == "." else folder / source
-    with pytest.raises(JointNASError, match=message):
-        data.load(DataConfig(source=str(path)), Characters())
 
 
 # ---- objective ------------------------------------------------------------------------------------------------------

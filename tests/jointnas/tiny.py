@@ -29,7 +29,7 @@ NO_BITS = {**SPACE, "weight_bits": "none", "act_bits": "none"}
 
 def model(family: str = "llama") -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **vars(CONFIG), max_position_embeddings=64, pad_token_id=None)
+    config = AutoConfig.for_model(family, **vars(CONFIG), max_position_embeddings=256, pad_token_id=None)
     made: Any = build_model(config).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -48,7 +48,7 @@ def streams(tokens: int = 4096) -> Streams:
     for i in range(1, tokens):
         text.append(int(other[i]) if noise[i] else int(table[text[-1]]))
     stream = torch.tensor(text)
-    return Streams(stream[: tokens // 2], stream[tokens // 2 : -512], stream[-512:])
+    return Streams(stream[:-512], tokens // 2, stream[-512:])
 
 
 def config(out: Path | str, space: dict[str, Any] | None = None, **sections: Any) -> RunConfig:

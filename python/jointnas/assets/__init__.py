@@ -47,6 +47,11 @@ def corpus_dir() -> Path:
     return root() / "corpus"
 
 
+def corpus_record() -> str:
+    """Counts and hashes of the texts, JSON."""
+    return (corpus_dir() / "record.json").read_text()
+
+
 def task_dir() -> Path:
     """The multiple-choice tasks."""
     return root() / "tasks"
@@ -110,10 +115,14 @@ def token_documents(split: Split = "train") -> tuple[np.ndarray, ...]:
     return tuple(np.array(e.ids, dtype=np.int64) for e in encoded)
 
 
+def order(count: int, seed: int) -> list[int]:
+    """In which order a stream has its documents."""
+    return [int(i) for i in np.random.default_rng(seed).permutation(count)]
+
+
 def _stream(split: Split, seed: int) -> torch.Tensor:
     docs = token_documents(split)
-    order = np.random.default_rng(seed).permutation(len(docs))
-    return torch.from_numpy(np.concatenate([docs[i] for i in order]))
+    return torch.from_numpy(np.concatenate([docs[i] for i in order(len(docs), seed)]))
 
 
 def train_tokens(seed: int = 0) -> torch.Tensor:

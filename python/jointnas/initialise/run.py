@@ -96,9 +96,11 @@ def single_space(config: Any, weight: int, act: int = 16, group_size: int = 128)
     return space
 
 
-def calibration_windows(tokens: Tensor, options: InitOptions, seq_len: int, seed: int = 0) -> Tensor:
-    """[samples, seq_len] token ids, drawn from a stream."""
-    return Batches(tokens, options.samples, seq_len, seed).at(0)
+def calibration_windows(
+    tokens: Tensor, options: InitOptions, seq_len: int, seed: int = 0, bos: int | None = None
+) -> Tensor:
+    """[samples, seq_len] token ids, drawn from a stream, integers [N] (`data.Streams`); each begins with `bos`."""
+    return Batches(tokens, options.samples, seq_len, seed, bos).at(0).ids
 
 
 def initialise(

@@ -87,27 +87,24 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
             f"{config.source} is neither a run folder (config.yaml) nor a model folder (config.json)"
         )
     shape = loading.model_config(config)
-    tasks, tokens = load_tasks(options), text_tokens(data, config)
+    loading.check_lengths(shape, eval_context=options.context)
+    tasks, (tokens, bos) = load_tasks(options), text_tokens(data, config)
     if folder.is_dir() and "quantization_config" in json.loads((folder / "config.json").read_text()):
         model = exporting.reload(folder, config.device, getattr(torch, config.dtype))
     else:
         model = loading.load_model(config)
-    measures = pipeline.quality(model, config, tokens, options, tasks)
+    measures = pipeline.quality(model, config, tokens, options, tasks, bos)
     weights = assets.model_dir() if config.source == "embedded" else folder
     files = [weights] if weights.is_file() else list(weights.glob("*.safetensors"))
     size = sum(f.stat().st_size for f in files) or sum(p.numel() * p.element_size() for p in model.parameters())
     return asdict(Row(folder.name, original_params(shape), size, None, None, **measures))
 
 
-def text_tokens(data: str, model: ModelConfig) -> torch.Tensor:
-    """Text as tokens of a model, int64 [N]: all of a data source, or the held-out part of the embedded text."""
-    if data == "embedded":
-        if model.source == "embedded":
-            return assets.held_out_tokens()
-        tokenizer = loading.load_tokenizer(model)
-        return torch.tensor(tokenizer("\n\n".join(assets.documents("test")))["input_ids"])
+def text_tokens(data: str, model: ModelConfig) -> tuple[torch.Tensor, int | None]:
+    """Text as tokens of a model, integers [N], and their BOS: all of a source, or the held-out embedded text."""
     streams = loading.load_streams(DataConfig(source=data, batch_size=1, seq_len=2), model, 0)
-    return torch.cat((streams.all, streams.held_out))
+    held_out = streams.held_out
+    return held_out if data == "embedded" else torch.cat((streams.all, held_out)), streams.bos
 
 
 text = text_table

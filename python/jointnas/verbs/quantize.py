@@ -41,12 +41,14 @@ def quantize(
     partial = folder.with_name(f"{folder.name}.partial")
     if partial.exists() and not resume:
         raise JointNASError(f"{partial} holds an unfinished quantization; pass --resume to continue it, or remove it")
-    space = single_space(loading.model_config(model), bits.weight, bits.act, bits.group_size)
+    model_config = loading.model_config(model)
+    loading.check_lengths(model_config, data_seq_len=None if method in DATA_FREE else data.seq_len)
+    space = single_space(model_config, bits.weight, bits.act, bits.group_size)
     source = loading.load_model(model)
     windows = None
     if method not in DATA_FREE:
-        tokens = loading.load_streams(data, model, seed).all
-        windows = calibration_windows(tokens, options, data.seq_len, seed)
+        streams = loading.load_streams(data, model, seed)
+        windows = calibration_windows(streams.all, options, data.seq_len, seed, streams.bos)
     rows = initialise(
         source, method, windows, Bits.of(space.full(), space, act_symmetric=bits.act_symmetric), options=options,
         folder=partial, progress=progress, seed=seed,
