@@ -231,6 +231,29 @@ def ptq(rows: list[Row], device: str) -> str:
     return "\n\n".join(parts)
 
 
+def gguf(rows: list[Row], device: str) -> str:
+    """Random choices of a real model: supernet, extracted, reloaded, and in llama.cpp."""
+    models = dict.fromkeys(r["params"]["model"] for r in rows)
+    body = []
+    for model in models:
+        own = pick(rows, model=model)
+        extra = {key: [r["extra"][key] for r in own] for key in own[0]["extra"] if key != "types"}
+        most = [max(extra[key]) for key in ("one_hot", "reloaded", "rounded", "scales", "median")]
+        body.append([
+            model, str(len(own)), *(f"{v:.1e}" if v else "0" for v in most), f"{max(r['median'] for r in own):.1e}",
+            f"{max(extra['activations']):.2f}", f"{100 * max(extra['perplexity']):.3f}",
+        ])  # fmt: skip
+    head = ["model", "choices", "supernet, logits", "reloaded, logits", "scales", "by scales", "median", "largest",
+            "by 8-bit inputs", "perplexity, %"]  # fmt: skip
+    return (
+        "**Random choices as GGUF in llama.cpp: largest differences** "
+        f"({where(rows[-1])}; the fixed supernet and its reloaded export against the extracted model; how much fp16 "
+        "changes scales, relatively, and log-probabilities by it; log-probabilities of llama.cpp against the model of "
+        "the file with llama.cpp's rounding of inputs to 8 bits; what that rounding itself does; perplexity)\n\n"
+        f"{table(head, body)}"
+    )
+
+
 def kernels(rows: list[Row], device: str) -> str:
     """Share of the copy bandwidth, forward / backward of a weight step / of an arch step."""
     whats = ("forward", "backward, weight step", "backward, arch step")
@@ -341,6 +364,7 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "calibration": calibration,
     "search": search,
     "ptq": ptq,
+    "gguf": gguf,
     "kernels": kernels,
     "ceilings": ceilings,
 }

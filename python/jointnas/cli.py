@@ -26,15 +26,20 @@ VERBS = {
     "table diff": "what changed from one table to another",
     "table fill": "interpolate sizes between measured ones",
     "table draw": "speed-ups over 16 bit, as a picture",
+    "fetch": "a small public model to work with: smollm2",
     "search": "search, prune, distil, export, evaluate, report",
     "quantize": "quantize a model after training, at one precision, and export it",
     "finetune": "distil the found choice of a run again",
-    "export": "copy the finished model of a run",
+    "export": "copy the finished model of a run, or write it for llama.cpp",
     "eval": "size, latency and quality of a run's models",
     "report": "draw a run's plots and report.html",
     "compare": "the found choice against random ones of its cost",
 }
-FILES: dict[str, str | None] = {"tables": "+", "table": None, "first": None, "second": None}  # need no option's name
+# arguments that need no option's name: how many, what
+POSITIONAL: dict[str, tuple[str | None, str]] = {
+    **dict.fromkeys(("table", "first", "second"), (None, "latency table file")), "tables": ("+", "latency table file"),
+    "name": (None, "model of the catalogue"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,10 +116,11 @@ def parser_of(verb: str) -> Any:
     if verb == "search":
         parser.add_class_arguments(RunConfig, as_group=False)
         return parser
-    files = [name for name in FILES if name in inspect.signature(function).parameters]
-    for name in files:
-        parser.add_argument(name, type=str, nargs=FILES[name], help="latency table file")
-    parser.add_function_arguments(function, as_group=False, skip=set(files))
+    names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
+    for name in names:
+        nargs, what = POSITIONAL[name]
+        parser.add_argument(name, type=str, nargs=nargs, help=what)
+    parser.add_function_arguments(function, as_group=False, skip=set(names))
     return parser
 
 

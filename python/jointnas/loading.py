@@ -1,4 +1,4 @@
-"""Loading what is compressed: the embedded model, a transformers folder, or a hub name. Remote code is never run."""
+"""Loading what is compressed: the embedded model, a folder, a GGUF file, or a hub name. Remote code is never run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from jointnas import assets, data
+from jointnas import assets, catalogue, data
 from jointnas.config import DataConfig, ModelConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import family
+from jointnas_kernels.hf.gguf import read as gguf
 
 # Sizes of models whose tables can be measured without having their weights.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -38,6 +39,24 @@ def check_device(device: str) -> torch.device:
     return found
 
 
+def located(config: ModelConfig) -> ModelConfig:
+    """A model of the catalogue as its folder, fetched if it is not there yet; any other as it is."""
+    if config.source not in catalogue.CATALOGUE or Path(config.source).exists():
+        return config
+    folder = catalogue.fetch_model(config.source, catalogue.default_folder(config.source))
+    return config.model_copy(update={"source": str(folder)})
+
+
+def caveat(config: ModelConfig) -> str:
+    """What must be said wherever results of the model are shown; empty: nothing."""
+    return catalogue.caveat(located(config).source)
+
+
+def is_gguf(config: ModelConfig) -> bool:
+    """Whether the model is a GGUF file."""
+    return config.source.endswith(".gguf")
+
+
 def device_type(config: ModelConfig) -> str:
     """cpu or cuda."""
     return config.device.partition(":")[0]
@@ -45,9 +64,12 @@ def device_type(config: ModelConfig) -> str:
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in evaluation mode on its device."""
+    config = located(config)
     device, dtype = check_device(config.device), getattr(torch, config.dtype)
     if config.source == "embedded":
         model: PreTrainedModel = assets.load_model(dtype)
+    elif is_gguf(config):
+        model = gguf.read(config.source, dtype)
     else:
         kind = family(model_config(config)).model
         with _readable(config, "model"):
@@ -61,6 +83,9 @@ def model_config(config: ModelConfig) -> Any:
     """The transformers config alone (for profiling, no weights are needed)."""
     if config.source in KNOWN:
         return LlamaConfig(**KNOWN[config.source])
+    config = located(config)
+    if is_gguf(config):
+        return gguf.read_config(config.source)
     source = str(assets.model_dir()) if config.source == "embedded" else config.source
     with _readable(config, "model"):
         found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
@@ -72,6 +97,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer."""
     if config.source == "embedded":
         return assets.load_tokenizer()
+    config = located(config)
+    if is_gguf(config):
+        return gguf.read_tokenizer(config.source)
     with _readable(config, "the tokenizer of"):
         return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
 
@@ -84,6 +112,7 @@ def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Stre
 
 def origin(config: ModelConfig) -> dict[str, Any]:
     """What an export keeps of the model it was made from; arguments of `exporting.export_model`."""
+    config = located(config)
     folder, (name, notices) = Path(config.source), licence(config)
     alone = folder.is_dir() and not (folder / "tokenizer_config.json").is_file()  # a model without tokenizer
     tokenizer = None if alone else load_tokenizer(config)

@@ -22,6 +22,7 @@ class Row:
     perplexity: float
     tasks: dict[str, float]  # accuracy by task, and their mean
     contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
+    caveat: str = ""  # what must be said of results of this model
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -46,7 +47,7 @@ def text_table(rows: Sequence[dict[str, Any]]) -> str:
         "  ".join([r[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(r[1:], widths[1:], strict=True))])
         for r in (header, ["-" * w for w in widths], *cells)
     ]
-    return "\n".join(lines + [f"* {BUSY}"] * any(r.get("contended") for r in rows))
+    return "\n".join(lines + notes(rows))
 
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -54,8 +55,14 @@ def html_table(rows: Sequence[dict[str, Any]]) -> str:
     header, cells = columns(rows)
     head = "".join(f"<th>{html.escape(h)}" for h in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
-    note = f"<p>* {html.escape(BUSY)}</p>" if any(r.get("contended") for r in rows) else ""
-    return f"<table><tr>{head}{body}</table>{note}"
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows))
+    return f"<table><tr>{head}{body}</table>{below}"
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What stands below the rows."""
+    caveats = dict.fromkeys(r["caveat"] for r in rows if r.get("caveat"))
+    return [f"* {BUSY}"] * any(r.get("contended") for r in rows) + [f"Note: {caveat}" for caveat in caveats]
 
 
 # ---- Pareto fronts --------------------------------------------------------------------------------------------------

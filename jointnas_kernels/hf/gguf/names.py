@@ -1,9 +1,9 @@
 """What llama.cpp calls the families, their tensors and the numbers of their configs.
 
-llama.cpp computes Mistral as a Llama. Its Llama rotates pairs of neighbours where transformers rotates halves, so rows of
-q_proj and k_proj are interleaved; the other architectures keep their order. Those of Qwen2 and Phi-3 want
-heads x head_dim = hidden, which few choices of a search have: all others are written as a Llama, which computes the same
-once fused linears are taken apart.
+llama.cpp computes Mistral as a Llama. Its Llama rotates pairs of neighbours where transformers rotates halves, so rows
+of q_proj and k_proj are interleaved; the other architectures keep their order. Those of Qwen2 and Phi-3 want
+heads x head_dim = hidden, which few choices of a search have: all others are written as a Llama, which computes the
+same once fused linears are taken apart.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def metadata_of(config: Any) -> tuple[dict[str, Any], list[str]]:
         raise JointNASError("GGUF: llama.cpp has no biases in the attention of Qwen3")
     rotated = int(sizes["head_dim"] * (config.rope_parameters.get("partial_rotary_factor") or 1))
     if arch == "llama" and rotated != sizes["head_dim"]:
-        raise JointNASError("GGUF: llama.cpp rotates whole heads of a Llama, and of a Phi-3 with heads x head_dim != hidden")
+        raise JointNASError(
+            "GGUF: llama.cpp rotates whole heads of a Llama, and of a Phi-3 with heads x head_dim != hidden"
+        )
     length = int(config.max_position_embeddings)
     windows = [w for w in sliding_windows(config) if w is not None]
     if windows and min(windows) < length:

@@ -5,17 +5,24 @@ transformers reads GGUF, too, but leaves out rope scaling and most head sizes; i
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import build, rotary
 from jointnas_kernels.hf.gguf import names
+from jointnas_kernels.hf.gguf.container import Container
 from jointnas_kernels.hf.gguf.tokenizer import with_pre_tokenizer
+
+PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 class File:
@@ -26,17 +33,10 @@ class File:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path, self.where = Path(path), f"GGUF file {str(path)!r}"
-        if not self.path.is_file():
-            raise JointNASError(f"{self.where} does not exist")
-        gguf = names.library()
-        try:
-            reader = gguf.GGUFReader(self.path)
-            self.values = {key: field.contents() for key, field in reader.fields.items() if "tokenizer." not in key
-                           or not isinstance(field.types[0], list) and len(field.data) == 1}  # fmt: skip
-        except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-            raise JointNASError(f"{self.where} is damaged or no GGUF file: {_first_line(error)}") from None
-        self._gguf, self._tensors = gguf, {tensor.name: tensor for tensor in reader.tensors}
+        self.path, self._gguf = Path(path), names.library()
+        self._container = Container(self.path)
+        self.where, self.values = self._container.where, self._container.values
+        self._left = dict(self._container.entries)
 
     @property
     def arch(self) -> str:
@@ -51,19 +51,19 @@ class File:
             JointNASError: the architecture, or something in it, is not supported.
         """
         values = names.config_values(self.values, self.where)
-        embedding = self._tensors.get("token_embd.weight")
+        embedding = self._left.get("token_embd.weight")
         if embedding is None:
             raise JointNASError(f"{self.where} has no tensor token_embd.weight")
-        biases = {name.split(".", 2)[2] for name in self._tensors if name.startswith("blk.") and name.endswith(".bias")}
+        biases = {name.split(".", 2)[2] for name in self._left if name.startswith("blk.") and name.endswith(".bias")}
         if self.arch == "llama" and "attn_q.bias" in biases and "attn_output.bias" not in biases:
             values["model_type"] = "qwen2"  # written as a Llama
         elif self.arch == "llama":
             values |= {"attention_bias": "attn_q.bias" in biases, "mlp_bias": "ffn_up.bias" in biases}
         config = AutoConfig.for_model(
-            **values, vocab_size=int(embedding.shape[1]), tie_word_embeddings="output.weight" not in self._tensors,
+            **values, vocab_size=embedding.shape[0], tie_word_embeddings="output.weight" not in self._left,
             dtype=torch.float32,
         )  # fmt: skip
-        if names.ROPE_FACTORS in self._tensors:
+        if names.ROPE_FACTORS in self._left:
             original = self.values.get(f"{self.arch}.rope.scaling.original_context_length")
             rope = names.llama3_rope(config, self.tensor(names.ROPE_FACTORS), original, self.where)
             config = type(config)(**{**config.to_dict(), "rope_parameters": rope})
@@ -75,19 +75,44 @@ class File:
         Raises:
             JointNASError: there is no such tensor, or the installed gguf cannot dequantize it.
         """
-        if name not in self._tensors:
+        if name not in self._left:
             raise JointNASError(f"{self.where} has no tensor {name!r}")
-        found = self._tensors.pop(name)
+        entry = self._left.pop(name)
+        known = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
+        kind = known.get(entry.kind)
+        if kind is None:
+            raise JointNASError(f"{self.where}: {name} has type {entry.kind}, which the installed gguf does not know")
+        block, size = self._gguf.GGML_QUANT_SIZES[kind]
+        stored = self._container.bytes_of(name, math.prod(entry.shape) // block * size)
         try:
-            values = self._gguf.dequantize(found.data, found.tensor_type)
+            values = self._gguf.dequantize(stored.reshape(*entry.shape[:-1], -1), kind)
         except NotImplementedError:
-            raise JointNASError(f"{self.where}: {name} has type {found.tensor_type.name}, which cannot be read") from None
-        return torch.tensor(values, dtype=torch.float32).view(*map(int, reversed(found.shape)))
+            raise JointNASError(f"{self.where}: {name} has type {kind.name}, which gguf cannot dequantize") from None
+        return torch.tensor(values, dtype=torch.float32).view(entry.shape)
 
     @property
     def types(self) -> dict[str, str]:
         """Type of each tensor that was not read yet."""
-        return {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
+        kinds = {kind.value: kind.name for kind in self._gguf.GGMLQuantizationType}
+        return {name: kinds.get(entry.kind, str(entry.kind)) for name, entry in self._left.items()}
+
+
+def already_quantized(types: Mapping[str, str]) -> str:
+    """What must be said of results of weights that come from blocks of these types; empty: nothing.
+
+    Args:
+        types: of each tensor (`File.types`).
+    """
+    counts = Counter(kind for kind in types.values() if kind not in PLAIN)
+    grids = ", ".join(f"{count} × {kind} ({_bits(kind)} bits)" for kind, count in sorted(counts.items()))
+    return "" if not grids else (
+        f"the weights were on grids of few bits before anything was done here: {grids}; so results at these bits "
+        "flatter, and none are those of the original weights"
+    )
+
+
+def _bits(kind: str) -> str:
+    return "".join(itertools.takewhile(str.isdigit, kind.lstrip("ITMXNVFPQ"))) or "few"
 
 
 def _first_line(error: BaseException) -> str:
@@ -153,7 +178,7 @@ def read_tokenizer(path: str | Path) -> Any:
     file = File(path)
     config_where = file.where
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except (ValueError, KeyError, OSError, IndexError) as error:
         raise JointNASError(f"{config_where}: its tokenizer cannot be read: {_first_line(error)}") from None
     if file.values.get("tokenizer.ggml.model") == "gpt2":

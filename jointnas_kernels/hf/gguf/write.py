@@ -1,7 +1,7 @@
 """An exported folder as one GGUF file: the same integers and scales, where a block type of llama.cpp can hold them.
 
-Scales are fp16 there. One that is not an fp16 number is rounded, by at most 2^-11 of itself (2^-25 below 2^-14); `Written`
-says by how much at most, and `read` gives the model that the file stands for. Weights are not rounded in any other way.
+Scales are fp16 there. One that is not an fp16 number is rounded, by at most 2^-11 of itself (2^-25 below 2^-14);
+`Written` says by how much at most, and `read` gives the model that the file stands for. Nothing else is rounded.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+"""One-hot = extracted = reloaded = GGUF in llama.cpp, for random choices of a real model's space.
+
+    python -m benchmarks.bench_gguf --model models/smollm2 [--choices 20] [--tokens 48] [--out FOLDER]
+
+Every choice (widths, depth, bits of each block; activations stay in 16 bit) is fixed in the supernet, extracted,
+exported as compressed-tensors, reloaded by stock transformers, and written as GGUF. A row's value is the largest
+difference of a log-probability between llama.cpp and the model that the file stands for, with llama.cpp's own rounding
+of activations, over its 256 most probable tokens at every position; its `extra` holds
+
+    one_hot      largest |logit| difference of the fixed supernet and the extracted model      (fp32 accumulation)
+    reloaded     of the extracted and the reloaded model                                       (0)
+    rounded      largest relative change of a scale by fp16                                    (<= 2^-11)
+    scales       difference of log-probabilities by these scales
+    median       of the differences that the row's value is the largest of
+    activations  largest difference of log-probabilities by llama.cpp's rounding of activations
+    ppl, ppl_llama_cpp                                                                         (equal to 0.1 %)
+
+A broken bound (BOUNDS) stops it. Choices that have a row already are skipped: it can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Recorder, WrongResult, arguments
+from benchmarks.llama_cpp import LlamaCpp, eight_bit_inputs
+from jointnas import loading
+from jointnas.config import ModelConfig
+from jointnas.config import load as load_config
+from jointnas.exporting import export_model, reload
+from jointnas_kernels.hf import Supernet, convert, extract
+from jointnas_kernels.hf.gguf import names
+from jointnas_kernels.hf.gguf.read import read
+from jointnas_kernels.hf.gguf.write import Written, write
+from jointnas_kernels.space import Choice, SearchSpace
+
+TOP = 256
+BOUNDS = {"one_hot": 2e-3, "reloaded": 0.0, "rounded": 2**-11, "median": 2e-3, "perplexity": 1e-3}
+TEXT = (
+    "In the spring of 1847 the schooner left the harbour with 23 men aboard, and nobody in the village doubted that "
+    "she would return before winter. The captain had made the voyage many times; he knew the ice, the currents and "
+    "the long silence of the northern light, and he trusted his instruments more than his memory."
+)
+
+
+def choices(space: SearchSpace, count: int) -> list[Choice]:
+    """Random ones, A16, all different."""
+    g, found = torch.Generator().manual_seed(0), dict[Choice, None]()
+    while len(found) < count:
+        found[space.sample(g)] = None
+    return list(found)
+
+
+def logprobs(model: Any, ids: Tensor) -> Tensor:
+    """[T, V]."""
+    return model(ids[None]).logits[0].log_softmax(-1)
+
+
+def perplexity(rows: list[float]) -> float:
+    return math.exp(-sum(rows) / len(rows))
+
+
+def measure(
+    supernet: Supernet, choice: Choice, tokenizer: Any, ids: Tensor, threads: int
+) -> tuple[float, dict[str, Any]]:
+    """(largest difference to llama.cpp, what else a row holds)."""
+    own = supernet.fix(choice)(ids[None]).logits
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, file = Path(temporary) / "hf", Path(temporary) / "model.gguf"
+        model = extract(supernet, choice)
+        logits = model(ids[None]).logits
+        export_model(model, folder, choice, supernet.block_rank, tokenizer=tokenizer)
+        again = reload(folder)(ids[None]).logits
+        done = write(folder, file, tokenizer)
+        stands_for = read(file)
+        exact = logprobs(stands_for, ids)
+        scales = (exact - logits[0].log_softmax(-1)).abs().max()
+        eight_bit_inputs(stands_for, quantized(stands_for, done))
+        want = logprobs(stands_for, ids)
+        server, differences, theirs, ours = LlamaCpp(file, 2 * len(ids), threads), [], [], []
+        for i in range(len(ids) - 1):
+            top, following = TOP, int(ids[i + 1])
+            while following not in (found := server.after(ids[: i + 1].tolist(), top)):
+                top *= 8
+            nearest = sorted(found, key=found.__getitem__)[-TOP:]
+            differences += [abs(found[t] - float(want[i, t])) for t in nearest]
+            theirs.append(found[following])
+            ours.append(float(want[i, following]))
+    ppl, ppl_llama_cpp = perplexity(ours), perplexity(theirs)
+    extra = {
+        "one_hot": float((own - logits).abs().max()), "reloaded": float((again - logits).abs().max()),
+        "rounded": done.rounded, "scales": float(scales), "median": sorted(differences)[len(differences) // 2],
+        "activations": float((want - exact).abs().max()), "ppl": ppl, "ppl_llama_cpp": ppl_llama_cpp,
+        "perplexity": abs(ppl_llama_cpp / ppl - 1), "types": sorted(set(done.types.values())),
+    }  # fmt: skip
+    wrong = {key: extra[key] for key, bound in BOUNDS.items() if not extra[key] <= bound * (1 + 1e-6)}
+    if wrong:
+        raise WrongResult(f"{choice}: {wrong}; bounds {BOUNDS}")
+    return max(differences), extra
+
+
+def quantized(model: Any, done: Written) -> list[str]:
+    """The linears whose weights are blocks of 32."""
+    blocks = {n: done.types.get(names.tensor_name(n)) for n, _ in model.named_parameters()}
+    return [n.rpartition(".")[0] for n, kind in blocks.items() if kind in ("Q8_0", "Q4_0")]
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter))
+    parser.add_argument("--model", default="models/smollm2", help="a folder, or embedded")
+    parser.add_argument("--space", default="examples/smollm2.yaml", help="a configuration with a space")
+    parser.add_argument("--choices", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48)
+    args = parser.parse_args(argv)
+    config = ModelConfig(source="embedded" if args.tiny else args.model)
+    space = SearchSpace.named("tiny") if config.source == "embedded" else load_config(args.space).space.build()
+    space = SearchSpace.from_dict({**space.to_dict(), "act_bits": None})
+    model, tokenizer = loading.load_model(config), loading.load_tokenizer(config)
+    ids = torch.tensor(tokenizer(TEXT).input_ids[: 12 if args.tiny else args.tokens])
+    recorder = Recorder("gguf", "cpu", Path(args.out) if args.out else None, args.commit)
+    assert recorder.folder is not None
+    file = recorder.folder / "gguf.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    present = {json.dumps(row["params"], sort_keys=True) for row in rows}
+    supernet = convert(model, space, lora_rank=1)
+    name = Path(config.source).name
+    for choice in choices(space, 1 if args.tiny else args.choices):
+        params = {"model": name, "tokens": len(ids), **choice.to_dict()}
+        if json.dumps(params, sort_keys=True) in present:
+            continue
+        value, extra = measure(supernet, choice, tokenizer, ids, torch.get_num_threads())
+        recorder.row("llama.cpp", value, "nats", extra, **params)
+
+
+if __name__ == "__main__":
+    main()

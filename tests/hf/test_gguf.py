@@ -1,0 +1,271 @@
+"""GGUF files: every tensor holds the exported integers and scales, and llama.cpp itself computes the model."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.llama_cpp import LlamaCpp, eight_bit_inputs
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf import Supernet, convert
+from jointnas_kernels.hf.gguf import blocks, names
+from jointnas_kernels.hf.gguf.read import already_quantized, read, read_tokenizer
+from jointnas_kernels.hf.gguf.tokenizer import SPLITS, tokenizer_metadata, with_pre_tokenizer
+from jointnas_kernels.hf.gguf.write import write
+from jointnas_kernels.space import Choice, SearchSpace
+from tests.hf.exported import exported, quantized_linears
+from tests.hf.hf_models import LLAMA3_ROPE, random_importance, randomize_lora, tiny_model
+from tests.hf.small_tokenizers import TEXT, VOCAB, byte_tokenizer, sentencepiece_tokenizer
+
+llama_cpp = pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs xllamacpp (llama.cpp)")
+BOUND = 2e-5  # log-probabilities of fp32 files: both sides add the same fp32 products in their own order
+VARIANTS: dict[str, dict[str, Any]] = {
+    "llama": {}, "llama-tied": {"tie_word_embeddings": True}, "llama-bias": {"attention_bias": True, "mlp_bias": True},
+    "llama-llama3": {"rope_parameters": LLAMA3_ROPE},
+    "llama-linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "llama-yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                       "original_max_position_embeddings": 16}},
+    "mistral": {"family": "mistral"}, "mistral-window": {"family": "mistral", "sliding_window": 8},
+    "qwen2": {"family": "qwen2", "tie_word_embeddings": True}, "qwen2-square": {"family": "qwen2", "hidden_size": 64},
+    "qwen3": {"family": "qwen3"}, "phi3": {"family": "phi3"}, "phi3-square": {"family": "phi3", "hidden_size": 64},
+}  # fmt: skip
+# groups of 32 and 256 inputs; heads of 16 and 32, so that o_proj's groups are smaller than a block in some choices
+SPACE = SearchSpace((256, 512), (4,), (16, 32), (256,), (1, 2, 3), (2, 4, 8), group_size=32)
+
+
+def tokens(length: int = 7) -> Tensor:
+    return torch.tensor(byte_tokenizer()(TEXT).input_ids[:length])
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("bits, group", [(8, 32), (8, 96), (4, 32), (4, 128), (2, 64), (2, 256), (2, 512)])
+def test_blocks_are_what_gguf_dequantizes(bits: int, group: int) -> None:
+    g = torch.Generator().manual_seed(bits)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+    q = torch.randint(low, high, (5, 2 * max(group, 96)), generator=g).to(torch.int8)
+    q[0, :3] = torch.tensor([low, high - 1, 0])
+    scale = torch.rand(5, q.shape[1] // group, generator=g).half()
+    kind = blocks.type_for(bits, group)
+    assert kind == {8: "Q8_0", 4: "Q4_0", 2: "TQ2_0" if group % 256 == 0 else "Q4_0"}[bits]
+    got = gguf.dequantize(blocks.encode(q, scale, kind), gguf.GGMLQuantizationType[kind])
+    want = q.unflatten(1, (-1, group)).float() * scale.float().unsqueeze(-1)
+    assert torch.equal(torch.from_numpy(got), want.flatten(1))
+    assert blocks.type_for(bits, 16) is None
+
+
+@llama_cpp
+@pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_every_family_in_llama_cpp(tmp_path: Path, change: dict[str, Any]) -> None:
+    """fp32: names, order of rows, rope, biases, windows, head sizes."""
+    model = tiny_model(**{"vocab_size": VOCAB, **change})
+    done = write(saved(model, tmp_path / "hf"), tmp_path / "m.gguf", byte_tokenizer())
+    assert set(done.types.values()) == {"F32"}
+    assert done.rounded == 0
+    window = change.get("sliding_window")
+    assert [r for r in done.remarks if "context length 8" in r] == done.remarks[: window is not None]
+    again, ids = read(tmp_path / "m.gguf"), tokens()
+    assert torch.equal(again(ids[None]).logits, model(ids[None]).logits)
+    got = LlamaCpp(tmp_path / "m.gguf").logprobs(ids, VOCAB, start=3)
+    assert (got - model(ids[None]).logits[0, 3:].log_softmax(-1)).abs().max() <= BOUND
+
+
+@llama_cpp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_other_dtypes_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_model(dtype, vocab_size=VOCAB)
+    done = write(saved(model, tmp_path / "hf"), tmp_path / "m.gguf", byte_tokenizer())
+    assert set(done.types.values()) == {"F32", "BF16" if dtype == torch.bfloat16 else "F16"}
+    again = read(tmp_path / "m.gguf", dtype)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+    LlamaCpp(tmp_path / "m.gguf").logprobs(tokens(2), VOCAB)
+
+
+def supernet(dtype: torch.dtype = torch.float32, **change: Any) -> Supernet:
+    sizes = {"hidden_size": 512, "intermediate_size": 256, "head_dim": 32, "vocab_size": VOCAB}
+    model = tiny_model(dtype, **{**sizes, **change})
+    return randomize_lora(convert(model, SPACE, lora_rank=2, importance=random_importance(model.config)))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
+@torch.no_grad()
+def test_every_tensor_of_mixed_choices(tmp_path: Path, family: str) -> None:
+    """Dequantized by gguf's own code: levels times scales rounded to fp16, row for row."""
+    net, g = supernet(family=family), torch.Generator().manual_seed(7)
+    for i in range(3):
+        choice = SPACE.sample(g)
+        model = exported(net, choice, tmp_path / f"hf{i}")
+        done = write(tmp_path / f"hf{i}", tmp_path / "m.gguf", byte_tokenizer())
+        assert 0 < done.rounded <= 2**-11 * 1.001
+        again = read(tmp_path / "m.gguf").state_dict()
+        small = choice.head_dim == 16
+        for name, linear in quantized_linears(model).items():
+            scale = linear.scale if small and "o_proj" in name else linear.scale.half().float()
+            q = (linear.weight.unflatten(1, (scale.shape[1], -1)) / linear.scale.unsqueeze(-1)).round()
+            assert torch.equal(again[f"{name}.weight"], (q * scale.unsqueeze(-1)).flatten(1)), name
+        assert any("o_proj.weight is stored as F32" in r for r in done.remarks) == small
+        bits = {b for b in choice.weight_bits or ()}
+        assert {8: "Q8_0", 4: "Q4_0", 2: "Q4_0"}.items() >= {b: "Q8_0" if b == 8 else "Q4_0" for b in bits}.items()
+
+
+@torch.no_grad()
+def test_scales_of_half_precision_models_are_not_rounded(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        net = supernet(dtype)
+        exported(net, uniform(4), tmp_path / "hf")
+        assert write(tmp_path / "hf", tmp_path / "m.gguf", byte_tokenizer()).rounded == 0
+        stored, again = load_file(tmp_path / "hf" / "model.safetensors"), read(tmp_path / "m.gguf").state_dict()
+        name = "model.layers.1.mlp.up_proj"
+        scale = stored[f"{name}.weight_scale"].float()
+        q = again[f"{name}.weight"].unflatten(1, (scale.shape[1], -1)) / scale.unsqueeze(-1)
+        assert torch.equal(q, q.round())
+        assert q.abs().max() <= 8
+
+
+def uniform(bits: int, head_dim: int = 32) -> Choice:
+    return Choice(512, 4, head_dim, 256, 3, (bits,) * 3)
+
+
+@llama_cpp
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@torch.no_grad()
+def test_quantized_models_in_llama_cpp(tmp_path: Path, bits: int) -> None:
+    """llama.cpp's own rounding of activations, done in torch, leaves its float accumulation (and, rarely, an input
+    that falls on the other side of a half)."""
+    net = supernet()
+    exported(net, uniform(bits), tmp_path / "hf")
+    done = write(tmp_path / "hf", tmp_path / "m.gguf", byte_tokenizer())
+    model, ids = read(tmp_path / "m.gguf"), tokens(24)
+    plain = model(ids[None]).logits[0].log_softmax(-1)
+    kinds = {m.rpartition(".")[0] for m, _ in model.named_parameters() if done.types[names.tensor_name(m)] != "F32"}
+    eight_bit_inputs(model, kinds)
+    want = model(ids[None]).logits[0].log_softmax(-1)
+    server = LlamaCpp(tmp_path / "m.gguf")
+    got = server.logprobs(ids, VOCAB, start=8)
+    difference = (got - want[8:]).abs()
+    assert difference.median() <= 1e-4
+    assert difference.max() <= 5e-2
+    assert (got - plain[8:]).abs().median() > difference.median()
+    after = ids[9:]
+    nll, own = (-t[torch.arange(len(after)), after].mean() for t in (got[:-1], want[8:-1]))
+    assert abs(nll - own) <= 1e-3  # perplexity within 0.1 %
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------------
+
+
+@llama_cpp
+@pytest.mark.parametrize("pre", SPLITS)
+def test_byte_level_tokenizers(tmp_path: Path, pre: str) -> None:
+    tokenizer = byte_tokenizer(pre)
+    tokenizer.chat_template = "{{ messages }}"
+    assert tokenizer_metadata(tokenizer, VOCAB)["ggml.pre"] == pre
+    write(saved(tiny_model(vocab_size=VOCAB), tmp_path / "hf"), tmp_path / "m.gguf", tokenizer)
+    again = read_tokenizer(tmp_path / "m.gguf")
+    text = "In 2024, 1234567 ships' crews — naïve café, 東京\n\n  they'll return.\t<|end|> x"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert again.chat_template == tokenizer.chat_template
+    assert again.eos_token == "<|end|>"
+    server = LlamaCpp(tmp_path / "m.gguf")
+    assert server.tokenized(text) == len(tokenizer(text).input_ids)
+
+
+@llama_cpp
+def test_sentencepiece_tokenizers(tmp_path: Path) -> None:
+    tokenizer = sentencepiece_tokenizer()
+    values = tokenizer_metadata(tokenizer, VOCAB)
+    assert values["ggml.model"] == "llama"
+    assert values["ggml.add_bos_token"]
+    assert values["ggml.add_space_prefix"]
+    write(saved(tiny_model(vocab_size=VOCAB), tmp_path / "hf"), tmp_path / "m.gguf", tokenizer)
+    again = read_tokenizer(tmp_path / "m.gguf")
+    text = "the ships sailed north; naïve 東京"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert LlamaCpp(tmp_path / "m.gguf").tokenized(text) == len(tokenizer(text).input_ids)
+
+
+def test_tokenizers_that_llama_cpp_does_not_have() -> None:
+    tokenizer = byte_tokenizer("smollm")
+    with pytest.raises(JointNASError, match="ids up to 297"):
+        tokenizer_metadata(tokenizer, 100)
+    with pytest.raises(JointNASError, match="only fast tokenizers"):
+        tokenizer_metadata(object(), 100)
+    with pytest.raises(JointNASError, match="pre-tokenizer 'nope' is not known"):
+        with_pre_tokenizer(tokenizer, "nope", "file")
+    state = tokenizer.backend_tokenizer.pre_tokenizer
+    try:
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+        with pytest.raises(JointNASError, match="no name for this byte-level"):
+            tokenizer_metadata(tokenizer, VOCAB)
+    finally:
+        tokenizer.backend_tokenizer.pre_tokenizer = state
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    write(saved(tiny_model(vocab_size=VOCAB), tmp_path / "hf"), tmp_path / "m.gguf", byte_tokenizer())
+    return tmp_path / "m.gguf"
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.02, 0.1, 0.5, 0.99])
+def test_cut_off_files(file: Path, share: float) -> None:
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(JointNASError, match=r"is cut off: tensor|is damaged|is no GGUF file"):
+        read(file)
+
+
+def test_other_bad_files(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(JointNASError, match=r"no\.gguf' does not exist"):
+        read(tmp_path / "no.gguf")
+    whole = file.read_bytes()
+    for old, new, message in (
+        (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0llamb", r"architecture 'llamb'.*Did you mean 'llama'"),
+        (b"llama.embedding_length", b"llama.embedding_lengtj", "has no llama.embedding_length"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_ux.weight", r"no tensor 'blk\.1\.ffn_up\.weight'"),
+        (b"GGUF\x03", b"GGUF\x01", "has version 1"),
+    ):
+        assert old in whole
+        file.write_bytes(whole.replace(old, new))
+        with pytest.raises(JointNASError, match=message):
+            read(file)
+    file.write_bytes(whole[:-4] + b"\xff\xff\xff\x7f")
+    with pytest.raises(JointNASError, match="not finite"):
+        read(file)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+        ({"rope_parameters": {**VARIANTS["llama-yarn"]["rope_parameters"], "beta_fast": 16}}, "yarn with its own beta"),
+        ({"family": "qwen3", "attention_bias": True}, "no biases in the attention of Qwen3"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+    ],
+)
+def test_models_that_llama_cpp_does_not_compute(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = saved(tiny_model(**{"vocab_size": VOCAB, **change}), tmp_path / "hf")
+    with pytest.raises(JointNASError, match=message):
+        write(folder, tmp_path / "m.gguf", byte_tokenizer())
+
+
+def test_what_is_said_of_quantized_sources() -> None:
+    assert already_quantized({"a": "F32", "b": "BF16"}) == ""
+    said = already_quantized({"a": "Q4_1", "b": "Q4_1", "c": "Q8_0", "d": "F32"})
+    assert "2 × Q4_1 (4 bits)" in said
+    assert "1 × Q8_0 (8 bits)" in said
