@@ -187,8 +187,8 @@ def config_values(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         rope["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
     if rotated != head_dim:
         rope["partial_rotary_factor"] = rotated / head_dim
-    ids = {name: values.get(f"tokenizer.ggml.{key}_token_id")
-           for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))}  # fmt: skip
+    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {name: values.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
     return {
         "model_type": arch, "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
         "head_dim": head_dim, "intermediate_size": get("feed_forward_length"), "num_hidden_layers": get("block_count"),
@@ -205,8 +205,7 @@ def llama3_rope(config: Any, factors: Tensor, original: int | None, where: str) 
     """
     rope = {**config.rope_parameters, "rope_type": "llama3", "factor": float(factors.max()), **LLAMA3,
             "original_max_position_embeddings": original or LLAMA3_LENGTH}  # fmt: skip
-    small = type(config)(**{**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 8, "rope_parameters": rope})
-    found = rope_factors(small)
+    found = rope_factors(type(config)(**{**config.to_dict(), "rope_parameters": rope}))
     if found is None or found.shape != factors.shape or not torch.allclose(found, factors, rtol=1e-4):
         raise JointNASError(f"{where}: the frequencies in {ROPE_FACTORS} are not those of a Llama 3 rope")
     return rope
