@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoTokenizer
-
 from jointnas import loading
 from jointnas.checkpoint import replacing
 from jointnas.config import ModelConfig
@@ -54,11 +52,12 @@ def export_gguf(run: Path, out: Path) -> Path:
     folder = run if (run / "config.json").is_file() else final_folder(run)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise JointNASError(f"{folder} has no tokenizer, which a GGUF file must hold")
-    licence, notices = loading.licence(ModelConfig(source=str(folder)))
+    source = ModelConfig(source=str(folder))
+    licence, notices = loading.licence(source)
     record = json.loads((folder / CHOICE_FILE).read_text()) if (folder / CHOICE_FILE).is_file() else {}
     name = Path(record.get("base") or folder.resolve().name).name
     with replacing(out) as temporary:
-        done = write(folder, temporary / GGUF_FILE, AutoTokenizer.from_pretrained(folder), name, licence)
+        done = write(folder, temporary / GGUF_FILE, loading.load_tokenizer(source), name, licence)
         for file in notices:
             shutil.copy(file, temporary / file.name)
         kinds = sorted(set(done.types.values()))
