@@ -233,23 +233,24 @@ def ptq(rows: list[Row], device: str) -> str:
 
 def gguf(rows: list[Row], device: str) -> str:
     """Random choices of a real model: supernet, extracted, reloaded, and in llama.cpp."""
-    models = dict.fromkeys(r["params"]["model"] for r in rows)
     body = []
-    for model in models:
+    for model in dict.fromkeys(r["params"]["model"] for r in rows):
         own = pick(rows, model=model)
-        extra = {key: [r["extra"][key] for r in own] for key in own[0]["extra"] if key != "types"}
-        most = [max(extra[key]) for key in ("one_hot", "reloaded", "rounded", "scales", "median")]
+        most = {key: max(r["extra"][key] for r in own) for key in own[0]["extra"] if key != "types"}
+        numbers = [most["one_hot"], most["reloaded"], most["rounded"], most["scales"], max(r["median"] for r in own)]
+        same = min(r["extra"]["same_tokens"] for r in own)
         body.append([
-            model, str(len(own)), *(f"{v:.1e}" if v else "0" for v in most), f"{max(r['median'] for r in own):.1e}",
-            f"{max(extra['activations']):.2f}", f"{100 * max(extra['perplexity']):.3f}",
+            model, str(len(own)), *(f"{v:.1e}" if v else "0" for v in numbers), f"{100 * most['perplexity']:.4f}",
+            f"{100 * same:.0f}", f"{most['rounding']:.2f}", f"{most['unexplained']:.2f}",
         ])  # fmt: skip
-    head = ["model", "choices", "supernet, logits", "reloaded, logits", "scales", "by scales", "median", "largest",
-            "by 8-bit inputs", "perplexity, %"]  # fmt: skip
+    head = ["model", "choices", "supernet, logits", "reloaded, logits", "scales", "by scales", "llama.cpp fp32",
+            "perplexity, %", "same tokens, %", "8-bit inputs", "unexplained"]  # fmt: skip
     return (
-        "**Random choices as GGUF in llama.cpp: largest differences** "
-        f"({where(rows[-1])}; the fixed supernet and its reloaded export against the extracted model; how much fp16 "
-        "changes scales, relatively, and log-probabilities by it; log-probabilities of llama.cpp against the model of "
-        "the file with llama.cpp's rounding of inputs to 8 bits; what that rounding itself does; perplexity)\n\n"
+        f"**Random choices as GGUF in llama.cpp: largest differences of any choice** ({where(rows[-1])}; logits of the "
+        "fixed supernet and of the reloaded export against the extracted model; how much fp16 changes scales, "
+        "relatively, and log-probabilities by it; log-probabilities, perplexity and most probable tokens of llama.cpp "
+        "against the model of the file, its numbers stored in fp32; then what llama.cpp's rounding of the inputs of "
+        "quantized products to 8 bits does, and what torch with the same rounding leaves of it, both medians)\n\n"
         f"{table(head, body)}"
     )
 
