@@ -1,6 +1,6 @@
 """One-hot = extracted = reloaded = GGUF in llama.cpp, for random choices of a real model's space.
 
-    python -m benchmarks.bench_gguf --model models/smollm2 [--choices 20] [--tokens 48] [--out FOLDER]
+    python -m benchmarks.bench_gguf --model models/smollm2 [--choices 20] [--tokens 48] [--bits 4 8]
 
 Every choice (widths, depth, bits of each block; activations stay in 16 bit) is fixed in the supernet, extracted,
 exported as compressed-tensors, reloaded by stock transformers, written as GGUF, and read back: the model that the file
@@ -18,7 +18,8 @@ between the fp32 run and the model of the file, over the 256 most probable token
     unexplained  median difference that is left between llama.cpp's quantized run and torch with rounded inputs; inputs
                  that fall on the other side of a half make it more than fp32 accumulation     (<= rounding)
 
-A broken bound (BOUNDS) stops it. Choices that have a row already are skipped: it can be stopped and started again.
+Quantizers round to nearest, so with 2 bits a choice computes noise, which every rounding changes: a hard test of
+equality. --bits 4 8 leaves models that work. A broken bound (BOUNDS) stops it. Choices that have a row already are skipped: it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -133,10 +134,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--space", default="examples/smollm2.yaml", help="a configuration with a space")
     parser.add_argument("--choices", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--bits", type=int, nargs="+", choices=(2, 4, 8), help="of weights (default: the space's)")
     args = parser.parse_args(argv)
     config = ModelConfig(source="embedded" if args.tiny else args.model)
     space = SearchSpace.named("tiny") if config.source == "embedded" else load_config(args.space).space.build()
-    space = SearchSpace.from_dict({**space.to_dict(), "act_bits": None})
+    bits = args.bits or space.weight_bits
+    space = SearchSpace.from_dict({**space.to_dict(), "weight_bits": bits, "act_bits": None})
     model, tokenizer = loading.load_model(config), loading.load_tokenizer(config)
     ids = torch.tensor(tokenizer(TEXT).input_ids[: 12 if args.tiny else args.tokens])
     recorder = Recorder("gguf", "cpu", Path(args.out) if args.out else None, args.commit)
