@@ -19,7 +19,8 @@ between the fp32 run and the model of the file, over the 256 most probable token
                  that fall on the other side of a half make it more than fp32 accumulation     (<= rounding)
 
 Quantizers round to nearest, so with 2 bits a choice computes noise, which every rounding changes: a hard test of
-equality. --bits 4 8 leaves models that work. A broken bound (BOUNDS) stops it. Choices that have a row already are skipped: it can be stopped and started again.
+equality. --bits 4 8 leaves models that work. A broken bound (BOUNDS) stops it. Choices that have a row already are
+skipped: it can be stopped and started again.
 """
 
 from __future__ import annotations
