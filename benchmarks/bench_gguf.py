@@ -16,7 +16,7 @@ between the fp32 run and the model of the file, over the 256 most probable token
     perplexity   relative difference of llama.cpp's, in fp32                                   (0.1 %)
     rounding     what rounding inputs to 8 bits does: median difference of log-probabilities in torch
     unexplained  median difference that is left between llama.cpp's quantized run and torch with rounded inputs; inputs
-                 that fall on the other side of a half make it more than fp32 accumulation     (<= rounding)
+                 that fall on the other side of a half make it more than fp32 accumulation
 
 Quantizers round to nearest, so with 2 bits a choice computes noise, which every rounding changes: a hard test of
 equality. --bits 4 8 leaves models that work. A broken bound (BOUNDS) stops it. Choices that have a row already are

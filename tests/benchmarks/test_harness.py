@@ -129,7 +129,7 @@ def test_choices_in_llama_cpp(
         bench_gguf.main(["--device", "cpu", "--tiny", "--out", str(folder)])
     (row,) = rows_of(folder, "gguf")
     assert row["median"] <= 1e-3
-    assert row["extra"]["unexplained"] <= row["extra"]["rounding"]
+    assert row["extra"]["unexplained"] <= 2 * row["extra"]["rounding"]
     assert row["extra"]["reloaded"] == 0
     monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
     assert "| embedded | 1 |" in render.sections()
