@@ -18,9 +18,9 @@ between the fp32 run and the model of the file, over the 256 most probable token
     unexplained  median difference that is left between llama.cpp's quantized run and torch with rounded inputs; inputs
                  that fall on the other side of a half make it more than fp32 accumulation
 
-Quantizers round to nearest, so with 2 bits a choice computes noise, which every rounding changes: a hard test of
-equality. --bits 4 8 leaves models that work. A broken bound (BOUNDS) stops it. Choices that have a row already are
-skipped: it can be stopped and started again.
+The first choice is the whole architecture at the largest precision. Nothing is trained, so what is cut far, or has 2
+bits, computes noise that every rounding changes: a hard test of equality; --bits 4 8 leaves out the latter. A broken
+bound (BOUNDS) stops it. Choices that have a row already are skipped: it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ TEXT = (
 
 
 def choices(space: SearchSpace, count: int) -> list[Choice]:
-    """Random ones, A16, all different."""
-    g, found = torch.Generator().manual_seed(0), dict[Choice, None]()
-    while len(found) < count:
+    """The full architecture at the largest precision, and random ones; all different."""
+    g, found = torch.Generator().manual_seed(0), {space.full(): None}
+    while len(found) <= count:
         found[space.sample(g)] = None
     return list(found)
 
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     present = {json.dumps(row["params"], sort_keys=True) for row in rows}
     supernet = convert(model, space, lora_rank=1)
     name = Path(config.source).name
-    for choice in choices(space, 1 if args.tiny else args.choices):
+    for choice in choices(space, 0 if args.tiny else args.choices):
         params = {"model": name, "tokens": len(ids), **choice.to_dict()}
         if json.dumps(params, sort_keys=True) in present:
             continue
