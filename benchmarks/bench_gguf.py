@@ -15,8 +15,9 @@ between the fp32 run and the model of the file, over the 256 most probable token
     same_tokens  share of positions with the same most probable token in llama.cpp, in fp32
     perplexity   relative difference of llama.cpp's, in fp32                                   (0.1 %)
     rounding     what rounding inputs to 8 bits does: median difference of log-probabilities in torch
-    unexplained  median difference that is left between llama.cpp's quantized run and torch with rounded inputs; inputs
-                 that fall on the other side of a half make it more than fp32 accumulation
+    unexplained  median difference that is left between llama.cpp's quantized run and torch with rounded inputs: nothing
+                 but fp32 accumulation in the first block (tests/hf/test_gguf.py), but inputs that fall on the other
+                 side of a half add up, so that after a few blocks it is about as large
 
 The first choice is the whole architecture at the largest precision. Nothing is trained, so what is cut far, or has 2
 bits, computes noise that every rounding changes: a hard test of equality; --bits 4 8 leaves out the latter. A broken
