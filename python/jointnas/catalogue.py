@@ -107,9 +107,10 @@ def convert(entry: Entry, name: str, source: Path, licence: Path, folder: Path) 
     """Writes the folder, atomically."""
     model, tokenizer = gguf.read(source), gguf.read_tokenizer(source)
     types = gguf.File(source).types
+    said = gguf.already_quantized(types)
     provenance = {
         "model": name, "package": f"{entry.package} {entry.version}", "sha256": entry.sha256, "file": entry.file,
-        "origin": entry.origin, "licence": entry.licence, "caveat": gguf.already_quantized(types), "types": types,
+        "origin": entry.origin, "licence": entry.licence, "caveat": said, "types": types,
     }  # fmt: skip
     with replacing(folder) as temporary:
         model.save_pretrained(temporary)
@@ -120,7 +121,7 @@ def convert(entry: Entry, name: str, source: Path, licence: Path, folder: Path) 
             f"{entry.package} {entry.version}, and changed: dequantized to fp32, stored as a transformers folder.\n"
         )
         (temporary / PROVENANCE).write_text(json.dumps(provenance, indent=1))
-        (temporary / "README.md").write_text(card(entry, provenance["caveat"]))
+        (temporary / "README.md").write_text(card(entry, said))
 
 
 def card(entry: Entry, caveat: str) -> str:
