@@ -244,6 +244,30 @@ def ptq(rows: list[Row], device: str) -> str:
     return "\n\n".join(parts)
 
 
+def gguf(rows: list[Row], device: str) -> str:
+    """Random choices of a real model: supernet, extracted, reloaded, and in llama.cpp."""
+    body = []
+    for model in dict.fromkeys(r["params"]["model"] for r in rows):
+        own = pick(rows, model=model)
+        most = {key: max(r["extra"][key] for r in own) for key in own[0]["extra"] if key != "types"}
+        numbers = [most["one_hot"], most["reloaded"], most["rounded"], most["scales"], max(r["median"] for r in own)]
+        same = min(r["extra"]["same_tokens"] for r in own)
+        body.append([
+            model, str(len(own)), *(f"{v:.1e}" if v else "0" for v in numbers), f"{100 * most['perplexity']:.4f}",
+            f"{100 * same:.0f}", f"{most['rounding']:.2f}", f"{most['unexplained']:.2f}",
+        ])  # fmt: skip
+    head = ["model", "choices", "supernet, logits", "reloaded, logits", "scales", "by scales", "llama.cpp fp32",
+            "perplexity, %", "same tokens, %", "8-bit inputs", "unexplained"]  # fmt: skip
+    return (
+        f"**Random choices as GGUF in llama.cpp: largest differences of any choice** ({where(rows[-1])}; logits of the "
+        "fixed supernet and of the reloaded export against the extracted model; how much fp16 changes scales, "
+        "relatively, and log-probabilities by it; log-probabilities, perplexity and most probable tokens of llama.cpp "
+        "against the model of the file, its numbers stored in fp32; then what llama.cpp's rounding of the inputs of "
+        "quantized products to 8 bits does, and what torch with the same rounding leaves of it, both medians)\n\n"
+        f"{table(head, body)}"
+    )
+
+
 def kernels(rows: list[Row], device: str) -> str:
     """Share of the copy bandwidth, forward / backward of a weight step / of an arch step."""
     whats = ("forward", "backward, weight step", "backward, arch step")
@@ -354,6 +378,7 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "calibration": calibration,
     "search": search,
     "ptq": ptq,
+    "gguf": gguf,
     "kernels": kernels,
     "ceilings": ceilings,
 }

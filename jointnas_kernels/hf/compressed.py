@@ -75,8 +75,9 @@ def stored(linear: FakeQuantLinear) -> dict[str, Tensor]:
     return {"weight_packed": pack_weight(q, grid.bits), "weight_scale": grid.scale, "weight_shape": shape}
 
 
-def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """The entry of `config.json`: one group per linear, so that any two may differ."""
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str] = ("lm_head",)) -> dict[str, Any]:
+    """The entry of `config.json`: one group per linear, so that any two may differ; `ignore`: linears without a group,
+    which some readers want named."""
     quantized = {name: scheme for name, scheme in schemes.items() if not scheme.plain}
     digits = len(str(max(0, len(quantized) - 1)))  # readers sort the groups' names as text
     groups, formats = {}, set()
@@ -101,7 +102,7 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     return {
         "quant_method": METHOD,
         "format": formats.pop() if len(formats) == 1 else "mixed-precision" if formats else "dense",
-        "quantization_status": "compressed", "config_groups": groups, "ignore": ["lm_head"], "kv_cache_scheme": None,
+        "quantization_status": "compressed", "config_groups": groups, "ignore": list(ignore), "kv_cache_scheme": None,
         "global_compression_ratio": None,
     }
 

@@ -50,7 +50,7 @@ def load(
         raise JointNASError(f"{str(folder)!r} is no model folder: it has no config.json")
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS, where="load")
-    raw = _json(folder / "config.json")
+    raw = read_object(folder / "config.json")
     quantization = raw.pop("quantization_config", None)
     family(SimpleNamespace(**raw), f"{str(folder)!r}: a model")
     config = AutoConfig.for_model(**raw)
@@ -81,7 +81,8 @@ def load(
     return model
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds one JSON object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -125,7 +126,7 @@ class Tensors:
 
     def __enter__(self) -> Tensors:
         index = self.folder / INDEX
-        names = set(_json(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
+        names = set(read_object(index).get("weight_map", {}).values()) if index.is_file() else {SINGLE}
         for name in sorted(names):
             if not (self.folder / name).is_file():
                 raise JointNASError(f"{str(self.folder)!r} has no {name}")

@@ -22,7 +22,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import build, family, rotary
-from jointnas_kernels.hf.loading import Tensors, _json
+from jointnas_kernels.hf.loading import Tensors, read_object
 from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.parts import supernet_parts
 from jointnas_kernels.layout import LINEARS
@@ -203,7 +203,7 @@ class Pretrained(nn.Module):
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise JointNASError(f"{str(folder)!r} holds no supernet: it has no {DESCRIPTION}")
-        data = _json(path)
+        data = read_object(path)
         missing = [key for key in KEYS if key not in data]
         if missing or data["format"] != FORMAT:
             what = f"lacks {', '.join(missing)}" if missing else f"has format {data['format']!r}, supported: {FORMAT}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_VERBS = ("bench", "compare", "demo", "doctor", "evaluate", "export", "finetune", "quantize", "report", "search")
+_VERBS = (
+    "bench", "compare", "demo", "doctor", "evaluate", "export", "fetch", "finetune", "quantize", "report", "search",
+)  # fmt: skip
 _WHERE = {
     **dict.fromkeys(("SearchSpace", "Choice", "count_params", "expected_params"), "jointnas_kernels.space"),
     "LatencyTable": "jointnas_kernels.latency",

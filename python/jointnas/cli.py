@@ -26,18 +26,20 @@ VERBS = {
     "table diff": "what changed from one table to another",
     "table fill": "interpolate sizes between measured ones",
     "table draw": "speed-ups over 16 bit, as a picture",
+    "fetch": "a small public model to work with: smollm2",
     "search": "search, prune, distil, export, evaluate, report",
     "quantize": "quantize a model after training, at one precision, and export it",
     "finetune": "distil the found choice of a run again",
-    "export": "copy the finished model of a run",
+    "export": "copy the finished model of a run, or write it for llama.cpp",
     "eval": "perplexity and tasks of a model, or of a run's models",
     "report": "draw a run's plots and report.html",
     "compare": "the found choice against random ones of its cost",
 }
 # arguments that need no option's name: how many, and what they are
-FILES: dict[str, tuple[str | None, str]] = {
+POSITIONAL: dict[str, tuple[str | None, str]] = {
     **dict.fromkeys(("table", "first", "second"), (None, "latency table file")),
-    "tables": ("+", "latency table files"), "source": (None, "run folder, model folder, hub name or 'embedded'"),
+    "tables": ("+", "latency table files"), "name": (None, "model of the catalogue"),
+    "source": (None, "run folder, model folder, .gguf file, hub name or 'embedded'"),
 }  # fmt: skip
 
 
@@ -115,10 +117,11 @@ def parser_of(verb: str) -> Any:
     if verb == "search":
         parser.add_class_arguments(RunConfig, as_group=False)
         return parser
-    files = [name for name in FILES if name in inspect.signature(function).parameters]
-    for name in files:
-        parser.add_argument(name, type=str, nargs=FILES[name][0], help=FILES[name][1])
-    parser.add_function_arguments(function, as_group=False, skip=set(files))
+    names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
+    for name in names:
+        nargs, what = POSITIONAL[name]
+        parser.add_argument(name, type=str, nargs=nargs, help=what)
+    parser.add_function_arguments(function, as_group=False, skip=set(names))
     return parser
 
 

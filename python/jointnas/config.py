@@ -25,7 +25,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which model is compressed, and where it runs."""
 
-    source: str = Field(default="embedded", description="'embedded', or folder or hub name of a supported family")
+    source: str = Field(
+        default="embedded", description="'embedded', smollm2, or folder, .gguf file or hub name of a supported family"
+    )
     revision: str | None = Field(default=None, description="hub revision")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",

@@ -45,7 +45,9 @@ def export_model(
         model.save_pretrained(temporary, state_dict=tensors, max_shard_size=max_shard_size)
         if schemes:
             config = temporary / "config.json"
-            entries = {**json.loads(config.read_text()), "quantization_config": quantization_config(schemes)}
+            plain = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+            ignore = sorted(plain - {n for n, s in schemes.items() if not s.plain})
+            entries = {**json.loads(config.read_text()), "quantization_config": quantization_config(schemes, ignore)}
             config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

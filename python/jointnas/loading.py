@@ -1,4 +1,4 @@
-"""Loading what is compressed: the embedded model, a transformers folder, or a hub name. Remote code is never run."""
+"""Loading what is compressed: the embedded model, a folder, a GGUF file, or a hub name. Remote code is never run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
-from jointnas import assets, data, weights
+from jointnas import assets, catalogue, data, weights
 from jointnas.config import DataConfig, ModelConfig, RunConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import family
+from jointnas_kernels.hf.gguf import read as gguf
 from jointnas_kernels.latency.timing import native_bf16
 
 # Sizes of models whose tables can be measured without having their weights.
@@ -44,6 +45,24 @@ def check_device(device: str) -> torch.device:
         count = torch.cuda.device_count()
         raise JointNASError(f"device {device!r} was asked for, but there are {count}: cuda:0 to cuda:{count - 1}")
     return found
+
+
+def located(config: ModelConfig) -> ModelConfig:
+    """A model of the catalogue as its folder, fetched if it is not there yet; any other as it is."""
+    if config.source not in catalogue.CATALOGUE or Path(config.source).exists():
+        return config
+    folder = catalogue.fetch_model(config.source, catalogue.default_folder(config.source))
+    return config.model_copy(update={"source": str(folder)})
+
+
+def caveat(config: ModelConfig) -> str:
+    """What must be said wherever results of the model are shown; empty: nothing."""
+    return catalogue.caveat(located(config).source)
+
+
+def is_gguf(config: ModelConfig) -> bool:
+    """Whether the model is a GGUF file."""
+    return config.source.endswith(".gguf")
 
 
 def device_type(config: ModelConfig) -> str:
@@ -76,10 +95,12 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The model in evaluation mode on its device."""
-    config = resolve_model(config)
+    config = resolve_model(located(config))
     device, dtype = torch.device(config.device), getattr(torch, config.dtype)
     if config.source == "embedded":
         model: PreTrainedModel = assets.load_model(dtype)
+    elif is_gguf(config):
+        model = gguf.read(config.source, dtype)
     else:
         found = model_config(config)
         check_unquantized(found, config)
@@ -107,6 +128,9 @@ def model_config(config: ModelConfig) -> Any:
     """The transformers config alone (for profiling, no weights are needed)."""
     if config.source in KNOWN:
         return LlamaConfig(**KNOWN[config.source])
+    config = located(config)
+    if is_gguf(config):
+        return gguf.read_config(config.source)
     source = str(assets.model_dir()) if config.source == "embedded" else config.source
     with _readable(config, "model"):
         found = AutoConfig.from_pretrained(source, revision=config.revision, trust_remote_code=False)
@@ -118,12 +142,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """The model's tokenizer."""
     if config.source == "embedded":
         return assets.load_tokenizer()
+    config = located(config)
+    if is_gguf(config):
+        return gguf.read_tokenizer(config.source)
     with _readable(config, "the tokenizer of"):
         return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
 
 
 def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Streams:
     """The data, in tokens of the model."""
+    model = located(model)
     tokenizer = load_tokenizer(model) if has_tokenizer(model) else None
     return data.load(config, tokenizer, seed, model=model.source, vocabulary=model_config(model).vocab_size)
 
@@ -147,6 +175,7 @@ def check_lengths(config: Any, **lengths: int | None) -> None:
 
 def origin(config: ModelConfig) -> dict[str, Any]:
     """What an export keeps of the model it was made from; arguments of `exporting.export_model`."""
+    config = located(config)
     name, notices = licence(config)
     tokenizer = load_tokenizer(config) if has_tokenizer(config) else None
     return {"base": config.source, "licence": name, "notices": notices, "tokenizer": tokenizer}

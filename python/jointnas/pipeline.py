@@ -68,6 +68,8 @@ def finish(run: Run) -> tuple[PreTrainedModel, Path]:
         "predicted latency": f"{run.bound.predict(choice):.3f} ms ({run.table.header.device})",
         "held-out perplexity": f"{perplexities[1]:.3f} (original {perplexities[0]:.3f}; {windows})",
     }
+    if caveat := loading.caveat(config.model):
+        facts["note"] = caveat
     final, rank = run.folder / "final", run.supernet.block_rank
     export_model(model, final, choice, rank, facts=facts, **loading.origin(config.model))
     return model, final
@@ -114,7 +116,10 @@ def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run
     measured = measured_latency(model, choice, run)
     milliseconds, contended = (None, False) if measured is None else (measured.median, measured.contended)
     params = count_params(run.model_config, shape)
-    return Row(name, params, size, predicted, milliseconds, **measures, contended=contended)
+    return Row(
+        name, params, size, predicted, milliseconds, **measures, contended=contended,
+        caveat=loading.caveat(run.config.model),
+    )  # fmt: skip
 
 
 def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measured | None:

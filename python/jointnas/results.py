@@ -25,6 +25,7 @@ class Row:
     tasks: dict[str, dict[str, float]]  # by task, `evaluation.accuracy`
     perplexity_without_bos: float | None = None  # where there is one
     contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
+    caveat: str = ""  # what must be said of results of this model
 
 
 def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -62,7 +63,7 @@ def task_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as text, and their tasks below."""
-    lines = aligned(*columns(rows)) + [f"* {BUSY}"] * any(r.get("contended") for r in rows)
+    lines = aligned(*columns(rows)) + notes(rows)
     if any(row["tasks"] for row in rows):
         lines += ["", *aligned(*task_columns(rows))]
     return "\n".join(lines)
@@ -79,14 +80,20 @@ def aligned(header: list[str], cells: Sequence[list[str]]) -> list[str]:
 
 def html_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as an HTML table, and one of their tasks."""
-    note = f"<p>* {html.escape(BUSY)}</p>" if any(r.get("contended") for r in rows) else ""
+    below = "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows))
     tables = [columns(rows), *([task_columns(rows)] if any(row["tasks"] for row in rows) else [])]
     found = []
     for header, cells in tables:
         head = "".join(f"<th>{html.escape(h)}" for h in header)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
         found.append(f"<table><tr>{head}{body}</table>")
-    return note.join([found[0], "".join(found[1:])])
+    return below.join([found[0], "".join(found[1:])])
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What stands below the rows."""
+    caveats = dict.fromkeys(r["caveat"] for r in rows if r.get("caveat"))
+    return [f"* {BUSY}"] * any(r.get("contended") for r in rows) + [f"Note: {caveat}" for caveat in caveats]
 
 
 # ---- Pareto fronts --------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import (
     bench_ceilings,
+    bench_gguf,
     bench_kernels,
     bench_masks,
     bench_ptq,
@@ -116,6 +117,22 @@ def test_every_benchmark_runs_and_renders(
     render.draw()
     assert len(list((tmp_path / "plots").glob("masks-*.png"))) == 1
     assert "loops over sub-matrices" in render.summary()
+
+
+def test_choices_in_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """One choice of the embedded model; a second call has nothing left to do."""
+    pytest.importorskip("xllamacpp")
+    folder = tmp_path / "results" / "machine"
+    for _ in range(2):
+        bench_gguf.main(["--device", "cpu", "--tiny", "--out", str(folder)])
+    (row,) = rows_of(folder, "gguf")
+    assert row["median"] <= 1e-3
+    assert row["extra"]["unexplained"] <= 2 * row["extra"]["rounding"]
+    assert row["extra"]["reloaded"] == 0
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
+    assert "| embedded | 1 |" in render.sections()
 
 
 def test_texts_are_up_to_date() -> None:

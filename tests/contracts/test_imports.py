@@ -16,6 +16,7 @@ LATE = [
     ("jointnas_kernels.ops.core.backends", "triton.knobs", "read when asked: the interpreter is switched on before"),
     ("jointnas_kernels.space", "yaml", "only users of files need it"),
     ("jointnas_kernels.hf", "peft", "optional: LoRA pairs as PEFT adapters"),
+    ("jointnas_kernels.hf", "gguf", "optional: files of llama.cpp"),
     ("jointnas_kernels.latency.backends", "gemlite", "optional, found at run time"),
     ("jointnas_kernels.latency.backends", "humming", "optional, found at run time"),
     ("jointnas_kernels.latency", "jointnas_kernels.hf", "tables are read without transformers, a load of seconds"),
@@ -27,6 +28,7 @@ LATE = [
     ("jointnas", "transformers", "`import jointnas` and the command line's help stay fast"),
     ("jointnas.cli", "", "a verb's help and errors do not wait for torch"),
     ("benchmarks", "peft", "optional: the peer"),
+    ("benchmarks", "xllamacpp", "optional: llama.cpp"),
     ("benchmarks", "matplotlib", "optional: plots"),
     ("benchmarks.bench_against", "", "imports whichever checkout its process measures"),
 ]

@@ -22,6 +22,7 @@ TOPICS = {
     "decode": "tokens per second of packed models, and what the latency table says of them",
     "calibration": "predictions of a latency table against whole models that it was not fitted to",
     "search": "the search against random architectures and against every choice of a small space",
+    "gguf": "random choices of a real model: supernet, extracted, reloaded, and as GGUF in llama.cpp",
     "ptq": "perplexity of the small model after RTN, clip search, GPTQ and OmniQuant",
 }
 ALL = ("ceilings", "kernels", "step", "masks")  # what "all" runs: no further input needed on any machine

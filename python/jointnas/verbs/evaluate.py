@@ -81,6 +81,7 @@ def _run(folder: str, given: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any]:
     """The row of one model."""
+    config = loading.located(config)
     folder = Path(config.source)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise JointNASError(
@@ -97,7 +98,7 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
     weights = assets.model_dir() if config.source == "embedded" else folder
     files = [weights] if weights.is_file() else list(weights.glob("*.safetensors"))
     size = sum(f.stat().st_size for f in files) or sum(p.numel() * p.element_size() for p in model.parameters())
-    return asdict(Row(folder.name, original_params(shape), size, None, None, **measures))
+    return asdict(Row(folder.name, original_params(shape), size, None, None, **measures, caveat=loading.caveat(config)))
 
 
 def text_tokens(data: str, model: ModelConfig) -> tuple[torch.Tensor, int | None]:

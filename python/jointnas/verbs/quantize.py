@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from jointnas.initialise import DATA_FREE, Bits, calibration_windows, initialise
 from jointnas.run_folder import new
 from jointnas_kernels.errors import JointNASError
 
+log = logging.getLogger(__name__)
 RECORD = "quantization.jsonl"  # in the exported folder: the errors of every block
 
 
@@ -56,6 +58,9 @@ def quantize(
     facts = {}
     if "mse" in rows[-1]:
         facts["error of the last block"] = f"{rows[-1]['mse'] / rows[-1]['power']:.2%} of its output's energy"
+    if caveat := loading.caveat(model):
+        facts["note"] = caveat
+        log.warning("note: %s", caveat)
     on = "" if windows is None else f" on {windows.numel():,} tokens"
     export_model(
         source, folder, space.full(), range(space.depth), facts=facts,
