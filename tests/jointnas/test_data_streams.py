@@ -22,6 +22,7 @@ from jointnas.distillation import distillation_loss
 from jointnas.initialise import calibration_windows
 from jointnas.preparation import prepare
 from jointnas.results import text_table
+from jointnas.tasks import Tasks
 from jointnas_kernels.errors import JointNASError
 from tests.jointnas import tiny
 from tests.jointnas.tiny_tokenizers import CHATML, of_bytes, of_words
@@ -167,13 +168,13 @@ def test_a_run_with_bos_says_so(tmp_path: Path) -> None:
     optimise(run)
     assert json.loads((tmp_path / "env.json").read_text())["bos"] is True
     model = tiny.model()
-    found = pipeline.quality(model, run, tasks=False)
+    found = pipeline.quality(model, config.model, begun.held_out, config.eval, Tasks(), BOS)
     assert found["context"] == 256
     assert found["perplexity"] == evaluation.perplexity(model, begun.held_out, bos=BOS)
     assert found["perplexity_without_bos"] == evaluation.perplexity(model, plain.held_out[plain.held_out != BOS])
     row = {"name": "x", "params": 1, "bytes": 1, "measured_ms": 1.0, "predicted_ms": 1.0, **found}
     header, _, values = text_table([row]).splitlines()
-    assert header.split()[-3:] == ["perplexity", "without", "BOS"]
+    assert header.endswith("perplexity (256 tokens)  without BOS")
     assert values.split()[-2:] == [f"{found[k]:.2f}" for k in ("perplexity", "perplexity_without_bos")]
 
 
@@ -194,7 +195,7 @@ def test_a_search_on_answers_from_files(tmp_path: Path) -> None:
     run = prepare(config, table=synthetic(config.space.build()))
     found = optimise(run)
     student = pipeline.distilled(run, found.choice)
-    measured = pipeline.quality(student, run, tasks=False)
+    measured = pipeline.quality(student, config.model, run.streams.held_out, config.eval, Tasks(), run.streams.bos)
     assert all(math.isfinite(measured[k]) for k in ("perplexity", "perplexity_without_bos"))
     assert json.loads((tmp_path / "run" / "env.json").read_text())["bos"] is True
     assert run.streams.bos == tokenizer.bos_token_id

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from jointnas import assets, cli, exporting
+from jointnas import assets, cli, exporting, loading
+from jointnas.config import DataConfig, ModelConfig
 from jointnas.evaluation import perplexity
 from jointnas.verbs.evaluate import evaluate, text
 from jointnas_kernels.errors import JointNASError
@@ -69,6 +70,12 @@ def test_a_plain_folder_through_the_command(folder: Path, capsys: pytest.Capture
     assert "result.json exists" in capsys.readouterr().err
 
 
+def held_out(source: Path) -> torch.Tensor:
+    """The embedded held-out text, document by document, in tokens of the model."""
+    streams = loading.load_streams(DataConfig(batch_size=1, seq_len=2), ModelConfig(source=str(source)), 0)
+    return streams.held_out
+
+
 def test_a_quantized_folder(folder: Path) -> None:
     """A compressed-tensors export is evaluated as what it computes."""
     source = model()
@@ -80,7 +87,7 @@ def test_a_quantized_folder(folder: Path) -> None:
         quantized, folder / "w4a8", choice, supernet.block_rank, tokenizer=assets.load_tokenizer()
     )
     (row,) = evaluate(str(folder / "w4a8"), tasks=[], tokens=512, context=64)
-    ids = torch.tensor(assets.load_tokenizer()("\n\n".join(assets.documents("test")))["input_ids"])
+    ids = held_out(folder / "w4a8")
     assert row["perplexity"] == pytest.approx(perplexity(quantized, ids, context=64, max_tokens=512), rel=1e-5)
     assert row["tasks"] == {}
     assert row["params"] == count_params(source.config, choice)
@@ -93,7 +100,8 @@ def test_the_embedded_text_in_tokens_of_the_model(folder: Path) -> None:
     """A model with the embedded tokenizer sees the embedded held-out text, document by document or as a whole."""
     (row,) = evaluate(str(folder / "plain"), tasks=[], tokens=2048, context=128)
     assert row["context"] == 128
-    ids = torch.tensor(assets.load_tokenizer()("\n\n".join(assets.documents("test")))["input_ids"])
+    ids = held_out(folder / "plain")
+    assert sorted(ids.tolist()) == sorted(assets.held_out_tokens().tolist())  # documents in another order
     assert row["perplexity"] == pytest.approx(perplexity(model(), ids, context=128, max_tokens=2048))
     (embedded,) = evaluate("embedded", tasks=[], tokens=2048, context=128)
     want = perplexity(assets.load_model(), assets.held_out_tokens(), context=128, max_tokens=2048)

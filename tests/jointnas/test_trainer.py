@@ -151,7 +151,7 @@ def test_steps_are_those_of_our_search(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, seed=5, search={"steps": STEPS, **limits})
     net = supernet()
     ids = Batches(tiny.streams().weight, 2, 16, 0)
-    data = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in ids.at(step)]
+    data = [{"input_ids": row, "labels": row} for step in range(STEPS) for row in ids.at(step).ids]
     made = trainer(
         tmp_path / "out", net, SearchCallback(lr_arch=0.05, objective=objective(net, config)), collator=None, data=data,
         lr_scheduler_type="constant", weight_decay=0.0, adam_beta2=0.95, max_grad_norm=1.0,
