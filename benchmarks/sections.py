@@ -211,31 +211,62 @@ def search(rows: list[Row], device: str) -> str:
     return "\n\n".join(parts)
 
 
+PTQ = {
+    "rtn": "RTN", "clip": "RTN, MSE clip", "gptq": "GPTQ", "gptq-order": "GPTQ, act-order", "omniquant": "OmniQuant",
+    "reconstruct": "block reconstruction", "supernet": "the same, LoRA in a supernet",
+}  # fmt: skip
+
+
 def ptq(rows: list[Row], device: str) -> str:
-    """Perplexity by scheme and method, and what learning does to the error of every block."""
-    names = {"rtn": "RTN", "clip": "RTN, MSE clip", "gptq": "GPTQ", "omniquant": "OmniQuant"}
-    quantized = [r for r in rows if r["name"] in names]
+    """Perplexity by scheme and method of each model, and what learning does to the error of every block."""
+    models: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        params = row["params"]
+        models.setdefault((params.get("model", "embedded"), params.get("group", 128)), []).append(row)
+    return "\n\n".join(filter(None, (_ptq_of(of, name, group) for (name, group), of in models.items())))
+
+
+def _ptq_of(rows: list[Row], model: str, group: int) -> str:
+    quantized = [r for r in rows if r["name"] in PTQ]
     if not quantized:
         return ""
+    names = {n: label for n, label in PTQ.items() if pick(quantized, n)}
+    plain, last = pick(rows, "16bit"), quantized[-1]
     schemes = list(dict.fromkeys(r["params"]["scheme"] for r in quantized))
-    body, blocks = [], []
-    for scheme in schemes:
-        found = {r["name"]: r for r in pick(quantized, scheme=scheme)}
-        body.append([scheme.upper(), *(f"{found[n]['median']:.2f}" if n in found else "" for n in names)])
-        extra = found["omniquant"]["extra"] if "omniquant" in found else {}
-        for key, label in (("mse_rtn", "RTN"), ("mse_start", "start"), ("mse", "learned")):
-            if key in extra:
-                blocks.append([scheme.upper(), label, *(f"{100 * v:.3g}" for v in extra[key])])
-    plain = pick(rows, "16bit")
-    base = f"; unquantized {plain[-1]['median']:.2f}" if plain else ""
-    tokens, context = quantized[-1]["params"]["tokens"], quantized[-1]["extra"]["context"]
-    calibration = quantized[-1]["extra"]["samples"] * context
+    newest = {(r["params"]["scheme"], r["name"]): r for r in quantized}
+
+    def values(of: Callable[[Row], str]) -> str:
+        body = [[s.upper(), *(of(newest[s, n]) if (s, n) in newest else "" for n in names)] for s in schemes]
+        return table(["bits", *names.values()], body)
+
+    def base(of: Callable[[Row], str]) -> str:
+        return f"; unquantized {of(plain[-1])}" if plain else ""
+
+    def perplexity(row: Row) -> str:
+        return f"{row['median']:,.2f}"
+
+    extra, what = last["extra"], "the embedded model" if model == "embedded" else model
+    length = extra.get("length", extra["context"])
     parts = [
-        f"**Post-training quantization of the embedded model: perplexity on {tokens:,} held-out tokens** "
-        f"({where(quantized[-1])}; groups of 128, {calibration:,} calibration tokens{base})\n\n"
-        f"{table(['bits', *names.values()], body)}"
+        f"**Post-training quantization of {what}: perplexity on {last['params']['tokens']:,} held-out tokens** "
+        f"({where(last)}; groups of {group}, {extra['samples'] * length:,} calibration tokens"
+        f"{base(perplexity)})\n\n{values(perplexity)}"
     ]
-    if blocks:
+    if "fiction" in extra:
+        for label, of in (
+            ("perplexity on its fiction alone", lambda r: f"{r['extra']['fiction']:,.2f}"),
+            ("accuracy in the embedded tasks, %", lambda r: f"{100 * r['extra']['tasks']['acc']:.1f}"),
+        ):
+            parts.append(f"The same, {label}{base(of)}\n\n{values(of)}")
+    if extra.get("caveat"):
+        parts.append(extra["caveat"])
+    learned = [newest[s, "omniquant"] for s in schemes if (s, "omniquant") in newest]
+    keys = (("mse_rtn", "RTN"), ("mse_start", "start"), ("mse", "learned"))
+    blocks = [
+        [r["params"]["scheme"].upper(), label, *(f"{100 * v:.3g}" for v in r["extra"][key])]
+        for r in learned for key, label in keys if key in r["extra"]
+    ]  # fmt: skip
+    if blocks and len(blocks[0]) <= 12:
         head = ["bits", "OmniQuant", *(f"block {i}" for i in range(len(blocks[0]) - 2))]
         parts.append(
             "Squared error of each block's output, % of the output's energy, on inputs from the OmniQuant blocks "
