@@ -145,6 +145,10 @@ def load_tokenizer(config: ModelConfig) -> Any:
     config = located(config)
     if is_gguf(config):
         return gguf.read_tokenizer(config.source)
+    if not has_tokenizer(config):  # of some families transformers would make an empty one
+        raise JointNASError(
+            f"model {config.source!r} has no tokenizer; put its files there (tokenizer.json, tokenizer_config.json)"
+        )
     with _readable(config, "the tokenizer of"):
         return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
 

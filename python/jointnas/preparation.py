@@ -11,7 +11,7 @@ import torch
 from jointnas import loading
 from jointnas.config import RunConfig
 from jointnas.data import Batches, Streams
-from jointnas.initialise import DATA_FREE, calibration_windows, initialise
+from jointnas.initialise import calibration_windows, initialise
 from jointnas.objective import Feasibility, Limits
 from jointnas.run_folder import Run, found_choice, load_supernet, read_config
 from jointnas_kernels.errors import JointNASError
@@ -81,7 +81,7 @@ def open_run(run: str | Path, searched: bool = True) -> Run:
 def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Streams) -> None:
     """As configured; methods that need data keep their blocks in the run's folder, so that they run once."""
     method, options = config.quantizer.init, config.quantizer.options
-    if method in DATA_FREE:
+    if method == "rtn":
         initialise(supernet, method, options=options, progress=False)
         return
     windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed, streams.bos)

@@ -13,7 +13,7 @@ import torch
 
 from jointnas import cli, loading
 from jointnas.config import RunConfig, load
-from jointnas.objective import Limits, structures
+from jointnas.objective import Limits
 from jointnas.verbs.bench import TOPICS
 from jointnas_kernels import hf
 from jointnas_kernels.hf.families import build
@@ -58,7 +58,7 @@ def test_sizes_of_the_spaces(llama: Any) -> None:
     for change, count in known.items():
         choice = type(space.full()).from_dict({**full, **(dict([change]) if change else {})})
         assert count_params(llama, choice) == count
-    sizes = [count_params(llama, choice) for choice in structures(space)]
+    sizes = [count_params(llama, choice) for choice in space.structures()]
     assert len(sizes) == 15_360
     assert [sum(low <= size / 1e9 <= low + 1 for size in sizes) > 0 for low in (2, 3, 4, 5)] == [True] * 4
     limits = Limits.of(CONFIGS["llama3"], llama)

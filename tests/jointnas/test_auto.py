@@ -140,14 +140,16 @@ def test_every_verb_takes_the_gpu(folders: dict[str, Path], tmp_path: Path, monk
     monkeypatch.setattr("jointnas.verbs.demo.with_target", stop)
     source, out = ["--model.source", str(folders["bfloat16"])], ["--out", str(tmp_path / "out")]
     space = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
-    verbs = (["search", *source, *space], ["quantize", *source, "--bits.group_size=64"], ["profile", *source, *space])
+    search = ["search", *source, *space, "--eval.tasks=[]"]
+    verbs = (search, ["quantize", *source, "--bits.group_size=64"], ["profile", *source, *space])
     for arguments in verbs:
         assert cli.main([*arguments, *out]) == 2
     assert used == [("cuda", "bfloat16")] * 3
     assert cli.main(["demo", *out]) == 2
     assert used[-1] == ("cuda", "float32")
-    for arguments in (["search", "--model.device=cpu"], ["profile", "--device=cpu"], ["profile", "--model.device=cpu"]):
-        assert cli.main([arguments[0], *source, *space, *arguments[1:], *out]) == 2
+    profile = ["profile", *source, *space]
+    for arguments in ([*search, "--model.device=cpu"], [*profile, "--device=cpu"], [*profile, "--model.device=cpu"]):
+        assert cli.main([*arguments, *out]) == 2
         assert used[-1][0] == "cpu"
 
 

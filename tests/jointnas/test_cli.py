@@ -76,7 +76,7 @@ CASES = {
     "eval-nothing": (lambda f: ["eval", str(f)], "is neither a run folder (config.yaml) nor a model folder"),
     "eval-no-folder": (lambda f: ["eval", str(f / "x")], "model folder '{f}/x' does not exist"),
     "eval-dtype": (lambda f: ["eval", str(f / "model"), "--dtype=int3"], "jointnas eval: dtype: "),
-    "eval-window": (lambda f: ["eval", str(f / "model"), "--tokens=100"],
+    "eval-window": (lambda f: ["eval", str(f / "model"), "--tokens=100", "--context=256"],
                     "jointnas eval: Value error, tokens = 100 is less than one window of context = 256"),
     "eval-task": (lambda f: ["eval", str(f / "model"), "--tasks=[paper]", "--task_files=none"],
                   "eval.task_files: folder 'none' does not exist"),

@@ -10,7 +10,7 @@ import pytest
 from jointnas.verbs import demo
 from jointnas.verbs.demo import TARGET, with_target
 from tests.jointnas import tiny
-from tests.latency.tables import CONFIG, synthetic
+from tests.latency.tables import synthetic
 
 
 def test_target_is_a_share_of_the_fastest_single_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +18,7 @@ def test_target_is_a_share_of_the_fastest_single_precision(tmp_path: Path, monke
     made = synthetic(config.space.build())
     seen: list[Any] = []
     monkeypatch.setattr(demo, "measure_table", lambda *given: seen.append(given[3]) or made)
-    monkeypatch.setattr(demo.loading, "model_config", lambda _: CONFIG)
+    monkeypatch.setattr(demo.loading, "model_config", lambda _: tiny.model().config)
     aimed, table = with_target(config)
     bound = table.bind(table.restrict(config.space.build())[0])
     uniform = [bound.predict(choice) for _, choice in demo.single_precisions(bound)]

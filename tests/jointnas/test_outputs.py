@@ -84,7 +84,8 @@ def test_a_run_that_may_not_be_written_to(
     verb: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
-    assert f"'{root}/run' may not be written to" in refused([verb, "--run", str(root / "run")], capsys)
+    arguments = [verb, *["--run"] * (verb != "eval"), str(root / "run")]
+    assert f"'{root}/run' may not be written to" in refused(arguments, capsys)
 
 
 def test_what_is_of_the_other_kind(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

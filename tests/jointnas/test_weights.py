@@ -240,7 +240,7 @@ def test_quantized_folders_are_refused_before_their_weights(
         shutil.copytree(saved["single"], folder)
         declare(folder, **OTHERS[name])
     monkeypatch.setattr("jointnas.weights.read", lambda *a: pytest.fail("weights were read"))
-    for verb in (["search"], ["quantize", "--method=rtn", "--bits.group_size=64"]):
+    for verb in (["search", "--eval.tasks=[]"], ["quantize", "--method=rtn", "--bits.group_size=64"]):
         assert cli.main([*verb, "--model.source", str(folder), "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert f"is quantized already ({name})" in error

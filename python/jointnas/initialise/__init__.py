@@ -5,6 +5,6 @@ methods, `problem.py` is what they solve, `blocks.py` runs single blocks, `store
 """
 
 from jointnas.initialise.clip import mse_clip
-from jointnas.initialise.run import DATA_FREE, METHODS, Bits, calibration_windows, initialise, single_space
+from jointnas.initialise.run import METHODS, Bits, calibration_windows, initialise, single_space
 
-__all__ = ["DATA_FREE", "METHODS", "Bits", "calibration_windows", "initialise", "mse_clip", "single_space"]
+__all__ = ["METHODS", "Bits", "calibration_windows", "initialise", "mse_clip", "single_space"]

@@ -1,6 +1,6 @@
 """Clip ratios with the least squared rounding error of each group, by search over a grid of ratios.
 
-    ratio = argmin_c sum_i h_i (Q(w; c) - w)_i^2,      h_i = 1, or the importance of input i
+    ratio = argmin_c sum_i h_i (Q(w; c) - w)_i^2,      h_i = 1, or the energy of input i
 
 At 2 bits the best ratio of Gaussian weights is near 0.6 (relative squared error .15 instead of .30), at 8 bits near 1.
 """

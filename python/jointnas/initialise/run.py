@@ -112,7 +112,8 @@ def initialise(
     A supernet gets clip ratios for every precision of its space. In a plain transformers model every linear of a block
     becomes a `FakeQuantLinear`, whose weight lies on the grid it carries; `omniquant` also moves scales between norms
     and linears where activations are quantized. "rtn" (round to nearest) and "clip" (each group's ratio of least
-    squared error) need no `calibration` [windows, tokens]; errors are reported only with it. Finished blocks go to
+    squared error, weighed by the energy of its inputs where there is calibration) need no `calibration` [windows,
+    tokens]; errors are reported only with it. Finished blocks go to
     `folder`. "reconstruct" learns weights, or a supernet's LoRA pairs, and ratios.
 
     One row per block, or with a supernet per (block, weight bits): the mean squared error of the block's output with
@@ -358,7 +359,9 @@ def _searched(
         found = reconstruct(problem, options, pairs, seed)
         row |= {"error_rtn": found.rtn, "error_start": found.start, "error": found.end}
         return Solution(found.weights, found.clips, found.pairs), row
-    return Solution(weights, clips if method == "rtn" else problem.searched(weights)), row
+    if method == "clip":
+        clips = problem.searched(weights, problem.energies(weights) if problem.x is not None else None)
+    return Solution(weights, clips), row
 
 
 def _settings(job: Supernets | Plain, calibration: Tensor | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from jointnas import loading
 from jointnas.config import BitsConfig, DataConfig, InitOptions, Method, ModelConfig
 from jointnas.exporting import export_model
-from jointnas.initialise import DATA_FREE, Bits, calibration_windows, initialise, single_space
+from jointnas.initialise import Bits, calibration_windows, initialise, single_space
 from jointnas.run_folder import new
 from jointnas_kernels.errors import JointNASError
 
@@ -19,7 +19,7 @@ RECORD = "quantization.jsonl"  # in the exported folder: the errors of every blo
 
 def quantize(
     out: str,
-    model: ModelConfig = ModelConfig(), bits: BitsConfig = BitsConfig(), method: Method = "gptq",  # noqa: B008
+    model: ModelConfig = ModelConfig(), bits: BitsConfig = BitsConfig(), method: Method = "reconstruct",  # noqa: B008
     data: DataConfig = DataConfig(), options: InitOptions = InitOptions(),  # noqa: B008
     seed: int = 0, resume: bool = False, progress: bool = True,
 ) -> Path:
@@ -29,7 +29,7 @@ def quantize(
         out: new folder. Until it is done, finished blocks are in OUT.partial.
         model: which model.
         bits: of weights and activations.
-        method: rtn and clip need no data, gptq and omniquant learn from calibration windows of `data`.
+        method: rtn needs no data; the others learn from calibration windows of `data`.
         data: text of the calibration.
         options: of the methods.
         seed: of the calibration windows and their order.
@@ -44,11 +44,11 @@ def quantize(
     if partial.exists() and not resume:
         raise JointNASError(f"{partial} holds an unfinished quantization; pass --resume to continue it, or remove it")
     model_config = loading.model_config(model)
-    loading.check_lengths(model_config, data_seq_len=None if method in DATA_FREE else data.seq_len)
+    loading.check_lengths(model_config, data_seq_len=None if method == "rtn" else data.seq_len)
     space = single_space(model_config, bits.weight, bits.act, bits.group_size)
     source = loading.load_model(model)
     windows = None
-    if method not in DATA_FREE:
+    if method != "rtn":
         streams = loading.load_streams(data, model, seed)
         windows = calibration_windows(streams.all, options, data.seq_len, seed, streams.bos)
     rows = initialise(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jointnas import loading
 from jointnas.bilevel import optimise
 from jointnas.config import RunConfig
 from jointnas.convergence import sentences
@@ -27,6 +28,7 @@ def search(config: RunConfig) -> Path:
         JointNASError: bad input, or a folder that already holds another search or cannot be made.
     """
     writable(config.out)
+    loading.check_unquantized(loading.model_config(config.model), config.model)
     evaluated = (Path(config.out) / "eval.json").is_file()
     tasks = None if evaluated else ready_tasks(config)
     run = prepare(config)
