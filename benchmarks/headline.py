@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 
-from benchmarks.sections import Row, chosen_today, one_shape, seconds
+from benchmarks.rows import Row, one_shape, seconds
+from benchmarks.sections import chosen_today
 
 Line = list[str]
 MOST = 12  # lines per machine

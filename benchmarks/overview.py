@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks import sections
-from benchmarks.sections import Row, one_shape, pick
+from benchmarks.rows import PLOTS, Row, one_shape, pick
 
 CANDIDATES = 15_360  # of the `llama3` space
 BLUE, GREY, RED = "#1f5fa8", "#8a8f98", "#c0392b"
@@ -42,8 +41,8 @@ def overview(devices: Mapping[str, Mapping[str, list[Row]]]) -> None:
         axis.axis("on" if device else "off")
         if device:
             draw_bars(axis, device, measured[device])
-    sections.PLOTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(sections.PLOTS / "overview.svg", metadata={"Date": None})
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOTS / "overview.svg", metadata={"Date": None})
     pyplot.close(figure)
 
 

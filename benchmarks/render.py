@@ -19,7 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.headline import headline
 from benchmarks.overview import overview
-from benchmarks.sections import DRAWN, SECTIONS, Row, slug, table
+from benchmarks.rows import Row, slug, table
+from benchmarks.sections import DRAWN, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

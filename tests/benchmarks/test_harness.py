@@ -23,6 +23,7 @@ from benchmarks import (
     sections,
 )
 from benchmarks.harness import Recorder, Timing, WrongResult
+from benchmarks.rows import pick
 from jointnas.verbs import bench
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.timing import cache_bytes
@@ -152,9 +153,9 @@ def test_kernels_that_are_no_longer_chosen_are_not_ours() -> None:
         return {"name": name, "params": {"scheme": scheme, "m": m}, "median": us, "device": "GPU", "extra": extra}
 
     old = [row("ours", "w4a16", 512, 149), row("ours, wgmma", "w4a16", 512, 149), row("ours, dense", "w4a16", 512, 129)]
-    found = sections.pick(sections.chosen_today(old), "ours")
+    found = pick(sections.chosen_today(old), "ours")
     assert [r["median"] for r in found] == [129], "the kernel of today, timed in the same run"
-    assert sections.pick(sections.chosen_today(old[:2]), "ours") == [], "no row of today's kernel: no row of ours"
+    assert pick(sections.chosen_today(old[:2]), "ours") == [], "no row of today's kernel: no row of ours"
     named = [row("ours", "w4a16", 512, 149, kernel="dense"), row("ours", "w4a16", 4096, 800)]
     assert sections.chosen_today(named) == named
     cpu = [row("ours", "w4a16", 512, 149) | {"device": "AMD EPYC 2 cores"}]

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_masks, bench_step, harness, models, probe, sections
+from benchmarks import bench_masks, bench_step, harness, models, probe
 from benchmarks.harness import Timing
+from benchmarks.rows import one_shape
 
 BLOCK = models.linear_weights(models.llama_8b(1))
 
@@ -152,6 +153,6 @@ def test_spaces_are_scaled_with_the_model() -> None:
 def test_rows_of_other_shapes_stay_out_of_a_table() -> None:
     shape = {"layers": 1, "batch": 8, "tokens": 128, "dtype": "bfloat16"}
     rows = [{"params": {**shape, **other}} for other in ({}, {"scale": 4}, {"tokens": 32}, {"candidates": 7})]
-    assert sections.one_shape(rows) == [rows[0], rows[3]]
-    assert sections.one_shape(rows[1:2]) == rows[1:2]
-    assert sections.one_shape([]) == []
+    assert one_shape(rows) == [rows[0], rows[3]]
+    assert one_shape(rows[1:2]) == rows[1:2]
+    assert one_shape([]) == []
