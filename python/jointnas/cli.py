@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jointnas
@@ -150,7 +151,7 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
 
 def normalise(arguments: list[str]) -> list[str]:
     """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--metric` is `--latency.metric`, and
-    `--resume`, `--force` and `--adapters` alone are true."""
+    `--resume`, `--force` and `--adapters` alone are true; `~` is the home folder behind `=`, too."""
     found: list[str] = []
     for argument, after in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--"):
@@ -159,8 +160,8 @@ def normalise(arguments: list[str]) -> list[str]:
             name = {"--space": "--space.base", "--metric": "--latency.metric"}.get(name, name)
             if name in ("--resume", "--force", "--adapters") and not equals and after.startswith("--"):
                 equals, value = "=", "true"
-            argument = name + equals + value
-        found.append(argument)
+            argument = name + equals + os.path.expanduser(value)
+        found.append(os.path.expanduser(argument))
     return found
 
 
@@ -175,8 +176,12 @@ def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
             section = name.rpartition(".")[0]  # list the options of the section that was meant, not all hundred
             near = [o for o in known if o.rpartition(".")[0] == section] or [o for o in known if "." not in o]
             raise unknown("option", name, near, where=f"jointnas {verb}")
-        if name == "--config" and verb == "search":
-            load(value if equals else arguments[i + 1] if i + 1 < len(arguments) else "")
+        following = value if equals else "".join(arguments[i + 1 : i + 2])
+        if name == "--config" and verb == "search" and following:
+            load(following)
+        inside = [o for o in known if o.startswith(f"{name}.")]
+        if inside and following and not Path(following).is_file():
+            raise JointNASError(f"jointnas {verb}: {name} is a section; set its parts: {', '.join(inside)}")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def caveat(config: ModelConfig) -> str:
 
 def is_gguf(config: ModelConfig) -> bool:
     """Whether the model is a GGUF file."""
-    return config.source.endswith(".gguf")
+    return catalogue.is_gguf(config.source)
 
 
 def device_type(config: ModelConfig) -> str:
@@ -203,8 +203,12 @@ def _readable(config: ModelConfig, what: str) -> Iterator[None]:
     is_path = path.is_absolute() or config.source.startswith((".", "~")) or config.source.count("/") > 1
     if is_path and not path.is_dir():
         raise JointNASError(f"model folder {config.source!r} does not exist; give a folder, a hub name or 'embedded'")
+    if path.is_file():
+        raise JointNASError(f"model {config.source!r} is a file; give a folder, a .gguf file, a hub name or 'embedded'")
     if config.source != "embedded" and path.is_dir() and not (path / "config.json").is_file():
-        raise JointNASError(f"model folder {config.source!r} has no config.json")
+        files = sorted(path.glob("*.gguf"))
+        hint = f"; it has {files[0].name}: give that file" if files else ""
+        raise JointNASError(f"model folder {config.source!r} has no config.json{hint}")
     try:
         yield
     except JointNASError:

@@ -83,7 +83,7 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
     """The row of one model."""
     config = loading.located(config)
     folder = Path(config.source)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not [*folder.glob("config.json"), *folder.glob("*.gguf")]:
         raise JointNASError(
             f"{config.source} is neither a run folder (config.yaml) nor a model folder (config.json)"
         )
