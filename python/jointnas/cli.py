@@ -36,6 +36,7 @@ VERBS = {
     "report": "draw a run's plots and report.html",
     "compare": "the found choice against random ones of its cost",
 }
+SECTION_FILES = (".yaml", ".yml", ".json")  # what may stand for a whole section
 # arguments that need no option's name: how many, and what they are
 POSITIONAL: dict[str, tuple[str | None, str]] = {
     **dict.fromkeys(("table", "first", "second"), (None, "latency table file")),
@@ -180,7 +181,7 @@ def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
         if name == "--config" and verb == "search" and following:
             load(following)
         inside = [o for o in known if o.startswith(f"{name}.")]
-        if inside and following and not Path(following).is_file():
+        if inside and following and not following.startswith("{") and Path(following).suffix not in SECTION_FILES:
             raise JointNASError(f"jointnas {verb}: {name} is a section; set its parts: {', '.join(inside)}")
 
 

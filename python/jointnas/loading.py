@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
@@ -213,6 +214,7 @@ def _readable(config: ModelConfig, what: str) -> Iterator[None]:
         yield
     except JointNASError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error  # its first line is a heading
+        reason = (str(cause or error).strip() or type(error).__name__).splitlines()[0]
         raise JointNASError(f"{what} {config.source!r} cannot be loaded: {reason}") from None

@@ -137,7 +137,7 @@ def test_a_model_is_evaluated_and_quantized(name: str, here: Path, capsys: pytes
     found = perplexity(out, "t.txt", capsys)
     assert found["perplexity"] == pytest.approx(original["perplexity"], rel=0.05)
     assert found["params"] == original["params"]
-    assert found["bytes"] < original["bytes"]
+    assert found["bytes"] < 4 * original["params"]
 
 
 @pytest.mark.parametrize("name", ["three-heads-of-96", "wide-heads", "kv-heads-are-heads", "untied", "one-block"])
@@ -251,9 +251,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "out-is-the-model-by-a-link": ([*QUANTIZE, "--model.source=m", "--out=./m/"], "exists; choose another folder"),
     "out-is-here": ([*QUANTIZE, "--model.source=m", "--out=."], ". exists; choose another folder"),
     "out-is-empty": ([*QUANTIZE, "--model.source=m", "--out="], "out is empty; give a path"),
-    "out-below-a-file": ([*QUANTIZE, "--model.source=m", "--out=t.txt/x/y"], "'t.txt' is a file, not a folder"),
-    "search-below-a-file": (["search", "--out=m/config.json"], "'m/config.json' is a file, not a folder"),
-    "fetch-below-a-file": (["fetch", "smollm2", "--out=t.txt/x"], "'t.txt' is a file, not a folder"),
+    "out-below-a-file": ([*QUANTIZE, "--model.source=m", "--out=t.txt/x/y"], "t.txt' is a file, not a folder"),
+    "search-below-a-file": (["search", "--out=m/config.json"], "m/config.json' is a file, not a folder"),
+    "fetch-below-a-file": (["fetch", "smollm2", "--out=t.txt/x"], "t.txt' is a file, not a folder"),
     "fetch-into-another": (["fetch", "smollm2", "--out=m"], "m exists and is not smollm2; choose another --out"),
     "fetch-what": (["fetch", "smolm2"], "unknown model 'smolm2' in jointnas fetch. Did you mean 'smollm2'?"),
     "group-of-128": ([*QUANTIZE, "--model.source=m", "--out=q", "--bits.group_size=128"],
@@ -268,7 +268,7 @@ BAD: dict[str, tuple[list[str], str]] = {
                      "data.seq_len is 1000000, but the model sees at most 128 tokens (max_position_embeddings)"),
     "negative-seq-len": ([*GPTQ, "--data.seq_len=-1"], "data.seq_len"),
     "many-samples": ([*GPTQ, "--data.seq_len=64", "--options.samples=9999"],
-                     "options.samples is 9999, but 2282 tokens of data hold 36 calibration windows of 64; lower"),
+                     "options.samples is 9999, but 2567 tokens of data hold 40 calibration windows of 64; lower"),
     "no-data": ([*GPTQ, "--data.source=nothing.txt"], "data source 'nothing.txt' does not exist; allowed: 'embedded'"),
     "context": (["eval", "m", "--data=t.txt", "--tasks=[]", "--context=4096"],
                 "eval.context is 4096, but the model sees at most 128 tokens"),
@@ -296,7 +296,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "export-format": (["export", "--run=m", "--out=e", "--format=ggml"], "'hf', 'gguf'"),
     "export-adapters": (["export", "--run=m", "--out=e", "--format=gguf", "--adapters"], "beside format hf only"),
     "report-a-model": (["report", "--run=m"], "m is no run folder"),
-    "finetune-a-file": (["finetune", "--run=t.txt"], "'t.txt' is a file, not a folder"),
+    "finetune-a-file": (["finetune", "--run=t.txt"], "t.txt' is a file, not a folder"),
     "section-as-option": (["search", "--model=m"], "--model is a section; set its parts: --model.source, "),
     "section-as-option-of-quantize": (["quantize", "--data=t.txt", "--out=q"], "--data is a section; set its parts"),
     "config-is-a-folder": (["search", "--config=m"], "configuration file 'm' is a folder, not a file"),
@@ -403,16 +403,16 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
 UP = "model.layers.0.mlp.up_proj.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config-is-no-json": (lambda f: (f / "config.json").write_text("{"), "model 'm' cannot be loaded"),
-    "config-is-a-list": (lambda f: (f / "config.json").write_text("[]"), "m"),
+    "config-is-a-list": (lambda f: (f / "config.json").write_text("[]"), "model 'm' cannot be loaded"),
     "config-is-empty": (lambda f: (f / "config.json").write_text(""), "model 'm' cannot be loaded"),
     "no-family": (edit("config.json", model_type="gpt2"), "gpt2"),
     "unheard-family": (edit("config.json", model_type="nonesuch"), "nonesuch"),
-    "other-width": (edit("config.json", intermediate_size=80), "the config wants (80, 64)"),
+    "other-width": (edit("config.json", intermediate_size=80), "the config wants (64, 80)"),
     "more-blocks": (edit("config.json", num_hidden_layers=3), "lacks tensor model.layers.2"),
     "fewer-blocks": (edit("config.json", num_hidden_layers=1), "has no use for, tensor model.layers.1"),
-    "text-for-a-width": (edit("config.json", hidden_size="wide"), "m"),
-    "negative-width": (edit("config.json", intermediate_size=-96), "m"),
-    "odd-heads": (edit("config.json", num_attention_heads=3), "m"),
+    "text-for-a-width": (edit("config.json", hidden_size="wide"), "Field 'hidden_size' expected int, got str"),
+    "negative-width": (edit("config.json", intermediate_size=-96), "-96"),
+    "odd-heads": (edit("config.json", num_attention_heads=3), "(64) is not a multiple of the number of attention heads"),
     "half-nan": (weights(lambda t: t.update({UP: t[UP].half().fill_(float("nan"))})), f"{UP} has NaN values"),
     "minus-infinity": (weights(lambda t: t[UP][0, :1].fill_(float("-inf"))), f"{UP} has infinite values"),
     "text-for-weights": (lambda f: (f / "model.safetensors").write_text(TEXT), "model.safetensors"),
@@ -446,7 +446,7 @@ RECORDS: dict[str, tuple[str, str, str]] = {  # file, its content, the message; 
     "truncated": ("a.json", '[{"text": "abc"}, {"te', "a.json is not JSON"),
     "answers-only-empty": ("a.jsonl", '{"prompt": "x", "completion": ""}\n' * 50, "has no text"),
     "upper-case": ("a.TXT", TEXT, "unknown extension '.TXT'"),
-    "one-word": ("a.txt", "word", "too few"),
+    "one-word": ("a.txt", "word", "held-out tokens have nothing to evaluate; bring more data"),
     "blank": ("a.jsonl", "\r\n\r\n", "has no text"),
     "zero-bytes": ("a.parquet", "", "a.parquet"),
 }  # fmt: skip
@@ -466,7 +466,9 @@ def test_records(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> N
 # ---- a whole search -------------------------------------------------------------------------------------------------
 
 
-def test_a_search_of_nine_heads_in_half_precision(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_of_nine_heads_in_half_precision(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Heads that do not divide all widths, a sharded fp16 checkpoint, CRLF records, names with spaces; then every verb
     that takes the run."""
     model = {**MODELS["nine-heads-three-kv"], "dtype": torch.float16, "shard": "60KB", "vocab_size": 4096}
@@ -477,6 +479,7 @@ def test_a_search_of_nine_heads_in_half_precision(here: Path, capsys: pytest.Cap
              "blocks": [1, 2], "weight_bits": [4, 8], "act_bits": [8, 16], "group_size": 16}  # fmt: skip
     config = AutoConfig.from_pretrained("nine heads")
     synthetic(SearchSpace.from_dict(space).feasible(config)[0], config=config).save("table.jsonl")
+    monkeypatch.setattr("jointnas.pipeline.measured_latency", lambda *_: None)  # a made-up table has no kernels
     (here / "run ü.yaml").write_text(yaml.safe_dump({
         "out": "runs/nine heads", "progress": False, "tensorboard": False, "space": space,
         "model": {"source": "nine heads/"}, "latency": {"table": "./table.jsonl"}, "eval": {"tasks": [], "tokens": 256},
@@ -486,7 +489,9 @@ def test_a_search_of_nine_heads_in_half_precision(here: Path, capsys: pytest.Cap
     }))  # fmt: skip
     code, out, err = run(["search", "--config", "run ü.yaml"], capsys)
     assert code == 0, err
-    assert "search space: removed" in err  # once, by name
+    removed = json.loads(Path("runs/nine heads/env.json").read_text())["removed"]
+    assert [line.split(":")[0] for line in removed][:1] == ["hidden 64"]
+    assert len(removed) == 2
     assert "found" in out
     choice = json.loads(Path("runs/nine heads/choice.json").read_text())["choice"]
     assert choice["hidden"] % choice["heads"] == 0

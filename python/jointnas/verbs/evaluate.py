@@ -103,7 +103,8 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
 
 def text_tokens(data: str, model: ModelConfig) -> tuple[torch.Tensor, int | None]:
     """Text as tokens of a model, integers [N], and their BOS: all of a source, or the held-out embedded text."""
-    streams = loading.load_streams(DataConfig(source=data, batch_size=1, seq_len=2), model, 0)
+    whole = DataConfig(source=data, batch_size=1, seq_len=2, held_out_fraction=0.4)  # for short texts, too
+    streams = loading.load_streams(whole, model, 0)
     held_out = streams.held_out
     return held_out if data == "embedded" else torch.cat((streams.all, held_out)), streams.bos
 
