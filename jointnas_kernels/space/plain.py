@@ -70,7 +70,7 @@ def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
     """The mapping that a YAML file of this kind holds.
 
     Raises:
-        JointNASError: no file, no YAML, no mapping, or a key that stands there twice, of which YAML would take the last.
+        JointNASError: no file, no YAML, no mapping, or a key that stands there twice (YAML takes the last).
     """
     import yaml  # here: only users of files need it
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointnas.checkpoint import replacing
+from jointnas.exporting import CHOICE_FILE
 from jointnas_kernels.errors import JointNASError, unknown, writable
 from jointnas_kernels.hf.gguf import read as gguf
 
@@ -148,5 +149,7 @@ def caveat(source: str) -> str:
     """
     if is_gguf(source):
         return gguf.already_quantized(gguf.File(source).types)
-    found = Path(source) / PROVENANCE
-    return str(json.loads(found.read_text()).get("caveat", "")) if found.is_file() else ""
+    found, made = Path(source) / PROVENANCE, Path(source) / CHOICE_FILE
+    if found.is_file():
+        return str(json.loads(found.read_text()).get("caveat", ""))
+    return str(json.loads(made.read_text()).get("facts", {}).get("note", "")) if made.is_file() else ""

@@ -7,6 +7,7 @@ import inspect
 import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +125,18 @@ def parser_of(verb: str) -> Any:
         nargs, what = POSITIONAL[name]
         parser.add_argument(name, type=str, nargs=nargs, help=what)
     parser.add_function_arguments(function, as_group=False, skip=set(names))
+    described = descriptions(function)
+    for action in parser._actions:
+        if action.dest in described and not action.help:
+            action.help = described[action.dest]
     return parser
+
+
+def descriptions(function: Callable[..., Any]) -> dict[str, str]:
+    """What a function's docstring says of its parameters."""
+    part = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", part, re.M)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in found}
 
 
 def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:

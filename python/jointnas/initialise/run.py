@@ -103,8 +103,8 @@ def calibration_windows(
     most = len(tokens) // (seq_len - (bos is not None))
     if most < options.samples:
         raise JointNASError(
-            f"options.samples is {options.samples}, but {len(tokens)} tokens of data hold {most} calibration windows of "
-            f"{seq_len}; lower options.samples or data.seq_len, or bring more data"
+            f"options.samples is {options.samples}, but {len(tokens)} tokens of data hold {most} calibration windows "
+            f"of {seq_len}; lower options.samples or data.seq_len, or bring more data"
         )
     return Batches(tokens, options.samples, seq_len, seed, bos).at(0).ids
 
