@@ -76,11 +76,11 @@ CASES = {
     "eval-nothing": (lambda f: ["eval", str(f)], "is neither a run folder (config.yaml) nor a model folder"),
     "eval-no-folder": (lambda f: ["eval", str(f / "x")], "model folder '{f}/x' does not exist"),
     "eval-dtype": (lambda f: ["eval", str(f / "model"), "--dtype=int3"], "jointnas eval: dtype: "),
-    "eval-window": (lambda f: ["eval", str(f / "model"), "--tokens=100"],
+    "eval-window": (lambda f: ["eval", str(f / "model"), "--tokens=100", "--context=256"],
                     "jointnas eval: Value error, tokens = 100 is less than one window of context = 256"),
     "eval-task": (lambda f: ["eval", str(f / "model"), "--tasks=[paper]", "--task_files=none"],
                   "eval.task_files: folder 'none' does not exist"),
-    "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "has no finished model"),
+    "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "is no run folder: it has no config.yaml"),
     "table-exists": (lambda f: ["profile", "--out", str(f / "good.jsonl")], "exists; pass --resume true"),
     "required": (lambda f: ["profile"], "out"),
 }  # fmt: skip

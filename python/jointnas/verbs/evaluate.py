@@ -62,6 +62,9 @@ def evaluate(
         writable(source, what="run")
         rows = _run(source, given)
     else:
+        folder = Path(source).expanduser()
+        if source and folder.is_dir() and not [*folder.glob("config.json"), *folder.glob("*.gguf")]:
+            raise JointNASError(f"{source} is neither a run folder (config.yaml) nor a model folder (config.json)")
         where = {"source": source, "device": device, "dtype": dtype, "revision": revision}
         model = build(ModelConfig, {k: v for k, v in where.items() if v is not None}, "jointnas eval")
         rows = [_model(loading.resolve_model(model), data or "embedded", build(EvalConfig, given, "jointnas eval"))]
@@ -83,10 +86,6 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
     """The row of one model."""
     config = loading.located(config)
     folder = Path(config.source)
-    if folder.is_dir() and not [*folder.glob("config.json"), *folder.glob("*.gguf")]:
-        raise JointNASError(
-            f"{config.source} is neither a run folder (config.yaml) nor a model folder (config.json)"
-        )
     shape = loading.model_config(config)
     loading.check_lengths(shape, eval_context=options.context)
     tasks, (tokens, bos) = load_tasks(options), text_tokens(data, config)
