@@ -38,6 +38,8 @@ def writable(path: str | Path, kind: Literal["file", "folder"] = "folder", what:
     Raises:
         JointNASError: a part of the path is a file, it is itself of the other kind, or may not be written to.
     """
+    if not str(path):
+        raise JointNASError(f"{what} is empty; give a path")
     path = Path(path)
     try:
         there = _nearest(path)

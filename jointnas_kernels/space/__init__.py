@@ -22,11 +22,11 @@ from jointnas_kernels.space.counts import (
     model_bytes,
     structure_params,
 )
-from jointnas_kernels.space.plain import ATTENTION, BITS, STRUCTURE, WIDTHS
+from jointnas_kernels.space.plain import ATTENTION, BITS, STRUCTURE, WIDTHS, read_yaml
 from jointnas_kernels.space.search_space import Choice, SearchSpace, subnet_config
 
 __all__ = [
     "ATTENTION", "BITS", "STRUCTURE", "WIDTHS", "Choice", "Joint", "SearchSpace", "count_params",
     "expected_bytes", "expected_params", "joint", "keep_matrix", "keep_probability", "kept_blocks", "model_bytes",
-    "structure_params", "subnet_config",
+    "read_yaml", "structure_params", "subnet_config",
 ]  # fmt: skip

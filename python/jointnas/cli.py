@@ -7,8 +7,10 @@ import inspect
 import itertools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jointnas
@@ -35,6 +37,7 @@ VERBS = {
     "report": "draw a run's plots and report.html",
     "compare": "the found choice against random ones of its cost",
 }
+SECTION_FILES = (".yaml", ".yml", ".json")  # what may stand for a whole section
 # arguments that need no option's name: how many, and what they are
 POSITIONAL: dict[str, tuple[str | None, str]] = {
     **dict.fromkeys(("table", "first", "second"), (None, "latency table file")),
@@ -122,7 +125,18 @@ def parser_of(verb: str) -> Any:
         nargs, what = POSITIONAL[name]
         parser.add_argument(name, type=str, nargs=nargs, help=what)
     parser.add_function_arguments(function, as_group=False, skip=set(names))
+    described = descriptions(function)
+    for action in parser._actions:
+        if action.dest in described and not action.help:
+            action.help = described[action.dest]
     return parser
+
+
+def descriptions(function: Callable[..., Any]) -> dict[str, str]:
+    """What a function's docstring says of its parameters."""
+    part = (inspect.getdoc(function) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", part, re.M)
+    return {name: " ".join(text.split()).replace("%", "%%") for name, text in found}
 
 
 def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
@@ -150,7 +164,7 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
 
 def normalise(arguments: list[str]) -> list[str]:
     """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--metric` is `--latency.metric`, and
-    `--resume`, `--force` and `--adapters` alone are true."""
+    `--resume`, `--force` and `--adapters` alone are true; `~` is the home folder behind `=`, too."""
     found: list[str] = []
     for argument, after in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--"):
@@ -159,8 +173,8 @@ def normalise(arguments: list[str]) -> list[str]:
             name = {"--space": "--space.base", "--metric": "--latency.metric"}.get(name, name)
             if name in ("--resume", "--force", "--adapters") and not equals and after.startswith("--"):
                 equals, value = "=", "true"
-            argument = name + equals + value
-        found.append(argument)
+            argument = name + equals + os.path.expanduser(value)
+        found.append(os.path.expanduser(argument))
     return found
 
 
@@ -175,8 +189,12 @@ def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
             section = name.rpartition(".")[0]  # list the options of the section that was meant, not all hundred
             near = [o for o in known if o.rpartition(".")[0] == section] or [o for o in known if "." not in o]
             raise unknown("option", name, near, where=f"jointnas {verb}")
-        if name == "--config" and verb == "search":
-            load(value if equals else arguments[i + 1] if i + 1 < len(arguments) else "")
+        following = value if equals else "".join(arguments[i + 1 : i + 2])
+        if name == "--config" and verb == "search" and following:
+            load(following)
+        inside = [o for o in known if o.startswith(f"{name}.")]
+        if inside and following and not following.startswith("{") and Path(following).suffix not in SECTION_FILES:
+            raise JointNASError(f"jointnas {verb}: {name} is a section; set its parts: {', '.join(inside)}")
 
 
 if __name__ == "__main__":

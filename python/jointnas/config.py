@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import Workload
 from jointnas_kernels.latency.profiler import LONGEST
 from jointnas_kernels.latency.schema import Metric
-from jointnas_kernels.space import SearchSpace
+from jointnas_kernels.space import SearchSpace, read_yaml
 
 
 class Section(BaseModel):
-    """A part of the configuration: no unknown keys."""
+    """A part of the configuration: no unknown keys, no true for 1; `~` is the home folder."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _literally(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("neither true nor false is a value of it")
+        return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 class ModelConfig(Section):
@@ -263,16 +272,7 @@ def build(schema: type[S], values: Mapping[str, Any], where: str = "configuratio
 
 def load(path: str | Path) -> RunConfig:
     """A run configuration from a YAML file."""
-    path = Path(path)
-    if not path.is_file():
-        raise JointNASError(f"configuration file {str(path)!r} does not exist")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JointNASError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(data, dict):
-        raise JointNASError(f"{path}: expected a mapping, found {type(data).__name__}")
-    return build(RunConfig, data, where=str(path))
+    return build(RunConfig, read_yaml(path, "configuration file"), where=str(path))
 
 
 def dump(config: BaseModel) -> str:

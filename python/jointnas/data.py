@@ -175,6 +175,6 @@ def split(tokens: Tensor, held_out: Tensor, config: DataConfig, bos: int | None 
         )
     if len(held_out) < 4 or not (decode(held_out[:ENDS]).labels[1:-1] != IGNORE).any():
         raise JointNASError(
-            f"{len(held_out)} held-out tokens have nothing to evaluate; raise data.held_out_fraction or bring more data"
+            f"{len(held_out)} held-out tokens have nothing to evaluate; bring more data or raise data.held_out_fraction"
         )
     return Streams(tokens, border, held_out, bos)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
@@ -62,7 +63,7 @@ def caveat(config: ModelConfig) -> str:
 
 def is_gguf(config: ModelConfig) -> bool:
     """Whether the model is a GGUF file."""
-    return config.source.endswith(".gguf")
+    return catalogue.is_gguf(config.source)
 
 
 def device_type(config: ModelConfig) -> str:
@@ -207,12 +208,17 @@ def _readable(config: ModelConfig, what: str) -> Iterator[None]:
     is_path = path.is_absolute() or config.source.startswith((".", "~")) or config.source.count("/") > 1
     if is_path and not path.is_dir():
         raise JointNASError(f"model folder {config.source!r} does not exist; give a folder, a hub name or 'embedded'")
+    if path.is_file():
+        raise JointNASError(f"model {config.source!r} is a file; give a folder, a .gguf file, a hub name or 'embedded'")
     if config.source != "embedded" and path.is_dir() and not (path / "config.json").is_file():
-        raise JointNASError(f"model folder {config.source!r} has no config.json")
+        files = sorted(path.glob("*.gguf"))
+        hint = f"; it has {files[0].name}: give that file" if files else ""
+        raise JointNASError(f"model folder {config.source!r} has no config.json{hint}")
     try:
         yield
     except JointNASError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error  # its first line is a heading
+        reason = (str(cause or error).strip() or type(error).__name__).splitlines()[0]
         raise JointNASError(f"{what} {config.source!r} cannot be loaded: {reason}") from None

@@ -79,10 +79,12 @@ def ready_tasks(config: RunConfig) -> Tasks:
     """The tasks of a run; what would keep its models from being asked is found before anything expensive."""
     tasks = load_tasks(config.eval)
     if tasks.tasks:
-        try:
-            loading.load_tokenizer(config.model)
-        except JointNASError as error:
-            raise JointNASError(f"{error}; a model without tokenizer needs eval.tasks = []") from None
+        loading.model_config(config.model)
+        if not loading.has_tokenizer(config.model):
+            raise JointNASError(
+                f"model {config.model.source!r} has no tokenizer; a model without tokenizer needs eval.tasks = []"
+            )
+        loading.load_tokenizer(config.model)
     return tasks
 
 

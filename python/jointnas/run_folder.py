@@ -107,6 +107,7 @@ def found_choice(folder: Path) -> Choice:
 
 def final_folder(folder: Path) -> Path:
     """The finished model of a run folder."""
+    read_config(folder)
     if not (folder / "final").is_dir():
         raise JointNASError(f"{folder} has no finished model; run `jointnas finetune --run {folder}` first")
     return folder / "final"

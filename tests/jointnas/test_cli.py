@@ -80,7 +80,7 @@ CASES = {
                     "jointnas eval: Value error, tokens = 100 is less than one window of context = 256"),
     "eval-task": (lambda f: ["eval", str(f / "model"), "--tasks=[paper]", "--task_files=none"],
                   "eval.task_files: folder 'none' does not exist"),
-    "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "has no finished model"),
+    "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "is no run folder: it has no"),
     "table-exists": (lambda f: ["profile", "--out", str(f / "good.jsonl")], "exists; pass --resume true"),
     "required": (lambda f: ["profile"], "out"),
 }  # fmt: skip

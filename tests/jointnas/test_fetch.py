@@ -151,7 +151,7 @@ def test_export_for_llama_cpp(tmp_path: Path, capsys: Any) -> None:
     capsys.readouterr()
     for arguments, message in (
         (["--run", str(folder), "--out", str(out), "--format", "gguf"], "exists"),
-        (["--run", str(tmp_path), "--out", str(tmp_path / "o2"), "--format", "gguf"], "no finished model"),
+        (["--run", str(tmp_path), "--out", str(tmp_path / "o2"), "--format", "gguf"], "neither a model"),
         (["--run", str(folder), "--out", str(tmp_path / "o2"), "--format", "gguf", "--adapters"], "adapters"),
         (["--run", str(folder), "--out", str(tmp_path / "o2"), "--format", "ggml"], "format"),
     ):

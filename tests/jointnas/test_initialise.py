@@ -553,7 +553,7 @@ CASES = {
     "twice": (lambda m: initialise(quantized(), "rtn", None, bits_of(m)), "q_proj is quantized already"),
     "hessian": (lambda m: gptq(torch.ones(2, 64), torch.eye(63), 4, 64), r"Hessian has shape \(63, 63\)"),
     "not-finite": (lambda m: gptq(torch.ones(2, 64), torch.full((64, 64), torch.nan), 4, 64), "cannot be factorised"),
-    "few-tokens": (lambda m: calibration_windows(torch.arange(99), InitOptions(samples=8), 16), "too few"),
+    "few-tokens": (lambda m: calibration_windows(torch.arange(99), InitOptions(samples=8), 16), "hold 6 calib"),
 }  # fmt: skip
 
 

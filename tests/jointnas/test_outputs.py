@@ -26,7 +26,7 @@ WRITERS = {
     "bench-step": ["bench", "step", "--tiny", "--device=cpu"],
     "bench-search": ["bench", "search", "--table={root}/good.jsonl"],
 }
-IN_A_RUN = ("eval", "finetune", "compare", "report")
+IN_A_RUN = {"eval": [], "finetune": ["--run"], "compare": ["--run"], "report": ["--run"]}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +84,7 @@ def test_a_run_that_may_not_be_written_to(
     verb: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
-    arguments = [verb, *["--run"] * (verb != "eval"), str(root / "run")]
-    assert f"'{root}/run' may not be written to" in refused(arguments, capsys)
+    assert f"'{root}/run' may not be written to" in refused([verb, *IN_A_RUN[verb], str(root / "run")], capsys)
 
 
 def test_what_is_of_the_other_kind(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ class Container:
     def __init__(self, path: Path) -> None:
         self.where = f"GGUF file {str(path)!r}"
         if not path.is_file():
-            raise JointNASError(f"{self.where} does not exist")
+            raise JointNASError(f"{self.where} {'is a folder' if path.is_dir() else 'does not exist'}")
         with path.open("rb") as file:
             empty = path.stat().st_size == 0  # which cannot be mapped
             self._data: Any = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

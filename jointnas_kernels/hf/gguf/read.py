@@ -176,11 +176,13 @@ def read_tokenizer(path: str | Path) -> Any:
         JointNASError: the file is missing or damaged, or its tokenizer is not supported.
     """
     file = File(path)
-    config_where = file.where
+    config_where, byte_level = file.where, file.values.get("tokenizer.ggml.model") == "gpt2"
+    if byte_level and not file.values.get("tokenizer.ggml.merges"):
+        raise JointNASError(f"{config_where}: its tokenizer has no merges, without which transformers cannot make one")
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except (ValueError, KeyError, OSError, IndexError) as error:
         raise JointNASError(f"{config_where}: its tokenizer cannot be read: {_first_line(error)}") from None
-    if file.values.get("tokenizer.ggml.model") == "gpt2":
+    if byte_level:
         with_pre_tokenizer(tokenizer, file.values.get("tokenizer.ggml.pre"), config_where)
     return tokenizer

@@ -100,6 +100,12 @@ def calibration_windows(
     tokens: Tensor, options: InitOptions, seq_len: int, seed: int = 0, bos: int | None = None
 ) -> Tensor:
     """[samples, seq_len] token ids, drawn from a stream, integers [N] (`data.Streams`); each begins with `bos`."""
+    most = len(tokens) // (seq_len - (bos is not None))
+    if most < options.samples:
+        raise JointNASError(
+            f"options.samples is {options.samples}, but {len(tokens)} tokens of data hold {most} calibration windows "
+            f"of {seq_len}; lower options.samples or data.seq_len, or bring more data"
+        )
     return Batches(tokens, options.samples, seq_len, seed, bos).at(0).ids
 
 

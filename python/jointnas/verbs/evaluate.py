@@ -62,8 +62,8 @@ def evaluate(
         writable(source, what="run")
         rows = _run(source, given)
     else:
-        folder = Path(source)
-        if folder.is_dir() and not (folder / "config.json").is_file():
+        folder = Path(source).expanduser()
+        if source and folder.is_dir() and not [*folder.glob("config.json"), *folder.glob("*.gguf")]:
             raise JointNASError(f"{source} is neither a run folder (config.yaml) nor a model folder (config.json)")
         where = {"source": source, "device": device, "dtype": dtype, "revision": revision}
         model = build(ModelConfig, {k: v for k, v in where.items() if v is not None}, "jointnas eval")
@@ -102,7 +102,8 @@ def _model(config: ModelConfig, data: str, options: EvalConfig) -> dict[str, Any
 
 def text_tokens(data: str, model: ModelConfig) -> tuple[torch.Tensor, int | None]:
     """Text as tokens of a model, integers [N], and their BOS: all of a source, or the held-out embedded text."""
-    streams = loading.load_streams(DataConfig(source=data, batch_size=1, seq_len=2), model, 0)
+    whole = DataConfig(source=data, batch_size=1, seq_len=2, held_out_fraction=0.4)  # for short texts, too
+    streams = loading.load_streams(whole, model, 0)
     held_out = streams.held_out
     return held_out if data == "embedded" else torch.cat((streams.all, held_out)), streams.bos
 

@@ -49,7 +49,10 @@ def export(run: str, out: str, adapters: bool = False, format: Literal["hf", "gg
 
 def export_gguf(run: Path, out: Path) -> Path:
     """OUT/model.gguf of a run's finished model or of a model folder, with its card and its licence."""
-    folder = run if (run / "config.json").is_file() else final_folder(run)
+    is_model = (run / "config.json").is_file()
+    if not is_model and not (run / "config.yaml").is_file():
+        raise JointNASError(f"{run} is neither a model folder (config.json) nor a run folder (config.yaml)")
+    folder = run if is_model else final_folder(run)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise JointNASError(f"{folder} has no tokenizer, which a GGUF file must hold")
     source = ModelConfig(source=str(folder))

@@ -46,7 +46,7 @@ def quantize(
     model_config = loading.model_config(model)
     loading.check_lengths(model_config, data_seq_len=None if method == "rtn" else data.seq_len)
     space = single_space(model_config, bits.weight, bits.act, bits.group_size)
-    source = loading.load_model(model)
+    origin, source = loading.origin(model), loading.load_model(model)
     windows = None
     if method != "rtn":
         streams = loading.load_streams(data, model, seed)
@@ -64,7 +64,7 @@ def quantize(
     on = "" if windows is None else f" on {windows.numel():,} tokens"
     export_model(
         source, folder, space.full(), range(space.depth), facts=facts,
-        story=f"Quantized after training by `{method}`{on}.", **loading.origin(model),
+        story=f"Quantized after training by `{method}`{on}.", **origin,
     )  # fmt: skip
     shutil.copy(partial / "blocks.jsonl", folder / RECORD)
     shutil.rmtree(partial)
