@@ -101,7 +101,7 @@ def test_every_benchmark_runs_and_renders(
     bench_kernels.main([*options, "--no-compile"])
     bench_masks.main(options)
     bench_step.main([*options, "--panels", "main"])
-    bench_ptq.main([*options, "--schemes", "w4a4"])
+    bench_ptq.main([*options, "--schemes", "w4a4", "--methods", "16bit", "rtn", "omniquant", "supernet"])
     assert "FAILED" not in capsys.readouterr().out
     names = {row["name"] for row in rows_of(folder, "kernels")}
     assert {"mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "act_quant_mix"} <= names

@@ -101,7 +101,7 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
                 "steps": 240, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
                 "log_every": 5,
             },
-            "quantizer": {"options": {"samples": 32, "epochs": 4}},
+            "quantizer": {"options": {"samples": 32, "epochs": 2}},
             "finetune": {"steps": 240, "lr": 1e-3},
             "eval": {"tokens": 32768, "task_limit": 100},
         },
