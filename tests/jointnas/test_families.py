@@ -23,7 +23,7 @@ SPACE = [f"--space.{k}={json.dumps(v)}" for k, v in tiny.SPACE.items()]
 SMALL = [
     "--search.steps=4", "--search.lr_arch=0.1", "--search.lora_rank=4", "--search.importance_batches=1",
     "--data.seq_len=16", "--data.batch_size=2", "--finetune.steps=2", "--eval.tokens=256", "--eval.tasks=[]",
-    "--progress=false",
+    "--progress=false", "--quantizer.options.samples=8", "--quantizer.options.epochs=1",
 ]  # fmt: skip
 
 

@@ -239,7 +239,7 @@ def test_home_is_meant_wherever_a_path_is_given(here: Path, capsys: pytest.Captu
 
 def test_out_inside_the_model_leaves_it_as_it_was(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p.name: p.read_bytes() for p in Path("m").iterdir()}
-    arguments = ["quantize", "--method=clip", "--model.source=m", "--bits.group_size=16", "--progress=false"]
+    arguments = ["quantize", "--method=rtn", "--model.source=m", "--bits.group_size=16", "--progress=false"]
     assert run([*arguments, "--out=m/w4"], capsys)[0] == 0
     assert {p.name: p.read_bytes() for p in Path("m").iterdir() if p.is_file()} == before
     assert run(["eval", "m/w4", "--data=t.txt", *EVAL], capsys)[0] == 0
