@@ -98,11 +98,11 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
             "data": {"batch_size": 4, "seq_len": 128},
             "latency": {"batch": 4, "seq": 128, "seconds_per_operation": 0.02},
             "search": {
-                "steps": 240, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
+                "steps": 200, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
                 "log_every": 5,
             },
-            "quantizer": {"options": {"samples": 32, "epochs": 2}},
-            "finetune": {"steps": 240, "lr": 1e-3},
+            "quantizer": {"options": {"samples": 16, "epochs": 2}},
+            "finetune": {"steps": 160, "lr": 1e-3},
             "eval": {"tokens": 32768, "task_limit": 100},
         },
     )  # fmt: skip
