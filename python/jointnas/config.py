@@ -154,7 +154,9 @@ Method = Literal["rtn", "clip", "gptq", "omniquant", "reconstruct"]
 class InitOptions(Section):
     """Initialisation of weight quantizers from calibration windows (gptq, omniquant, reconstruct)."""
 
-    samples: int = Field(default=128, ge=1, description="calibration windows of data.seq_len tokens")
+    samples: int | None = Field(
+        default=None, ge=1, description="calibration windows of data.seq_len tokens; none: 128, or what the data hold"
+    )
     batch: int = Field(default=4, ge=1, description="windows run at once, and learned from per step")
     damping: float = Field(default=0.01, gt=0, description="gptq: of the Hessian, as a share of its mean diagonal")
     act_order: bool = Field(default=False, description="gptq: inputs with the largest activations first")

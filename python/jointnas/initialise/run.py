@@ -101,12 +101,13 @@ def calibration_windows(
 ) -> Tensor:
     """[samples, seq_len] token ids, drawn from a stream, integers [N] (`data.Streams`); each begins with `bos`."""
     most = len(tokens) // (seq_len - (bos is not None))
-    if most < options.samples:
+    count = options.samples or max(1, min(128, most))
+    if most < count:
         raise JointNASError(
-            f"options.samples is {options.samples}, but {len(tokens)} tokens of data hold {most} calibration windows "
+            f"options.samples is {count}, but {len(tokens)} tokens of data hold {most} calibration windows "
             f"of {seq_len}; lower options.samples or data.seq_len, or bring more data"
         )
-    return Batches(tokens, options.samples, seq_len, seed, bos).at(0).ids
+    return Batches(tokens, count, seq_len, seed, bos).at(0).ids
 
 
 def initialise(
