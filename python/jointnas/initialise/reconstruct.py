@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,13 +63,30 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Reconstructed:
-    """A block's weights before quantization (of a plain model), its LoRA pairs (of a supernet), ratios, and relative
-    errors: of rounding to nearest, where learning started, and at the end."""
+class Solution:
+    """What methods that round to nearest find: a block's parameters before quantization, clip ratios, LoRA pairs."""
 
-    weights: Parameters
-    pairs: Mapping[str, Pair]
+    parameters: Parameters
     clips: Clips
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+
+    def quantized(self, problem: Problem) -> Parameters:
+        """The parameters that the block is run with."""
+        if not self.pairs:
+            return problem.quantized(self.parameters, self.clips)
+        return {
+            f"{path}.weight": pair.quantized(
+                self.parameters[f"{path}.weight"], problem.bits, problem.groups[path], self.clips[path]
+            )
+            for path, pair in self.pairs.items()
+        }
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """What was found, and relative errors: of rounding to nearest, where learning started, and at the end."""
+
+    solution: Solution
     rtn: float
     start: float
     end: float
@@ -90,12 +107,7 @@ def reconstruct(
     weights = {k: v.clone() for k, v in problem.weights.items()}
 
     def quantized(clips: Mapping[str, Tensor]) -> Parameters:
-        if not pairs:
-            return problem.quantized(weights, dict(clips))
-        return {
-            f"{path}.weight": pair.quantized(weights[f"{path}.weight"], problem.bits, problem.groups[path], clips[path])
-            for path, pair in pairs.items()
-        }
+        return Solution(weights, dict(clips), pairs).quantized(problem)
 
     starts = [problem.unclipped(), problem.searched(problem.weights, problem.energies(problem.weights))]
     with torch.no_grad():
@@ -114,10 +126,10 @@ def reconstruct(
         ratios = _ratios(logits)
         end = held.error(quantized(ratios), relative=True)
     if end < start:
-        return Reconstructed(_detached(weights), pairs, ratios, errors[0], start, end)
+        return Reconstructed(Solution(_detached(weights), ratios, pairs), errors[0], start, end)
     log.warning("reconstruct: block %d at %d bits did not improve on its start (%.3g to %.3g), which is kept",
                 problem.b, problem.bits, start, end)  # fmt: skip
-    return Reconstructed(before[0], before[1], clips, errors[0], start, start)
+    return Reconstructed(Solution(before[0], clips, before[1]), errors[0], start, start)
 
 
 def _divided(problem: Problem) -> tuple[Problem, Problem]:

@@ -18,7 +18,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,8 +30,8 @@ from jointnas.data import Batches
 from jointnas.initialise.blocks import Blocks
 from jointnas.initialise.gptq import accumulate, gptq
 from jointnas.initialise.omniquant import learn
-from jointnas.initialise.problem import Clips, Parameters, Problem
-from jointnas.initialise.reconstruct import Pair, reconstruct
+from jointnas.initialise.problem import Parameters, Problem
+from jointnas.initialise.reconstruct import Pair, Solution, reconstruct
 from jointnas.initialise.store import Store
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
@@ -330,26 +330,6 @@ class Plain:
             layer.set_submodule(path, new.requires_grad_(old.weight.requires_grad).train(old.training))
 
 
-@dataclass(frozen=True)
-class Solution:
-    """What methods that round to nearest find: a block's parameters before quantization, clip ratios, LoRA pairs."""
-
-    parameters: Parameters
-    clips: Clips
-    pairs: Mapping[str, Pair] = field(default_factory=dict)
-
-    def quantized(self, problem: Problem) -> Parameters:
-        """The parameters that the block is run with."""
-        if not self.pairs:
-            return problem.quantized(self.parameters, self.clips)
-        return {
-            f"{path}.weight": pair.quantized(
-                self.parameters[f"{path}.weight"], problem.bits, problem.groups[path], self.clips[path]
-            )
-            for path, pair in self.pairs.items()
-        }
-
-
 def _searched(
     problem: Problem, method: Method, options: InitOptions, transform: bool, seed: int,
     pairs: Mapping[str, Pair] | None = None,
@@ -365,7 +345,7 @@ def _searched(
     if method == "reconstruct":
         found = reconstruct(problem, options, pairs, seed)
         row |= {"error_rtn": found.rtn, "error_start": found.start, "error": found.end}
-        return Solution(found.weights, found.clips, found.pairs), row
+        return found.solution, row
     if method == "clip":
         clips = problem.searched(weights, problem.energies(weights) if problem.x is not None else None)
     return Solution(weights, clips), row
