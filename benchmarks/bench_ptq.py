@@ -25,8 +25,7 @@ from benchmarks.harness import Recorder, Timing, arguments
 from jointnas import assets, loading
 from jointnas.config import DataConfig, EvalConfig, InitOptions, ModelConfig
 from jointnas.evaluation import accuracy, perplexity
-from jointnas.initialise import Bits, calibration_windows, initialise
-from jointnas.initialise.run import single_space
+from jointnas.initialise import Bits, calibration_windows, initialise, single_space
 from jointnas.tasks import load_tasks
 from jointnas_kernels.hf import convert, extract
 
@@ -69,6 +68,9 @@ def measure(recorder: Recorder, scheme: str, method: str, args: argparse.Namespa
             folder = Path(args.state or scratch) / f"{scheme}-{method}"
             model, rows = quantized(model, scheme, method, args.group, options, windows, folder)
         extra["seconds"] = time.perf_counter() - began
+        if "kl" in rows[-1]:
+            extra |= {k: rows[-1][k] for k in ("kl_start", "kl")}
+            rows = rows[:-1]
         extra |= {k: [r[k] / r["power"] for r in rows] for k in ("mse_rtn", "mse_start", "mse") if "power" in rows[0]
                   and k in rows[0]}  # fmt: skip
         extra |= {k: [r[k] for r in rows] for k in ("error_rtn", "error_start", "error") if k in rows[0]}

@@ -161,12 +161,18 @@ class InitOptions(Section):
     damping: float = Field(default=0.01, gt=0, description="gptq: of the Hessian, as a share of its mean diagonal")
     act_order: bool = Field(default=False, description="gptq: inputs with the largest activations first")
     epochs: int | None = Field(
-        default=None, ge=1, description="passes over the windows per block; none: 20 for omniquant, 6 for reconstruct"
+        default=None, ge=1, description="passes over the windows per block; none: 20 for omniquant, 2 for reconstruct"
     )
     lr_weight: float = Field(
         default=0.015, gt=0, description="reconstruct: of the weights, or of LoRA in a supernet, in quantizer steps"
     )
     lr_ratio: float = Field(default=3e-3, gt=0, description="reconstruct: of the clip logits")
+    end_epochs: int | None = Field(
+        default=None, ge=0, description="reconstruct, plain models: passes with the whole model after its blocks; "
+        "none: 2 below 4 bits, else 0",
+    )
+    end_lr_weight: float = Field(default=5e-4, gt=0, description="of these, like lr_weight")
+    end_lr_ratio: float = Field(default=5e-4, gt=0, description="of these, like lr_ratio")
     lr_clip: float = Field(default=1e-2, gt=0, description="omniquant: of the clip logits")
     lr_transform: float = Field(default=5e-3, gt=0, description="omniquant: of the equivalent transformation")
     transform: bool | None = Field(

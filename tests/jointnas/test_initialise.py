@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from jointnas import cli, exporting
-from jointnas.config import InitOptions
-from jointnas.initialise import Bits, blocks, calibration_windows, initialise, run
+from jointnas.config import InitOptions, Method
+from jointnas.initialise import Bits, calibration_windows, initialise, jobs, single_space
 from jointnas.initialise.blocks import Blocks, quantize_tokens
 from jointnas.initialise.clip import mse_clip
 from jointnas.initialise.gptq import accumulate, gptq
@@ -252,7 +252,7 @@ def test_transformed_weights_scale_their_grid() -> None:
 @pytest.mark.parametrize(
     ("method", "act"), [("rtn", 16), ("clip", 8), ("gptq", 4), ("omniquant", 16), ("omniquant", 4)]
 )
-def test_plain_model_lies_on_its_grid(method: run.Method, act: int, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_plain_model_lies_on_its_grid(method: Method, act: int, dtype: torch.dtype, tmp_path: Path) -> None:
     """Integers and scales give the weights bit for bit, before and after an export."""
     made = model(dtype)
     rows = initialise(made, method, windows(), bits_of(made, 4, act), options=OPTIONS, progress=False)
@@ -268,14 +268,14 @@ def test_plain_model_lies_on_its_grid(method: run.Method, act: int, dtype: torch
         assert scale.dtype == dtype
         assert torch.equal(q.to(dtype) * scale, linear.weight)
     if dtype == torch.float32 and method != "rtn":
-        choice = run.single_space(made.config, 4, act, G).full()
+        choice = single_space(made.config, 4, act, G).full()
         exporting.export_model(made, tmp_path / "m", choice, range(3))
         ids = windows(2)
         assert torch.equal(exporting.reload(tmp_path / "m")(ids).logits, made(ids).logits)
 
 
 @pytest.mark.parametrize(("method", "act"), [("rtn", 16), ("clip", 8), ("gptq", 8), ("omniquant", 4)])
-def test_fused_linears_are_quantized_row_by_row(method: run.Method, act: int, tmp_path: Path) -> None:
+def test_fused_linears_are_quantized_row_by_row(method: Method, act: int, tmp_path: Path) -> None:
     """As if they were stored apart; an equivalent transformation moves the rows of v and up alone."""
     llama, phi = fused()
     ids = windows()
@@ -292,7 +292,7 @@ def test_fused_linears_are_quantized_row_by_row(method: run.Method, act: int, tm
         own = phi.model.layers[0].self_attn.qkv_proj
         assert (own.weight != apart).float().mean() <= (0.01 if method == "gptq" else 0)
         assert (phi.model.layers[0].mlp.gate_up_proj.weight[: m.gate_proj.out_features] == m.gate_proj.weight).all()
-    exporting.export_model(phi, tmp_path / "m", run.single_space(phi.config, 4, act, G).full(), range(3))
+    exporting.export_model(phi, tmp_path / "m", single_space(phi.config, 4, act, G).full(), range(3))
     assert torch.equal(exporting.reload(tmp_path / "m")(windows(2)).logits, phi(windows(2)).logits)
 
 
@@ -325,12 +325,12 @@ def test_mixed_bits_of_an_extracted_choice() -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "clip", "omniquant"])
-def test_supernet_gets_ratios_for_every_precision(method: run.Method) -> None:
+def test_supernet_gets_ratios_for_every_precision(method: Method) -> None:
     supernet = convert(model(), tiny.config("unused").space.build())
     rows = initialise(supernet, method, windows(), options=OPTIONS, progress=False)
     assert [(r["block"], r["weight_bits"]) for r in rows] == [(b, w) for b in range(3) for w in (4, 8)]
     assert all(r["mse"] < r["mse_rtn"] for r in rows if method == "omniquant")
-    walk = blocks.Blocks(supernet)
+    walk = Blocks(supernet)
     parts = {path: walk.layers[0].get_submodule(path).group_size for path in walk.modules}
     problem = Problem(walk, 0, walk.start(windows()), None, 4, parts)
     energy = problem.energies(problem.weights)
@@ -340,7 +340,7 @@ def test_supernet_gets_ratios_for_every_precision(method: run.Method) -> None:
         ratio = torch.ones(1) if method == "rtn" else mse_clip(linear.weight, 4, linear.group_size, energy[path])
         assert method == "omniquant" or torch.equal(linear.clip[0], ratio.expand_as(linear.clip[0]))
     # what was minimised is what the supernet computes: block 0 of the choice with the highest precision
-    x = blocks.Blocks(supernet).start(windows(2))
+    x = Blocks(supernet).start(windows(2))
     choice = supernet.space.full()
     seen: list[Tensor] = []
     hook = supernet.blocks[0].register_forward_hook(lambda m, a, out: seen.append(out))
@@ -355,79 +355,6 @@ def test_supernet_gets_ratios_for_every_precision(method: run.Method) -> None:
 def test_without_weight_bits_there_is_nothing_to_do() -> None:
     supernet = convert(model(), tiny.config("unused", tiny.NO_BITS).space.build())
     assert initialise(supernet, "omniquant", windows(), progress=False) == []
-
-
-# ---- block reconstruction -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3"])
-@pytest.mark.parametrize("bits", [2, 4])
-def test_reconstruction_is_better_than_rounding_on_every_block(family: str, bits: int) -> None:
-    made = tiny.model(family).requires_grad_(False)
-    rows = initialise(made, "reconstruct", windows(), bits_of(made, bits), options=OPTIONS, progress=False)
-    for row in rows:
-        assert row["error"] <= row["error_start"] <= row["error_rtn"]
-        assert row["error"] < (0.8 if bits == 2 else 1) * row["error_rtn"]
-    for block in made.model.layers:
-        for module in block.modules():
-            if isinstance(module, FakeQuantLinear):
-                assert module.grid is not None
-                grid.integers(module.weight, module.grid)  # on the grid, bit for bit
-
-
-def test_reconstruction_of_a_supernet_learns_pairs_and_keeps_the_weights() -> None:
-    torch.manual_seed(0)
-    space = tiny.config("unused", {**tiny.SPACE, "weight_bits": [2, 8]}).space.build()
-    supernet = convert(model(), space)
-    before = {k: v.clone() for k, v in supernet.state_dict().items()}
-    rows = initialise(supernet, "reconstruct", windows(), options=OPTIONS, progress=False)
-    assert [(r["block"], r["weight_bits"]) for r in rows] == [(b, w) for b in range(3) for w in (2, 8)]
-    assert all(r["error"] <= r["error_rtn"] for r in rows)
-    assert all(r["error"] < 0.95 * r["error_rtn"] for r in rows if r["weight_bits"] == 2)
-    after = supernet.state_dict()
-    changed = {k.rpartition(".")[2] for k in after if k not in before or not torch.equal(after[k], before[k])}
-    assert changed == {"lora_a", "lora_b", "clip"}
-    ids, generator = windows(2), torch.Generator().manual_seed(0)
-    for _ in range(3):  # one-hot is extracted, with pairs away from zero
-        choice = space.sample(generator)
-        torch.testing.assert_close(supernet.fix(choice)(ids).logits, extract(supernet, choice)(ids).logits,
-                                   rtol=1e-4, atol=1e-4)  # fmt: skip
-
-
-def test_inputs_of_a_supernet_come_from_blocks_of_the_same_precision() -> None:
-    """Row errors are those of the block behind the blocks that were initialised before it."""
-    torch.manual_seed(0)
-    supernet = convert(model(), tiny.config("unused").space.build())
-    ids = windows()
-    rows = initialise(supernet, "reconstruct", ids, options=OPTIONS, progress=False)
-    walk = Blocks(supernet, 4)
-    x = walk.start(ids)
-    behind = x.clone()
-    for b in range(3):
-        x = walk.advance(b, x)
-        linears = {path: walk.layers[b].get_submodule(path) for path in walk.modules}
-        weights = {f"{path}.weight": linear.merged(0) for path, linear in linears.items()}
-        error = walk.mse(b, behind, x, weights)
-        assert error == pytest.approx(next(r["mse"] for r in rows if (r["block"], r["weight_bits"]) == (b, 4)))
-        behind = walk.advance(b, behind, weights)
-
-
-def test_a_token_that_becomes_a_sink_does_not_drown_the_others() -> None:
-    y = random(2, 8, 64)
-    out = y + 0.1 * random(2, 8, 64, seed=1)
-    usual = blocks.relative_error(out, y)
-    torch.testing.assert_close(usual, ((out - y).square().sum(-1) / y.square().sum(-1)).log1p())
-    out[0, 3] *= 1e4
-    assert blocks.relative_error(out, y).mean() < usual.mean() + 20 / 16
-    assert (blocks.relative_error(1000 * out, 1000 * y) - blocks.relative_error(out, y)).abs().max() < 1e-9
-
-
-def test_without_an_improvement_the_start_is_kept(caplog: pytest.LogCaptureFixture) -> None:
-    options = OPTIONS.model_copy(update={"lr_weight": 10.0, "lr_ratio": 10.0})
-    made = model()
-    rows = initialise(made, "reconstruct", windows(), bits_of(made), options=options, progress=False)
-    assert all(row["error"] == row["error_start"] <= row["error_rtn"] for row in rows)
-    assert "did not improve on its start" in caplog.text
 
 
 # ---- resume ---------------------------------------------------------------------------------------------------------
@@ -449,7 +376,7 @@ def test_resumed_is_uninterrupted(kind: str, tmp_path: Path, monkeypatch: pytest
         return made, initialise(made, method, windows(), bits, options=OPTIONS, folder=folder, progress=False)
 
     whole, rows = start(None)
-    job = run.Supernets if kind.startswith("supernet") else run.Plain
+    job = jobs.Supernets if kind.startswith("supernet") else jobs.Plain
     solve = job.solve
 
     def solve_two(self: Any, b: int, x: Any, behind: Any, y: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from jointnas_kernels.ops.quant.spec import divisor
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
 
 Parameters = dict[str, Tensor]  # of one block, by name
+State = dict[str, Tensor]  # what a block is changed to: parameters by name, and PATH.clip or PATH.scale of its linears
+Row = dict[str, Any]  # errors of a block
 Clips = dict[str, Tensor]  # clip ratio [O, I / group] of each module's weight, by path
 
 
@@ -51,11 +54,7 @@ class Problem:
 
     def steps(self, clips: Clips) -> dict[str, float]:
         """Mean distance of neighbouring levels of each module's weight."""
-        found = {}
-        for path, group in self.groups.items():
-            largest = self.parameters[f"{path}.weight"].unflatten(-1, (-1, group)).abs().amax(-1)
-            found[path] = float((clips[path] * largest).mean()) / divisor(self.bits, True)
-        return found
+        return {p: step(self.parameters[f"{p}.weight"], self.bits, g, clips[p]) for p, g in self.groups.items()}
 
     def searched(self, parameters: Parameters, importance: Mapping[str, Tensor] | None = None) -> Clips:
         """Ratios with the least squared error of each group, its inputs weighed by `importance` [I] of each module."""
@@ -76,17 +75,10 @@ class Problem:
         return found
 
     def quantized(self, parameters: Parameters, clips: Clips) -> Parameters:
-        """The parameters with quantized weights, differentiable in parameters and ratios.
-
-        The op's scales count a group's largest weight as a constant. Where weights are transformed it is none: its
-        gradient comes in through the ratio."""
+        """The parameters with quantized weights, differentiable in parameters and ratios."""
         found = dict(parameters)
         for path, group in self.groups.items():
-            weight, clip = parameters[f"{path}.weight"], clips[path]
-            if torch.is_grad_enabled() and weight.requires_grad:
-                largest = weight.to(clip.dtype).unflatten(-1, (-1, group)).abs().amax(-1)
-                clip = clip * (largest / largest.detach().clamp_min(torch.finfo(clip.dtype).tiny))
-            found[f"{path}.weight"] = fake_quant_weight(weight, self.bits, group, clip=clip, ste="clip")
+            found[f"{path}.weight"] = rounded(parameters[f"{path}.weight"], self.bits, group, clips[path])
         return found
 
     @torch.no_grad()
@@ -95,3 +87,20 @@ class Problem:
         assert self.x is not None
         assert self.y is not None
         return self.blocks.mse(self.b, self.x, self.y, parameters, relative)
+
+
+def rounded(weight: Tensor, bits: int, group_size: int, clip: Tensor) -> Tensor:
+    """`fake_quant_weight`, differentiable in the weight [O, I] and the ratios [O, I / group] by the `clip` rule.
+
+    The op's scales count a group's largest weight as a constant. Where weights move it is none: its gradient comes in
+    through the ratio."""
+    if torch.is_grad_enabled() and weight.requires_grad:
+        largest = weight.to(clip.dtype).unflatten(-1, (-1, group_size)).abs().amax(-1)
+        clip = clip * (largest / largest.detach().clamp_min(torch.finfo(clip.dtype).tiny))
+    return fake_quant_weight(weight, bits, group_size, clip=clip, ste="clip")
+
+
+def step(weight: Tensor, bits: int, group_size: int, clip: Tensor) -> float:
+    """Mean distance of a quantized weight's neighbouring levels."""
+    largest = weight.unflatten(-1, (-1, group_size)).abs().amax(-1)
+    return float((clip * largest).mean()) / divisor(bits, True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,13 @@ from torch import Tensor
 
 from jointnas.config import InitOptions
 from jointnas.initialise.blocks import relative_error
+from jointnas.initialise.descent import descend
 from jointnas.initialise.problem import Clips, Parameters, Problem
-from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 
 log = logging.getLogger(__name__)
-EPOCHS = 6  # of the option's none
-WARMUP, FLOOR = 0.05, 0.05  # of the steps; of the learning rate
+EPOCHS = 2  # of the option's none
 LARGEST = 0.999  # ratio at most: at 1 a sigmoid has no gradient
 
 
@@ -102,7 +101,8 @@ def reconstruct(
     nearest there."""
     assert problem.x is not None
     assert problem.y is not None
-    train, held = _divided(problem)
+    border = divided(len(problem.x))
+    train, held = problem.on(slice(border)), problem.on(slice(border % len(problem.x), None))
     pairs = dict(pairs or {})
     weights = {k: v.clone() for k, v in problem.weights.items()}
 
@@ -121,7 +121,16 @@ def reconstruct(
             groups += pairs[path].groups(step, options.lr_weight)
         else:
             groups.append({"params": [weights[f"{path}.weight"]], "lr": options.lr_weight * step})
-    _descend(train, options, lambda: quantized(_ratios(logits)), groups, start, seed)
+    x, y = train.x, train.y
+    assert x is not None
+    assert y is not None
+
+    def loss(chosen: Tensor) -> Tensor:  # in units of the start: errors go down to 1e-7, where Adam's epsilon counts
+        out = problem.blocks.run(problem.b, x[chosen], quantized(_ratios(logits)))
+        return relative_error(out, y[chosen]).mean() / max(start, 1e-30)
+
+    epochs, seeds = options.epochs or EPOCHS, (seed, problem.b, problem.bits)
+    descend(loss, groups, len(x), problem.blocks.batch, epochs, x.device, *seeds)
     with torch.no_grad():
         ratios = _ratios(logits)
         end = held.error(quantized(ratios), relative=True)
@@ -132,44 +141,9 @@ def reconstruct(
     return Reconstructed(Solution(before[0], clips, before[1]), errors[0], start, start)
 
 
-def _divided(problem: Problem) -> tuple[Problem, Problem]:
-    """The windows that are learned from, and those that decide; both are all of them where there is one only."""
-    assert problem.x is not None
-    assert problem.y is not None
-    count = len(problem.x)
-    border = count if count == 1 else count - max(1, count // 8)
-    return problem.on(slice(border)), problem.on(slice(border % count, None))
-
-
-def _descend(
-    problem: Problem, options: InitOptions, quantized: Callable[[], Parameters], groups: list[dict[str, Any]],
-    start: float, seed: int,
-) -> None:  # fmt: skip
-    """Adam on the relative error, in units of the start; cosine to a twentieth after a short warm-up."""
-    assert problem.x is not None
-    assert problem.y is not None
-    x, y, batch, epochs = problem.x, problem.y, problem.blocks.batch, options.epochs or EPOCHS
-    leaves = [leaf.requires_grad_() for group in groups for leaf in group["params"]]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    total = epochs * math.ceil(len(x) / batch)
-
-    def rate(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * step / total))
-        return min(1.0, (step + 1) / max(1.0, WARMUP * total)) * (FLOOR + (1 - FLOOR) * cosine)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=seeded(seed, problem.b, problem.bits, epoch)).to(x.device)
-        for chosen in order.split(batch):
-            with torch.enable_grad():
-                out = problem.blocks.run(problem.b, x[chosen], quantized())
-                loss = relative_error(out, y[chosen]).mean() / max(start, 1e-30)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    for leaf in leaves:
-        leaf.requires_grad_(False)
+def divided(count: int) -> int:
+    """How many windows are learned from; the others, an eighth, decide. A single one does both."""
+    return count if count == 1 else count - max(1, count // 8)
 
 
 def _ratios(logits: Mapping[str, Tensor]) -> Clips:

@@ -23,7 +23,7 @@ class Store:
     """A folder of finished blocks: settings.json, block-NNN.safetensors (with the block's rows), blocks.jsonl."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self.folder = folder
+        self.folder, self.settings = folder, settings
         path = folder / "settings.json"
         if path.is_file():
             saved = json.loads(path.read_text())
@@ -36,6 +36,10 @@ class Store:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             _write(path, json.dumps(settings, indent=1))
+
+    def within(self, name: str) -> Store:
+        """A store of what is made of these blocks."""
+        return Store(self.folder / name, self.settings)
 
     def _path(self, b: int) -> Path:
         return self.folder / f"block-{b:03}.safetensors"

@@ -56,8 +56,11 @@ def quantize(
         folder=partial, progress=progress, seed=seed,
     )  # fmt: skip
     facts = {}
-    if "mse" in rows[-1]:
-        facts["error of the last block"] = f"{rows[-1]['mse'] / rows[-1]['power']:.2%} of its output's energy"
+    by_block = [row for row in rows if "mse" in row]
+    if by_block:
+        facts["error of the last block"] = f"{by_block[-1]['mse'] / by_block[-1]['power']:.2%} of its output's energy"
+    if "kl" in rows[-1]:
+        facts["divergence from the original"] = f"{rows[-1]['kl']:.3f} nats per token"
     if caveat := loading.caveat(model):
         facts["note"] = caveat
         log.warning("note: %s", caveat)
