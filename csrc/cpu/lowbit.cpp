@@ -192,20 +192,6 @@ namespace jointnas {
 
 constexpr int64_t kTokens = 128;  // multiplied with one unpacked panel: 16 KiB of levels beside its 8 KiB
 
-struct LowbitPlan {
-  LowbitLayout layout;
-  LowbitTokens tokens;
-  const uint32_t* data;  // prepared weights, or
-  const uint32_t* packed;  // [O, I b/32] with scale [O, scale_groups]
-  const void* scale;
-  int64_t scale_groups;
-  uint32_t scale_mask;  // the scale's bits in a meta word
-  int64_t sums;  // words from a scale to its sum
-  void* y;
-  int dtype;
-  bool amx, streams;
-};
-
 }  // namespace jointnas
 
 #define JN_EXTENSION 1
@@ -213,15 +199,12 @@ struct LowbitPlan {
 #include "cpu/each_isa.h"
 
 namespace jointnas {
-namespace {
-
-int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, int threads, int isa) {
-  const LowbitLayout& l = plan.layout;
-  const bool integer = a_bits < 16, bf16_input = plan.dtype == kBf16;
-  const int level = choose_isa(isa, l.planes ? kHasVpopcnt : integer ? kHasVnni : bf16_input ? kHasBf16 : kNoFeature);
+int LowbitPlan::arrange(int64_t M, int a_bits, bool symmetric, int isa) {
+  const LowbitLayout& l = layout;
+  const bool integer = a_bits < 16, bf16_input = dtype == kBf16;
+  level = choose_isa(isa, l.planes ? kHasVpopcnt : integer ? kHasVnni : bf16_input ? kHasBf16 : kNoFeature);
   if (!level) return kIsaMissing;
-  if (M == 0 || l.O == 0) return kOk;
-  LowbitTokens& t = plan.tokens;
+  LowbitTokens& t = tokens;
   t.M = M, t.a_bits = a_bits, t.symmetric = symmetric;
   const auto tiles = [&](Kind kind) {
     const int64_t entries = entries_per_group(l.group(), kind, a_bits);
@@ -229,52 +212,79 @@ int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, 
   };
   // Per cycle Intel multiplies and adds 16 bf16 by vdpbf16ps, 32 fp32 by FMA, 512 bf16 by tiles, and has 1 permutation.
   const bool intel = cpu_features() & kIsIntel, pairs = bf16_input && level >= kAvx512Ext && (!intel || tiles(kPairs));
-  const bool sums = intel && level >= kAvx512 && M == 1 && l.w_bits == 2;
-  t.kind = l.planes ? kPlanes : integer ? kBytes : pairs ? kPairs : sums ? kSums : kFloats;
+  const bool sums_of_two = intel && level >= kAvx512 && M == 1 && l.w_bits == 2;
+  t.kind = l.planes ? kPlanes : integer ? kBytes : pairs ? kPairs : sums_of_two ? kSums : kFloats;
   t.entries = entries_per_group(l.group(), t.kind, a_bits);
-  plan.amx = (t.kind == kBytes || t.kind == kPairs) && tiles(t.kind);
+  amx = (t.kind == kBytes || t.kind == kPairs) && tiles(t.kind);
   // Several streams are more for the processor's own prefetching, share the loads of activations and give the
   // multipliers more independent sums. Four: W4A8 331 instead of 470 us, W2A8 191 instead of 300 (Emerald Rapids,
   // 30 GB/s). Not measured on AMD.
-  plan.streams = intel && level >= kAvx512 && M == 1 && !plan.packed && !l.planes;
-  plan.scale_mask = l.meta == 1 ? 0xffff0000u : ~0u;
-  plan.sums = (l.meta - 1) * kBlock;
+  streams = intel && level >= kAvx512 && M == 1 && !packed && !l.planes;
+  scale_mask = l.meta == 1 ? 0xffff0000u : ~0u;
+  sums = (l.meta - 1) * kBlock;
+  return kOk;
+}
 
-  const int64_t groups = l.groups * M;
-  const int64_t beyond = plan.amx ? 2 * kTileRows * t.entries : 0;  // what tiles read after the last token, at most
-  const Memory memory = allocate((groups * (t.entries + 1) + 2 * M + beyond) * 4 + (integer ? M * l.I : 0));
-  if (!memory) return kNoMemory;
-  t.table = static_cast<uint32_t*>(memory.get());
+int64_t LowbitPlan::token_bytes() const {
+  const int64_t groups = layout.groups * tokens.M;
+  const int64_t beyond = amx ? 2 * kTileRows * tokens.entries : 0;  // what tiles read after the last token, at most
+  return (groups * (tokens.entries + 1) + 2 * tokens.M + beyond) * 4 + (tokens.a_bits < 16 ? tokens.M * layout.I : 0);
+}
+
+void LowbitPlan::place(void* memory) {
+  LowbitTokens& t = tokens;
+  const int64_t groups = layout.groups * t.M;
+  t.table = static_cast<uint32_t*>(memory);
   t.offset = t.table + groups * t.entries;
   t.zero = t.offset + groups;
-  t.s = reinterpret_cast<float*>(t.zero + M);
-  int8_t* levels = reinterpret_cast<int8_t*>(t.s + M);
-  // Few tokens are ready before a second thread has woken up.
-  parallel_for(M, M * l.I > 32768 ? threads : 1, [&](int64_t m) {
-    if (plan.dtype == kF32) {
-      JN_DISPATCH(level, prepare_token(l, t, static_cast<const float*>(x) + m * l.I, m, levels + m * l.I));
-    } else {
-      JN_DISPATCH(level, prepare_token(l, t, static_cast<const bf16*>(x) + m * l.I, m, levels + m * l.I));
-    }
-  });
+  t.s = reinterpret_cast<float*>(t.zero + t.M);
+  levels = reinterpret_cast<int8_t*>(t.s + t.M);
+}
 
-  const int64_t panel = M > 4 || plan.amx ? (t.entries + kTokens) * kBlock : 0;
-  const int64_t scratch = (panel + (plan.packed ? l.block_words() : 0)) * 4;
+void LowbitPlan::prepare(const void* x, int64_t m) {
+  if (dtype == kF32) {
+    JN_DISPATCH(level, prepare_token(layout, tokens, static_cast<const float*>(x), m, levels + m * layout.I));
+  } else {
+    JN_DISPATCH(level, prepare_token(layout, tokens, static_cast<const bf16*>(x), m, levels + m * layout.I));
+  }
+}
+
+void LowbitPlan::multiply(int64_t first, int64_t end, void* scratch) const {
+  for (int64_t block = first, count; block < end; block += count) {
+    count = !streams || end - block < 2 ? 1 : end - block < 4 ? 2 : 4;
+    JN_DISPATCH(level, multiply_blocks(*this, block, count, static_cast<uint32_t*>(scratch)));
+  }
+}
+
+int64_t LowbitPlan::scratch_bytes() const {
+  const int64_t panel = tokens.M > 4 || amx ? (tokens.entries + kTokens) * kBlock : 0;
+  return (panel + (packed ? layout.block_words() : 0)) * 4;
+}
+
+bool lowbit_legal(int dtype, int w_bits, int a_bits, int64_t stored, bool planes) {
+  return (dtype == kF32 || dtype == kBf16) && stored > 0 && stored % (planes ? 32 : 32 / w_bits) == 0 &&
+         (!planes || (w_bits <= 4 && (a_bits == 2 || a_bits == 4)));
+}
+
+namespace {
+
+int run(LowbitPlan& plan, const void* x, int64_t M, int a_bits, bool symmetric, int threads, int isa) {
+  const LowbitLayout& l = plan.layout;
+  if (const int error = plan.arrange(M, a_bits, symmetric, isa)) return error;
+  if (M == 0 || l.O == 0) return kOk;
+  const Memory memory = allocate(plan.token_bytes());
+  if (!memory) return kNoMemory;
+  plan.place(memory.get());
+  const int64_t row = l.I * (plan.dtype == kF32 ? 4 : 2);
+  // Few tokens are ready before a second thread has woken up.
+  parallel_for(M, M * l.I > 32768 ? threads : 1,
+               [&](int64_t m) { plan.prepare(static_cast<const char*>(x) + m * row, m); });
   // A pass at the speed of memory wants long contiguous runs; a few per thread even out their speeds.
   const int64_t unit = plan.streams && l.blocks() >= 4 * threads ? 4 : 1, units = (l.blocks() + unit - 1) / unit;
   const int64_t runs = M > 4 ? units : std::min<int64_t>(units, 4 * threads);
-  return parallel_for(runs, threads, scratch, [&](int64_t i, void* memory) {
-    const int64_t end = std::min(l.blocks(), units * (i + 1) / runs * unit);
-    for (int64_t block = units * i / runs * unit, count; block < end; block += count) {
-      count = !plan.streams || end - block < 2 ? 1 : end - block < 4 ? 2 : 4;
-      JN_DISPATCH(level, multiply_blocks(plan, block, count, static_cast<uint32_t*>(memory)));
-    }
+  return parallel_for(runs, threads, plan.scratch_bytes(), [&](int64_t i, void* scratch) {
+    plan.multiply(units * i / runs * unit, std::min(l.blocks(), units * (i + 1) / runs * unit), scratch);
   });
-}
-
-bool legal(int dtype, int w_bits, int a_bits, int64_t g, bool planes) {
-  return (dtype == kF32 || dtype == kBf16) && g > 0 && g % (planes ? 32 : 32 / w_bits) == 0 &&
-         (!planes || (w_bits <= 4 && (a_bits == 2 || a_bits == 4)));
 }
 
 }  // namespace
@@ -286,7 +296,7 @@ int cpu_lowbit_pack(const void* packed, const void* scale, void* data, int64_t O
                     int64_t stored, bool planes, int scale_dtype, int threads, int isa) {
   const int level = choose_isa(isa, kHasVnni);
   if (!level) return kIsaMissing;
-  if (!legal(scale_dtype, w_bits, 2, stored, planes) || g % stored) return kBadArgument;
+  if (!lowbit_legal(scale_dtype, w_bits, 2, stored, planes) || g % stored) return kBadArgument;
   const LowbitLayout l(O, I, stored, w_bits, scale_dtype == kBf16, planes);
   parallel_for(l.blocks(), threads, [&](int64_t block) {
     JN_DISPATCH(level, pack_block(l, static_cast<const uint32_t*>(packed), scale, I / g, scale_dtype == kBf16, block,
@@ -300,7 +310,7 @@ JN_EXPORT(cpu_lowbit_pack);
 // of lowbit_pack. kAvx512Ext: AVX512_VNNI for a_bits < 16, AVX512_BF16 for bf16 activations, AVX512_VPOPCNTDQ for planes
 int cpu_lowbit_matmul(const void* x, const void* data, void* y, int64_t M, int64_t O, int64_t I, int w_bits, int a_bits,
                       int64_t stored, bool symmetric, bool planes, int dtype, int scale_dtype, int threads, int isa) {
-  if (!legal(dtype, w_bits, a_bits, stored, planes)) return kBadArgument;
+  if (!lowbit_legal(dtype, w_bits, a_bits, stored, planes)) return kBadArgument;
   LowbitPlan plan{LowbitLayout(O, I, stored, w_bits, scale_dtype == kBf16, planes)};
   plan.data = static_cast<const uint32_t*>(data), plan.y = y, plan.dtype = dtype;
   return run(plan, x, M, a_bits, symmetric, threads, isa);
@@ -311,7 +321,7 @@ JN_EXPORT(cpu_lowbit_matmul);
 int cpu_lowbit_linear(const void* x, const void* packed, const void* scale, void* y, int64_t M, int64_t O, int64_t I,
                       int w_bits, int a_bits, int64_t g, int64_t stored, bool symmetric, int dtype, int scale_dtype,
                       int threads, int isa) {
-  if (!legal(dtype, w_bits, a_bits, stored, false) || g % stored) return kBadArgument;
+  if (!lowbit_legal(dtype, w_bits, a_bits, stored, false) || g % stored) return kBadArgument;
   LowbitPlan plan{LowbitLayout(O, I, stored, w_bits, scale_dtype == kBf16, false)};
   plan.packed = static_cast<const uint32_t*>(packed), plan.scale = scale, plan.scale_groups = I / g;
   plan.y = y, plan.dtype = dtype;

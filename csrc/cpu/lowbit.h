@@ -1,5 +1,6 @@
 // What the files of the low-bit CPU kernels share: the layout of prepared weights and that of activations.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace jointnas {
@@ -40,6 +41,37 @@ struct LowbitTokens {
 inline int64_t entries_per_group(int64_t group, Kind kind, int a_bits) {
   return kind == kSums ? group / 2 * 16 : group / kind * (kind == kPlanes ? a_bits : 1);
 }
+
+// A product, and the parts of it that a team of threads shares (decode.cpp has one of its own).
+struct LowbitPlan {
+  LowbitLayout layout;
+  LowbitTokens tokens;
+  const uint32_t* data;  // prepared weights, or
+  const uint32_t* packed;  // [O, I b/32] with scale [O, scale_groups]
+  const void* scale;
+  int64_t scale_groups;
+  uint32_t scale_mask;  // the scale's bits in a meta word
+  int64_t sums;  // words from a scale to its sum
+  void* y;  // [M, O] dtype
+  int dtype;
+  int8_t* levels;  // [M, I]
+  int level;  // Isa
+  bool amx, streams;
+
+  // How M tokens of `dtype` meet the weights; an error code.
+  int arrange(int64_t M, int a_bits, bool symmetric, int isa);
+  // Memory of the tokens, in bytes, and where it is.
+  int64_t token_bytes() const;
+  void place(void* memory);
+  // Token m, x [I] dtype, into that memory.
+  void prepare(const void* x, int64_t m);
+  // Rows of the blocks from `first` to before `end` of y; `scratch`: memory of this thread.
+  void multiply(int64_t first, int64_t end, void* scratch) const;
+  int64_t scratch_bytes() const;
+};
+
+// Whether products of these exist; stored: inputs per scale.
+bool lowbit_legal(int dtype, int w_bits, int a_bits, int64_t stored, bool planes);
 
 // Tiles (lowbit_amx.h): tokens of one, and entries of a group per product; 0 where a group does not divide into tiles.
 constexpr int64_t kTileRows = 16;

@@ -4,8 +4,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 #include <thread>
 #include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace jointnas {
 namespace {
@@ -21,6 +26,14 @@ GompParallel gomp_parallel() {
     found.store(f, std::memory_order_relaxed);
   }
   return f;
+}
+
+constexpr int kSpins = 20000;  // about 0.3 ms
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
 }
 
 struct Job {
@@ -52,6 +65,64 @@ void parallel_run(int64_t chunks, int threads, Task task, void* context) {
   for (int t = 1; t < threads; ++t) team.emplace_back(work, &job);
   work(&job);
   for (auto& t : team) t.join();
+}
+
+namespace {
+
+using OmpNumber = int (*)();
+
+struct TeamJob {
+  Member member;
+  void* context;
+  OmpNumber me, size;
+  std::atomic<Team*> team{nullptr};
+};
+
+void join(void* p) {
+  TeamJob& job = *static_cast<TeamJob*>(p);
+  const int me = job.me(), size = job.size();
+  // The runtime may grant fewer threads than were asked for; the first one knows how many, and makes the team.
+  alignas(Team) static thread_local char memory[sizeof(Team)];
+  if (me == 0) job.team.store(new (memory) Team(size), std::memory_order_release);
+  Team* team;
+  while (!(team = job.team.load(std::memory_order_acquire))) pause();
+  job.member(job.context, *team, me, size);
+}
+
+}  // namespace
+
+void Team::barrier() {
+  if (size_ == 1) return;
+  const unsigned round = round_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.store(round + 1, std::memory_order_release);
+    return;
+  }
+  // Spinning is right for microseconds; where a member has lost its core, this one gives its own away.
+  for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+    if (spins < kSpins)
+      pause();
+    else
+      std::this_thread::yield();
+  }
+}
+
+void team_run(int threads, Member member, void* context) {
+  Team alone(1);
+  if (threads <= 1) return member(context, alone, 0, 1);
+  const auto me = reinterpret_cast<OmpNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  const auto size = reinterpret_cast<OmpNumber>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
+  if (GompParallel gomp = gomp_parallel(); gomp && me && size) {
+    TeamJob job{member, context, me, size};
+    gomp(join, &job, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  Team team(threads);
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back([&, t] { member(context, team, t, threads); });
+  member(context, team, 0, threads);
+  for (auto& t : others) t.join();
 }
 
 const char* parallel_backend() { return gomp_parallel() ? "openmp" : "std::thread"; }

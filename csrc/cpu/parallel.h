@@ -50,6 +50,27 @@ int parallel_for(int64_t chunks, int threads, int64_t bytes, const F& f) {
   return error;
 }
 
+// Threads that run one function together, and wait for each other in it.
+class Team {
+ public:
+  explicit Team(int size) : size_(size) {}
+  void barrier();
+
+ private:
+  const int size_;
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> round_{0};
+};
+
+// f(team, member, members) by as many threads as the runtime grants, at most `threads`.
+using Member = void (*)(void* context, Team& team, int me, int count);
+void team_run(int threads, Member member, void* context);
+template <class F>
+void team_run(int threads, const F& f) {
+  team_run(threads, [](void* c, Team& team, int me, int count) { (*static_cast<const F*>(c))(team, me, count); },
+           const_cast<void*>(static_cast<const void*>(&f)));
+}
+
 // "openmp" (runtime found in the process) or "std::thread"
 const char* parallel_backend();
 

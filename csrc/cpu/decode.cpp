@@ -1,0 +1,445 @@
+// One decode step of a packed model: a token for each of M sequences, from ids to logits, in one call by one team of
+// threads. Between the products there are no allocations, no locks and four barriers a block:
+//
+//     norm, quantize | q k v   ||  rope, cache, attention  ||  quantize | o, += x   ||
+//     norm, quantize | gate up ||  swiglu, quantize | down, += x                    ||
+//
+// What stands before a | is done by every thread for itself if there is one token (that takes less than a barrier), and
+// shared by tokens and a barrier otherwise. Every output row, head and token is computed by one thread in one order, so
+// results do not depend on the number of threads. Vectors have the model's dtype and are rounded where transformers
+// rounds them: a bf16 model differs from the stock one only by the order of sums.
+
+#ifdef JN_ISA  // once per instruction set
+
+namespace jointnas::JN_ISA {
+
+template <class T>
+inline vf rounded_to(vf x) {
+  if constexpr (sizeof(T) == 4)
+    return x;
+  else
+    return round_bf16(x);
+}
+
+// y = weight * RN(x / rms(x))
+template <class T>
+void norm_row(const T* x, const T* weight, float eps, T* y, int64_t N) {
+  vf a = set(0.0f), b = a;
+  int64_t j = 0;
+  for (; j + 2 * W <= N; j += 2 * W) {
+    const vf u = load(x + j), v = load(x + j + W);
+    a = fma(u, u, a), b = fma(v, v, b);
+  }
+  each(j, N, [&](auto at) {
+    const vf u = at(x);
+    a = fma(u, u, a);
+  });
+  const vf inv = set(1.0f / std::sqrt(sum(a + b) / static_cast<float>(N) + eps));
+  each(0, N, [=](auto at) { at.put(y, at(weight) * rounded_to<T>(at(x) * inv)); });
+}
+
+template <class T>
+void swiglu_row(const T* gate, const T* up, T* y, int64_t N) {
+  each(0, N, [=](auto at) {
+    const vf g = at(gate);
+    at.put(y, rounded_to<T>(g / (set(1.0f) + exp_minus(g))) * at(up));
+  });
+}
+
+template <class T>
+void add_row(const T* x, T* y, int64_t N) {
+  each(0, N, [=](auto at) { at.put(y, at(y) + at(x)); });
+}
+
+// y[r] = <w[r], x> for rows [first, end) of a dense weight
+template <class T>
+void dense_rows(const T* w, const T* x, T* y, int64_t first, int64_t end, int64_t N) {
+  int64_t r = first;
+  for (; r + 4 <= end; r += 4) {
+    const T* p = w + r * N;
+    vf s[4] = {set(0.0f), set(0.0f), set(0.0f), set(0.0f)};
+    each(0, N, [&](auto at) {
+      const vf v = at(x);
+      for (int i = 0; i < 4; ++i) s[i] = fma(at(p + i * N), v, s[i]);
+    });
+    for (int i = 0; i < 4; ++i) y[r + i] = from_float<T>(sum(s[i]));
+  }
+  for (; r < end; ++r) {
+    vf s = set(0.0f);
+    each(0, N, [&](auto at) { s = fma(at(w + r * N), at(x), s); });
+    y[r] = from_float<T>(sum(s));
+  }
+}
+
+// A head's query or key: normalised if there is a norm, then rotated (rotate-half), all in the dtype as transformers does.
+template <class T>
+void rotate(const T* x, const T* norm, float eps, const T* cosine, const T* sine, T* y, int64_t D) {
+  if (norm) {
+    norm_row(x, norm, eps, y + D, D);
+    x = y + D;
+  }
+  const int64_t half = D / 2;
+  each(0, half, [=](auto at) {
+    const vf a = at(x), b = at(x + half);
+    at.put(y, rounded_to<T>(a * at(cosine)) - rounded_to<T>(b * at(sine)));
+    at.put(y + half, rounded_to<T>(b * at(cosine + half)) + rounded_to<T>(a * at(sine + half)));
+  });
+}
+
+template <class T>
+float dot_row(const T* x, const T* y, int64_t N) {
+  vf s = set(0.0f);
+  each(0, N, [&](auto at) { s = fma(at(x), at(y), s); });
+  return sum(s);
+}
+
+// out [D] = softmax(scale q K^T) V over `count` cached positions and, last, the token's own key and value. scores
+// [count + 1]; total [D].
+template <class T>
+void attend(const T* q, const T* keys, const T* values, const T* key, const T* value, int64_t count, float scale,
+            float* scores, float* total, T* out, int64_t D) {
+  float most = dot_row(q, key, D) * scale;
+  scores[count] = most;
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] = dot_row(q, keys + i * D, D) * scale;
+    most = std::max(most, scores[i]);
+  }
+  each(0, count + 1, [&](auto at) { at.put(scores, exp_minus(set(most) - at(scores))); });
+  float sum_of = 0.0f;
+  for (int64_t i = 0; i <= count; ++i) sum_of += scores[i];
+  const float inv = 1.0f / sum_of;
+  each(0, D, [&](auto at) { at.put(total, at(value) * set(scores[count] * inv)); });
+  for (int64_t i = 0; i < count; ++i) {
+    const vf p = set(scores[i] * inv);
+    each(0, D, [&](auto at) { at.put(total, fma(p, at(values + i * D), at(total))); });
+  }
+  each(0, D, [&](auto at) { at.put(out, at(total)); });
+}
+
+}  // namespace jointnas::JN_ISA
+
+#else
+
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "cpu/bf16.h"
+#include "cpu/decode.h"
+#include "cpu/isa.h"
+#include "cpu/lowbit.h"
+#include "cpu/parallel.h"
+#include "export.h"
+
+#define JN_THIS_FILE "cpu/decode.cpp"
+#include "cpu/each_isa.h"
+
+namespace jointnas {
+namespace {
+
+constexpr int64_t kMostTokens = 16;
+constexpr int64_t kDenseRows = 64;  // of one unit of work
+
+int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+float as_fp32(int64_t bits) {
+  const uint32_t low = static_cast<uint32_t>(bits);
+  float f;
+  std::memcpy(&f, &low, 4);
+  return f;
+}
+
+template <class T>
+const T* in(int64_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+// The memory of a step, cut up.
+struct Arena {
+  char* at;
+  template <class T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(at);
+    at += lines(count * static_cast<int64_t>(sizeof(T)));
+    return p;
+  }
+};
+
+LowbitPlan plan_of(const DecodeLinear& l, int dtype) {
+  const int64_t stored = std::max<int64_t>(1, l.stored);  // of dense weights: 0, and no plan
+  LowbitPlan plan{LowbitLayout(l.outputs, l.inputs, stored, static_cast<int>(l.w_bits), l.bf16_scale != 0, false)};
+  plan.data = in<uint32_t>(l.data), plan.dtype = dtype;
+  return plan;
+}
+
+int64_t units(const DecodeLinear& l) { return (l.outputs + kDenseRows - 1) / kDenseRows; }
+static_assert(kDenseRows == kBlock);
+
+struct Step {
+  const DecodeModel& model;
+  int64_t M, slot;
+  const int64_t *ids, *positions, *starts;
+  void* logits;
+  int threads, level, isa;
+
+  int64_t bytes = 0;  // of an element
+  int64_t token_bytes = 0, scratch_bytes = 0;  // of the most demanding linear
+  int error = kOk;
+
+  const DecodeBlock* blocks() const { return in<DecodeBlock>(model.first_block); }
+
+  template <class F>
+  void each_linear(const F& f) const {
+    for (int64_t b = 0; b < model.blocks; ++b)
+      for (const DecodeLinear* l : {&blocks()[b].q, &blocks()[b].k, &blocks()[b].v, &blocks()[b].o, &blocks()[b].gate,
+                                    &blocks()[b].up, &blocks()[b].down})
+        if (l->outputs) f(*l);
+    f(model.head);
+  }
+
+  int measure() {
+    bytes = model.dtype == kF32 ? 4 : 2;
+    each_linear([&](const DecodeLinear& l) {
+      if (l.w_bits == 16) return;
+      const int dtype = static_cast<int>(model.dtype), a_bits = static_cast<int>(l.a_bits);
+      if (!lowbit_legal(dtype, static_cast<int>(l.w_bits), a_bits, l.stored, false)) {
+        error = kBadArgument;
+        return;
+      }
+      LowbitPlan plan = plan_of(l, dtype);
+      if (const int code = plan.arrange(M, a_bits, l.symmetric != 0, isa)) error = code;
+      token_bytes = std::max(token_bytes, plan.token_bytes());
+      scratch_bytes = std::max(scratch_bytes, plan.scratch_bytes());
+    });
+    return error;
+  }
+
+  int64_t widest() const { return std::max({model.hidden, model.heads * model.head_dim, model.intermediate}); }
+  int64_t qkv() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
+
+  // Shared by all: x, products, attention, prepared tokens.
+  int64_t shared_bytes() const {
+    return M * (lines(model.hidden * bytes) + lines(qkv() * bytes) + lines(model.heads * model.head_dim * bytes) +
+                lines(model.hidden * bytes) + 2 * lines(model.intermediate * bytes)) +
+           lines(M * widest() * bytes) + 8 * 64 + lines(token_bytes);
+  }
+  // Of each thread: a row, prepared tokens, scratch, heads, scores.
+  int64_t own_bytes() const {
+    return lines(widest() * bytes) + lines(token_bytes) + lines(scratch_bytes) + lines(6 * model.head_dim * 4) +
+           lines((model.length + 16) * 4) + 8 * 64;
+  }
+  int64_t total_bytes() const { return shared_bytes() + threads * own_bytes() + 64; }
+};
+
+template <class T>
+struct Worker {
+  const Step& s;
+  Team& team;
+  int me, count;
+  T *x, *qkv, *heads, *out, *gate, *up, *rows;  // shared, [M, ...]
+  void* tokens;
+  T* row;  // own
+  void *own_tokens, *scratch;
+  T* head;
+  float *total, *scores;
+
+  Worker(const Step& step, Team& t, int index, int size, char* memory) : s(step), team(t), me(index), count(size) {
+    const DecodeModel& m = s.model;
+    Arena shared{memory};
+    x = shared.take<T>(s.M * m.hidden);
+    qkv = shared.take<T>(s.M * s.qkv());
+    heads = shared.take<T>(s.M * m.heads * m.head_dim);
+    out = shared.take<T>(s.M * m.hidden);
+    gate = shared.take<T>(s.M * 2 * m.intermediate);
+    rows = shared.take<T>(s.M * s.widest());
+    tokens = shared.take<char>(s.token_bytes);
+    up = gate + s.M * m.intermediate;
+    Arena own{memory + s.shared_bytes() + me * s.own_bytes()};
+    row = own.take<T>(s.widest());
+    own_tokens = own.take<char>(s.token_bytes);
+    scratch = own.take<char>(s.scratch_bytes);
+    head = own.take<T>(4 * m.head_dim);
+    total = own.take<float>(m.head_dim);
+    scores = own.take<float>(m.length + 16);
+  }
+
+  // y of some linears [M, outputs] that read the same rows; make(m, row): token m's row. What follows a product for rows
+  // [first, end) of token m: then(linear, m, first, end).
+  struct Output {
+    const DecodeLinear* linear;
+    T* y;
+  };
+  template <int N, class Make, class Then>
+  void products(const Output (&outputs)[N], const Make& make, const Then& then) {
+    const DecodeLinear& first = *outputs[0].linear;
+    const bool alone = s.M == 1;
+    T* const in_rows = alone ? row : rows;
+    LowbitPlan plan = plan_of(first, dtype());
+    const bool packed = first.w_bits < 16;
+    if (packed) {
+      plan.arrange(s.M, static_cast<int>(first.a_bits), first.symmetric != 0, s.isa);
+      plan.place(alone ? own_tokens : tokens);
+    }
+    for (int64_t m = alone ? 0 : me; m < s.M; m += alone ? 1 : count) {
+      T* const to = in_rows + m * first.inputs;
+      make(m, to);
+      if (packed) plan.prepare(to, m);
+    }
+    if (!alone) team.barrier();
+    int64_t all = 0;
+    for (const Output& o : outputs) all += units(*o.linear);
+    int64_t begin = all * me / count, end = all * (me + 1) / count;
+    for (const Output& o : outputs) {
+      const DecodeLinear& l = *o.linear;
+      const int64_t own = units(l), from = std::max<int64_t>(begin, 0), to = std::min(end, own);
+      if (from < to) {
+        const int64_t r0 = from * kBlock, r1 = std::min(to * kBlock, l.outputs);
+        if (packed) {
+          LowbitPlan one = plan_of(l, dtype());
+          one.arrange(s.M, static_cast<int>(l.a_bits), l.symmetric != 0, s.isa);
+          one.place(alone ? own_tokens : tokens);
+          one.y = o.y;
+          one.multiply(from, to, scratch);
+        } else {
+          for (int64_t m = 0; m < s.M; ++m)
+            JN_DISPATCH(s.level, dense_rows(in<T>(l.data), in_rows + m * l.inputs, o.y + m * l.outputs, r0, r1, l.inputs));
+        }
+        for (int64_t m = 0; m < s.M; ++m) {
+          if (l.bias)
+            JN_DISPATCH(s.level, add_row(in<T>(l.bias) + r0, o.y + m * l.outputs + r0, r1 - r0));
+          then(m, r0, r1);
+        }
+      }
+      begin -= own, end -= own;
+    }
+    team.barrier();
+  }
+
+  int dtype() const { return static_cast<int>(s.model.dtype); }
+
+  auto normed(int64_t weight) {
+    return [this, weight](int64_t m, T* to) {
+      JN_DISPATCH(s.level, norm_row(x + m * s.model.hidden, in<T>(weight), as_fp32(s.model.epsilon), to, s.model.hidden));
+    };
+  }
+  auto copied(const T* from, int64_t width) {
+    return [from, width](int64_t m, T* to) { std::memcpy(to, from + m * width, static_cast<size_t>(width) * sizeof(T)); };
+  }
+  auto residual() {
+    return [this](int64_t m, int64_t r0, int64_t r1) {
+      const int64_t at = m * s.model.hidden + r0;
+      JN_DISPATCH(s.level, add_row(out + at, x + at, r1 - r0));
+    };
+  }
+  static auto nothing() {
+    return [](int64_t, int64_t, int64_t) {};
+  }
+
+  void attention(const DecodeBlock& b) {
+    const DecodeModel& m = s.model;
+    const int64_t D = m.head_dim, H = m.heads, K = m.kv_heads, share = H / K, fused = s.qkv();
+    const float eps = as_fp32(m.epsilon), scale = as_fp32(m.scale);
+    T *const query = head, *const key = head + 2 * D;
+    for (int64_t item = s.M * H * me / count, end = s.M * H * (me + 1) / count; item < end; ++item) {
+      const int64_t t = item / H, h = item % H, g = h / share;
+      const T *q, *k, *v;
+      if (b.k.outputs) {
+        q = qkv + t * H * D + h * D;
+        k = qkv + s.M * H * D + t * K * D + g * D;
+        v = qkv + s.M * (H + K) * D + t * K * D + g * D;
+      } else {
+        q = qkv + t * fused + h * D;
+        k = qkv + t * fused + (H + g) * D;
+        v = qkv + t * fused + (H + K + g) * D;
+      }
+      const T *cosine = in<T>(m.cosines) + s.positions[t] * D, *sine = in<T>(m.sines) + s.positions[t] * D;
+      JN_DISPATCH(s.level, rotate(q, in<T>(b.q_norm), eps, cosine, sine, query, D));
+      JN_DISPATCH(s.level, rotate(k, in<T>(b.k_norm), eps, cosine, sine, key, D));
+      const int64_t cache = (t * K + g) * m.length * D;
+      T *const keys = reinterpret_cast<T*>(b.keys) + cache, *const values = reinterpret_cast<T*>(b.values) + cache;
+      if (h % share == 0) {
+        std::memcpy(keys + s.slot * D, key, static_cast<size_t>(D) * sizeof(T));
+        std::memcpy(values + s.slot * D, v, static_cast<size_t>(D) * sizeof(T));
+      }
+      int64_t first = s.starts[t];
+      if (b.window) first = std::max(first, s.slot + 1 - b.window);
+      JN_DISPATCH(s.level, attend(query, keys + first * D, values + first * D, key, v, s.slot - first, scale, scores, total,
+                                  heads + (t * H + h) * D, D));
+    }
+    team.barrier();
+  }
+
+  void run() {
+    const DecodeModel& m = s.model;
+    for (int64_t t = me; t < s.M; t += count)
+      std::memcpy(x + t * m.hidden, in<T>(m.embedding) + s.ids[t] * m.hidden, static_cast<size_t>(m.hidden) * sizeof(T));
+    team.barrier();
+    for (int64_t i = 0; i < m.blocks; ++i) {
+      const DecodeBlock& b = s.blocks()[i];
+      const int64_t D = m.head_dim;
+      if (b.k.outputs) {
+        const Output parts[3] = {{&b.q, qkv}, {&b.k, qkv + s.M * m.heads * D}, {&b.v, qkv + s.M * (m.heads + m.kv_heads) * D}};
+        products(parts, normed(b.input_norm), nothing());
+      } else {
+        const Output parts[1] = {{&b.q, qkv}};
+        products(parts, normed(b.input_norm), nothing());
+      }
+      attention(b);
+      const Output o[1] = {{&b.o, out}};
+      products(o, copied(heads, m.heads * D), residual());
+      const int64_t F = m.intermediate, width = b.up.outputs ? F : 2 * F;
+      if (b.up.outputs) {
+        const Output parts[2] = {{&b.gate, gate}, {&b.up, up}};
+        products(parts, normed(b.post_norm), nothing());
+      } else {
+        const Output parts[1] = {{&b.gate, gate}};
+        products(parts, normed(b.post_norm), nothing());
+      }
+      const T* const second = b.up.outputs ? up : gate + F;
+      const Output down[1] = {{&b.down, out}};
+      products(down, [&](int64_t t, T* to) { JN_DISPATCH(s.level, swiglu_row(gate + t * width, second + t * width, to, F)); },
+               residual());
+    }
+    const Output logits[1] = {{&m.head, static_cast<T*>(s.logits)}};
+    products(logits, normed(m.final_norm), nothing());
+  }
+};
+
+}  // namespace
+
+// Bytes of memory that a step of M tokens takes; to `size`.
+int cpu_decode_size(const DecodeModel* model, int64_t M, int64_t* size, int threads, int isa) {
+  if (M < 1 || M > kMostTokens || (model->dtype != kF32 && model->dtype != kBf16)) return kBadArgument;
+  Step step{*model, M, 0, nullptr, nullptr, nullptr, nullptr, threads, choose_isa(isa), isa};
+  if (const int error = step.measure()) return error;
+  *size = step.total_bytes();
+  return kOk;
+}
+JN_EXPORT(cpu_decode_size);
+
+// logits [M, vocab] of tokens ids [M] at rotary positions [M], whose keys and values go to `slot` of the caches; token m
+// sees slots from starts[m] on. memory: of cpu_decode_size, 64-byte aligned.
+int cpu_decode_step(const DecodeModel* model, int64_t M, const int64_t* ids, const int64_t* positions,
+                    const int64_t* starts, int64_t slot, void* logits, void* memory, int threads, int isa) {
+  if (M < 1 || M > kMostTokens || slot < 0 || slot >= model->length) return kBadArgument;
+  Step step{*model, M, slot, ids, positions, starts, logits, threads, choose_isa(isa), isa};
+  if (!step.level) return kIsaMissing;
+  for (int64_t m = 0; m < M; ++m)
+    if (ids[m] < 0 || ids[m] >= model->vocab || positions[m] < 0 || positions[m] >= model->length || starts[m] < 0 ||
+        starts[m] > slot)
+      return kBadArgument;
+  if (const int error = step.measure()) return error;
+  team_run(threads, [&](Team& team, int me, int count) {
+    if (model->dtype == kF32)
+      Worker<float>(step, team, me, count, static_cast<char*>(memory)).run();
+    else
+      Worker<bf16>(step, team, me, count, static_cast<char*>(memory)).run();
+  });
+  return kOk;
+}
+JN_EXPORT(cpu_decode_step);
+
+}  // namespace jointnas
+
+#endif

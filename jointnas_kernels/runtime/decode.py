@@ -1,0 +1,206 @@
+"""The decode step of a packed model on a CPU: one call of csrc/cpu/decode.cpp per token, for 1 to 16 sequences.
+
+The kernel reads structs of int64 (decode.h), which are written here member by member; it allocates nothing. The caches
+are static, [batch, key-value heads, length, head dim] in the model's dtype.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.layout import all_sizes, block_of, sliding_windows
+from jointnas_kernels.nn.linear import FakeQuantLinear
+from jointnas_kernels.nn.packed import PackedLinear
+from jointnas_kernels.ops.core import cpu
+
+MOST = 16  # sequences
+# of the structs in decode.h: members of a linear and of a block, and where some of them are
+LINEAR = 9
+BLOCK, CACHES = 7 + 7 * LINEAR, 4
+LENGTH, ANGLES = 8, 11
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+# Rotary embeddings whose frequencies depend on the length of the sequence have no table by position.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def misfit(model: Any) -> str | None:
+    """Why the step cannot run a transformers model; None: it can."""
+    config = model.config
+    weight = model.get_input_embeddings().weight
+    if weight.device.type != "cpu" or weight.dtype not in cpu.DTYPES:
+        return f"it runs float32 and bfloat16 models on a CPU, not {weight.dtype} on {weight.device}"
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in STATIC_ROPE:
+        return f"rotary embeddings of type {kind!r} depend on the length of the sequence"
+    if getattr(config, "partial_rotary_factor", 1) not in (None, 1, 1.0):
+        return "only a part of each head is rotated"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act!r}, not 'silu'"
+    for b, layer in enumerate(model.model.layers):
+        for names in STAGES:
+            kinds = {_kind(module) for module in _modules(model, layer, names)}
+            if None in kinds:
+                return f"block {b} has linears that quantize activations of unquantized weights, or of another layout"
+            if len(kinds) > 1:
+                return f"block {b}: {', '.join(names)} are quantized unlike each other"
+    return None if _kind(model.lm_head) == (16,) else "its head is quantized"
+
+
+def _modules(model: Any, layer: Any, names: tuple[str, ...]) -> list[nn.Module]:
+    layout = block_of(model.config)
+    return [layer.get_submodule(m) for m in dict.fromkeys(op.module for op in layout.linears if op.name in names)]
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...] | None:
+    """What linears of one stage must share; None: the step has no kernel for it."""
+    if isinstance(module, PackedLinear):
+        if module.layout != "cpu":
+            return None
+        data = module.weight.tensors[0]
+        return module.weight_bits, module.act_bits, module.act_symmetric, tuple(data.shape[1:3])
+    plain = isinstance(module, nn.Linear) and (not isinstance(module, FakeQuantLinear) or module.act_bits == 16)
+    return (16,) if plain else None
+
+
+class Caches:
+    """Keys and values of every block: tensors [batch, key-value heads, length, head dim]."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys, self.values = keys, values
+
+    @property
+    def length(self) -> int:
+        """How many positions there is room for."""
+        return self.keys[0].shape[2]
+
+
+class DecodeStep:
+    """Logits of one more token for each of some sequences.
+
+    Args:
+        model: a transformers model on a CPU for which `misfit` is None; its weights are used where they are.
+        threads: None: torch's number at every call.
+        isa: of the kernels (`cpu.ISAS`).
+
+    Raises:
+        JointNASError: a model that does not fit.
+    """
+
+    def __init__(self, model: Any, threads: int | None = None, isa: int = 0) -> None:
+        if reason := misfit(model):
+            raise JointNASError(f"decode step: the model does not fit: {reason}")
+        self.model, self.threads, self.isa = model, threads, isa
+        self.sizes, self.dtype = all_sizes(model.config), model.get_input_embeddings().weight.dtype
+        self._weights: list[Tensor] = []  # what the structs point to
+        self._blocks = array("q")
+        for b, layer in enumerate(model.model.layers):
+            self._blocks.extend(self._block(b, layer))
+        self._model = array("q", [
+            cpu.DTYPES[self.dtype], *(self.sizes[k] for k in ("hidden", "heads", "kv_heads", "head_dim", "intermediate",
+            "vocab")), len(model.model.layers), 0, self._keep(model.get_input_embeddings().weight),
+            self._keep(model.model.norm.weight), 0, 0, _float_bits(model.config.rms_norm_eps),
+            _float_bits(model.model.layers[0].self_attn.scaling), *self._linear(model.lm_head),
+            self._blocks.buffer_info()[0],
+        ])  # fmt: skip
+        self._memory, self._for = torch.empty(0, dtype=torch.uint8), 0  # of how many sequences
+        self._bound: Caches | None = None
+        self._angles: tuple[Tensor, ...] = ()
+        self._busy = threading.Lock()
+
+    def caches(self, batch: int, length: int) -> Caches:
+        """Room for that many sequences and positions."""
+        shape = (batch, self.sizes["kv_heads"], length, self.sizes["head_dim"])
+        count = len(self.model.model.layers)
+        keys, values = ([torch.zeros(shape, dtype=self.dtype) for _ in range(count)] for _ in range(2))
+        return Caches(keys, values)
+
+    def __call__(
+        self, ids: Tensor, positions: Tensor, caches: Caches, slot: int, starts: Tensor | None = None
+    ) -> Tensor:
+        """Logits [batch, vocab] for tokens ids [batch] at rotary positions [batch], int64; their keys and values go to
+        `slot` of the caches, and sequence m sees the slots from starts[m] (0) on.
+
+        Raises:
+            JointNASError: more than 16 sequences; ids, positions or slots outside of the model's or the caches'; or a
+                step that another thread is in.
+        """
+        batch = len(ids)
+        if not 1 <= batch <= MOST:
+            raise JointNASError(f"decode step: a batch of {batch}; allowed: 1 to {MOST} sequences")
+        if caches.keys[0].shape[0] != batch:
+            raise JointNASError(f"decode step: {batch} tokens for caches of {caches.keys[0].shape[0]} sequences")
+        if not self._busy.acquire(blocking=False):
+            raise JointNASError("decode step: another thread is in it; give each thread a model of its own")
+        try:
+            if caches is not self._bound:
+                self._bind(caches)
+            if batch != self._for:
+                size = array("q", [0])
+                cpu.call("decode_size", self._model, batch, size, threads=self.threads, isa=self.isa)
+                self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), batch
+            logits = torch.empty(batch, self.sizes["vocab"], dtype=self.dtype)
+            begins = torch.zeros(batch, dtype=torch.int64) if starts is None else starts.contiguous()
+            memory = self._memory.data_ptr()
+            cpu.call("decode_step", self._model, batch, ids.contiguous(), positions.contiguous(), begins, slot, logits,
+                     memory + -memory % 64, threads=self.threads, isa=self.isa)  # fmt: skip
+        finally:
+            self._busy.release()
+        return logits
+
+    def _bind(self, caches: Caches) -> None:
+        """Points the structs to these caches, and to the rotary angles of their positions."""
+        if caches.length != self._model[LENGTH]:
+            like, positions = torch.empty(1, dtype=self.dtype), torch.arange(caches.length)[None]
+            self._angles = tuple(t[0].contiguous() for t in self.model.model.rotary_emb(like, positions))
+            self._model[LENGTH] = caches.length
+            self._model[ANGLES], self._model[ANGLES + 1] = (t.data_ptr() for t in self._angles)
+        for b, (keys, values) in enumerate(zip(caches.keys, caches.values, strict=True)):
+            self._blocks[b * BLOCK + CACHES], self._blocks[b * BLOCK + CACHES + 1] = keys.data_ptr(), values.data_ptr()
+        self._bound = caches
+
+    def _keep(self, tensor: Tensor | None) -> int:
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().contiguous()
+        self._weights.append(tensor)
+        return tensor.data_ptr()
+
+    def _block(self, b: int, layer: Any) -> Iterator[int]:
+        yield self._keep(layer.input_layernorm.weight)
+        yield self._keep(layer.post_attention_layernorm.weight)
+        for name in ("q_norm", "k_norm"):
+            norm = getattr(layer.self_attn, name, None)
+            yield self._keep(None if norm is None else norm.weight)
+        yield from (0, 0)  # caches
+        yield sliding_windows(self.model.config)[b] or 0
+        for names in STAGES:
+            modules = _modules(self.model, layer, names)
+            for i in range(len(names)):
+                yield from self._linear(modules[i] if i < len(modules) else None)
+
+    def _linear(self, module: Any) -> tuple[int, ...]:
+        if module is None:
+            return (0,) * LINEAR
+        if not isinstance(module, PackedLinear):
+            outputs, inputs = module.weight.shape
+            return self._keep(module.weight), self._keep(module.bias), outputs, inputs, 16, 0, 0, 16, 0
+        data = module.weight.tensors[0]
+        stored = module.in_features // data.shape[1]
+        bf16 = data.shape[2] == 1 + stored * module.weight_bits // 32
+        return (
+            self._keep(data), self._keep(module.bias), module.out_features, module.in_features, module.weight_bits,
+            stored, int(bf16), module.act_bits, int(module.act_symmetric),
+        )  # fmt: skip
+
+
+def _float_bits(value: float) -> int:
+    """Of an fp32 number."""
+    return int(struct.unpack("<i", struct.pack("<f", value))[0])
