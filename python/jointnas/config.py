@@ -161,7 +161,7 @@ class InitOptions(Section):
     damping: float = Field(default=0.01, gt=0, description="gptq: of the Hessian, as a share of its mean diagonal")
     act_order: bool = Field(default=False, description="gptq: inputs with the largest activations first")
     epochs: int | None = Field(
-        default=None, ge=1, description="passes over the windows per block; none: 20 for omniquant, 2 for reconstruct"
+        default=None, ge=1, description="passes over the windows per block; none: 20 for omniquant, 1 for reconstruct"
     )
     lr_weight: float = Field(
         default=0.015, gt=0, description="reconstruct: of the weights, or of LoRA in a supernet, in quantizer steps"

@@ -28,7 +28,8 @@ def test_reconstruction_is_better_than_rounding_on_every_block(family: str, bits
     rows = initialise(made, "reconstruct", windows(), bits_of(made, bits), options=BLOCKS, progress=False)
     for row in rows:
         assert row["error"] <= row["error_start"] <= row["error_rtn"]
-        assert row["error"] < (0.8 if bits == 2 else 1) * row["error_rtn"]
+        assert row["error"] < 0.8 * row["error_rtn"] or bits == 4
+    assert sum(row["error"] for row in rows) < 0.95 * sum(row["error_rtn"] for row in rows)
     for block in made.model.layers:
         for module in block.modules():
             if isinstance(module, FakeQuantLinear):
@@ -68,7 +69,7 @@ def test_inputs_of_a_supernet_come_from_blocks_of_the_same_precision() -> None:
         x = walk.advance(b, x)
         linears = {path: walk.layers[b].get_submodule(path) for path in walk.modules}
         weights = {f"{path}.weight": linear.merged(0) for path, linear in linears.items()}
-        error = walk.mse(b, behind, x, weights)
+        error = walk.mse(b, behind[11:], x[11:], weights)  # one of twelve windows is not learned from
         assert error == pytest.approx(next(r["mse"] for r in rows if (r["block"], r["weight_bits"]) == (b, 4)))
         behind = walk.advance(b, behind, weights)
 

@@ -17,7 +17,7 @@ from jointnas.initialise.end_to_end import end_to_end
 from jointnas.initialise.gptq import accumulate, gptq
 from jointnas.initialise.omniquant import learn
 from jointnas.initialise.problem import Parameters, Problem, Row, State
-from jointnas.initialise.reconstruct import Pair, Solution, reconstruct
+from jointnas.initialise.reconstruct import Pair, Solution, judged, reconstruct
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.linear import FakeQuantLinear
@@ -57,7 +57,7 @@ class Supernets:
             solutions.append(found)
             rows.append({"block": b, "method": self.method, "weight_bits": bits, "act_bits": 16, **row})
             if x is not None:
-                rows[-1]["mse"] = problem.error(found.quantized(problem))
+                rows[-1]["mse"] = _judged(problem, self.method).error(found.quantized(problem))
         state = {f"{path}.clip": torch.stack([found.clips[path] for found in solutions]) for path in groups}
         for path in solutions[0].pairs:
             state[f"{path}.lora_a"] = torch.stack([found.pairs[path].a for found in solutions])
@@ -126,8 +126,9 @@ class Plain:
                 state = dict(found.parameters) | {f"{path}.clip": ratio for path, ratio in found.clips.items()}
                 quantized = found.quantized(problem)
             if y is not None:
-                row["mse"] = problem.error(quantized)
-                row["power"] = float(y.double().square().mean())
+                seen = _judged(problem, self.method)
+                assert seen.y is not None
+                row["mse"], row["power"] = seen.error(quantized), float(seen.y.double().square().mean())
         return state, [row]
 
     def _gptq(self, problem: Problem) -> State:
@@ -185,7 +186,7 @@ def _searched(
     weights, row = problem.weights, {}
     clips = problem.unclipped()
     if problem.x is not None:
-        row["mse_rtn"] = problem.error(problem.quantized(weights, clips))
+        row["mse_rtn"] = _judged(problem, method).error(problem.quantized(weights, clips))
     if method == "omniquant":
         learned = learn(problem, options, transform=transform, seed=seed)
         return Solution(learned.parameters, learned.clips), row | {"mse_start": learned.start}
@@ -196,6 +197,11 @@ def _searched(
     if method == "clip":
         clips = problem.searched(weights, problem.energies(weights) if problem.x is not None else None)
     return Solution(weights, clips), row
+
+
+def _judged(problem: Problem, method: Method) -> Problem:
+    """The windows on which errors are reported: those that nothing was learned from, if there are such."""
+    return judged(problem) if method == "reconstruct" else problem
 
 
 def _settings(job: Supernets | Plain, calibration: Tensor | None) -> dict[str, Any]:

@@ -66,9 +66,10 @@ def initialise(
 
     One row per block, or with a supernet per (block, weight bits): the mean squared error of the block's output with
     rounding to nearest (`mse_rtn`), where learning started (`mse_start`) and at the end (`mse`), and the mean square of
-    that output (`power`). With reconstruct also `error_rtn`, `error_start`, `error`: the means of
-    `blocks.relative_error` on the windows that were not learned from. After learning end to end a last row holds
-    `kl_start` and `kl`, the divergence from the original's predictions on those windows, in nats per token."""
+    that output (`power`). With reconstruct these are errors on the windows that were not learned from, and there are
+    also `error_rtn`, `error_start`, `error`: the means of `blocks.relative_error` there. After learning end to end a
+    last row holds `kl_start` and `kl`, the divergence from the original's predictions on those windows, in nats per
+    token."""
     if method not in METHODS:
         raise unknown("quantizer initialiser", method, METHODS)
     options = options or InitOptions()
