@@ -76,14 +76,14 @@ struct TeamJob {
   void* context;
   OmpNumber me, size;
   std::atomic<Team*> team{nullptr};
+  alignas(Team) char memory[sizeof(Team)];
 };
 
 void join(void* p) {
   TeamJob& job = *static_cast<TeamJob*>(p);
   const int me = job.me(), size = job.size();
   // The runtime may grant fewer threads than were asked for; the first one knows how many, and makes the team.
-  alignas(Team) static thread_local char memory[sizeof(Team)];
-  if (me == 0) job.team.store(new (memory) Team(size), std::memory_order_release);
+  if (me == 0) job.team.store(new (job.memory) Team(size), std::memory_order_release);
   Team* team;
   while (!(team = job.team.load(std::memory_order_acquire))) pause();
   job.member(job.context, *team, me, size);
@@ -114,7 +114,7 @@ void team_run(int threads, Member member, void* context) {
   const auto me = reinterpret_cast<OmpNumber>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
   const auto size = reinterpret_cast<OmpNumber>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"));
   if (GompParallel gomp = gomp_parallel(); gomp && me && size) {
-    TeamJob job{member, context, me, size};
+    TeamJob job{member, context, me, size, {}, {}};
     gomp(join, &job, static_cast<unsigned>(threads), 0);
     return;
   }

@@ -40,7 +40,8 @@ def misfit(model: Any) -> str | None:
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind not in STATIC_ROPE:
         return f"rotary embeddings of type {kind!r} depend on the length of the sequence"
-    if getattr(config, "partial_rotary_factor", 1) not in (None, 1, 1.0):
+    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
+    if partial not in (None, 1.0) or getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
         return "only a part of each head is rotated"
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"its activation is {config.hidden_act!r}, not 'silu'"
@@ -110,7 +111,7 @@ class DecodeStep:
             _float_bits(model.model.layers[0].self_attn.scaling), *self._linear(model.lm_head),
             self._blocks.buffer_info()[0],
         ])  # fmt: skip
-        self._memory, self._for = torch.empty(0, dtype=torch.uint8), 0  # of how many sequences
+        self._memory, self._for = torch.empty(0, dtype=torch.uint8), (0, 0)  # of how many sequences and threads
         self._bound: Caches | None = None
         self._angles: tuple[Tensor, ...] = ()
         self._busy = threading.Lock()
@@ -132,31 +133,44 @@ class DecodeStep:
             JointNASError: more than 16 sequences; ids, positions or slots outside of the model's or the caches'; or a
                 step that another thread is in.
         """
-        batch = len(ids)
+        batch, threads = len(ids), self.threads or torch.get_num_threads()
         if not 1 <= batch <= MOST:
             raise JointNASError(f"decode step: a batch of {batch}; allowed: 1 to {MOST} sequences")
         if caches.keys[0].shape[0] != batch:
             raise JointNASError(f"decode step: {batch} tokens for caches of {caches.keys[0].shape[0]} sequences")
+        given = {"ids": ids, "positions": positions} | ({} if starts is None else {"starts": starts})
+        for name, tensor in given.items():
+            if tensor.shape != (batch,) or tensor.dtype != torch.int64 or tensor.device.type != "cpu":
+                raise JointNASError(f"decode step: {name} must be int64 [{batch}] on the CPU, got {tensor.dtype} "
+                                    f"{list(tensor.shape)} on {tensor.device}")  # fmt: skip
         if not self._busy.acquire(blocking=False):
             raise JointNASError("decode step: another thread is in it; give each thread a model of its own")
         try:
             if caches is not self._bound:
                 self._bind(caches)
-            if batch != self._for:
+            if self._for != (batch, threads):
                 size = array("q", [0])
-                cpu.call("decode_size", self._model, batch, size, threads=self.threads, isa=self.isa)
-                self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), batch
+                cpu.call("decode_size", self._model, batch, size, threads=threads, isa=self.isa)
+                self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), (batch, threads)
             logits = torch.empty(batch, self.sizes["vocab"], dtype=self.dtype)
             begins = torch.zeros(batch, dtype=torch.int64) if starts is None else starts.contiguous()
             memory = self._memory.data_ptr()
             cpu.call("decode_step", self._model, batch, ids.contiguous(), positions.contiguous(), begins, slot, logits,
-                     memory + -memory % 64, threads=self.threads, isa=self.isa)  # fmt: skip
+                     memory + -memory % 64, threads=threads, isa=self.isa)  # fmt: skip
         finally:
             self._busy.release()
         return logits
 
     def _bind(self, caches: Caches) -> None:
         """Points the structs to these caches, and to the rotary angles of their positions."""
+        layers = len(self.model.model.layers)
+        batch, _, length, _ = caches.keys[0].shape
+        shape = (batch, self.sizes["kv_heads"], length, self.sizes["head_dim"])
+        if not len(caches.keys) == len(caches.values) == layers or any(
+            t.shape != shape or t.dtype != self.dtype or not t.is_contiguous() for t in (*caches.keys, *caches.values)
+        ):
+            raise JointNASError(f"decode step: caches of another model; made by `caches`, they are {layers} "
+                                f"times dense {self.dtype} {list(shape)}")  # fmt: skip
         if caches.length != self._model[LENGTH]:
             like, positions = torch.empty(1, dtype=self.dtype), torch.arange(caches.length)[None]
             self._angles = tuple(t[0].contiguous() for t in self.model.model.rotary_emb(like, positions))

@@ -160,6 +160,43 @@ def test_one_step_serves_many_caches() -> None:
         assert (logits - model(x).logits[:, -1]).abs().max() <= 1e-4
 
 
+def test_inputs_of_other_kinds_are_refused() -> None:
+    step, other = (DecodeStep(packed(tiny_model(**change), [4, 4, 4], 8)) for change in ({}, {"head_dim": 8}))
+    one, caches = torch.tensor([1]), step.caches(1, LENGTH)
+    with pytest.raises(JointNASError, match=r"ids must be int64 \[1\] on the CPU, got torch.int32 \[1\] on cpu"):
+        step(one.int(), one, caches, 0)
+    with pytest.raises(JointNASError, match=r"positions must be int64 \[1\] on the CPU, got torch.int64 \[2\]"):
+        step(one, one.expand(2), caches, 0)
+    with pytest.raises(JointNASError, match="caches of another model"):
+        step(one, one, other.caches(1, LENGTH), 0)
+
+
+@torch.no_grad()
+def test_threads_may_become_more() -> None:
+    """Every thread has memory of its own."""
+    step, before = DecodeStep(packed(tiny_model(), [4, 4, 4], 8)), torch.get_num_threads()
+    one, caches = torch.tensor([1]), step.caches(1, LENGTH)
+    try:
+        torch.set_num_threads(1)
+        alone = step(one, one * 0, caches, 0)
+        size = len(step._memory)
+        torch.set_num_threads(4)
+        assert torch.equal(step(one, one * 0, caches, 0), alone)
+        assert len(step._memory) > size
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_not_a_number_stays_one() -> None:
+    """In the cache, of an earlier token: all that look back at it are none."""
+    step = DecodeStep(packed(tiny_model(), [4, 4, 4], 16))
+    one, caches = torch.tensor([1]), step.caches(1, LENGTH)
+    step(one, one * 0, caches, 0)
+    caches.keys[1][0, 0, 0, 0] = torch.nan
+    assert step(one, one, caches, 1).isnan().all()
+
+
 def test_another_thread_is_refused() -> None:
     step = DecodeStep(packed(tiny_model(), [4, 4, 4], 16))
     one, caches = torch.tensor([1]), step.caches(1, LENGTH)

@@ -11,21 +11,21 @@ from torch import Tensor
 
 from jointnas_kernels.nn.choices import seeded
 
-WARMUP, FLOOR = 0.05, 0.05  # of the steps; of the learning rate
-
 
 def descend(
     loss: Callable[[Tensor], Tensor], groups: list[dict[str, Any]], count: int, batch: int, epochs: int,
-    device: torch.device, *seeds: int,
+    device: torch.device, *seeds: int, warmup: float = 0.05, floor: float = 0.05,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> None:  # fmt: skip
-    """Minimises loss(indices of some windows) over `count` windows; `groups` are Adam's: leaves, and their rates."""
+    """Minimises loss(indices of some windows) over `count` windows; `groups` are Adam's: leaves, and their rates,
+    which rise over the share `warmup` of the steps and end at the share `floor` of themselves."""
     leaves = [leaf.requires_grad_() for group in groups for leaf in group["params"]]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(groups, betas=betas)
     total = epochs * math.ceil(count / batch)
 
     def rate(step: int) -> float:
         cosine = 0.5 * (1 + math.cos(math.pi * step / total))
-        return min(1.0, (step + 1) / max(1.0, WARMUP * total)) * (FLOOR + (1 - FLOOR) * cosine)
+        return min(1.0, (step + 1) / max(1.0, warmup * total)) * (floor + (1 - floor) * cosine)
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for epoch in range(epochs):

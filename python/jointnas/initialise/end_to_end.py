@@ -47,8 +47,9 @@ class _Linear(TrainableQuantLinear):
 
 @torch.no_grad()
 def end_to_end(
-    model: nn.Module, blocks: Blocks, ids: Tensor, y: Tensor, states: Sequence[State], options: InitOptions, seed: int
-) -> tuple[list[State], Row]:
+    model: nn.Module, blocks: Blocks, ids: Tensor, y: Tensor, states: Sequence[State], epochs: int,
+    options: InitOptions, seed: int,
+) -> tuple[list[State], Row]:  # fmt: skip
     """Goes on from what was found for every block (weights before quantization and ratios, by name).
 
     model: with these states installed; it is changed, and no use until the result is installed.
@@ -79,7 +80,7 @@ def end_to_end(
         return sum(float(loss(part)) * len(part) for part in parts) / sum(map(len, parts))
 
     start = held()
-    descend(loss, groups, border, batch, options.end_epochs or 0, y.device, seed, len(states))
+    descend(loss, groups, border, batch, epochs, y.device, seed, len(states))
     end = held()
     row: Row = {"phase": "end to end", "kl_start": start, "kl": min(start, end)}
     if not end < start:

@@ -152,8 +152,7 @@ class Plain:
 
     def end(self, ids: Tensor, y: Tensor, states: Sequence[State]) -> tuple[list[State], Row]:
         """What the blocks are changed to by learning end to end, and its errors."""
-        options = self.options.model_copy(update={"end_epochs": self.end_epochs})
-        return end_to_end(self.model, self.blocks, ids, y, states, options, self.seed)
+        return end_to_end(self.model, self.blocks, ids, y, states, self.end_epochs, self.options, self.seed)
 
     def weights(self, b: int, index: int) -> Parameters | None:
         """None: block b holds its quantized weights."""

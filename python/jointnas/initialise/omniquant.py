@@ -28,9 +28,9 @@ from torch.nn.functional import pad
 
 from jointnas.config import InitOptions
 from jointnas.initialise.blocks import Blocks
+from jointnas.initialise.descent import descend
 from jointnas.initialise.problem import Clips, Parameters, Problem
 from jointnas_kernels.layout import HIDDEN, NEURONS, Axis, size
-from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.ops.core.tensors import compute_dtype
 
 log = logging.getLogger(__name__)
@@ -165,23 +165,14 @@ def learn(problem: Problem, options: InitOptions, *, transform: bool, seed: int 
     groups: list[dict[str, Any]] = [{"params": list(logits.values()), "lr": options.lr_clip}]
     if moved is not None:
         groups.append({"params": [leaf.requires_grad_() for leaf in moved.leaves()], "lr": options.lr_transform})
-    optimizer = torch.optim.Adam(groups)
-    epochs = options.epochs or EPOCHS
-    total = epochs * math.ceil(len(x) / blocks.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 0.5 * (1 + math.cos(math.pi * s / total)))
-    for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=seeded(seed, b, problem.bits, epoch)).to(x.device)
-        for chosen in order.split(blocks.batch):
-            with torch.enable_grad():
-                out = blocks.run(
-                    b, x[chosen], problem.quantized(parameters_of(moved), {n: v.sigmoid() for n, v in logits.items()})
-                )
-                # in units of the start: errors go down to 1e-7 at 8 bits, where Adam's epsilon would count
-                loss = (out - y[chosen]).to(compute_dtype(out.dtype)).square().mean() / max(start, 1e-30)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+
+    def loss(chosen: Tensor) -> Tensor:  # in units of the start: down to 1e-7 at 8 bits, where Adam's epsilon counts
+        clips = {n: v.sigmoid() for n, v in logits.items()}
+        out = blocks.run(b, x[chosen], problem.quantized(parameters_of(moved), clips))
+        return (out - y[chosen]).to(compute_dtype(out.dtype)).square().mean() / max(start, 1e-30)
+
+    epochs, seeds = options.epochs or EPOCHS, (seed, b, problem.bits)
+    descend(loss, groups, len(x), blocks.batch, epochs, x.device, *seeds, warmup=0.0, floor=0.0, betas=(0.9, 0.999))
     with torch.no_grad():
         parameters, clips = parameters_of(moved), {n: v.sigmoid() for n, v in logits.items()}
         end = problem.error(problem.quantized(parameters, clips))

@@ -106,7 +106,8 @@ def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | Non
     blocks, count = job.blocks, len(job.blocks.layers)
     rows: list[Row] = []
     states: list[State] = []
-    todo = job.end_epochs > 0 or store is None or store.finished() < count
+    ended = store.within("end-to-end") if store is not None and job.end_epochs else store
+    todo = store is None or ended is None or store.finished() < count or ended.finished() < count
     x = blocks.start(calibration) if calibration is not None and todo else None
     behind = [] if x is None else [x.clone() for _ in range(job.chains)]  # inputs behind quantized blocks
     bar = Progress(f"initialise: {job.method}", count, 0, progress)
@@ -132,22 +133,23 @@ def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | Non
         bar.step(**{k: v for k, v in new[-1].items() if k in ("mse_rtn", "mse", "error_rtn", "error")})
     bar.close()
     if isinstance(job, Plain) and job.end_epochs:
-        assert calibration is not None
-        assert x is not None
-        rows.append(_end(job, calibration, x, states, store))
+        rows.append(_end(job, calibration, x, states, ended))
     if store is not None:
         store.report(rows)
     return rows
 
 
-def _end(job: Plain, calibration: Tensor, y: Tensor, states: list[State], store: Store | None) -> Row:
-    """Learns end to end, or takes it from the store, which keeps the result by blocks, too."""
+def _end(
+    job: Plain, calibration: Tensor | None, y: Tensor | None, states: list[State], kept: Store | None
+) -> Row:  # fmt: skip
+    """Learns end to end, or takes it from its own store, which keeps the result by blocks, too."""
     count = len(states)
-    kept = None if store is None else store.within("end-to-end")
     found = [] if kept is None else [block for b in range(count) if (block := kept.load(b)) is not None]
     if len(found) == count:
         states, row = [state for state, _ in found], found[0][1][0]
     else:
+        assert calibration is not None
+        assert y is not None
         states, row = job.end(calibration, y, states)
         if kept is not None:
             for b, state in enumerate(states):
