@@ -7,6 +7,8 @@ STAGE  := .ci/stage build/test
 SETUP  := .ci/stage build/setup
 PYTEST := $(BIN)/python -m pytest
 NO_GPU := CUDA_VISIBLE_DEVICES=
+# Two processes of one thread each: most tests are too small to share between threads.
+TWO    := OMP_NUM_THREADS=1
 
 .PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu clean
 
@@ -52,10 +54,10 @@ docs: setup ## the API site, into site/
 	@$(STAGE) docs .ci/site $(BIN)
 
 examples: setup ## the scripts of examples/
-	@$(NO_GPU) $(STAGE) examples $(PYTEST) tests/examples
+	@$(NO_GPU) $(TWO) $(STAGE) examples $(PYTEST) -n 2 tests/examples
 
 unit: setup ## everything else under tests/
-	@$(NO_GPU) $(STAGE) unit $(PYTEST) tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
+	@$(NO_GPU) $(TWO) $(STAGE) unit $(PYTEST) -n 2 tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
 
 # own processes: the interpreter must be switched on before Triton is imported, and must be off to compile
 interpret: setup ## Triton kernels in its interpreter

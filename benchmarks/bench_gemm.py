@@ -76,6 +76,12 @@ def peer_product(layer: Any, x: Tensor) -> Tensor:
     return layer(x)
 
 
+def allowed(a_bits: int, peer: bool) -> float:
+    """Relative error a product may have. A peer rounds activations on a grid of its own (another rounding of the scale
+    is enough to move the levels), so quantization noise itself, 1 % at 8 bits, parts it from the reference."""
+    return 2e-2 if peer and a_bits < 16 else 1e-2
+
+
 def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable[[], Any], Product, bool]]:
     """name: (make one weight copy, product, whether activations are quantized symmetrically); ours or the peers."""
     found: dict[str, tuple[Callable[[], Any], Product, bool]] = {}
@@ -153,7 +159,8 @@ def check_and_time(
     x: Tensor,
     reference: Tensor,
 ) -> None:
-    error = gate(label, {"y": (call(weights[0]), reference)}, 1e-2)
+    bound = allowed(scheme_bits(scheme)[1], label in {peer.name for peer in PEERS})
+    error = gate(label, {"y": (call(weights[0]), reference)}, bound)
     tokens = x.shape[0]
     time = time_rotated(call, weights, "cuda", calls=per_graph(tokens))
     share = (case.nbytes + 2 * tokens * (case.inputs + case.rows)) / time.median / args.peak

@@ -55,7 +55,7 @@ def quantized(
 def measure(recorder: Recorder, scheme: str, method: str, args: argparse.Namespace, held_out: Tensor) -> None:
     """One row."""
     source = ModelConfig(source=args.model, device=args.device, dtype="float32")
-    options = InitOptions(samples=args.samples, epochs=args.epochs)
+    options = InitOptions(samples=args.samples, epochs=args.epochs, end_epochs=args.end_epochs)
     if method == "omniquant" and scheme.startswith("w2") and args.epochs:  # as published: twice the passes at 2 bits
         options = options.model_copy(update={"epochs": 2 * args.epochs})
     model: Any = loading.load_model(source)
@@ -98,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration windows")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--epochs", type=int, default=None, help="none: the methods' own")
+    parser.add_argument("--end-epochs", type=int, default=None, help="passes end to end; none: the method's own")
     parser.add_argument("--tokens", type=int, default=None, help="held-out tokens; none: all")
     parser.add_argument("--tasks", type=int, default=0, help="questions of each embedded task; 0: no tasks")
     parser.add_argument("--state", default=None, help="folder that keeps finished blocks and methods")

@@ -2,7 +2,7 @@
 
 The model is built without weights (meta device), and each tensor goes from the file straight into its module: packed
 integers stay packed, so memory is what the files hold (a kernel's own layout adds a few bytes per group of weights).
-Everything but the quantized linears is stock transformers.
+Everything but the quantized linears is stock transformers, until single tokens are asked for (runtime/generation.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jointnas_kernels.hf.compressed import Scheme, read_schemes
 from jointnas_kernels.hf.families import build, family, rotary
 from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.nn.packed import BACKENDS, PackedLinear
+from jointnas_kernels.runtime import attach
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -32,6 +33,7 @@ def load(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> PreTrainedModel:
     """The model of an exported folder, its quantized linears on `lowbit_linear`; for inference, `generate` included.
+    `model.runtime` says which path decoded the latest token, and why.
 
     Also loads other compressed-tensors folders, if each linear is `pack-quantized` W{2,4,8} in symmetric groups with
     A{2,4,8} (dynamic per token) or A16, or not quantized; and folders without any quantization.
@@ -78,6 +80,7 @@ def load(
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
+    attach(model)
     return model
 
 

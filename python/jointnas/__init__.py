@@ -10,7 +10,8 @@ import importlib
 from typing import Any
 
 _VERBS = (
-    "bench", "compare", "demo", "doctor", "evaluate", "export", "fetch", "finetune", "quantize", "report", "search",
+    "bench", "compare", "demo", "doctor", "evaluate", "export", "fetch", "finetune", "generate", "quantize",
+    "report", "search",
 )  # fmt: skip
 _WHERE = {
     **dict.fromkeys(("SearchSpace", "Choice", "count_params", "expected_params"), "jointnas_kernels.space"),

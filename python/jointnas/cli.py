@@ -33,6 +33,7 @@ VERBS = {
     "quantize": "quantize a model after training, at one precision, and export it",
     "finetune": "distil the found choice of a run again",
     "export": "copy the finished model of a run, or write it for llama.cpp",
+    "generate": "text from a model, and how fast it comes",
     "eval": "perplexity and tasks of a model, or of a run's models",
     "report": "draw a run's plots and report.html",
     "compare": "the found choice against random ones of its cost",

@@ -1,0 +1,206 @@
+"""A model's `forward`: the decode step where it applies, transformers' own code otherwise.
+
+The cache stays transformers' own. After a step its layers hold views of the step's static buffers, so everything that
+is done to caches (cropping, reordering beams, a further prompt) goes on working; what it leaves there is copied into
+the buffers by the next step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from jointnas_kernels.runtime.decode import MOST, DecodeStep, misfit
+
+MORE = 256  # positions that buffers grow by
+# The cache in calls and results was `past_key_values` before transformers 5.24; calls may still name it so.
+CACHE_NAMES = ("cache", "past_key_values")
+RESULT = next(name for name in CACHE_NAMES if name in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)})
+# Arguments that the step reads, or that change nothing about one token.
+KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "logits_to_keep", *CACHE_NAMES}
+
+
+class _Unsuited(Exception):
+    """Why a call is left to transformers."""
+
+
+class Runtime:
+    """Stands in for a model's `forward`, and says what ran.
+
+    One more token for each of 1 to 16 sequences is a decode step (`DecodeStep`), if the model fits it and nothing is
+    wanted that only transformers' code has: other inputs or outputs, hooks, gradients, caches that do not grow. Changes
+    of the model (other modules, dtype or device) are seen with the next prompt.
+
+    Attributes:
+        enabled: False leaves every call to transformers.
+        steps: calls that were decode steps.
+        reason: why the latest call was none; None: it was one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.enabled = model, True
+        self.steps = 0
+        self.reason: str | None = "nothing ran yet"
+        self._step: DecodeStep | None = None
+        self._state: list[int] = []  # of the model, when it was looked at
+        self.__signature__ = inspect.signature(type(model).forward.__get__(model))  # generate() reads it
+
+    def __str__(self) -> str:
+        latest = "the latest call was one" if self.reason is None else f"the latest call was none: {self.reason}"
+        return f"decode steps: {self.steps}; {latest}"
+
+    def __reduce__(self) -> tuple[Any, ...]:  # copies have a step of their own
+        return Runtime, (self.model,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's `forward`."""
+        try:
+            return self._decode(*args, **kwargs)
+        except _Unsuited as reason:
+            self.reason = str(reason)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    def _decode(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        if args:
+            kwargs["input_ids"] = args[0]
+        ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        if not self.enabled:
+            raise _Unsuited("it is switched off")
+        if ids is None or ids.shape[1:] != (1,) or cache is None or not (count := cache.get_seq_length()):
+            raise _Unsuited("a prompt")
+        if len(args) > 1:
+            raise _Unsuited("arguments are given by position")
+        _check(kwargs, cache, mask, self.model.config)
+        room = cache.__dict__.get("_room")
+        if room is None or room.runtime is not self:
+            room = cache._room = _Room(self, self._fitted())
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
+            raise _Unsuited("gradients are wanted")
+        starts = None if mask is None else _starts(mask, count + 1)
+        if positions is None:
+            positions = torch.full((len(ids),), count)
+        logits = room.step(ids[:, 0], positions.reshape(-1).expand(len(ids)), starts, cache.layers, count)
+        self.steps, self.reason = self.steps + 1, None
+        return CausalLMOutputWithPast(logits=logits[:, None], **{RESULT: cache})
+
+    def _fitted(self) -> DecodeStep:
+        """The step of the model as it is now."""
+        model = self.model
+        below = [m for m in model.modules() if m is not model]
+        if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in below):
+            raise _Unsuited("modules of the model have hooks")
+        state = [*map(id, below), *(t.data_ptr() for m in (model.parameters(), model.buffers()) for t in m)]
+        if self._step is None or state != self._state:
+            if reason := misfit(model):
+                raise _Unsuited(reason)
+            self._step, self._state = DecodeStep(model), state
+        return self._step
+
+
+class _Room:
+    """A step's static buffers for one cache, and the views of them that its layers were given last."""
+
+    def __init__(self, runtime: Runtime, step: DecodeStep) -> None:
+        self.runtime, self._step = runtime, step
+        self._caches = step.caches(0, 0)
+        self._views: list[tuple[Tensor, Tensor]] = []
+
+    def __deepcopy__(self, memo: object) -> None:  # a cache's copy gets buffers of its own with its next step
+        return None
+
+    def step(self, ids: Tensor, positions: Tensor, starts: Tensor | None, layers: list[Any], count: int) -> Tensor:
+        """Logits [batch, vocab]; the layers' keys and values are `count` long before and one longer afterwards."""
+        same = len(self._views) == len(layers) and all(
+            layer.keys is keys and layer.values is values
+            for layer, (keys, values) in zip(layers, self._views, strict=True)
+        )
+        batch = self._caches.keys[0].shape[0]
+        if not same or batch != len(ids) or count >= self._caches.length:
+            self._adopt(layers, len(ids), count)
+        if not 0 <= int(positions.min()) <= int(positions.max()) < self._caches.length:
+            raise _Unsuited("positions beyond those of the cache")
+        logits = self._step(ids, positions, self._caches, count, starts)
+        self._views.clear()
+        for layer, keys, values in zip(layers, self._caches.keys, self._caches.values, strict=True):
+            begin = 0
+            if layer.is_sliding:
+                layer.cumulative_length = count + 1
+                begin = max(0, count + 2 - layer.sliding_window)
+            layer.keys, layer.values = keys[:, :, begin : count + 1], values[:, :, begin : count + 1]
+            self._views.append((layer.keys, layer.values))
+        return logits
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _adopt(self, layers: list[Any], batch: int, count: int) -> None:
+        """Copies into the buffers what the layers hold, unless it is there; larger buffers where these do not do."""
+        shape, dtype = (batch, *self._caches.keys[0].shape[1::2]), self._caches.keys[0].dtype
+        if len(layers) != len(self._caches.keys) or any(layer.keys is None for layer in layers):
+            raise _Unsuited("a cache of other layers")
+        for layer in layers:
+            for tensor in (layer.keys, layer.values):
+                length, device = tensor.shape[2], tensor.device.type
+                if (*tensor.shape[:2], tensor.shape[3]) != shape or tensor.dtype != dtype or device != "cpu":
+                    raise _Unsuited(f"a cache of {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
+                if length != count and not (layer.is_sliding and length >= min(count, layer.sliding_window - 1)):
+                    raise _Unsuited("a cache whose layers are not equally long")
+        caches = self._caches
+        if caches.keys[0].shape[0] != batch or count >= caches.length:
+            caches = self._step.caches(batch, count + MORE)
+        for layer, *buffers in zip(layers, caches.keys, caches.values, strict=True):
+            for tensor, buffer in zip((layer.keys, layer.values), buffers, strict=True):
+                place = buffer[:, :, count - tensor.shape[2] : count]
+                if (tensor.data_ptr(), tensor.stride()) != (place.data_ptr(), place.stride()):
+                    place.copy_(tensor.clone())  # it may be another part of the same buffer
+        self._caches = caches
+
+
+def attach(model: Any) -> None:
+    """Lets a transformers model decode through the step, where it applies; `model.runtime` is its `Runtime`."""
+    model.runtime = model.forward = Runtime(model)
+
+
+def _check(kwargs: dict[str, Any], cache: Any, mask: Any, config: Any) -> None:
+    """That nothing is asked for which the step has not."""
+    if len(kwargs["input_ids"]) > MOST:
+        raise _Unsuited(f"{len(kwargs['input_ids'])} sequences, of at most {MOST}")
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or cache.offloading or any(type(layer) not in kinds for layer in cache.layers):
+        raise _Unsuited("its cache is no plain DynamicCache")
+    if any(getattr(layer, "record_past", False) for layer in cache.layers):
+        raise _Unsuited("its cache records what slides out of the window")
+    for name in ("use_cache", "return_dict"):
+        if kwargs.pop(name, None) is False:
+            raise _Unsuited(f"{name} is False")
+    for name, value in kwargs.items():
+        if name not in KNOWN and value is not None and value is not False:
+            raise _Unsuited(f"{name} is given")
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise _Unsuited("logits_to_keep is a tensor")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        raise _Unsuited("its attention mask is not [batch, positions]")
+    if config.output_attentions or config.output_hidden_states or config.return_dict is False:
+        raise _Unsuited("the config wants other outputs")
+    if torch.is_autocast_enabled("cpu"):
+        raise _Unsuited("autocast is on")
+
+
+def _starts(mask: Tensor, count: int) -> Tensor | None:
+    """The first visible position of each sequence, int64 [batch]; None: all are."""
+    if mask.shape[1] != count:
+        raise _Unsuited(f"an attention mask of {mask.shape[1]} positions, where there are {count}")
+    visible = mask.bool()
+    if visible.all():
+        return None
+    starts = visible.long().argmax(1)
+    if not torch.equal(visible.sum(1), count - starts) or not visible[:, -1].all():
+        raise _Unsuited("an attention mask with more than padding on the left")
+    return starts
