@@ -20,7 +20,7 @@ import argparse
 import copy
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,11 @@ from benchmarks.harness import Recorder, Timing, arguments, gate, guarded, time_
 from jointnas import assets, exporting
 from jointnas_kernels import hf
 from jointnas_kernels.latency import Workload, profile
-from jointnas_kernels.latency.measure import fit
+from jointnas_kernels.latency.measure import call_of, fit
 from jointnas_kernels.latency.watch import Watch
 from jointnas_kernels.layout import block_of
 from jointnas_kernels.nn import PackedLinear
+from jointnas_kernels.runtime import attach
 from jointnas_kernels.space import Choice, SearchSpace
 
 SCHEMES: dict[str, tuple[tuple[int, ...], tuple[int, ...]] | None] = {  # bits of successive blocks, repeated
@@ -80,7 +81,9 @@ def small_models(device: str, dtype: torch.dtype) -> Iterator[tuple[str, nn.Modu
     with tempfile.TemporaryDirectory() as folder:
         for name, choice in choices(space).items():
             if choice is None:
-                yield name, assets.load_model(dtype).to(device)
+                plain = assets.load_model(dtype).to(device)
+                attach(plain)
+                yield name, plain
                 continue
             fake = hf.extract(net, choice)
             exporting.export_model(fake, Path(folder) / "model", choice, net.block_rank)
@@ -117,37 +120,22 @@ def block_models(device: str, dtype: torch.dtype, config: LlamaConfig) -> Iterat
                     value = torch.empty(parameter.shape, dtype=dtype, device=device).normal_(0, 0.02)
                     module.register_parameter(key, nn.Parameter(value, requires_grad=False))
         model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
-        yield name, model.eval()
+        attach(model.eval())
+        yield name, model
 
 
 # ---- measurement ----------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def decoder(model: Any, context: int) -> Callable[[], object]:
-    """One token after `context` cached ones, again and again at the same place."""
-    device, vocab = next(model.parameters()).device, model.config.vocab_size
-    prompt, token = (torch.randint(vocab, (1, n), device=device) for n in (context, 1))
-    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
-
-    @torch.inference_mode()
-    def decode() -> object:
-        output = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(-1)
-        return output
-
-    return decode
 
 
 def operations(config: Any, device: str, dtype: torch.dtype, context: int, seconds: float) -> dict[str, float]:
     """Sums of operations in ms per scheme, from a new table of torch's dense kernels and our low-bit ones."""
     space = single(config)
     workload = Workload("decode", 1, context, str(dtype).removeprefix("torch."))
-    ours = "ours-cpu" if device == "cpu" else "ours-cuda"
+    names = None if device == "cpu" else ("torch", "ours-cuda")
     watch = Watch.on(torch.device(device), patience=0)  # the state of the moment is the one to be measured
     with tempfile.TemporaryDirectory() as folder:
         table = profile(
-            space, config, Path(folder) / "table.jsonl", workload=workload, device=device, backends=("torch", ours),
+            space, config, Path(folder) / "table.jsonl", workload=workload, device=device, backends=names,
             progress=False, seconds_per_operation=seconds, watch=watch,
         )  # fmt: skip
     bound = table.bind(space)
@@ -169,8 +157,9 @@ def panel(
 ) -> None:
     dtype = getattr(torch, args.dtype)
     contenders, held = {}, {}
+    workload = Workload("decode", 1, args.tokens, args.dtype)
     for scheme, model in models:
-        contenders[scheme] = decoder(model, args.tokens)
+        contenders[scheme] = torch.inference_mode()(call_of(model, workload, torch.device(recorder.device)))
         tensors = {t.data_ptr(): t.numel() * t.element_size() for t in model.state_dict().values()}
         held[scheme] = sum(tensors.values())
     measured: dict[str, list[float]] = {n: [] for n in contenders}  # ms, one per round

@@ -229,6 +229,8 @@ struct Worker {
     return [](int64_t, int64_t, int64_t) {};
   }
 
+  // Of every query head: the rotation of it and its key, and attention; a step does both.
+  template <bool kRotates, bool kAttends>
   void attention(const DecodeBlock& b) {
     const DecodeModel& m = s.model;
     const int64_t D = m.head_dim, H = m.heads, K = m.kv_heads, share = H / K, fused = s.qkv();
@@ -246,9 +248,12 @@ struct Worker {
         k = qkv + t * fused + (H + g) * D;
         v = qkv + t * fused + (H + K + g) * D;
       }
-      const T *cosine = in<T>(m.cosines) + s.positions[t] * D, *sine = in<T>(m.sines) + s.positions[t] * D;
-      JN_DISPATCH(s.level, rotate(q, in<T>(b.q_norm), eps, cosine, sine, query, D));
-      JN_DISPATCH(s.level, rotate(k, in<T>(b.k_norm), eps, cosine, sine, key, D));
+      if constexpr (kRotates) {
+        const T *cosine = in<T>(m.cosines) + s.positions[t] * D, *sine = in<T>(m.sines) + s.positions[t] * D;
+        JN_DISPATCH(s.level, rotate(q, in<T>(b.q_norm), eps, cosine, sine, query, D));
+        JN_DISPATCH(s.level, rotate(k, in<T>(b.k_norm), eps, cosine, sine, key, D));
+      }
+      if constexpr (!kAttends) continue;
       const int64_t cache = (t * K + g) * m.length * D;
       T *const keys = reinterpret_cast<T*>(b.keys) + cache, *const values = reinterpret_cast<T*>(b.values) + cache;
       if (h % share == 0) {
@@ -263,11 +268,54 @@ struct Worker {
     team.barrier();
   }
 
+  void embed() {
+    const int64_t hidden = s.model.hidden;
+    for (int64_t t = me; t < s.M; t += count)
+      std::memcpy(x + t * hidden, in<T>(s.model.embedding) + s.ids[t] * hidden, static_cast<size_t>(hidden) * sizeof(T));
+    team.barrier();
+  }
+
+  // Rows of tokens as `products` has them made.
+  template <class Make>
+  void rows_of(const Make& make, int64_t width) {
+    const bool alone = s.M == 1;
+    for (int64_t t = alone ? 0 : me; t < s.M; t += alone ? 1 : count) make(t, (alone ? row : rows) + t * width);
+  }
+
+  auto swiglu(int64_t width, const T* second) {
+    return [this, width, second](int64_t t, T* to) {
+      JN_DISPATCH(s.level, swiglu_row(gate + t * width, second + t * width, to, s.model.intermediate));
+    };
+  }
+
+  void part(DecodePart which) {
+    const DecodeModel& m = s.model;
+    embed();
+    for (int64_t i = 0; i < m.blocks; ++i) {
+      const DecodeBlock& b = s.blocks()[i];
+      const Output y[1] = {{&b.q, static_cast<T*>(s.logits)}};
+      const int64_t first = m.hidden * me / count, end = m.hidden * (me + 1) / count, all = s.M * m.heads;
+      switch (which) {
+        case kEmbed: embed(); break;
+        case kNorm: rows_of(normed(b.input_norm), m.hidden); break;
+        case kProduct: products(y, copied(x, m.hidden), nothing()); break;
+        case kHeadNorm:
+          for (int64_t item = all * me / count; item < all * (me + 1) / count; ++item)
+            JN_DISPATCH(s.level, norm_row(heads + item * m.head_dim, in<T>(b.q_norm), as_fp32(m.epsilon), head, m.head_dim));
+          break;
+        case kRotate: attention<true, false>(b); break;
+        case kAttend: attention<false, true>(b); break;
+        case kSwiglu: rows_of(swiglu(m.intermediate, up), m.intermediate); break;
+        default:
+          for (int64_t t = 0; t < s.M; ++t) residual()(t, first, end);
+      }
+    }
+    team.barrier();
+  }
+
   void run() {
     const DecodeModel& m = s.model;
-    for (int64_t t = me; t < s.M; t += count)
-      std::memcpy(x + t * m.hidden, in<T>(m.embedding) + s.ids[t] * m.hidden, static_cast<size_t>(m.hidden) * sizeof(T));
-    team.barrier();
+    embed();
     for (int64_t i = 0; i < m.blocks; ++i) {
       const DecodeBlock& b = s.blocks()[i];
       const int64_t D = m.head_dim;
@@ -278,7 +326,7 @@ struct Worker {
         const Output parts[1] = {{&b.q, qkv}};
         products(parts, normed(b.input_norm), nothing());
       }
-      attention(b);
+      attention<true, true>(b);
       const Output o[1] = {{&b.o, out}};
       products(o, copied(heads, m.heads * D), residual());
       const int64_t F = m.intermediate, width = b.up.outputs ? F : 2 * F;
@@ -291,8 +339,7 @@ struct Worker {
       }
       const T* const second = b.up.outputs ? up : gate + F;
       const Output down[1] = {{&b.down, out}};
-      products(down, [&](int64_t t, T* to) { JN_DISPATCH(s.level, swiglu_row(gate + t * width, second + t * width, to, F)); },
-               residual());
+      products(down, swiglu(width, second), residual());
     }
     const Output logits[1] = {{&m.head, static_cast<T*>(s.logits)}};
     products(logits, normed(m.final_norm), nothing());
@@ -311,12 +358,12 @@ int cpu_decode_size(const DecodeModel* model, int64_t M, int64_t* size, int thre
 }
 JN_EXPORT(cpu_decode_size);
 
-// logits [M, vocab] of tokens ids [M] at rotary positions [M], whose keys and values go to `slot` of the caches; token m
-// sees slots from starts[m] on. memory: of cpu_decode_size, 64-byte aligned.
-int cpu_decode_step(const DecodeModel* model, int64_t M, const int64_t* ids, const int64_t* positions,
-                    const int64_t* starts, int64_t slot, void* logits, void* memory, int threads, int isa) {
+// `work(worker)` by every member of a team.
+template <class F>
+int step_run(const DecodeModel* model, int64_t M, const int64_t* ids, const int64_t* positions, const int64_t* starts,
+             int64_t slot, void* y, void* memory, int threads, int isa, const F& work) {
   if (M < 1 || M > kMostTokens || slot < 0 || slot >= model->length) return kBadArgument;
-  Step step{*model, M, slot, ids, positions, starts, logits, threads, choose_isa(isa), isa};
+  Step step{*model, M, slot, ids, positions, starts, y, threads, choose_isa(isa), isa};
   if (!step.level) return kIsaMissing;
   for (int64_t m = 0; m < M; ++m)
     if (ids[m] < 0 || ids[m] >= model->vocab || positions[m] < 0 || positions[m] >= model->length || starts[m] < 0 ||
@@ -325,13 +372,30 @@ int cpu_decode_step(const DecodeModel* model, int64_t M, const int64_t* ids, con
   if (const int error = step.measure()) return error;
   team_run(threads, [&](Team& team, int me, int count) {
     if (model->dtype == kF32)
-      Worker<float>(step, team, me, count, static_cast<char*>(memory)).run();
+      work(Worker<float>(step, team, me, count, static_cast<char*>(memory)));
     else
-      Worker<bf16>(step, team, me, count, static_cast<char*>(memory)).run();
+      work(Worker<bf16>(step, team, me, count, static_cast<char*>(memory)));
   });
   return kOk;
 }
+
+// logits [M, vocab] of tokens ids [M] at rotary positions [M], whose keys and values go to `slot` of the caches; token m
+// sees slots from starts[m] on. memory: of cpu_decode_size, 64-byte aligned.
+int cpu_decode_step(const DecodeModel* model, int64_t M, const int64_t* ids, const int64_t* positions,
+                    const int64_t* starts, int64_t slot, void* logits, void* memory, int threads, int isa) {
+  return step_run(model, M, ids, positions, starts, slot, logits, memory, threads, isa, [](auto worker) { worker.run(); });
+}
 JN_EXPORT(cpu_decode_step);
+
+// One part of it (DecodePart), once per block; y: [M, outputs] of a product. Otherwise as cpu_decode_step, whose memory
+// holds zeros at first.
+int cpu_decode_part(const DecodeModel* model, int64_t part, int64_t M, const int64_t* ids, const int64_t* positions,
+                    const int64_t* starts, int64_t slot, void* y, void* memory, int threads, int isa) {
+  if (part < 0 || part >= kDecodeParts) return kBadArgument;
+  return step_run(model, M, ids, positions, starts, slot, y, memory, threads, isa,
+                  [part](auto worker) { worker.part(static_cast<DecodePart>(part)); });
+}
+JN_EXPORT(cpu_decode_part);
 
 }  // namespace jointnas
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import backends as registry
+from jointnas_kernels.latency.backends import step
 from jointnas_kernels.latency.backends.base import Target, Weight, quantize_weight
 from jointnas_kernels.latency.interpolation import measured_by
 from jointnas_kernels.latency.schema import Calibration
@@ -26,10 +27,13 @@ from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
 from jointnas_kernels.layout import block_of
+from jointnas_kernels.runtime import Runtime, attach
+from jointnas_kernels.runtime.generation import RESULT
 from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks, subnet_config
 
 ENOUGH = 4  # whole models for the two terms of a calibration
 TURNS = 5  # of measuring a whole model
+AHEAD = 16  # tokens that decoding runs ahead of its context
 
 
 class BackendLinear(nn.Module):
@@ -61,6 +65,8 @@ def deploy(
     Raises:
         JointNASError: the model is not of this choice, or no backend in the table runs one of its linears.
     """
+    if table.header.runtime == "step":
+        attach(model)
     if choice.weight_bits is None and choice.act_bits is None:
         return model
     layers: Any = model.model.layers  # type: ignore[union-attr]
@@ -83,7 +89,10 @@ def deploy(
             dense = linear.weight.detach()
             weight = dense if wbits == DENSE else quantize_weight(dense, wbits, group)
             bias = None if linear.bias is None else linear.bias.detach()
-            layer.set_submodule(path, BackendLinear(spec, target, measured_by(table, row), weight, bias))
+            if table.header.runtime == "step":
+                layer.set_submodule(path, step.linear(weight, abits, bias))
+            else:
+                layer.set_submodule(path, BackendLinear(spec, target, measured_by(table, row), weight, bias))
     return model
 
 
@@ -94,25 +103,34 @@ def measure_model(
     """Milliseconds of one prefill, or one decoded token, of a transformers causal model.
 
     watch: repeats what other processes disturb; `LatencyTable.watch` compares with the machine as it was profiled.
+
+    Raises:
+        JointNASError: a model that should decode through the step (it has a `Runtime`) does not.
     """
     model.eval()
     device = next(model.parameters()).device
     with pinned_threads(threads or 0):
-        return measure([_call(model, workload, device)], device, seconds, samples, watch=watch)
+        return measure([call_of(model, workload, device)], device, seconds, samples, watch=watch)
 
 
 @torch.inference_mode()
-def _call(model: nn.Module, workload: Workload, device: torch.device) -> Callable[[], object]:
+def call_of(model: nn.Module, workload: Workload, device: torch.device) -> Callable[[], object]:
+    """One prefill, or the next of endless decoded tokens."""
     vocab: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
     ids = torch.randint(vocab, (workload.batch, workload.queries), device=device)
     if workload.mode == "prefill":
         return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)
     prompt = torch.randint(vocab, (workload.batch, workload.seq), device=device)
-    cache = model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+    cache = getattr(model(input_ids=prompt, use_cache=True, logits_to_keep=1), RESULT)
 
     def decode() -> object:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.crop(-1)  # a view: the next call appends to the same context again
+        """One token more; back by AHEAD now and then, which costs as much as some tokens of a small model."""
+        if cache.get_seq_length() >= workload.seq + AHEAD:
+            cache.crop(-AHEAD)
+        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{RESULT: cache})
+        runtime = getattr(model, "runtime", None)
+        if isinstance(runtime, Runtime) and runtime.reason is not None:
+            raise JointNASError(f"the model does not decode through the step: {runtime.reason}")
         return output
 
     return decode

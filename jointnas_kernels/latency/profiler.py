@@ -25,7 +25,16 @@ import torch
 
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.latency import backends as registry
-from jointnas_kernels.latency.backends.base import Target, Weight, excuse, random_input, random_weight, verified
+from jointnas_kernels.latency.backends import step
+from jointnas_kernels.latency.backends.base import (
+    Call,
+    Target,
+    Weight,
+    excuse,
+    random_input,
+    random_weight,
+    verified,
+)
 from jointnas_kernels.latency.meters import UNITS, WINDOW, WINDOWS, meter
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
 from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops, parts
@@ -58,7 +67,7 @@ def profile(
         workload: default: prefill of 128 tokens in float32.
         device: cpu or cuda.
         threads: CPU threads to pin; default: what torch uses now.
-        backends: names to try; default: all registered ones.
+        backends: names to try; default: "step" where it decodes the model (backends/step.py), else all others.
         resume: continue what is in `out`.
         progress: show a bar.
         seconds_per_operation: time spent on each operation by each backend, up to 5.
@@ -75,17 +84,16 @@ def profile(
         raise JointNASError(f"profile: seconds_per_operation is {seconds_per_operation}; {allowed}")
     workload, out, seconds = workload or Workload(), writable(out, "file"), seconds_per_operation
     space, _ = space.feasible(config)
-    names = list(registry.names() if backends is None else backends)
-    for name in names:
-        registry.get(name)
     dims, here = ModelDims.of(config), describe(device, threads)
     target = Target(torch.device(device), workload, dims.kv_heads)
+    names = _names(backends, config, target)
     meter(metric, target)  # an error before the file is made
     with pinned_threads(here.threads):
         watch = watch or Watch.on(target.device, patience=PATIENCE * seconds)
         header = Header(
             metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            runtime="step" if names == [step.NAME] else "transformers",
             reference=[b * 1e3 for b in watch.baseline], load=round(os.getloadavg()[0], 2),
         )  # fmt: skip
         # operations on the same weight next to each other: it is made, quantized and packed once
@@ -141,6 +149,17 @@ def profile(
     if table.caution:
         warn_once(table.caution)
     return table
+
+
+def _names(asked: Sequence[str] | None, config: Any, target: Target) -> list[str]:
+    """Of the backends to try. The step runs all of a model, other backends run linears of a transformers model."""
+    if asked is None:
+        return [step.NAME] if step.running(config, target) else [n for n in registry.names() if n != step.NAME]
+    for name in asked:
+        registry.get(name)
+    if step.NAME in asked and len(set(asked)) > 1:
+        raise JointNASError(f"backend {step.NAME!r} runs whole models; name it alone, or others without it")
+    return list(dict.fromkeys(asked))
 
 
 def _announce(operations: int, measurements: int, seconds: float, metric: Metric) -> None:
@@ -253,9 +272,9 @@ def time_operation(
             with torch.inference_mode():
                 once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * fastest)
                 if once.median <= 10 * fastest:  # otherwise one sample is enough, and packing all copies too expensive
-                    copied = _copies(spec, target, weight, store.model_bytes)
-                    calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
+                    calls, each = _calls(backend, spec, target, first, weight, store.model_bytes, metric)
                     result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
+                    result = result._replace(p10=result.p10 / each, median=result.median / each, p90=result.p90 / each)
                 elif metric != "latency":
                     rows.append(Row(**identity, status="rejected", reason="over 10 times slower than another backend"))
                     continue
@@ -272,6 +291,20 @@ def time_operation(
     if not rows:
         rows.append(Row(**spec._asdict(), backend="none", status="infeasible", reason="; ".join(reasons)))
     return rows
+
+
+def _calls(
+    backend: Any, spec: OpSpec, target: Target, first: Call, weight: Weight | None, model_bytes: int, metric: Metric
+) -> tuple[list[Call], int]:
+    """Calls on as many copies of the weight as the timing rotates through, and how often each runs the operation."""
+    if metric == "memory":
+        return [first], 1
+    together = getattr(backend, "together", None)
+    copied = _copies(spec, target, weight, model_bytes) if together is None or weight is not None else []
+    calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
+    if together is not None and weight is not None:
+        calls = [together(calls)]
+    return calls, getattr(calls[0], "repeats", 1)
 
 
 def _copies(spec: OpSpec, target: Target, weight: Weight | None, model_bytes: int) -> list[Weight | None]:

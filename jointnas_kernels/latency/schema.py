@@ -63,6 +63,9 @@ class Header(_Record):
         default=None, description="ms of the reference kernels (`watch.py`) on the quiet machine"
     )
     load: float | None = Field(default=None, ge=0, description="load average when the profile began")
+    runtime: Literal["transformers", "step"] | None = Field(
+        default=None, description="what runs whole models: transformers' code, or the decode step of a CPU"
+    )
 
     @model_validator(mode="after")
     def _model(self) -> Header:
@@ -74,11 +77,19 @@ class Header(_Record):
         work = self.workload
         return f"{self.device}; {work.mode} {work.batch}×{work.seq} {work.dtype}"
 
+    @property
+    def outdated(self) -> str:
+        """Why models no longer run as they did when it was measured; empty if they do."""
+        work = self.workload
+        if self.runtime or self.device.type != "cpu" or work.mode != "decode" or work.dtype == "float16":
+            return ""
+        return "was measured before models decoded through the step on a CPU"
+
     def differs_from(self, other: Header) -> str:
         """Which part of what identifies a table differs, with both values; empty if none does."""
-        for name in ("metric", "device", "workload", "model"):
+        for name in ("metric", "device", "workload", "model", "runtime"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs:
+            if mine != theirs and not (name == "runtime" and {mine, theirs} == {None, "transformers"}):
                 return f"{name} ({mine!s}, not {theirs!s})"
         return ""
 

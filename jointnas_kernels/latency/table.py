@@ -104,7 +104,8 @@ class LatencyTable:
             recover: also an unfinished one, as far as it goes, for looking at it.
 
         Raises:
-            JointNASError: missing, truncated, edited or invalid file; another device.
+            JointNASError: missing, truncated, edited or invalid file; another device; a table of what models no longer
+                do.
         """
         contents = read(path, recover)
         if device == "auto":
@@ -116,6 +117,8 @@ class LatencyTable:
                     f"latency table {path} was measured on {contents.header.device}, this device is {here}; profile it "
                     "here, or force its use"
                 )
+            if why := contents.header.outdated:
+                raise JointNASError(f"latency table {path} {why}; profile it anew, or force its use")
         return cls(contents.header, contents.rows, contents.calibration, contents.complete)
 
     def save(self, path: str | Path) -> None:

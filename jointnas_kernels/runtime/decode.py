@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import threading
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,18 +33,11 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 def misfit(model: Any) -> str | None:
     """Why the step cannot run a transformers model; None: it can."""
-    config = model.config
     weight = model.get_input_embeddings().weight
     if weight.device.type != "cpu" or weight.dtype not in cpu.DTYPES:
         return f"it runs float32 and bfloat16 models on a CPU, not {weight.dtype} on {weight.device}"
-    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if kind not in STATIC_ROPE:
-        return f"rotary embeddings of type {kind!r} depend on the length of the sequence"
-    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
-    if partial not in (None, 1.0) or getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
-        return "only a part of each head is rotated"
-    if getattr(config, "hidden_act", "silu") != "silu":
-        return f"its activation is {config.hidden_act!r}, not 'silu'"
+    if reason := config_misfit(model.config):
+        return reason
     for b, layer in enumerate(model.model.layers):
         for names in STAGES:
             kinds = {_kind(module) for module in _modules(model, layer, names)}
@@ -53,6 +46,19 @@ def misfit(model: Any) -> str | None:
             if len(kinds) > 1:
                 return f"block {b}: {', '.join(names)} are quantized unlike each other"
     return None if _kind(model.lm_head) == (16,) else "its head is quantized"
+
+
+def config_misfit(config: Any) -> str | None:
+    """The same as far as a config tells."""
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in STATIC_ROPE:
+        return f"rotary embeddings of type {kind!r} depend on the length of the sequence"
+    partial = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor")
+    if partial not in (None, 1.0) or getattr(config, "partial_rotary_factor", None) not in (None, 1.0):
+        return "only a part of each head is rotated"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"its activation is {config.hidden_act!r}, not 'silu'"
+    return None
 
 
 def _modules(model: Any, layer: Any, names: tuple[str, ...]) -> list[nn.Module]:
@@ -107,8 +113,8 @@ class DecodeStep:
         self._model = array("q", [
             cpu.DTYPES[self.dtype], *(self.sizes[k] for k in ("hidden", "heads", "kv_heads", "head_dim", "intermediate",
             "vocab")), len(model.model.layers), 0, self._keep(model.get_input_embeddings().weight),
-            self._keep(model.model.norm.weight), 0, 0, _float_bits(model.config.rms_norm_eps),
-            _float_bits(model.model.layers[0].self_attn.scaling), *self._linear(model.lm_head),
+            self._keep(model.model.norm.weight), 0, 0, float_bits(model.config.rms_norm_eps),
+            float_bits(model.model.layers[0].self_attn.scaling), *linear_fields(model.lm_head, self._keep),
             self._blocks.buffer_info()[0],
         ])  # fmt: skip
         self._memory, self._for = torch.empty(0, dtype=torch.uint8), (0, 0)  # of how many sequences and threads
@@ -198,23 +204,23 @@ class DecodeStep:
         for names in STAGES:
             modules = _modules(self.model, layer, names)
             for i in range(len(names)):
-                yield from self._linear(modules[i] if i < len(modules) else None)
-
-    def _linear(self, module: Any) -> tuple[int, ...]:
-        if module is None:
-            return (0,) * LINEAR
-        if not isinstance(module, PackedLinear):
-            outputs, inputs = module.weight.shape
-            return self._keep(module.weight), self._keep(module.bias), outputs, inputs, 16, 0, 0, 16, 0
-        data = module.weight.tensors[0]
-        stored = module.in_features // data.shape[1]
-        bf16 = data.shape[2] == 1 + stored * module.weight_bits // 32
-        return (
-            self._keep(data), self._keep(module.bias), module.out_features, module.in_features, module.weight_bits,
-            stored, int(bf16), module.act_bits, int(module.act_symmetric),
-        )  # fmt: skip
+                yield from linear_fields(modules[i], self._keep) if i < len(modules) else (0,) * LINEAR
 
 
-def _float_bits(value: float) -> int:
-    """Of an fp32 number."""
+def linear_fields(module: Any, address: Callable[[Tensor | None], int]) -> tuple[int, ...]:
+    """DecodeLinear of an nn.Linear, or of a PackedLinear in the CPU's layout; `address` is a tensor's, and keeps it."""
+    if not isinstance(module, PackedLinear):
+        outputs, inputs = module.weight.shape
+        return address(module.weight), address(module.bias), outputs, inputs, 16, 0, 0, 16, 0
+    data = module.weight.tensors[0]
+    stored = module.in_features // data.shape[1]
+    bf16 = data.shape[2] == 1 + stored * module.weight_bits // 32
+    return (
+        address(data), address(module.bias), module.out_features, module.in_features, module.weight_bits,
+        stored, int(bf16), module.act_bits, int(module.act_symmetric),
+    )  # fmt: skip
+
+
+def float_bits(value: float) -> int:
+    """The bits of an fp32 number."""
     return int(struct.unpack("<i", struct.pack("<f", value))[0])

@@ -29,6 +29,7 @@ from jointnas_kernels.latency.backends.base import disagreement, quantize_weight
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
 from jointnas_kernels.latency.measure import BackendLinear
 from jointnas_kernels.latency.timing import copies, measure
+from jointnas_kernels.nn.packed import PackedLinear
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.space import SearchSpace
 from tests.latency.matrix import OUTPUTS, TOKENS, cases, check
@@ -181,7 +182,8 @@ def test_whole_models(tmp_path: Path, mode: str) -> None:
     assert again.predict(usable.full(), usable) == fitted.predict(usable.full(), usable)
     choice = usable.full()
     model = deploy(LlamaForCausalLM(LLAMA).eval(), choice, usable, fitted)
-    assert sum(isinstance(m, BackendLinear) for m in model.modules()) == 7 * 3
+    kind = PackedLinear if mode == "decode" else BackendLinear
+    assert sum(isinstance(m, kind) for m in model.modules()) == 7 * 3
     p10, median, p90, *_ = measure_model(model, table.workload, seconds=0.01, samples=3)
     assert 0 < p10 <= median <= p90
 

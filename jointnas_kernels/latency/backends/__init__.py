@@ -10,13 +10,14 @@ from jointnas_kernels.latency.backends.gemlite import Gemlite
 from jointnas_kernels.latency.backends.humming import Humming
 from jointnas_kernels.latency.backends.marlin import Marlin
 from jointnas_kernels.latency.backends.ours import Ours
+from jointnas_kernels.latency.backends.step import Step
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
 from jointnas_kernels.latency.backends.torch_lowbit import TorchFp8, TorchInt4, TorchInt8
 from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
 
 # best first: a backend ten times slower than one before it is not timed thoroughly
 _BUILTIN: tuple[Backend, ...] = (
-    TorchDense(), Ours("cpu", "cpu"), Ours("cuda", "cuda"), Ours("triton", "cuda"), Humming(), Marlin("vllm"),
+    TorchDense(), Step(), Ours("cpu", "cpu"), Ours("cuda", "cuda"), Ours("triton", "cuda"), Humming(), Marlin("vllm"),
     Marlin("gptqmodel"), Gemlite(), TorchInt8(), TorchInt4(), TorchFp8(),
 )  # fmt: skip
 _REGISTRY = {backend.name: backend for backend in _BUILTIN}

@@ -59,7 +59,8 @@ class Backend(Protocol):
 
     def prepare(self, spec: OpSpec, target: Target, weight: Weight | None) -> Call:
         """Packs the weight into storage of its own; the returned function maps the input [M, K] to [M, N] (linear,
-        lm_head), or is one of the other parts on inputs of its own."""
+        lm_head), or is one of the other parts on inputs of its own. One that runs the operation several times says so
+        in an attribute `repeats`; a backend with a method `together(calls)` makes one of several calls."""
 
 
 class Torch:
