@@ -12,20 +12,21 @@ from torch import Tensor, nn
 
 
 class LlamaCpp:
-    """Its server, keys and values in fp32.
+    """Its server; `exact`: with keys and values in fp32.
 
     A position is asked for with a token that is to follow: the server says nothing of tokens that end the text or are
     parts of characters, so it would not of every token that it chose itself."""
 
-    def __init__(self, path: str | Path, context: int = 256, threads: int = 1) -> None:
+    def __init__(self, path: str | Path, context: int = 256, threads: int = 1, exact: bool = True) -> None:
         import xllamacpp
 
         options = xllamacpp.CommonParams()
         options.model.path, options.n_ctx, options.n_parallel = str(path), context, 1
         options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
         options.warmup, options.verbosity = False, 0
-        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if exact:
+            options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._server = xllamacpp.Server(options)
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +46,14 @@ class LlamaCpp:
         """[T - start, vocab]: after every prefix of ids [T] that is longer than `start`; for small vocabularies."""
         rows = (self.after(ids[:end].tolist(), vocab) for end in range(start + 1, len(ids) + 1))
         return torch.tensor([[row[i] for i in range(vocab)] for row in rows])
+
+    def speed(self, ids: Tensor, tokens: int) -> tuple[float, float]:
+        """Seconds per token of a prompt ids [T], and per token of so many that it writes then, by its own clock."""
+        request = {"prompt": ids.tolist(), "n_predict": tokens, "ignore_eos": True, "cache_prompt": False}
+        times = self._answer({**request, "temperature": 0})["timings"]
+        if (times["prompt_n"], times["predicted_n"]) != (len(ids), tokens):
+            raise RuntimeError(f"llama.cpp read or wrote another number of tokens: {times}")
+        return times["prompt_ms"] / times["prompt_n"] / 1e3, times["predicted_ms"] / times["predicted_n"] / 1e3
 
     def tokenized(self, text: str) -> int:
         """How many tokens it makes of a text."""

@@ -45,7 +45,8 @@ def misfit(model: Any) -> str | None:
                 return f"block {b} has linears that quantize activations of unquantized weights, or of another layout"
             if len(kinds) > 1:
                 return f"block {b}: {', '.join(names)} are quantized unlike each other"
-    return None if _kind(model.lm_head) == (16,) else "its head is quantized"
+    kind = _kind(model.lm_head)
+    return None if kind and kind[1:2] in ((), (16,)) else "its head has quantized inputs, or another layout"
 
 
 def config_misfit(config: Any) -> str | None:

@@ -194,6 +194,7 @@ class BitsConfig(Section):
     act: int = Field(default=16, ge=2, le=16, description="16: activations stay as they are")
     group_size: int = Field(default=128, ge=1, description="inputs per scale; o_proj: at most the head dim")
     act_symmetric: bool = Field(default=False, description="activation quantizers without zero point")
+    head: Literal[4, 8, 16] = Field(default=16, description="of the head's weight; 16: it stays as it is")
 
 
 class FinetuneConfig(Section):

@@ -110,8 +110,8 @@ def card(
         acts = sorted({("symmetric" if s.act_symmetric else "asymmetric") for s in schemes.values() if s.act_bits < 16})
         lines += [
             "",
-            f"Linear weights are stored as integers ({PACKED}) with one scale per group of inputs; embeddings, norms"
-            " and `lm_head` are not quantized."
+            f"Linear weights are stored as integers ({PACKED}) with one scale per group of inputs; embeddings and norms"
+            f"{'' if 'lm_head' in schemes else ' and `lm_head`'} are not quantized."
             + (f" Activations are quantized per token, dynamically, {' or '.join(acts)}." if acts else ""),
             "Load it as above: `dequantize=True` would apply the first group's scheme to every layer.",
         ]

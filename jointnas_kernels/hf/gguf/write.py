@@ -25,6 +25,7 @@ from jointnas_kernels.hf.loading import Tensors, read_object
 from jointnas_kernels.layout import all_sizes, block_of
 from jointnas_kernels.ops.lowbit.pack import unpack_weight
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PLAIN = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -50,7 +51,8 @@ def write(folder: str | Path, path: str | Path, tokenizer: Any, name: str = "", 
     """Writes the model of a folder (of `jointnas.export` or `save_pretrained`) for llama.cpp.
 
     Quantized linears become Q8_0, Q4_0 or TQ2_0 blocks, or keep their values where no type fits their groups; norms and
-    biases are fp32, everything else has the folder's dtype.
+    biases are fp32, everything else has the folder's dtype. A quantized head whose values the embedding has, too, is
+    stored once, for both.
 
     Args:
         folder: as `hf.load` reads it.
@@ -110,8 +112,17 @@ def _parameters(model: Any, tensors: Tensors, schemes: dict[str, Scheme]) -> Ite
     order."""
     config = model.config
     layout, sizes, arch = block_of(config), all_sizes(config), names.architecture(config)
+    of_head = schemes.get("lm_head")
+    head = None if of_head is None else _take(tensors, HEAD, tuple(model.lm_head.weight.shape), of_head)
     for parameter, value in model.named_parameters():
-        if parameter == "lm_head.weight" and config.tie_word_embeddings:
+        if parameter == HEAD and (config.tie_word_embeddings or head is not None):
+            continue
+        if parameter == EMBEDDING and head is not None:
+            embedding = tensors.take(EMBEDDING, tuple(value.shape))
+            shared = torch.equal(_values(head), embedding)
+            yield EMBEDDING, head if shared else _Stored(embedding)
+            if not shared:
+                yield HEAD, head
             continue
         module, _, kind = parameter.rpartition(".")
         scheme = schemes.get(module) if kind == "weight" else None
@@ -145,8 +156,7 @@ def _encoded(stored: _Stored, parameter: str, done: Written) -> tuple[str, Any]:
     group = data.shape[1] // scale.shape[1]
     kind = blocks.type_for(bits, group)
     if kind is None:
-        values = data.unflatten(1, (-1, group)).float() * scale.float().unsqueeze(-1)
-        kind, plain = _plain(values.flatten(1).to(scale.dtype))
+        kind, plain = _plain(_values(stored))
         done.remarks.append(f"{parameter} is stored as {kind}: its groups of {group} inputs cut blocks of 32")
         return kind, plain
     half = scale.to(torch.float16)
@@ -155,6 +165,14 @@ def _encoded(stored: _Stored, parameter: str, done: Written) -> tuple[str, Any]:
     change = (half.double() / scale.double() - 1).abs()[scale != 0]
     done.rounded = max(done.rounded, float(change.max()) if change.numel() else 0.0)
     return kind, blocks.encode(data, half, kind)
+
+
+def _values(stored: _Stored) -> Tensor:
+    """What levels and scales stand for, in the scales' dtype."""
+    data, scale, _ = stored
+    if scale is None:
+        return data
+    return (data.unflatten(1, (scale.shape[1], -1)).float() * scale.float().unsqueeze(-1)).flatten(1).to(scale.dtype)
 
 
 def _plain(values: Tensor) -> tuple[str, Any]:

@@ -20,6 +20,7 @@ TOPICS = {
     "ceilings": "copy bandwidth, GEMM rates, tensor cores by instruction",
     "gemm": "low-bit linears against the library's and, where installed, other packages'",
     "decode": "tokens per second of packed models, and what the latency table says of them",
+    "generate": "reading and writing text with a real model: ours, llama.cpp, torch",
     "calibration": "predictions of a latency table against whole models that it was not fitted to",
     "search": "the search against random architectures and against every choice of a small space",
     "gguf": "random choices of a real model: supernet, extracted, reloaded, and as GGUF in llama.cpp",

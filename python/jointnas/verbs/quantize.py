@@ -10,6 +10,7 @@ from jointnas import loading
 from jointnas.config import BitsConfig, DataConfig, InitOptions, Method, ModelConfig
 from jointnas.exporting import export_model
 from jointnas.initialise import Bits, calibration_windows, initialise, single_space
+from jointnas.initialise.head import quantize_head
 from jointnas.run_folder import new
 from jointnas_kernels.errors import JointNASError
 
@@ -46,6 +47,9 @@ def quantize(
     model_config = loading.model_config(model)
     loading.check_lengths(model_config, data_seq_len=None if method == "rtn" else data.seq_len)
     space = single_space(model_config, bits.weight, bits.act, bits.group_size)
+    if bits.head < 16 and model_config.hidden_size % bits.group_size:
+        size = model_config.hidden_size
+        raise JointNASError(f"bits.head: the head's {size} inputs are no multiple of groups of {bits.group_size}")
     origin, source = loading.origin(model), loading.load_model(model)
     windows = None
     if method != "rtn":
@@ -55,6 +59,8 @@ def quantize(
         source, method, windows, Bits.of(space.full(), space, act_symmetric=bits.act_symmetric), options=options,
         folder=partial, progress=progress, seed=seed,
     )  # fmt: skip
+    if bits.head < 16:
+        quantize_head(source, bits.head, bits.group_size, windows)
     facts = {}
     by_block = [row for row in rows if "mse" in row]
     if by_block:
