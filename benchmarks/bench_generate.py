@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter))
     parser.add_argument("--model", default="embedded", help="'embedded', or folder, GGUF file or hub name")
     parser.add_argument("--bits", type=int, nargs="+", choices=(2, 4, 8), default=[2, 4, 8])
-    parser.add_argument("--files", type=int, nargs="*", choices=(2, 4, 8), default=[4, 8], help="of these for llama.cpp")
+    parser.add_argument("--files", type=int, nargs="*", choices=(2, 4, 8), default=[4, 8], help="for llama.cpp")
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024], help="cached tokens while decoding")
     parser.add_argument("--prompt", type=int, default=512, help="tokens that are read")

@@ -134,7 +134,8 @@ class _Room:
             if layer.is_sliding:
                 layer.cumulative_length = count + 1
                 begin = max(0, count + 2 - layer.sliding_window)
-            layer.keys, layer.values = keys[:, :, begin : count + 1], values[:, :, begin : count + 1]
+            seen = count + 1 - begin
+            layer.keys, layer.values = keys.narrow(2, begin, seen), values.narrow(2, begin, seen)
             self._views.append((layer.keys, layer.values))
         return logits
 
