@@ -23,8 +23,8 @@ from jointnas_kernels.runtime import DecodeStep
 from tests.hf.hf_models import LLAMA3_ROPE, tiny_model
 from tests.runtime.test_decode import packed
 
-# Of the largest logit: worst difference of A16; mean difference where inputs are rounded, which is 0 or, where one of so
-# few inputs takes the next of 255 levels, some tenths of a percent.
+# Of the largest logit: worst difference of A16; mean difference where inputs are rounded, which is 0 or, where one of
+# so few inputs takes the next of 255 levels, some tenths of a percent.
 EXACT, ROUNDED = 2e-4, 2e-2
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 
