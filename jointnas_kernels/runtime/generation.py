@@ -61,10 +61,11 @@ class Runtime:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's `forward`."""
-        try:
-            return self._decode(*args, **kwargs)
-        except _Unsuited as reason:
-            self.reason = str(reason)
+        if not torch.compiler.is_compiling():
+            try:
+                return self._decode(*args, **kwargs)
+            except _Unsuited as reason:
+                self.reason = str(reason)
         return type(self.model).forward(self.model, *args, **kwargs)
 
     def _decode(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
@@ -81,7 +82,9 @@ class Runtime:
         _check(kwargs, cache, mask, self.model.config)
         room = cache.__dict__.get("_room")
         if room is None or room.runtime is not self:
-            room = cache._room = _Room(self, self._fitted())
+            room = cache._room = _Room(self)
+        if room.reason is not None:
+            raise _Unsuited(room.reason)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise _Unsuited("gradients are wanted")
         starts = None if mask is None else _starts(mask, count + 1)
@@ -91,8 +94,8 @@ class Runtime:
         self.steps, self.reason = self.steps + 1, None
         return CausalLMOutputWithPast(logits=logits[:, None], **{RESULT: cache})
 
-    def _fitted(self) -> DecodeStep:
-        """The step of the model as it is now."""
+    def fitted(self) -> DecodeStep:
+        """The step of the model as it is now; raises where there is none."""
         model = self.model
         below = [m for m in model.modules() if m is not model]
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in below):
@@ -106,15 +109,21 @@ class Runtime:
 
 
 class _Room:
-    """A step's static buffers for one cache, and the views of them that its layers were given last."""
+    """A step's static buffers for one cache, and the views of them that its layers were given last; or the reason why
+    the model had no step when this cache was first decoded with."""
 
-    def __init__(self, runtime: Runtime, step: DecodeStep) -> None:
-        self.runtime, self._step = runtime, step
-        self._caches = step.caches(0, 0)
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.reason: str | None = None
         self._views: list[tuple[Tensor, Tensor]] = []
+        try:
+            self._step = runtime.fitted()
+            self._caches = self._step.caches(0, 0)
+        except _Unsuited as reason:
+            self.reason = str(reason)
 
-    def __deepcopy__(self, memo: object) -> None:  # a cache's copy gets buffers of its own with its next step
-        return None
+    def __reduce__(self) -> tuple[Any, ...]:  # copies of a cache get buffers of their own with their next step
+        return type(None), ()
 
     def step(self, ids: Tensor, positions: Tensor, starts: Tensor | None, layers: list[Any], count: int) -> Tensor:
         """Logits [batch, vocab]; the layers' keys and values are `count` long before and one longer afterwards."""

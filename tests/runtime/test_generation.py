@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.runtime import attach
+from jointnas_kernels.runtime import Runtime, attach
 from jointnas_kernels.runtime.generation import RESULT
 from tests.hf.hf_models import ids, tiny_model
 from tests.runtime.test_decode import FAMILIES, packed
@@ -206,6 +206,33 @@ def test_copies_run_on_their_own() -> None:
         assert torch.equal(generated(other, x, True), want)
         other.model.embed_tokens.weight.zero_()
     assert torch.equal(generated(model, x, True), want)
+
+
+def test_a_model_that_does_not_fit_is_looked_at_once_for_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding with transformers' code must not become slower."""
+    model, x = model_of(), ids(1, 5)
+    hooked(model)
+    looked: list[int] = []
+    fitted = Runtime.fitted
+    monkeypatch.setattr(Runtime, "fitted", lambda self: looked.append(1) or fitted(self))
+    cache = filled(model, x)
+    for _ in range(4):
+        forwarded(model, x[:, :1], cache)
+        assert model.runtime.reason == "modules of the model have hooks"
+    assert len(looked) == 1
+
+
+def test_caches_can_be_stored() -> None:
+    model, x, buffer = model_of(), ids(2, 6), io.BytesIO()
+    cache = filled(model, x[:, :4])
+    forwarded(model, x[:, 4:5], cache)
+    torch.save(cache, buffer)
+    assert b"CausalLM" not in buffer.getvalue()  # without the model
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    own = forwarded(model, x[:, 5:], again)
+    assert model.runtime.reason is None
+    assert (own - model(x).logits[:, -1]).abs().max() <= 1e-4
 
 
 def test_another_thread_is_refused() -> None:
