@@ -119,7 +119,7 @@ struct Step {
   }
   // Of each thread: a row, prepared tokens, scratch, heads, scores.
   int64_t own_bytes() const {
-    return lines(widest() * bytes) + lines(token_bytes) + lines(scratch_bytes) + lines(6 * model.head_dim * 4) +
+    return lines(widest() * bytes) + lines(token_bytes) + lines(scratch_bytes) + lines(4 * model.head_dim * 4) +
            lines((model.length + 16) * 4) + 8 * 64;
   }
   int64_t total_bytes() const { return shared_bytes() + threads * own_bytes() + 64; }
@@ -135,7 +135,7 @@ struct Worker {
   T* row;  // own
   void *own_tokens, *scratch;
   T* head;
-  float *total, *scores;
+  float* scores;
 
   Worker(const Step& step, Team& t, int index, int size, char* memory) : s(step), team(t), me(index), count(size) {
     const DecodeModel& m = s.model;
@@ -153,7 +153,6 @@ struct Worker {
     own_tokens = own.take<char>(s.token_bytes);
     scratch = own.take<char>(s.scratch_bytes);
     head = own.take<T>(4 * m.head_dim);
-    total = own.take<float>(m.head_dim);
     scores = own.take<float>(m.length + 16);
   }
 
@@ -262,7 +261,7 @@ struct Worker {
       }
       int64_t first = s.starts[t];
       if (b.window) first = std::max(first, s.slot + 1 - b.window);
-      JN_DISPATCH(s.level, attend(query, keys + first * D, values + first * D, key, v, s.slot - first, scale, scores, total,
+      JN_DISPATCH(s.level, attend(query, keys + first * D, values + first * D, key, v, s.slot - first, scale, scores,
                                   heads + (t * H + h) * D, D));
     }
     team.barrier();

@@ -34,9 +34,9 @@ void add_row(const T* x, T* y, int64_t N) {
   each(0, N, [=](auto at) { at.put(y, at(y) + at(x)); });
 }
 
-// y[r] = <w[r], x> for rows [first, end) of a dense weight
-template <class T>
-void dense_rows(const T* w, const T* x, T* y, int64_t first, int64_t end, int64_t N) {
+// put(r, <w[r], x>) for rows [first, end) of w [.., N]
+template <class T, class Put>
+void dots(const T* w, const T* x, int64_t first, int64_t end, int64_t N, const Put& put) {
   int64_t r = first;
   for (; r + 4 <= end; r += 4) {
     const T* p = w + r * N;
@@ -45,13 +45,19 @@ void dense_rows(const T* w, const T* x, T* y, int64_t first, int64_t end, int64_
       const vf v = at(x);
       for (int i = 0; i < 4; ++i) s[i] = fma(at(p + i * N), v, s[i]);
     });
-    for (int i = 0; i < 4; ++i) y[r + i] = from_float<T>(sum(s[i]));
+    for (int i = 0; i < 4; ++i) put(r + i, sum(s[i]));
   }
   for (; r < end; ++r) {
     vf s = set(0.0f);
     each(0, N, [&](auto at) { s = fma(at(w + r * N), at(x), s); });
-    y[r] = from_float<T>(sum(s));
+    put(r, sum(s));
   }
+}
+
+// Rows [first, end) of y = w x, of a dense weight
+template <class T>
+void dense_rows(const T* w, const T* x, T* y, int64_t first, int64_t end, int64_t N) {
+  dots(w, x, first, end, N, [y](int64_t r, float value) { y[r] = from_float<T>(value); });
 }
 
 // A head's query or key: normalised if there is a norm, then rotated (rotate-half), all in the dtype as transformers does.
@@ -69,36 +75,50 @@ void rotate(const T* x, const T* norm, float eps, const T* cosine, const T* sine
   });
 }
 
-template <class T>
-float dot_row(const T* x, const T* y, int64_t N) {
-  vf s = set(0.0f);
-  each(0, N, [&](auto at) { s = fma(at(x), at(y), s); });
-  return sum(s);
+// out [N] = scale (p[count] last + sum of p[i] rows[i]), V vectors at a time from j on; where the next would begin.
+template <int V, class T>
+int64_t mixed_rows(const float* p, const T* rows, const T* last, int64_t count, float scale, T* out, int64_t j, int64_t N) {
+  for (; j + V * W <= N; j += V * W) {
+    vf total[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) total[v] = set(p[count]) * load(last + j + v * W);
+    for (int64_t i = 0; i < count; ++i) {
+      const vf share = set(p[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) total[v] = fma(share, load(rows + i * N + j + v * W), total[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) store(out + j + v * W, total[v] * set(scale));
+  }
+  return j;
 }
 
 // out [D] = softmax(scale q K^T) V over `count` cached positions and, last, the token's own key and value. scores
-// [count + 1]; total [D].
+// [count + 1].
 template <class T>
 void attend(const T* q, const T* keys, const T* values, const T* key, const T* value, int64_t count, float scale,
-            float* scores, float* total, T* out, int64_t D) {
-  float most = dot_row(q, key, D) * scale;
-  bool nan = most != most;
-  scores[count] = most;
-  for (int64_t i = 0; i < count; ++i) {
-    scores[i] = dot_row(q, keys + i * D, D) * scale;
-    nan |= scores[i] != scores[i];
-    most = std::max(most, scores[i]);
-  }
+            float* scores, T* out, int64_t D) {
+  dots(keys, q, 0, count, D, [=](int64_t i, float s) { scores[i] = s * scale; });
+  dots(key, q, 0, 1, D, [=](int64_t, float s) { scores[count] = s * scale; });
+  vf largest = set(scores[count]);
+  int64_t whole = 0;
+  for (; whole + W <= count; whole += W) largest = max(largest, load(scores + whole));
+  float most = hmax(largest);
+  for (int64_t i = whole; i < count; ++i) most = std::max(most, scores[i]);
+  bool nan = false;
+  for (int64_t i = 0; i <= count; ++i) nan |= scores[i] != scores[i];
   each(0, count + 1, [&](auto at) { at.put(scores, exp_minus(set(most) - at(scores))); });
-  float sum_of = 0.0f;
-  for (int64_t i = 0; i <= count; ++i) sum_of += scores[i];
-  const float inv = nan ? NAN : 1.0f / sum_of;  // exp_minus makes a number of NaN
-  each(0, D, [&](auto at) { at.put(total, at(value) * set(scores[count] * inv)); });
-  for (int64_t i = 0; i < count; ++i) {
-    const vf p = set(scores[i] * inv);
-    each(0, D, [&](auto at) { at.put(total, fma(p, at(values + i * D), at(total))); });
-  }
-  each(0, D, [&](auto at) { at.put(out, at(total)); });
+  vf all = set(0.0f);
+  each(0, count + 1, [&](auto at) { all = all + at(scores); });
+  const float inv = nan ? NAN : 1.0f / sum(all);  // exp_minus makes a number of NaN
+  constexpr int kMost = W == 8 ? 8 : 4;  // vectors of an output: of 64 floats all
+  int64_t j = mixed_rows<kMost>(scores, values, value, count, inv, out, 0, D);
+  j = mixed_rows<1>(scores, values, value, count, inv, out, j, D);
+  each(j, D, [&](auto at) {
+    vf total = set(scores[count]) * at(value);
+    for (int64_t i = 0; i < count; ++i) total = fma(set(scores[i]), at(values + i * D), total);
+    at.put(out, total * set(inv));
+  });
 }
 
 }  // namespace jointnas::JN_ISA
