@@ -118,7 +118,7 @@ class DecodeStep:
             float_bits(model.model.layers[0].self_attn.scaling), *linear_fields(model.lm_head, self._keep),
             self._blocks.buffer_info()[0],
         ])  # fmt: skip
-        self._memory, self._for = torch.empty(0, dtype=torch.uint8), (0, 0)  # of how many sequences and threads
+        self._memory, self._for = torch.empty(0, dtype=torch.uint8), (0, 0, 0)  # sequences, threads, positions
         self._bound: Caches | None = None
         self._angles: tuple[Tensor, ...] = ()
         self._busy = threading.Lock()
@@ -155,10 +155,10 @@ class DecodeStep:
         try:
             if caches is not self._bound:
                 self._bind(caches)
-            if self._for != (batch, threads):
+            if self._for != (batch, threads, caches.length):
                 size = array("q", [0])
                 cpu.call("decode_size", self._model, batch, size, threads=threads, isa=self.isa)
-                self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), (batch, threads)
+                self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), (batch, threads, caches.length)
             logits = torch.empty(batch, self.sizes["vocab"], dtype=self.dtype)
             begins = torch.zeros(batch, dtype=torch.int64) if starts is None else starts.contiguous()
             memory = self._memory.data_ptr()
