@@ -11,6 +11,9 @@
 
 #ifdef JN_ISA  // once per instruction set
 
+#include <type_traits>
+
+#include "cpu/decode.h"
 #include "cpu/decode_vectors.h"
 
 #else
@@ -111,16 +114,29 @@ struct Step {
   int64_t widest() const { return std::max({model.hidden, model.heads * model.head_dim, model.intermediate}); }
   int64_t qkv() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
 
+  // Attention over many positions is shared by parts of so many of them, whatever the number of threads.
+  static int64_t part(int64_t positions) {
+    int64_t size = 64;
+    while (size * kMostParts < positions) size *= 2;
+    return size;
+  }
+  int64_t parts(int64_t positions) const { return (positions + part(slot + 1) - 1) / part(slot + 1); }
+  int64_t first(const DecodeBlock& b, int64_t t) const {
+    return b.window ? std::max(starts[t], slot + 1 - b.window) : starts[t];
+  }
+
+  int64_t most_parts() const { return std::min<int64_t>(kMostParts, (model.length + 63) / 64); }
+
   // Shared by all: x, products, attention, prepared tokens.
   int64_t shared_bytes() const {
-    return M * (lines(model.hidden * bytes) + lines(qkv() * bytes) + lines(model.heads * model.head_dim * bytes) +
-                lines(model.hidden * bytes) + 2 * lines(model.intermediate * bytes)) +
-           lines(M * widest() * bytes) + 8 * 64 + lines(token_bytes);
+    return M * (2 * lines(model.hidden * bytes) + lines(qkv() * bytes) + 2 * lines(model.intermediate * bytes)) +
+           lines(M * widest() * bytes) + 7 * 64 + lines(token_bytes) +
+           lines(M * model.heads * most_parts() * (model.head_dim + 2) * 4);
   }
   // Of each thread: a row, prepared tokens, scratch, heads, scores.
   int64_t own_bytes() const {
-    return lines(widest() * bytes) + lines(token_bytes) + lines(scratch_bytes) + lines(4 * model.head_dim * 4) +
-           lines((model.length + 16) * 4) + 8 * 64;
+    return lines(widest() * bytes) + lines(token_bytes) + lines(scratch_bytes) +
+           lines((model.heads / model.kv_heads + 3) * model.head_dim * bytes) + lines(4 * part(model.length) * 4) + 8 * 64;
   }
   int64_t total_bytes() const { return shared_bytes() + threads * own_bytes() + 64; }
 };
@@ -130,7 +146,8 @@ struct Worker {
   const Step& s;
   Team& team;
   int me, count;
-  T *x, *qkv, *heads, *out, *gate, *up, *rows;  // shared, [M, ...]
+  T *x, *qkv, *out, *gate, *up, *rows;  // shared, [M, ...]
+  float* partial;  // shared, [M, heads, parts, head_dim + 2]
   void* tokens;
   T* row;  // own
   void *own_tokens, *scratch;
@@ -142,18 +159,18 @@ struct Worker {
     Arena shared{memory};
     x = shared.take<T>(s.M * m.hidden);
     qkv = shared.take<T>(s.M * s.qkv());
-    heads = shared.take<T>(s.M * m.heads * m.head_dim);
     out = shared.take<T>(s.M * m.hidden);
     gate = shared.take<T>(s.M * 2 * m.intermediate);
     rows = shared.take<T>(s.M * s.widest());
     tokens = shared.take<char>(s.token_bytes);
+    partial = shared.take<float>(s.M * m.heads * s.most_parts() * (m.head_dim + 2));
     up = gate + s.M * m.intermediate;
     Arena own{memory + s.shared_bytes() + me * s.own_bytes()};
     row = own.take<T>(s.widest());
     own_tokens = own.take<char>(s.token_bytes);
     scratch = own.take<char>(s.scratch_bytes);
-    head = own.take<T>(4 * m.head_dim);
-    scores = own.take<float>(m.length + 16);
+    head = own.take<T>((m.heads / m.kv_heads + 3) * m.head_dim);
+    scores = own.take<float>(4 * s.part(m.length));
   }
 
   // y of some linears [M, outputs] that read the same rows; make(m, row): token m's row. What follows a product for rows
@@ -228,43 +245,55 @@ struct Worker {
     return [](int64_t, int64_t, int64_t) {};
   }
 
-  // Of every query head: the rotation of it and its key, and attention; a step does both.
+  // The rotation of queries and keys, and attention; a step does both.
   template <bool kRotates, bool kAttends>
   void attention(const DecodeBlock& b) {
     const DecodeModel& m = s.model;
-    const int64_t D = m.head_dim, H = m.heads, K = m.kv_heads, share = H / K, fused = s.qkv();
-    const float eps = as_fp32(m.epsilon), scale = as_fp32(m.scale);
-    T *const query = head, *const key = head + 2 * D;
-    for (int64_t item = s.M * H * me / count, end = s.M * H * (me + 1) / count; item < end; ++item) {
-      const int64_t t = item / H, h = item % H, g = h / share;
+    const int64_t D = m.head_dim, H = m.heads, K = m.kv_heads, share = H / K, fused = s.qkv(), seen = s.slot + 1;
+    const int64_t parts = kAttends ? s.parts(seen) : 1, items = s.M * K * parts, stride = D + 2;
+    const float eps = as_fp32(m.epsilon);
+    T *const queries = head, *const key = head + share * D;  // each of them, while it is made, with its successor's place
+    for (int64_t item = items * me / count, end = items * (me + 1) / count; item < end; ++item) {
+      const int64_t t = item / (K * parts), g = item / parts % K, i = item % parts;
+      const int64_t from = s.first(b, t) + i * s.part(seen), to = kAttends ? std::min(from + s.part(seen), seen) : seen;
+      if (from >= seen) continue;
       const T *q, *k, *v;
       if (b.k.outputs) {
-        q = qkv + t * H * D + h * D;
+        q = qkv + t * H * D + g * share * D;
         k = qkv + s.M * H * D + t * K * D + g * D;
         v = qkv + s.M * (H + K) * D + t * K * D + g * D;
       } else {
-        q = qkv + t * fused + h * D;
+        q = qkv + t * fused + g * share * D;
         k = qkv + t * fused + (H + g) * D;
         v = qkv + t * fused + (H + K + g) * D;
       }
-      if constexpr (kRotates) {
-        const T *cosine = in<T>(m.cosines) + s.positions[t] * D, *sine = in<T>(m.sines) + s.positions[t] * D;
-        JN_DISPATCH(s.level, rotate(q, in<T>(b.q_norm), eps, cosine, sine, query, D));
-        JN_DISPATCH(s.level, rotate(k, in<T>(b.k_norm), eps, cosine, sine, key, D));
-      }
-      if constexpr (!kAttends) continue;
       const int64_t cache = (t * K + g) * m.length * D;
       T *const keys = reinterpret_cast<T*>(b.keys) + cache, *const values = reinterpret_cast<T*>(b.values) + cache;
-      if (h % share == 0) {
+      if constexpr (kRotates) {
+        const T *cosine = in<T>(m.cosines) + s.positions[t] * D, *sine = in<T>(m.sines) + s.positions[t] * D;
+        for (int64_t h = 0; h < share; ++h)
+          JN_DISPATCH(s.level, rotate(q + h * D, in<T>(b.q_norm), eps, cosine, sine, queries + h * D, D));
+        if (to == seen) JN_DISPATCH(s.level, rotate(k, in<T>(b.k_norm), eps, cosine, sine, key, D));
+      }
+      if constexpr (!kAttends) continue;
+      if (to == seen) {
         std::memcpy(keys + s.slot * D, key, static_cast<size_t>(D) * sizeof(T));
         std::memcpy(values + s.slot * D, v, static_cast<size_t>(D) * sizeof(T));
       }
-      int64_t first = s.starts[t];
-      if (b.window) first = std::max(first, s.slot + 1 - b.window);
-      JN_DISPATCH(s.level, attend(query, keys + first * D, values + first * D, key, v, s.slot - first, scale, scores,
-                                  heads + (t * H + h) * D, D));
+      float* const out = partial + (t * H + g * share) * s.most_parts() * stride + i * stride;
+      JN_DISPATCH(s.level, attend(queries, share, keys + from * D, values + from * D, to - from, as_fp32(m.scale), scores,
+                                  out, s.most_parts() * stride, D));
     }
-    team.barrier();
+    if constexpr (kAttends) team.barrier();
+  }
+
+  // Token t's heads, from their parts.
+  auto attended(const DecodeBlock& b) {
+    return [this, &b](int64_t t, T* to) {
+      const int64_t D = s.model.head_dim, H = s.model.heads, parts = s.parts(s.slot + 1 - s.first(b, t));
+      for (int64_t h = 0; h < H; ++h)
+        JN_DISPATCH(s.level, merged_parts(partial + (t * H + h) * s.most_parts() * (D + 2), parts, to + h * D, D));
+    };
   }
 
   void embed() {
@@ -300,7 +329,7 @@ struct Worker {
         case kProduct: products(y, copied(x, m.hidden), nothing()); break;
         case kHeadNorm:
           for (int64_t item = all * me / count; item < all * (me + 1) / count; ++item)
-            JN_DISPATCH(s.level, norm_row(heads + item * m.head_dim, in<T>(b.q_norm), as_fp32(m.epsilon), head, m.head_dim));
+            JN_DISPATCH(s.level, norm_row(qkv + item * m.head_dim, in<T>(b.q_norm), as_fp32(m.epsilon), head, m.head_dim));
           break;
         case kRotate: attention<true, false>(b); break;
         case kAttend: attention<false, true>(b); break;
@@ -327,7 +356,7 @@ struct Worker {
       }
       attention<true, true>(b);
       const Output o[1] = {{&b.o, out}};
-      products(o, copied(heads, m.heads * D), residual());
+      products(o, attended(b), residual());
       const int64_t F = m.intermediate, width = b.up.outputs ? F : 2 * F;
       if (b.up.outputs) {
         const Output parts[2] = {{&b.gate, gate}, {&b.up, up}};

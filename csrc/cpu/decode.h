@@ -5,6 +5,8 @@
 
 namespace jointnas {
 
+constexpr int64_t kMostParts = 32;  // of the positions that attention is shared by
+
 struct DecodeLinear {
   int64_t data;  // w_bits < 16: prepared weight (LowbitLayout); 16: [outputs, inputs] dtype
   int64_t bias;  // [outputs] dtype, or 0

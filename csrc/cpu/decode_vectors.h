@@ -75,49 +75,123 @@ void rotate(const T* x, const T* norm, float eps, const T* cosine, const T* sine
   });
 }
 
-// out [N] = scale (p[count] last + sum of p[i] rows[i]), V vectors at a time from j on; where the next would begin.
-template <int V, class T>
-int64_t mixed_rows(const float* p, const T* rows, const T* last, int64_t count, float scale, T* out, int64_t j, int64_t N) {
-  for (; j + V * W <= N; j += V * W) {
-    vf total[V];
+// scores[a][i] = scale <q[a], keys[i]> for Q queries
+template <int Q, class T>
+void scores_of(const T* q, const T* keys, int64_t n, int64_t D, float scale, float* scores, int64_t stride) {
+  const auto some = [&](auto count, int64_t i) {
+    constexpr int R = count();
+    vf s[Q][R];
+    for (auto& of_query : s)
+      for (vf& x : of_query) x = set(0.0f);
+    each(0, D, [&](auto at) {
+      vf key[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) key[r] = at(keys + (i + r) * D);
+#pragma GCC unroll 4
+      for (int a = 0; a < Q; ++a) {
+        const vf query = at(q + a * D);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) s[a][r] = fma(key[r], query, s[a][r]);
+      }
+    });
+    for (int a = 0; a < Q; ++a)
+      for (int r = 0; r < R; ++r) scores[a * stride + i + r] = sum(s[a][r]) * scale;
+  };
+  constexpr int kRows = Q <= 2 ? 4 : 2;  // sums that fit into the registers
+  int64_t i = 0;
+  for (; i + kRows <= n; i += kRows) some(std::integral_constant<int, kRows>{}, i);
+  for (; i < n; ++i) some(std::integral_constant<int, 1>{}, i);
+}
+
+// out[a][j] = sum of p[a][i] rows[i][j] from column j on, V vectors at a time; the first column that is left.
+template <int Q, int V, class T>
+int64_t mixed_columns(const float* p, int64_t p_stride, const T* rows, int64_t n, int64_t D, float* out, int64_t stride,
+                      int64_t j) {
+  for (; j + V * W <= D; j += V * W) {
+    vf total[Q][V];
+    for (auto& of_query : total)
+      for (vf& x : of_query) x = set(0.0f);
+    for (int64_t i = 0; i < n; ++i) {
+      vf row[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) total[v] = set(p[count]) * load(last + j + v * W);
-    for (int64_t i = 0; i < count; ++i) {
-      const vf share = set(p[i]);
+      for (int v = 0; v < V; ++v) row[v] = load(rows + i * D + j + v * W);
+#pragma GCC unroll 4
+      for (int a = 0; a < Q; ++a) {
+        const vf share = set(p[a * p_stride + i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) total[v] = fma(share, load(rows + i * N + j + v * W), total[v]);
+        for (int v = 0; v < V; ++v) total[a][v] = fma(share, row[v], total[a][v]);
+      }
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(out + j + v * W, total[v] * set(scale));
+    for (int a = 0; a < Q; ++a)
+      for (int v = 0; v < V; ++v) store(out + a * stride + j + v * W, total[a][v]);
   }
   return j;
 }
 
-// out [D] = softmax(scale q K^T) V over `count` cached positions and, last, the token's own key and value. scores
-// [count + 1].
+// Attention of Q queries [Q, D] with one key-value head over n positions, not yet divided by the sum. out [Q][stride]: D
+// values, the largest score, the sum. scores [Q, n].
+template <int Q, class T>
+void attend_queries(const T* q, const T* keys, const T* values, int64_t n, float scale, float* scores, float* out,
+                    int64_t stride, int64_t D) {
+  scores_of<Q>(q, keys, n, D, scale, scores, n);
+  for (int a = 0; a < Q; ++a) {
+    float *const own = scores + a * n, *const to = out + a * stride + D;
+    float most = own[0];
+    int64_t i = 0;
+    if (n >= W) {
+      vf largest = load(own);
+      for (i = W; i + W <= n; i += W) largest = max(largest, load(own + i));
+      most = hmax(largest);
+    }
+    for (; i < n; ++i) most = std::max(most, own[i]);
+    bool nan = false;
+    for (i = 0; i < n; ++i) nan |= own[i] != own[i];
+    vf all = set(0.0f);
+    each(0, n, [&](auto at) {
+      at.put(own, exp_minus(set(most) - at(own)));
+      all = all + at(own);
+    });
+    to[0] = most, to[1] = nan ? NAN : sum(all);  // exp_minus makes a number of NaN
+  }
+  constexpr int kVectors = Q == 1 ? 4 : 2;
+  int64_t j = mixed_columns<Q, kVectors>(scores, n, values, n, D, out, stride, 0);
+  j = mixed_columns<Q, 1>(scores, n, values, n, D, out, stride, j);
+  for (int a = 0; a < Q; ++a)
+    each(j, D, [&](auto at) {
+      vf total = set(0.0f);
+      for (int64_t i = 0; i < n; ++i) total = fma(set(scores[a * n + i]), at(values + i * D), total);
+      at.put(out + a * stride, total);
+    });
+}
+
 template <class T>
-void attend(const T* q, const T* keys, const T* values, const T* key, const T* value, int64_t count, float scale,
-            float* scores, T* out, int64_t D) {
-  dots(keys, q, 0, count, D, [=](int64_t i, float s) { scores[i] = s * scale; });
-  dots(key, q, 0, 1, D, [=](int64_t, float s) { scores[count] = s * scale; });
-  vf largest = set(scores[count]);
-  int64_t whole = 0;
-  for (; whole + W <= count; whole += W) largest = max(largest, load(scores + whole));
-  float most = hmax(largest);
-  for (int64_t i = whole; i < count; ++i) most = std::max(most, scores[i]);
-  bool nan = false;
-  for (int64_t i = 0; i <= count; ++i) nan |= scores[i] != scores[i];
-  each(0, count + 1, [&](auto at) { at.put(scores, exp_minus(set(most) - at(scores))); });
-  vf all = set(0.0f);
-  each(0, count + 1, [&](auto at) { all = all + at(scores); });
-  const float inv = nan ? NAN : 1.0f / sum(all);  // exp_minus makes a number of NaN
-  constexpr int kMost = W == 8 ? 8 : 4;  // vectors of an output: of 64 floats all
-  int64_t j = mixed_rows<kMost>(scores, values, value, count, inv, out, 0, D);
-  j = mixed_rows<1>(scores, values, value, count, inv, out, j, D);
-  each(j, D, [&](auto at) {
-    vf total = set(scores[count]) * at(value);
-    for (int64_t i = 0; i < count; ++i) total = fma(set(scores[i]), at(values + i * D), total);
-    at.put(out, total * set(inv));
+void attend(const T* q, int64_t queries, const T* keys, const T* values, int64_t n, float scale, float* scores, float* out,
+            int64_t stride, int64_t D) {
+  int64_t a = 0;
+  const auto next = [&](auto count) {
+    attend_queries<count()>(q + a * D, keys, values, n, scale, scores, out + a * stride, stride, D);
+    a += count();
+  };
+  while (a + 4 <= queries) next(std::integral_constant<int, 4>{});
+  if (queries - a == 3) next(std::integral_constant<int, 3>{});
+  if (queries - a == 2) next(std::integral_constant<int, 2>{});
+  if (queries - a == 1) next(std::integral_constant<int, 1>{});
+}
+
+// out [D] of one query from its parts [count][D + 2].
+template <class T>
+void merged_parts(const float* parts, int64_t count, T* out, int64_t D) {
+  const int64_t stride = D + 2;
+  float most = parts[D], all = 0.0f, share[kMostParts];
+  for (int64_t i = 1; i < count; ++i) most = std::max(most, parts[i * stride + D]);
+  for (int64_t i = 0; i < count; ++i) {
+    share[i] = std::exp(parts[i * stride + D] - most);
+    all += share[i] * parts[i * stride + D + 1];
+  }
+  each(0, D, [&](auto at) {
+    vf total = set(0.0f);
+    for (int64_t i = 0; i < count; ++i) total = fma(set(share[i]), at(parts + i * stride), total);
+    at.put(out, total * set(1.0f / all));
   });
 }
 

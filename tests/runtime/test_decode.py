@@ -190,13 +190,13 @@ def test_threads_may_become_more() -> None:
 
 @torch.no_grad()
 def test_memory_follows_the_length_of_caches() -> None:
-    """Scores of attention have a place for every position: without, longer caches wrote behind it."""
+    """Attention has places for all parts of the positions: without, longer caches wrote behind its memory."""
     step = DecodeStep(packed(tiny_model(max_position_embeddings=4096), [4, 4, 4], 16), threads=1)
     one, sizes = torch.tensor([1]), []
     for length in (8, 4000, 8):
         step(one, one * 0, step.caches(1, length), 0)
         sizes.append(len(step._memory))
-    assert sizes[1] - sizes[0] >= 4 * 3900
+    assert sizes[1] > 2 * sizes[0]
     assert sizes[2] == sizes[0]
 
 
