@@ -149,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
                 if what == "decode":
                     shares = (run.bytes / b / s for b, s in zip(bandwidth[1:], seconds[name], strict=True))
                     extra["share"] = statistics.median(shares)
-                peer = f"llama.cpp {FILES[8 if '8A8' in name or '16' in name else 4]}"
-                if name.startswith("ours") and peer in runs:
+                peer = f"llama.cpp {FILES[8 if 'W8' in name else 4]}"
+                if name.startswith("ours W") and peer in runs:
                     ratios = (a / b for a, b in zip(seconds[name], seconds[peer], strict=True))
                     extra["against"] = statistics.median(ratios)
                 recorder.row(

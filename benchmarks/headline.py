@@ -17,7 +17,8 @@ def headline(rows: Mapping[str, list[Row]]) -> list[Line]:
     lines: list[Line] = []
     for topic, make in (
         ("step", step_lines), ("masks", mask_lines), ("kernels", kernel_lines), ("gemm", gemm_lines),
-        ("decode", decode_lines), ("calibration", calibration_lines), ("search", search_lines),
+        ("decode", decode_lines), ("generate", generate_lines), ("calibration", calibration_lines),
+        ("search", search_lines),
     ):  # fmt: skip
         lines += make(rows.get(topic, []))
     assert len(lines) <= MOST, f"{len(lines)} lines: {[line[0] for line in lines]}"
@@ -109,6 +110,18 @@ def decode_lines(rows: list[Row]) -> Iterable[Line]:
         what = "decoding one token, two blocks of Llama-3.1-8B, W4A8"
         ratio = f"{row['median'] / dense['median']:.2f}×"
         yield [what, seconds(row["median"]), f"16 bit {seconds(dense['median'])}", ratio]
+
+
+def generate_lines(rows: list[Row]) -> Iterable[Line]:
+    """A token of a real model, beside llama.cpp's on the same integers."""
+    context = min((r["params"]["context"] for r in rows if r["params"]["what"] == "decode"), default=0)
+    here = {r["name"]: r for r in rows if (r["params"]["what"], r["params"]["context"]) == ("decode", context)}
+    for own, peer in (("ours W4A8", "llama.cpp Q4_0"), ("ours W8A8", "llama.cpp Q8_0")):
+        if own in here and peer in here:
+            row, other = here[own], here[peer]
+            what = f"a token of {row['params']['model']} after {context}, {own.split()[1]}"
+            ratio = f"{row['extra']['against']:.2f}×"
+            yield [what, seconds(row["median"]), f"{peer} {seconds(other['median'])}", ratio]
 
 
 def calibration_lines(rows: list[Row]) -> Iterable[Line]:

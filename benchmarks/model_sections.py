@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 
-from benchmarks.rows import Row, pick, table, where
+from benchmarks.rows import Row, pick, seconds, table, where
 
 
 def decode(rows: list[Row], device: str) -> str:
@@ -27,6 +27,32 @@ def decode(rows: list[Row], device: str) -> str:
         f"**Decoding one token after {p['context']}, batch 1, {p['dtype']}, {p['threads']} threads** "
         f"({where(rows[-1])}; a new table beside every measurement, its overhead fitted to the other schemes)\n\n"
         f"{table(head, body)}"
+    )
+
+
+def generate(rows: list[Row], device: str) -> str:
+    """Writing and reading a token with a real model: ours, llama.cpp, torch."""
+    p = rows[-1]["params"]
+    columns = sorted({(r["params"]["what"], r["params"]["context"]) for r in rows})
+    body = []
+    for name in dict.fromkeys(r["name"] for r in rows):
+        cells, size = [], 0
+        for what, context in columns:
+            found = pick(rows, name, what=what, context=context)
+            if not found:
+                cells.append("")
+                continue
+            row = found[-1]
+            extra, size = row["extra"], row["extra"]["bytes"]
+            notes = [f"{extra['share']:.0%} of reading"] if "share" in extra else []
+            notes += [f"{extra['against']:.2f}× of llama.cpp"] if "against" in extra else []
+            cells.append(seconds(row["median"]) + (f" ({', '.join(notes)})" if notes else ""))
+        body.append([name, f"{size / 1e6:,.0f} MB", *cells])
+    heads = [f"a token after {c}" if what == "decode" else f"a token of {c} read" for what, c in columns]
+    return (
+        f"**Text of {p['model']}, batch 1, {p['threads']} threads, ours and torch in {p['dtype']}** "
+        f"({where(rows[-1])}; interleaved; heads in 8 bits but for 16 bit; `of reading`: the time of reading the weights "
+        f"once, of the whole; llama.cpp runs the same integers)\n\n{table(['', 'weights read', *heads], body)}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.model_sections import decode, gguf, ptq, search
+from benchmarks.model_sections import decode, generate, gguf, ptq, search
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
@@ -218,6 +218,7 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "masks": masks,
     "gemm": gemm,
     "decode": decode,
+    "generate": generate,
     "calibration": calibration,
     "search": search,
     "ptq": ptq,
