@@ -51,7 +51,7 @@ def generate(rows: list[Row], device: str) -> str:
     heads = [f"a token after {c}" if what == "decode" else f"a token of {c} read" for what, c in columns]
     return (
         f"**Text of {p['model']}, batch 1, {p['threads']} threads, ours and torch in {p['dtype']}** "
-        f"({where(rows[-1])}; interleaved; heads in 8 bits but for 16 bit; `of reading`: the time of reading the weights "
+        f"({where(rows[-1])}; interleaved; heads in 8 bits but for 16 bit; `of reading`: the time of reading weights "
         f"once, of the whole; llama.cpp runs the same integers)\n\n{table(['', 'weights read', *heads], body)}"
     )
 

@@ -61,14 +61,15 @@ def survey(device: torch.device, dtype: str = "float32") -> dict[str, dict[str, 
     Raises:
         JointNASError: an unknown dtype.
     """
-    target = Target(device, Workload(dtype=dtype), 1)
+    prefill, decode = (Target(device, Workload(mode, 1, 1, dtype), 1) for mode in ("prefill", "decode"))
     generator = torch.Generator().manual_seed(0)
     found: dict[str, dict[str, str]] = {}
     for name, backend in _REGISTRY.items():
         found[name] = {}
+        rows, target = (1, decode) if isinstance(backend, Step) else (32, prefill)
         for w in (2, 4, 8, DENSE):
             for a in (2, 4, 8, 16) if w < DENSE else (DENSE,):
-                spec = OpSpec("linear", 32, 256, 256, w, a, 128 if w < DENSE else 0)
+                spec = OpSpec("linear", rows, 256, 256, w, a, 128 if w < DENSE else 0)
                 reason = backend.unsupported(spec, target)
                 if reason is None:
                     weight = random_weight(spec, target, generator)
