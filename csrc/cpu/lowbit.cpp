@@ -38,7 +38,7 @@ void gemv(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t t
   constexpr int kAhead = S > 1 ? 512 : 1024;
   const auto prefetch = [&](const uint32_t* at, const uint32_t* in_order) {
     if constexpr (kPasses > 1)
-      __builtin_prefetch(in_order + kAhead);
+      for (int lane = 0; lane < kLanes; lane += 16) __builtin_prefetch(in_order + kAhead + lane);
     else if constexpr (!Op::kInteger || S > 1)
       for (int v = 0; v < R; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(of_row(at, v) + kAhead);
   };
@@ -129,7 +129,8 @@ void popcounts(const LowbitPlan& plan, const uint32_t* data, int64_t block, int6
 
 template <class Op, int MB, int S = 1>
 void gemv_rows(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t token) {
-  constexpr int V = MB <= 2 || W == 16 ? kTileVectors : std::max(1, kTileVectors / 2);
+  // On AVX2 one token has four sums of floats: two wait for their own FMA (4 cycles).
+  constexpr int V = W == 8 && MB == 1 && !Op::kInteger ? 4 : MB <= 2 || W == 16 ? kTileVectors : std::max(1, kTileVectors / 2);
   gemv<Op, V, MB, S>(plan, data, block, token);
 }
 
