@@ -118,19 +118,27 @@ def _ptq_of(rows: list[Row], model: str, group: int) -> str:
     def base(of: Callable[[Row], str]) -> str:
         return f"; unquantized {of(plain[-1])}" if plain else ""
 
+    def short(value: float) -> str:
+        return f"{value:,.2f}" if value < 1e4 else f"{value:.1e}"
+
+    def tokens(row: Row) -> int:
+        return int(row["extra"]["samples"] * row["extra"].get("length", row["extra"]["context"]))
+
+    usual = max(sorted(map(tokens, newest.values())), key=[tokens(row) for row in newest.values()].count)
+
     def perplexity(row: Row) -> str:
-        return f"{row['median']:,.2f}"
+        other = row["name"] in PTQ and tokens(row) != usual
+        return short(row["median"]) + (f" ({tokens(row):,} tokens)" if other else "")
 
     extra, what = last["extra"], "the embedded model" if model == "embedded" else model
-    length = extra.get("length", extra["context"])
     parts = [
         f"**Post-training quantization of {what}: perplexity on {last['params']['tokens']:,} held-out tokens** "
-        f"({where(last)}; groups of {group}, {extra['samples'] * length:,} calibration tokens"
+        f"({where(last)}; groups of {group}, {usual:,} calibration tokens unless said otherwise"
         f"{base(perplexity)})\n\n{values(perplexity)}"
     ]
     if "fiction" in extra:
         for label, of in (
-            ("perplexity on its fiction alone", lambda r: f"{r['extra']['fiction']:,.2f}"),
+            ("perplexity on its fiction alone", lambda r: short(r["extra"]["fiction"])),
             ("accuracy in the embedded tasks, %", lambda r: f"{100 * r['extra']['tasks']['acc']:.1f}"),
         ):
             parts.append(f"The same, {label}{base(of)}\n\n{values(of)}")
