@@ -51,7 +51,7 @@ class Round:
         self.operations = [bound.predict(choice) for choice in self.choices]
         found = measure_choices(table, space, config, self.choices, seconds=seconds[1], watch=watch)
         self.disturbed = sum(one.contended for one in found)
-        self.measured = [one.median for one in found]
+        self.measured = [one.value for one in found]
         points = zip(self.operations, (c.blocks for c in self.choices), self.measured, strict=True)
         self.overhead = fit(list(points)[:fitted])
         fixed, per_block = self.overhead.fixed, self.overhead.per_block

@@ -70,7 +70,7 @@ def compare(first: LatencyTable, second: LatencyTable) -> Comparison:
         raise JointNASError(f"a table of {metrics[0]} cannot be compared with one of {metrics[1]}")
     a, b = ({spec: row for spec in t.specs if (row := t.best(spec)) is not None} for t in (first, second))
     changes = [
-        Change(spec, row.median, b[spec].median, (row.backend, b[spec].backend))  # type: ignore[arg-type]
+        Change(spec, row.value, b[spec].value, (row.backend, b[spec].backend))  # type: ignore[arg-type]
         for spec, row in a.items()
         if spec in b
     ]

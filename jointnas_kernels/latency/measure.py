@@ -138,15 +138,16 @@ def call_of(model: nn.Module, workload: Workload, device: torch.device) -> Calla
 
 def calibrate(
     table: LatencyTable, space: SearchSpace, config: Any, choices: Sequence[Choice] | int = 8, *, seed: int = 0,
-    seconds: float = 0.3, watch: Watch | None = None,
+    seconds: float = 0.3, watch: Watch | None = None, strict: bool = True,
 ) -> LatencyTable:
     """A table whose predictions are fitted to whole models of these choices (or of that many feasible random ones).
 
     Weights are random: latency does not depend on them. Models that were disturbed are left out of the fit if enough
-    others remain.
+    others remain. `strict`: stops where the machine is too busy to be measured; otherwise the result is marked.
 
     Raises:
         JointNASError: too few random choices are feasible, or one of the given ones is not.
+        Busy: `strict`, and something else takes the processors.
     """
     space, _ = space.feasible(config)
     plain = LatencyTable(table.header, table.rows)
@@ -154,13 +155,13 @@ def calibrate(
     if isinstance(choices, int):
         size, most = getattr(torch, table.workload.dtype).itemsize, _free_bytes(table.header.device.type) / 3
         choices = feasible_choices(plain, space, choices, seed, lambda c: count_params(config, c) * size < most)
-    watch = watch or plain.watch(15 * seconds)
+    watch = watch or plain.watch(15 * seconds, strict)
     found = measure_choices(plain, space, config, choices, seed=seed, seconds=seconds, watch=watch)
     points = list(zip(choices, found, strict=True))
     clean = [(choice, measured) for choice, measured in points if not measured.contended]
     if len(clean) >= ENOUGH:
         points = clean
-    fitted = fit([(bound.predict(choice), choice.blocks, measured.median) for choice, measured in points])
+    fitted = fit([(bound.predict(choice), choice.blocks, measured.value) for choice, measured in points])
     contended = any(measured.contended for _, measured in points) or None
     return LatencyTable(table.header, table.rows, fitted.model_copy(update={"contended": contended}))
 
@@ -206,10 +207,10 @@ def measure_choices(
 def _undisturbed(turns: Sequence[Measured]) -> Measured:
     """The turn at the lower quartile: others make a machine slower, never faster (seen: 2 times, for seconds, in up to
     half of the turns)."""
-    return sorted(turns, key=lambda turn: turn.median)[len(turns) // 4]._replace(
-        p10=min(turn.p10 for turn in turns), p90=max(turn.p90 for turn in turns),
-        samples=sum(turn.samples for turn in turns),
-    )  # fmt: skip
+    fine = [turn for turn in turns if not turn.contended] or turns
+    return sorted(fine, key=lambda turn: turn.value)[len(fine) // 4]._replace(
+        p90=max(turn.p90 for turn in turns), samples=sum(turn.samples for turn in turns)
+    )
 
 
 def _free_bytes(device: str) -> int:

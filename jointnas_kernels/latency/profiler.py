@@ -5,8 +5,9 @@ that claims an operation is first checked against the dequantised reference; one
 `rejected` row with the reason and is not timed. An operation nobody can run gets an `infeasible` row. So whoever claims
 an operation and has no row was not there when it was measured: `--resume` tries it, and times nobody else again.
 
-What another process disturbed is measured again: at once, for a bounded time (`watch.py`), then after everything else,
-then by the next `--resume`. What still is disturbed is marked, counted and warned about once.
+What others disturbed is measured again: at once, for a bounded time (`watch.py`), then after everything else in another
+order, then by the next `--resume`. A machine so busy that nothing can be measured ends the profile with an error; what
+was measured in an unusual state of it is marked, counted and warned about once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import datetime
 import logging
 import math
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -46,7 +48,7 @@ from jointnas_kernels.space import SearchSpace
 
 log = logging.getLogger(__name__)
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
-PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 9 s of a profile with 0.03 s each
+PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 12 s of a profile with 0.04 s each
 LONGEST = 5.0  # seconds for one operation: more tells nothing, and there are hundreds
 AGAIN = 0.3  # share of the profile's time, at least half of that, that goes into what was disturbed, at the end
 
@@ -55,6 +57,7 @@ def profile(
     space: SearchSpace, config: Any, out: str | Path, *, workload: Workload | None = None, device: str = "cpu",
     threads: int | None = None, backends: Sequence[str] | None = None, resume: bool = True, progress: bool = True,
     seconds_per_operation: float = 0.04, seed: int = 0, watch: Watch | None = None, metric: Metric = "latency",
+    strict: bool = True,
 ) -> LatencyTable:
     """Times all of `enumerate_ops(space, config, workload)` and returns the finished table.
 
@@ -74,10 +77,12 @@ def profile(
         seed: of the weights and inputs.
         watch: what notices a busy machine; default: this machine's.
         metric: what is measured of every operation (`meters.py`).
+        strict: stop where the machine is too busy to be measured; otherwise such rows are marked.
 
     Raises:
         JointNASError: the space does not fit the model, an unknown backend, another time, or a file that cannot be
             made or continued.
+        Busy: `strict`, and something else takes the processors; the file can be continued.
     """
     if not 0 < seconds_per_operation <= LONGEST:
         allowed = f"allowed: above 0, to {LONGEST:g}"
@@ -89,7 +94,7 @@ def profile(
     names = _names(backends, config, target)
     meter(metric, target)  # an error before the file is made
     with pinned_threads(here.threads):
-        watch = watch or Watch.on(target.device, patience=PATIENCE * seconds)
+        watch = watch or Watch.on(target.device, patience=PATIENCE * seconds, strict=strict)
         header = Header(
             metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -102,6 +107,7 @@ def profile(
         store = Weights(target, model_bytes, torch.Generator().manual_seed(seed))
         writer, header, rows, calibration = _open(out, header, resume)
         readings: dict[OpSpec, Reading] = {}
+        starved: set[OpSpec] = set()  # of too few undisturbed samples
 
         def due(spec: OpSpec) -> list[str]:
             """Backends that claim it and have no row, or a disturbed one. By operation, not by file: a killed resume
@@ -110,7 +116,8 @@ def profile(
             return [name for name in asked if registry.get(name).unsupported(spec, target) is None]
 
         def run(spec: OpSpec) -> None:
-            known = [rows[spec, name].median for name in names if metric == "latency" and (spec, name) in rows]
+            watch.starved = False
+            known = [rows[spec, name].value for name in names if metric == "latency" and (spec, name) in rows]
             fastest = min((ms for ms in known if ms is not None), default=math.inf)
             for row in time_operation(spec, target, due(spec) or names, store, seconds, watch, metric, fastest):
                 before = rows.get((spec, row.backend))
@@ -119,6 +126,7 @@ def profile(
                 rows[spec, row.backend] = row
                 writer.write(row if before is None else row.model_copy(update={"again": True}))
             readings[spec] = watch.reading
+            (starved.add if watch.starved else starved.discard)(spec)
 
         began = time.perf_counter()
         done = {spec for spec, _ in rows}
@@ -128,15 +136,19 @@ def profile(
                 _announce(len(todo), sum(len(due(spec)) for spec in todo), seconds, metric)
             for spec in _with_progress(todo, f"profile {device}", progress):
                 run(spec)
-            # only now it is known how fast the machine can be: what was timed on a slower one is disturbed, too
+            # only now it is known which state of the machine lasts: what was timed in another is disturbed, too
             for spec, reading in readings.items():
                 if reading and watch.drift(reading) > DRIFT[1]:
                     _mark(rows, [key for key in rows if key[0] == spec])
             todo = [spec for spec in todo if due(spec)]
+            random.Random(seed).shuffle(todo)  # what follows what was slow need not be slow again
             stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
             watch.patience = max(watch.patience, stop - time.perf_counter())
             for spec in _with_progress(todo, "disturbed, again", progress and bool(todo)):
                 if time.perf_counter() < stop:
+                    run(spec)
+            while starved and watch.strict:  # until endurance is gone
+                for spec in sorted(starved):
                     run(spec)
         finally:
             writer.close()
@@ -176,8 +188,8 @@ def _announce(operations: int, measurements: int, seconds: float, metric: Metric
 
 def slower(row: Row, before: Row) -> bool:
     """Both disturbed, and the repetition more: nothing else makes a machine faster than it is."""
-    both = row.contended and before.contended and row.median is not None and before.median is not None
-    return bool(both) and row.median > before.median  # type: ignore[operator]
+    both = row.contended and before.contended and row.value is not None and before.value is not None
+    return bool(both) and row.value > before.value  # type: ignore[operator]
 
 
 def _mark(rows: Rows, keys: Sequence[tuple[OpSpec, str]]) -> None:
@@ -271,7 +283,7 @@ def time_operation(
         try:
             with torch.inference_mode():
                 once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * fastest)
-                if once.median <= 10 * fastest:  # otherwise one sample is enough, and packing all copies too expensive
+                if once.value <= 10 * fastest:  # otherwise one sample is enough, and packing all copies too expensive
                     calls, each = _calls(backend, spec, target, first, weight, store.model_bytes, metric)
                     result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
                     result = result._replace(p10=result.p10 / each, median=result.median / each, p90=result.p90 / each)
@@ -285,7 +297,7 @@ def time_operation(
                 raise
             rows.append(Row(**identity, status="rejected", reason=excuse(backend, error)))
             continue
-        fastest = min(fastest, once.median)
+        fastest = min(fastest, once.value)
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:

@@ -138,6 +138,11 @@ class Row(_Record):
         return OpSpec(self.op, self.m, self.n, self.k, self.wbits, self.abits, self.group)
 
     @property
+    def value(self) -> float | None:
+        """What counts (`watch.Measured.value`); None unless `status` is "ok"."""
+        return self.p10
+
+    @property
     def bits(self) -> str:
         """Such as W4A16."""
         return f"W{self.wbits}A{self.abits}"

@@ -137,6 +137,11 @@ class LatencyTable:
         rows = {(r.spec, r.backend): r for r in (*self.rows, *other.rows)}
         return LatencyTable(self.header, list(rows.values()))
 
+    def doubted(self) -> LatencyTable:
+        """The table with every measured row marked as disturbed, to be measured anew, and without calibration."""
+        mark = {"contended": True}
+        return LatencyTable(self.header, [r.model_copy(update=mark) if r.status == "ok" else r for r in self.rows])
+
     # ---- looking up -------------------------------------------------------------------------------------------------
 
     @property
@@ -168,11 +173,11 @@ class LatencyTable:
             f"something else{load}; stop other processes and run `jointnas profile --resume` on the same file"
         )
 
-    def watch(self, patience: float = 3.0) -> Watch:
+    def watch(self, patience: float = 3.0, strict: bool = False) -> Watch:
         """Notices when this device is slower than it was when the table was measured."""
         with pinned_threads(self.header.device.threads):
             baseline = tuple(r / 1e3 for r in self.header.reference or ())
-            return Watch.on(torch.device(self.header.device.type), baseline, patience)
+            return Watch.on(torch.device(self.header.device.type), baseline, patience, strict)
 
     def best(self, spec: OpSpec) -> Row | None:
         """The fastest backend's row, None where the operation is infeasible or was never tried."""
@@ -216,6 +221,16 @@ class LatencyTable:
     def overhead(self) -> tuple[float, float]:
         """(fixed, per block) of the calibration, in the header's unit; zero without one."""
         return (self.calibration.fixed, self.calibration.per_block) if self.calibration else (0.0, 0.0)
+
+    @property
+    def tolerance(self) -> float:
+        """Relative error that a prediction may have: twice the largest of the calibration's models, at least 5 %. Without
+        calibration nothing is known: infinite."""
+        if self.calibration is None:
+            return math.inf
+        fixed, per_block = self.overhead
+        errors = (abs((fixed + per_block * b + ops) / ms - 1) for ops, b, ms in self.calibration.points)
+        return max(0.05, 2 * max(errors))
 
     def predict(self, choice: Choice, space: SearchSpace, block_rank: Sequence[int] | None = None) -> float:
         """Latency of one choice. `block_rank` (most important first) says whose bits count."""
@@ -261,7 +276,7 @@ class LatencyTable:
 
 def _rank(row: Row) -> tuple[bool, bool, float]:
     """Smallest first. A profile that takes the place of interpolated rows leaves both until it has finished."""
-    return (row.status != "ok", row.backend == INTERPOLATED, row.median if row.median is not None else 0.0)
+    return (row.status != "ok", row.backend == INTERPOLATED, row.value if row.value is not None else 0.0)
 
 
 class Bound:
@@ -302,7 +317,7 @@ class Bound:
                 row = self.table._best.get(spec)
                 if row is None or (row.status != "ok" and not part.group):
                     absent.append(spec)
-                values.append(math.nan if row is None or row.median is None else row.median * part.count)
+                values.append(math.nan if row is None or row.value is None else row.value * part.count)
         return torch.tensor(values, dtype=torch.float64).view(shape)
 
     def to(self, device: torch.device) -> None:
@@ -377,9 +392,9 @@ class Bound:
         for part in self.parts:
             sizes = [getattr(full, d) for d in part.dims]
             row = self.table.best(part.spec(*sizes))
-            if row is None or row.median is None:
+            if row is None or row.value is None:
                 raise JointNASError(f"the latency table lacks {part.spec(*sizes)}, needed by the original model")
-            total += row.median * part.count * (full.blocks if part.per_block else 1)
+            total += row.value * part.count * (full.blocks if part.per_block else 1)
         return total
 
 

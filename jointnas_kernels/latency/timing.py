@@ -1,4 +1,4 @@
-"""Timing of one operation: rotated buffers, many samples, median with p10 and p90.
+"""Timing of one operation: rotated buffers, many samples, low quantile.
 
 CPU: the thread count is pinned; one sample is one call (or a few, until it lasts 20 µs). GPU: one CUDA graph of
 at least ten calls, timed by events, so that launch overhead does not count.
@@ -6,7 +6,7 @@ at least ten calls, timed by events, so that launch overhead does not count.
 `runs` are the same operation on different copies of its weight; walking through them keeps the caches in the state
 they have inside a model: all other weights were touched since this one was. `copies` says how many that takes.
 
-Whoever measures for a table passes a `Watch`: it repeats what another process, or a slower clock, has disturbed.
+Whoever measures for a table passes a `Watch`: it judges every sample, and repeats what others have disturbed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.schema import Device
-from jointnas_kernels.latency.watch import Measured, Watch
+from jointnas_kernels.latency.watch import SAMPLES, Measured, Watch, summary
 
 Run = Callable[[], object]
 CPUINFO = Path("/proc/cpuinfo")
@@ -100,8 +100,6 @@ def pinned_threads(threads: int) -> Iterator[None]:
 
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-TICK = 0.02  # seconds between two readings of the reference kernel
-SAMPLES = 2000  # at most, of one measurement
 
 
 @functools.cache
@@ -160,26 +158,33 @@ def measure(
     """Milliseconds per call.
 
     Samples are taken until `seconds` have passed, but at least `samples` of them (CPU: fewer if that would take more
-    than 20 times as long; only one, the second call, if that takes `hopeless_ms`)."""
-    tick = watch.tick if watch is not None else lambda: None
+    than 20 times as long; only one, the second call, if that takes `hopeless_ms`). A `watch` judges them.
 
-    def attempt() -> Measured:
-        if device.type == "cuda":
-            return _measure_cuda(runs, device, seconds, samples, tick)
-        return _measure_cpu(runs, seconds, samples, hopeless_ms, tick)
+    Raises:
+        Busy: by the watch.
+    """
+    if device.type == "cuda":
+        sample = _cuda_sample(runs, device)
+    else:
+        retain_memory()
+        runs[0]()
+        start = time.perf_counter()
+        runs[-1]()
+        once = time.perf_counter() - start
+        if once * 1e3 > hopeless_ms:
+            return summary([once * 1e3])
+        sample = _cpu_sample(runs, max(1, min(50, int(20e-6 / max(once, 1e-7)))))
+        samples = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
+    if watch is not None:
+        return watch.collect(sample, seconds, samples)
+    times, stop = list[float](), time.perf_counter() + seconds
+    while len(times) < samples or (time.perf_counter() < stop and len(times) < SAMPLES):
+        times.append(sample())
+    return summary(times)
 
-    return attempt() if watch is None else watch.settle(attempt)
 
-
-def _measure_cpu(runs: Sequence[Run], seconds: float, samples: int, hopeless_ms: float, tick: Run) -> Measured:
-    retain_memory()
-    runs[0]()
-    start = time.perf_counter()
-    runs[-1]()
-    once = time.perf_counter() - start
-    if once * 1e3 > hopeless_ms:
-        return _summary([once * 1e3])
-    inner = max(1, min(50, int(20e-6 / max(once, 1e-7))))
+def _cpu_sample(runs: Sequence[Run], inner: int) -> Callable[[], float]:
+    """Milliseconds per call, of a few calls."""
     forever = itertools.cycle(runs)
 
     def sample() -> float:
@@ -189,11 +194,11 @@ def _measure_cpu(runs: Sequence[Run], seconds: float, samples: int, hopeless_ms:
             run()
         return (time.perf_counter() - start) * 1e3 / inner
 
-    least = max(3, min(samples, int(20 * seconds / max(once, 1e-7))))  # a slow call needs no 15 samples
-    return _collect(sample, seconds, least, tick)
+    return sample
 
 
-def _measure_cuda(runs: Sequence[Run], device: torch.device, seconds: float, samples: int, tick: Run) -> Measured:
+def _cuda_sample(runs: Sequence[Run], device: torch.device) -> Callable[[], float]:
+    """The same of a captured graph."""
     calls = max(10, len(runs))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -217,23 +222,4 @@ def _measure_cuda(runs: Sequence[Run], device: torch.device, seconds: float, sam
         end.synchronize()
         return float(begin.elapsed_time(end)) / calls
 
-    return _collect(sample, seconds, samples, tick)
-
-
-def _collect(sample: Callable[[], float], seconds: float, least: int, tick: Run) -> Measured:
-    """Samples (milliseconds) until `seconds` have passed, at least `least` of them, with ticks between."""
-    times: list[float] = []
-    ticked = time.perf_counter()
-    stop = ticked + seconds
-    while len(times) < least or (time.perf_counter() < stop and len(times) < SAMPLES):
-        times.append(sample())
-        if time.perf_counter() - ticked > TICK:
-            tick()
-            ticked = time.perf_counter()
-    return _summary(times)
-
-
-def _summary(times: list[float]) -> Measured:
-    ordered = sorted(times)
-    p10, median, p90 = (max(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 1e-9) for q in (0.1, 0.5, 0.9))
-    return Measured(p10, median, p90, len(ordered))
+    return sample

@@ -107,6 +107,10 @@ class LatencyConfig(Section):
     )
     metric: Metric = Field(default="latency", description="what a profile measures")
     calibrate: int = Field(default=6, ge=0, description="whole models measured to fit the overhead; 0: none")
+    busy: Literal["stop", "mark"] = Field(
+        default="stop", description="where the machine is too busy to be measured, or predictions miss whole models by "
+        "more than 25 %: stop, or go on with a table that is marked"
+    )  # fmt: skip
 
     def value(self) -> Workload:
         """The workload alone, of what `loading.resolve` made of the configuration."""

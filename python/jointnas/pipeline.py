@@ -116,10 +116,11 @@ def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run
         space, shape, predicted = run.space, choice, run.bound.predict(choice)
     size = model_bytes(run.model_config, space, shape, run.supernet.block_rank)
     measured = measured_latency(model, choice, run)
-    milliseconds, contended = (None, False) if measured is None else (measured.median, measured.contended)
+    milliseconds, contended = (None, False) if measured is None else (measured.value, measured.contended)
     params = count_params(run.model_config, shape)
+    apart = milliseconds is not None and abs(predicted / milliseconds - 1) > run.table.tolerance
     return Row(
-        name, params, size, predicted, milliseconds, **measures, contended=contended,
+        name, params, size, predicted, milliseconds, **measures, contended=contended, apart=apart,
         caveat=loading.caveat(run.config.model),
     )  # fmt: skip
 

@@ -157,10 +157,10 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
     shapes: dict[tuple[int, int, int], dict[tuple[int, int], float]] = {}
     for spec in table.specs:
         row = table.best(spec)
-        if spec.op == "linear" and row is not None and row.median is not None:
+        if spec.op == "linear" and row is not None and row.value is not None:
             cells = shapes.setdefault((spec.m, spec.n, spec.k), {})
             key = (spec.wbits, spec.abits)
-            cells[key] = min(row.median, cells.get(key, math.inf))  # one shape may occur with two groups
+            cells[key] = min(row.value, cells.get(key, math.inf))  # one shape may occur with two groups
     lines = sorted((s for s, cells in shapes.items() if DENSE in cells), key=lambda s: (s[1] * s[2], s))
     pairs = sorted({p for s in lines for p in shapes[s] if p != DENSE}, key=lambda p: (-p[0], -p[1]))
     if not lines or not pairs:

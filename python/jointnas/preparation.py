@@ -21,6 +21,7 @@ from jointnas_kernels.latency import LatencyTable, calibrate, profile
 from jointnas_kernels.space import WIDTHS, SearchSpace
 
 log = logging.getLogger(__name__)
+MISS = 0.25  # mean relative error of a calibration that is of no use
 
 
 def prepare(
@@ -122,7 +123,11 @@ def measure_table(
     config: RunConfig, space: SearchSpace, model_config: Any, out: Path, renew: bool = False
 ) -> LatencyTable:
     """Profiles the device and calibrates the table; a finished one is taken as it is, unless it is to be renewed where
-    a busy machine disturbed it or a backend was installed since."""
+    a busy machine disturbed it or a backend was installed since.
+
+    Raises:
+        JointNASError: what `profile` and `calibrate` raise, or predictions that miss whole models by more than 25 %.
+    """
     options = config.latency
     if out.is_file() and not renew:
         try:
@@ -135,11 +140,21 @@ def measure_table(
     table = profile(
         space, model_config, out, workload=options.value(), device=config.model.device, threads=options.threads,
         backends=options.backends, progress=config.progress, seed=config.seed, metric=options.metric,
-        seconds_per_operation=options.seconds_per_operation,
+        seconds_per_operation=options.seconds_per_operation, strict=options.busy == "stop",
     )  # fmt: skip
     fitted = table.calibration is not None and not table.calibration.contended
     if options.calibrate and options.metric == "latency" and not fitted:
         restricted, _ = table.restrict(space)
-        table = calibrate(table, restricted, model_config, options.calibrate, seed=config.seed)
+        strict = options.busy == "stop"
+        table = calibrate(table, restricted, model_config, options.calibrate, seed=config.seed, strict=strict)
+        missed = table.calibration.mape if table.calibration else 0.0
+        if missed > MISS and strict:
+            table = table.doubted()
         table.save(out)
+        if missed > MISS and strict:
+            raise JointNASError(
+                f"the latency table {out} is of no use: whole models differ from its predictions by {missed:.0%} on "
+                f"average (allowed: {MISS:.0%}), so the machine was not the same for both. Stop what else runs and give "
+                "the same command again: everything is measured anew"
+            )
     return table

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BUSY = "measured while the machine was slower than when its latency table was made; the prediction does not apply"
+BUSY = "measured while the machine was not in the state that its latency table was made in; do not rely on it"
+APART = "measurement and prediction differ by more than the latency table's calibration allows; one of them is wrong"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Row:
     context: int  # tokens per window of the perplexity
     tasks: dict[str, dict[str, float]]  # by task, `evaluation.accuracy`
     perplexity_without_bos: float | None = None  # where there is one
-    contended: bool = False  # measured_ms: while the machine was slower than when the latency table was made
+    contended: bool = False  # measured_ms: disturbed by something else
+    apart: bool = False  # measured_ms and predicted_ms: by more than `LatencyTable.tolerance`
     caveat: str = ""  # what must be said of results of this model
 
 
@@ -38,7 +40,7 @@ def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
         values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
-        values[3] += " *" * row.get("contended", False)
+        values[3] += " *" * bool(row.get("contended") or row.get("apart"))
         values.append(f"{row['perplexity']:.2f}")
         without = row.get("perplexity_without_bos")
         cells.append([*values, *["–" if without is None else f"{without:.2f}"] * both])
@@ -93,7 +95,8 @@ def html_table(rows: Sequence[dict[str, Any]]) -> str:
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What stands below the rows."""
     caveats = dict.fromkeys(r["caveat"] for r in rows if r.get("caveat"))
-    return [f"* {BUSY}"] * any(r.get("contended") for r in rows) + [f"Note: {caveat}" for caveat in caveats]
+    marks = {BUSY: any(r.get("contended") for r in rows), APART: any(r.get("apart") for r in rows)}
+    return [f"* {text}" for text, shown in marks.items() if shown] + [f"Note: {caveat}" for caveat in caveats]
 
 
 # ---- Pareto fronts --------------------------------------------------------------------------------------------------

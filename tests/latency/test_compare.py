@@ -141,7 +141,7 @@ def test_sizes_between_measured_ones_are_linear() -> None:
     new = [r for r in filled.rows if r.backend == INTERPOLATED]
     assert {96, 128} == {r.n for r in new if r.op == "swiglu"}
     for row in new:
-        assert row.median == pytest.approx(cost(row.spec), rel=1e-9)
+        assert row.value == pytest.approx(cost(row.spec), rel=1e-9)
     choice = WIDE.full()
     assert filled.predict(choice, WIDE) == pytest.approx(synthetic(WIDE).predict(choice, WIDE), rel=1e-9)
 
@@ -150,7 +150,7 @@ def test_within_a_tile_the_cost_is_the_tiles() -> None:
     table = synthetic(SearchSpace((128,), (4,), (32,), (64, 128), (1,)))
     row = between(table, OpSpec("swiglu", 16, 81, 0))
     assert row is not None
-    assert row.median == pytest.approx(cost(OpSpec("swiglu", 16, 96, 0)))
+    assert row.value == pytest.approx(cost(OpSpec("swiglu", 16, 96, 0)))
 
 
 @pytest.mark.parametrize("spec", [OpSpec("swiglu", 16, 48, 0), OpSpec("swiglu", 16, 256, 0)], ids=["below", "above"])
