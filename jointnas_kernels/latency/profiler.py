@@ -49,6 +49,7 @@ from jointnas_kernels.space import SearchSpace
 log = logging.getLogger(__name__)
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
 PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 12 s of a profile with 0.04 s each
+HOPELESS = 5  # times slower than another backend, which one sample tells well enough
 LONGEST = 5.0  # seconds for one operation: more tells nothing, and there are hundreds
 AGAIN = 0.3  # share of the profile's time, at least half of that, that goes into what was disturbed, at the end
 
@@ -99,7 +100,7 @@ def profile(
             metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             runtime="step" if names == [step.NAME] else "transformers",
-            reference=[b * 1e3 for b in watch.baseline], load=round(os.getloadavg()[0], 2),
+            reference=_milliseconds(watch.baseline), load=round(os.getloadavg()[0], 2),
         )  # fmt: skip
         # operations on the same weight next to each other: it is made, quantized and packed once
         specs = sorted(enumerate_ops(space, config, workload), key=lambda s: (s.op, s.m, s.n, s.k, s.wbits, s.group))
@@ -117,9 +118,10 @@ def profile(
 
         def run(spec: OpSpec) -> None:
             watch.starved = False
-            known = [rows[spec, name].value for name in names if metric == "latency" and (spec, name) in rows]
-            fastest = min((ms for ms in known if ms is not None), default=math.inf)
-            for row in time_operation(spec, target, due(spec) or names, store, seconds, watch, metric, fastest):
+            asked = due(spec) or names
+            others = [rows[spec, name].value for name in names if name not in asked and (spec, name) in rows]
+            fastest = min((ms for ms in others if ms is not None and metric == "latency"), default=math.inf)
+            for row in time_operation(spec, target, asked, store, seconds, watch, metric, fastest):
                 before = rows.get((spec, row.backend))
                 if before is not None and slower(row, before):
                     continue
@@ -153,7 +155,7 @@ def profile(
         finally:
             writer.close()
     if readings:  # otherwise the file's rows are still those of its own reference
-        header = header.model_copy(update={"reference": [b * 1e3 for b in watch.baseline]})
+        header = header.model_copy(update={"reference": _milliseconds(watch.baseline)})
     claimed = {spec for (spec, _), row in rows.items() if row.status != "infeasible"}  # some of them only now
     kept = [row for row in rows.values() if row.status != "infeasible" or row.spec not in claimed]
     table = LatencyTable(header, kept, None if readings else calibration)
@@ -161,6 +163,11 @@ def profile(
     if table.caution:
         warn_once(table.caution)
     return table
+
+
+def _milliseconds(reading: Reading) -> list[float] | None:
+    """For a header; None while the machine is too busy to be read."""
+    return [seconds * 1e3 for seconds in reading] if all(map(math.isfinite, reading)) else None
 
 
 def _names(asked: Sequence[str] | None, config: Any, target: Target) -> list[str]:
@@ -282,14 +289,18 @@ def time_operation(
             continue
         try:
             with torch.inference_mode():
-                once = result = measure([partial(first, x)], target.device, 0.0, samples=1, hopeless_ms=10 * fastest)
-                if once.value <= 10 * fastest:  # otherwise one sample is enough, and packing all copies too expensive
+                each = getattr(first, "repeats", 1)
+                limit = HOPELESS * fastest * each
+                once = result = measure([partial(first, x)], target.device, 0.0, samples=3, hopeless_ms=limit)
+                fastest = min(fastest, once.value / each)
+                if once.value <= limit:  # otherwise one sample is enough, and packing all copies too expensive
                     calls, each = _calls(backend, spec, target, first, weight, store.model_bytes, metric)
                     result = measure_with(spec, [partial(call, x) for call in calls], seconds, watch)
-                    result = result._replace(p10=result.p10 / each, median=result.median / each, p90=result.p90 / each)
                 elif metric != "latency":
-                    rows.append(Row(**identity, status="rejected", reason="over 10 times slower than another backend"))
+                    reason = f"over {HOPELESS} times slower than another backend"
+                    rows.append(Row(**identity, status="rejected", reason=reason))
                     continue
+                result = result._replace(p10=result.p10 / each, median=result.median / each, p90=result.p90 / each)
         except JointNASError:  # of the meter
             raise
         except Exception as error:  # what ran once need not run in a graph, or find memory for its copies
@@ -297,7 +308,6 @@ def time_operation(
                 raise
             rows.append(Row(**identity, status="rejected", reason=excuse(backend, error)))
             continue
-        fastest = min(fastest, once.value)
         numbers = result._asdict()
         rows.append(Row(**identity, **numbers | {"contended": True if result.contended else None}))
     if not rows:

@@ -224,8 +224,8 @@ class LatencyTable:
 
     @property
     def tolerance(self) -> float:
-        """Relative error that a prediction may have: twice the largest of the calibration's models, at least 5 %. Without
-        calibration nothing is known: infinite."""
+        """Relative error that a prediction may have: twice the largest of the calibration's models, at least 5 %;
+        infinite without a calibration."""
         if self.calibration is None:
             return math.inf
         fixed, per_block = self.overhead

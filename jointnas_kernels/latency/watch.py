@@ -1,6 +1,6 @@
 """How long something takes on a machine that others use, too. Every sample is judged, not the measurement as a whole.
 
-waiting  A sample is dropped if threads of this process were ready but did not run while it was taken (the run delay of
+waiting  A sample is dropped if threads of this process were ready but did not run while it was taken (run delay in
          Linux's schedstat), or a hypervisor stole time. What remains is what a quiet machine shows: with another process
          spinning on one of 2 cores, a GEMM of 0.26 ms lost 18 % of its samples; the 10 % quantile of the others was 1 %
          above that of a quiet machine, the median of all of them 32 %. Samples longer than a time slice (3 ms) are all
@@ -46,7 +46,7 @@ SCALE = (1.0, 4.0, 4.0)  # of the reference kernels' drifts: GEMM, copy by colum
 CALLS = 5  # of each kernel in one reading, of which the shortest counts
 LATELY = 1.0  # seconds whose readings make up a state of the machine: single ones vary by 15 %
 STATE = 0.25  # the quantile of readings that is the state, and of states that is the baseline: the best one that lasts
-WAITED = (0.02, 2e-6)  # of a sample that still counts: share, and seconds
+WAITED = (0.05, 2e-6)  # of a sample that still counts: share, and seconds
 LOOK = 0.05  # share of the threads' time that waiting takes before it is looked who else runs
 FREE = 0.25  # cores that must be left by others, per thread
 TICK = 0.02  # seconds between two readings of the reference kernels
@@ -112,6 +112,7 @@ class Waiting:
                     self._threads[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
 
     def __call__(self) -> float:
+        """The sum."""
         total = 0
         for thread, file in list(self._threads.items()):
             try:
@@ -189,10 +190,12 @@ def reference_kernels(device: torch.device) -> list[Callable[[], object]]:
         half = whole[copy // 2 :]
         kernels.append(lambda: (whole.add_(1), half.sub_(1)))
 
-    def complete(kernel: Callable[[], object]) -> Callable[[], object]:
-        return lambda: (synchronize(device), kernel(), synchronize(device))
+    def complete(kernel: Callable[[], object]) -> None:
+        synchronize(device)
+        kernel()
+        synchronize(device)
 
-    return [complete(kernel) for kernel in kernels]
+    return [functools.partial(complete, kernel) for kernel in kernels]
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -229,8 +232,8 @@ class Attempt(NamedTuple):
 
 @dataclass
 class Watch:
-    """One per profile, or per series of whole models. Everything it looks at can be replaced, so that a busy machine can
-    be played.
+    """One per profile, or per series of whole models. Everything it looks at can be replaced, so that a busy machine
+    can be played.
 
     kernels: the reference.
     baseline: its seconds in the state that counts; none: what is read here decides (`STATE`).

@@ -33,7 +33,8 @@ def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fami
     source, table, run, out = (tmp_path / n for n in ("model", "table.jsonl", "run", "out"))
     tiny.model(family).save_pretrained(source)
     profile = ["profile", "--out", str(table), "--model.source", str(source), "--latency.seq=8",
-               "--latency.seconds_per_operation=1e-4", "--latency.calibrate=2", "--latency.busy=mark", "--progress=false", *SPACE]  # fmt: skip
+               "--latency.seconds_per_operation=1e-4", "--latency.calibrate=2", "--latency.busy=mark",
+               "--progress=false", *SPACE]  # fmt: skip
     assert cli.main(profile) == 0
     dims = LatencyTable.load(table, device=None).dims
     assert (dims.qk_norm, dims.fused) == (family == "qwen3", family == "phi3")

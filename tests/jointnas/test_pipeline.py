@@ -29,7 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.model().save_pretrained(root / "model")
     table, out = root / "table.jsonl", root / "run"
     profile = ["profile", "--out", str(table), "--model.source", str(root / "model"), "--latency.seq=8",
-               "--latency.seconds_per_operation=1e-4", "--latency.calibrate=2", "--latency.busy=mark", "--progress=false", *SPACE]  # fmt: skip
+               "--latency.seconds_per_operation=1e-4", "--latency.calibrate=2", "--latency.busy=mark",
+               "--progress=false", *SPACE]  # fmt: skip
     search = ["search", "--model.source", str(root / "model"), "--out", str(out), "--latency.table", str(table)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jointnas.data.load", lambda *a, **k: tiny.streams())

@@ -170,7 +170,7 @@ def test_what_is_too_slow_for_another_metric_is_tried_once(
     install(Right("slow", 0.05))
     table = resumed(path, "late", "slow", metric="memory")
     slow = [r for r in table.rows if r.backend == "slow"]
-    assert {(r.status, r.reason) for r in slow} == {("rejected", "over 10 times slower than another backend")}
+    assert {(r.status, r.reason) for r in slow} == {("rejected", "over 5 times slower than another backend")}
     assert all(table.best(r.spec).backend == "late" for r in slow)  # type: ignore[union-attr]
     timed.clear()
     assert resumed(path, "late", "slow", metric="memory").rows == table.rows

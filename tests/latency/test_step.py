@@ -145,6 +145,11 @@ def test_times_are_those_of_one_operation(tmp_path: Path, monkeypatch: pytest.Mo
     table = profiled(tmp_path / "t.jsonl")
     assert {(row.p10, row.median, row.p90) for row in table.rows} == {(0.5, 1.0, 2.0)}
     assert max(seen) == 64 > min(seen)
+    # also where the time of the operation is known, and one call takes 64 times as long
+    norm, target = OpSpec("norm", 1, 64, 0), Target(torch.device("cpu"), Workload("decode", 1, 24), 2)
+    store = profiler.Weights(target, 1 << 20, torch.Generator())
+    (row,) = profiler.time_operation(norm, target, ["step"], store, 1e-4, fastest=1.0)
+    assert (row.p10, row.samples) == (0.5, 9)
 
 
 @torch.no_grad()

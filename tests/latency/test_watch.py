@@ -27,8 +27,8 @@ SPACE = SearchSpace((64,), (2, 4), (16,), (64,), (1, 2, 3), (8,), (8, 16), group
 
 
 class Machine:
-    """A clock that only runs when something does, and others' load: of every `period` seconds they take `busy` of a core
-    that this process needs. `slow`: all takes so much longer, and nobody waits."""
+    """A clock that only runs when something does, and others' load: of every `period` seconds they take `busy` of a
+    core that this process needs. `slow`: all takes so much longer, and nobody waits."""
 
     def __init__(self, busy: float = 0.0, until: float = math.inf, slow: float = 1.0, period: float = 0.006) -> None:
         self.now, self.waits, self.busy, self.until, self.slow, self.period = 0.0, 0.0, busy, until, slow, period
@@ -108,13 +108,17 @@ def test_slow_for_ever_is_given_up_and_marked() -> None:
     assert machine.now - before < 0.5
 
 
+def endless(watch: Watch, sample: Callable[[], float]) -> None:
+    for _ in range(1000):
+        assert watch.collect(sample, 0.02, 9).contended
+        assert watch.starved
+
+
 def test_a_taken_core_is_refused_in_bounded_time() -> None:
     machine = Machine(busy=0.003)
     watch = machine.watch(strict=True)
     with pytest.raises(Busy, match=r"since \d\d:\d\d:\d\d something else has had the processors .* --resume"):
-        for _ in range(1000):
-            assert watch.collect(machine.sample(5e-3), 0.02, 9).contended
-            assert watch.starved
+        endless(watch, machine.sample(5e-3))
     assert 20 < machine.now < 25
     watch, before = machine.watch(), machine.now  # of whoever cannot stop
     for _ in range(100):
@@ -128,8 +132,7 @@ def test_no_core_left_is_refused_although_some_samples_did_not_wait() -> None:
     machine.cores = float(os.cpu_count() or 1)
     watch = machine.watch(strict=True)
     with pytest.raises(Busy):
-        for _ in range(1000):
-            assert watch.collect(machine.sample(1e-3), 0.02, 9).contended
+        endless(watch, machine.sample(1e-3))
     assert machine.now < 25
 
 
@@ -151,7 +154,9 @@ def test_the_least_disturbed_attempt_is_kept() -> None:
             self._recent.clear()
             return super()._attempt(*args)  # type: ignore[arg-type]
 
-    watch = Changing([lambda: machine.run(2e-4)], (2e-4,), 5.0, clock=lambda: machine.now, waited=lambda: 0.0, sleep=machine.sleep)
+    watch = Changing(
+        [lambda: machine.run(2e-4)], (2e-4,), 5.0, clock=lambda: machine.now, waited=lambda: 0.0, sleep=machine.sleep
+    )
     found = watch.collect(machine.sample(2e-3), 0.02, 9)
     assert found.median == pytest.approx(3.0)  # 2 ms, 1.5 times as slow
     assert found.contended
@@ -197,7 +202,7 @@ def test_readings_of_this_machine() -> None:
     thread.start()
     waiting.renew()
     thread.join()
-    assert waiting() >= before >= 0
+    assert 0 <= before <= waiting()
     assert 0 <= taken(0.02) <= (os.cpu_count() or 1)
     assert private_cache_bytes(torch.device("cpu")) > 0
     assert retain_memory() in (True, False)
