@@ -37,7 +37,7 @@ class Round:
     def __init__(self, choices: list[Choice], fitted: int, args: argparse.Namespace, device: str, mode: str) -> None:
         seconds = (0.002, 0.02) if args.tiny else (0.02, 0.2)
         config, space = model_config(ModelConfig()), SearchSpace.named("tiny")
-        watch = Watch.on(torch.device(device), patience=0)  # the speed of the moment is the one to be measured
+        watch = Watch.on(torch.device(device))  # the speed of the moment is the one to be measured
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "table.jsonl"
             table = profile(

@@ -132,7 +132,7 @@ def operations(config: Any, device: str, dtype: torch.dtype, context: int, secon
     space = single(config)
     workload = Workload("decode", 1, context, str(dtype).removeprefix("torch."))
     names = None if device == "cpu" else ("torch", "ours-cuda")
-    watch = Watch.on(torch.device(device), patience=0)  # the state of the moment is the one to be measured
+    watch = Watch.on(torch.device(device))  # the state of the moment is the one to be measured
     with tempfile.TemporaryDirectory() as folder:
         table = profile(
             space, config, Path(folder) / "table.jsonl", workload=workload, device=device, backends=names,

@@ -155,7 +155,7 @@ def calibrate(
     if isinstance(choices, int):
         size, most = getattr(torch, table.workload.dtype).itemsize, _free_bytes(table.header.device.type) / 3
         choices = feasible_choices(plain, space, choices, seed, lambda c: count_params(config, c) * size < most)
-    watch = watch or plain.watch(15 * seconds, strict)
+    watch = watch or plain.watch(strict)
     found = measure_choices(plain, space, config, choices, seed=seed, seconds=seconds, watch=watch)
     points = list(zip(choices, found, strict=True))
     clean = [(choice, measured) for choice, measured in points if not measured.contended]
@@ -179,7 +179,7 @@ def measure_choices(
     from jointnas_kernels.hf.families import build  # late: reading tables needs no transformers
 
     device, dtype = torch.device(table.header.device.type), getattr(torch, table.workload.dtype)
-    watch = watch or table.watch(15 * seconds)
+    watch = watch or table.watch()
 
     def deployed(choice: Choice) -> nn.Module:
         with torch.random.fork_rng():
@@ -205,10 +205,10 @@ def measure_choices(
 
 
 def _undisturbed(turns: Sequence[Measured]) -> Measured:
-    """The turn at the lower quartile: others make a machine slower, never faster (seen: 2 times, for seconds, in up to
-    half of the turns)."""
+    """The fastest turn, as of operations: others make a machine slower, never faster (seen: 2 times, for seconds, in up
+    to half of the turns)."""
     fine = [turn for turn in turns if not turn.contended] or turns
-    return sorted(fine, key=lambda turn: turn.value)[len(fine) // 4]._replace(
+    return min(fine, key=lambda turn: turn.value)._replace(
         p90=max(turn.p90 for turn in turns), samples=sum(turn.samples for turn in turns)
     )
 

@@ -5,9 +5,11 @@ that claims an operation is first checked against the dequantised reference; one
 `rejected` row with the reason and is not timed. An operation nobody can run gets an `infeasible` row. So whoever claims
 an operation and has no row was not there when it was measured: `--resume` tries it, and times nobody else again.
 
-What others disturbed is measured again: at once, for a bounded time (`watch.py`), then after everything else in another
-order, then by the next `--resume`. A machine so busy that nothing can be measured ends the profile with an error; what
-was measured in an unusual state of it is marked, counted and warned about once.
+On a CPU every operation is timed in several rounds, in different orders, of which the fastest counts: seen on a virtual
+machine, without any other load, one and the same product took 1.3 us for some seconds and 2.1 for others. What others
+disturbed in all of them is measured again after everything else, then by the next `--resume`. A machine so busy that
+nothing can be measured ends the profile with an error (`watch.py`); what was measured in an unusual state of it is
+marked, counted and warned about once.
 """
 
 from __future__ import annotations
@@ -48,10 +50,13 @@ from jointnas_kernels.space import SearchSpace
 
 log = logging.getLogger(__name__)
 Rows = dict[tuple[OpSpec, str], Row]  # by operation and backend
-PATIENCE = 300  # measurements' time that may go into repetitions and pauses: 12 s of a profile with 0.04 s each
+ROUNDS = 3  # a CPU's time for an operation is taken in so many turns, between which it may change its state
+DEAR = 1.0  # seconds of a turn that is the only one
+CLOSE = 2.0  # times slower than the fastest backend: may still be the fastest
+PATIENCE = 150  # measurements' time that may go into what was disturbed, at the end: 6 s of a profile with 0.04 s each
 HOPELESS = 5  # times slower than another backend, which one sample tells well enough
 LONGEST = 5.0  # seconds for one operation: more tells nothing, and there are hundreds
-AGAIN = 0.3  # share of the profile's time, at least half of that, that goes into what was disturbed, at the end
+AGAIN = 0.3  # or that share of the profile's time, if it is more
 
 
 def profile(
@@ -95,7 +100,8 @@ def profile(
     names = _names(backends, config, target)
     meter(metric, target)  # an error before the file is made
     with pinned_threads(here.threads):
-        watch = watch or Watch.on(target.device, patience=PATIENCE * seconds, strict=strict)
+        watch = watch or Watch.on(target.device, strict=strict)
+        rounds = ROUNDS if metric == "latency" and target.device.type == "cpu" else 1
         header = Header(
             metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -107,7 +113,8 @@ def profile(
         model_bytes = _weight_bytes(space, workload, dims, target)
         store = Weights(target, model_bytes, torch.Generator().manual_seed(seed))
         writer, header, rows, calibration = _open(out, header, resume)
-        readings: dict[OpSpec, Reading] = {}
+        states: dict[tuple[OpSpec, str], Reading] = {}  # of the machine, when a row was measured
+        cost: dict[OpSpec, float] = {}  # seconds of one round
         starved: set[OpSpec] = set()  # of too few undisturbed samples
 
         def due(spec: OpSpec) -> list[str]:
@@ -116,19 +123,23 @@ def profile(
             asked = [name for name in names if (spec, name) not in rows or rows[spec, name].contended]
             return [name for name in asked if registry.get(name).unsupported(spec, target) is None]
 
-        def run(spec: OpSpec) -> None:
-            watch.starved = False
-            asked = due(spec) or names
-            others = [rows[spec, name].value for name in names if name not in asked and (spec, name) in rows]
-            fastest = min((ms for ms in others if ms is not None and metric == "latency"), default=math.inf)
-            for row in time_operation(spec, target, asked, store, seconds, watch, metric, fastest):
+        def run(spec: OpSpec, asked: Sequence[str], fastest: float = math.inf) -> None:
+            watch.starved, started = False, time.perf_counter()
+            for row in time_operation(spec, target, asked, store, seconds / rounds, watch, metric, fastest):
                 before = rows.get((spec, row.backend))
-                if before is not None and slower(row, before):
+                if before is not None and not better(row, before):
                     continue
-                rows[spec, row.backend] = row
+                rows[spec, row.backend], states[spec, row.backend] = row, watch.reading
                 writer.write(row if before is None else row.model_copy(update={"again": True}))
-            readings[spec] = watch.reading
-            (starved.add if watch.starved else starved.discard)(spec)
+            clean = any((spec, name) in rows and not rows[spec, name].contended for name in asked)
+            (starved.add if watch.starved and not clean else starved.discard)(spec)
+            cost[spec] = time.perf_counter() - started
+
+        def contenders(spec: OpSpec) -> list[str]:
+            """Backends that may be the fastest."""
+            known = {name: rows[spec, name].value for name in names if (spec, name) in rows}
+            least = min((ms for ms in known.values() if ms is not None), default=0.0)
+            return [name for name, ms in known.items() if ms is not None and ms <= CLOSE * least]
 
         began = time.perf_counter()
         done = {spec for spec, _ in rows}
@@ -137,28 +148,33 @@ def profile(
             if progress and todo:
                 _announce(len(todo), sum(len(due(spec)) for spec in todo), seconds, metric)
             for spec in _with_progress(todo, f"profile {device}", progress):
-                run(spec)
+                asked = due(spec) or names
+                others = [rows[spec, name].value for name in names if name not in asked and (spec, name) in rows]
+                run(spec, asked, min((ms for ms in others if ms is not None and metric == "latency"), default=math.inf))
+            shuffled = random.Random(seed)
+            for number in range(2, rounds + 1):  # what was slow among its neighbours need not be among others
+                order = [spec for spec in todo if cost[spec] < DEAR]
+                shuffled.shuffle(order)
+                for spec in _with_progress(order, f"round {number} of {rounds}", progress):
+                    run(spec, contenders(spec))
             # only now it is known which state of the machine lasts: what was timed in another is disturbed, too
-            for spec, reading in readings.items():
-                if reading and watch.drift(reading) > DRIFT[1]:
-                    _mark(rows, [key for key in rows if key[0] == spec])
+            _mark(rows, [key for key, state in states.items() if state and watch.drift(state) > DRIFT])
             todo = [spec for spec in todo if due(spec)]
-            random.Random(seed).shuffle(todo)  # what follows what was slow need not be slow again
-            stop = time.perf_counter() + max(PATIENCE * seconds / 2, AGAIN * (time.perf_counter() - began))
-            watch.patience = max(watch.patience, stop - time.perf_counter())
+            shuffled.shuffle(todo)
+            stop = time.perf_counter() + max(PATIENCE * seconds, AGAIN * (time.perf_counter() - began))
             for spec in _with_progress(todo, "disturbed, again", progress and bool(todo)):
                 if time.perf_counter() < stop:
-                    run(spec)
+                    run(spec, [name for name in contenders(spec) if rows[spec, name].contended])
             while starved and watch.strict:  # until endurance is gone
                 for spec in sorted(starved):
-                    run(spec)
+                    run(spec, contenders(spec))
         finally:
             writer.close()
-    if readings:  # otherwise the file's rows are still those of its own reference
+    if states:  # otherwise the file's rows are still those of its own reference
         header = header.model_copy(update={"reference": _milliseconds(watch.baseline)})
     claimed = {spec for (spec, _), row in rows.items() if row.status != "infeasible"}  # some of them only now
     kept = [row for row in rows.values() if row.status != "infeasible" or row.spec not in claimed]
-    table = LatencyTable(header, kept, None if readings else calibration)
+    table = LatencyTable(header, kept, None if states else calibration)
     table.save(out)
     if table.caution:
         warn_once(table.caution)
@@ -193,10 +209,11 @@ def _announce(operations: int, measurements: int, seconds: float, metric: Metric
     )  # fmt: skip
 
 
-def slower(row: Row, before: Row) -> bool:
-    """Both disturbed, and the repetition more: nothing else makes a machine faster than it is."""
-    both = row.contended and before.contended and row.value is not None and before.value is not None
-    return bool(both) and row.value > before.value  # type: ignore[operator]
+def better(row: Row, before: Row) -> bool:
+    """Whether it takes the other one's place: undisturbed, or faster. Nothing makes a machine faster than it is."""
+    if row.value is None or before.value is None:
+        return before.value is None or bool(before.contended)
+    return (bool(row.contended), row.value) < (bool(before.contended), before.value)
 
 
 def _mark(rows: Rows, keys: Sequence[tuple[OpSpec, str]]) -> None:
@@ -219,7 +236,7 @@ def _open(out: Path, header: Header, resume: bool) -> tuple[Writer, Header, Rows
         )
     rows = {(row.spec, row.backend): row for row in contents.rows if row.backend != INTERPOLATED}
     readings = zip(contents.header.reference or (), header.reference or (), strict=False)
-    if any(old > (1 + DRIFT[1]) * now for old, now in readings):  # the machine is faster than it was then
+    if any(old > (1 + DRIFT) * now for old, now in readings):  # the machine is faster than it was then
         _mark(rows, list(rows))
     return Writer(out, contents.header, contents), contents.header, rows, contents.calibration
 
@@ -337,5 +354,6 @@ def _copies(spec: OpSpec, target: Target, weight: Weight | None, model_bytes: in
         size = spec.m * spec.n * (spec.k if spec.op in ("rope", "attention") else 1) * target.dtype.itemsize
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
-    count = copies(spec.n * spec.k * bits // 8, model_bytes, target.device)
+    own = model_bytes * bits // (8 * target.dtype.itemsize)  # of a model with these bits: it may stay in a cache
+    count = copies(spec.n * spec.k * bits // 8, own, target.device)
     return [weight.clone() for _ in range(count - 1)]

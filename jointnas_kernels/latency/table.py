@@ -173,11 +173,11 @@ class LatencyTable:
             f"something else{load}; stop other processes and run `jointnas profile --resume` on the same file"
         )
 
-    def watch(self, patience: float = 3.0, strict: bool = False) -> Watch:
+    def watch(self, strict: bool = False) -> Watch:
         """Notices when this device is slower than it was when the table was measured."""
         with pinned_threads(self.header.device.threads):
             baseline = tuple(r / 1e3 for r in self.header.reference or ())
-            return Watch.on(torch.device(self.header.device.type), baseline, patience, strict)
+            return Watch.on(torch.device(self.header.device.type), baseline, strict)
 
     def best(self, spec: OpSpec) -> Row | None:
         """The fastest backend's row, None where the operation is infeasible or was never tried."""

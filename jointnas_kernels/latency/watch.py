@@ -1,10 +1,10 @@
 """How long something takes on a machine that others use, too. Every sample is judged, not the measurement as a whole.
 
 waiting  A sample is dropped if threads of this process were ready but did not run while it was taken (run delay in
-         Linux's schedstat), or a hypervisor stole time. What remains is what a quiet machine shows: with another process
-         spinning on one of 2 cores, a GEMM of 0.26 ms lost 18 % of its samples; the 10 % quantile of the others was 1 %
-         above that of a quiet machine, the median of all of them 32 %. Samples longer than a time slice (3 ms) are all
-         lost then. With both cores taken, those that are left are 10 to 60 % slow: nothing is measured in such a state.
+         Linux's schedstat), or a hypervisor stole time. What remains is what a quiet machine shows: with another
+         process spinning on one of 2 cores, a GEMM of 0.26 ms lost 18 % of its samples; the 10 % quantile of the others
+         was 1 % above that of a quiet machine, the median of all of them 32 %. Samples longer than a time slice (3 ms)
+         are all lost then. With both cores taken, those that are left are 10 to 60 % slow: nothing is measured then.
 drift    Virtual machines have states that nothing inside them reports; seen on one of 2 cores, each for seconds to
          minutes: all that computes 20 to 70 % slower; only loads slower (a busy sibling of the core: GEMM 5 %, copy by
          columns 60 % slower); its cores moved to different last-level caches (reads of memory 40 % faster, GEMM 5 %,
@@ -12,11 +12,9 @@ drift    Virtual machines have states that nothing inside them reports; seen on 
          GEMM for the clock, a copy by columns for loads and caches, and alternating additions to a whole vector and to
          its second half, a quarter of which so crosses between the cores every time. The last two vary more by
          themselves; `SCALE` brings their drift to that of the GEMM. `Watch.baseline` is the state that counts.
-spread   median / p10 of what remains: two speeds in one measurement.
 
-A measurement that shows one of the signs is repeated, with pauses, while there is time for it. Where too few samples
-are left even then, there is no result but an error (`Busy`) or, for whoever cannot stop, a mark. Drift that stays is
-marked.
+Where too few samples are left, the measurement is repeated with pauses; if that fails for too long, there is no result
+but an error (`Busy`) or, for whoever cannot stop, a mark. Drift is marked; whoever measures comes back to it later.
 """
 
 from __future__ import annotations
@@ -40,8 +38,7 @@ from jointnas_kernels.errors import JointNASError
 
 log = logging.getLogger(__name__)
 
-DRIFT = (0.04, 0.08)  # repeat above, contended above
-SPREAD = 0.3
+DRIFT = 0.08  # from the baseline, above which a result is marked
 SCALE = (1.0, 4.0, 4.0)  # of the reference kernels' drifts: GEMM, copy by columns, crossing
 CALLS = 5  # of each kernel in one reading, of which the shortest counts
 LATELY = 1.0  # seconds whose readings make up a state of the machine: single ones vary by 15 %
@@ -51,7 +48,7 @@ LOOK = 0.05  # share of the threads' time that waiting takes before it is looked
 FREE = 0.25  # cores that must be left by others, per thread
 TICK = 0.02  # seconds between two readings of the reference kernels
 SAMPLES = 2000  # at most, of one measurement
-ATTEMPTS = 4
+ATTEMPTS = 4  # at what was starved
 ENDURANCE = 20.0  # seconds that may be lost to other processes
 EARNED = 0.3  # more of them, by one second of undisturbed measuring
 Reading = tuple[float, ...]  # seconds of every reference kernel
@@ -202,32 +199,11 @@ def reference_kernels(device: torch.device) -> list[Callable[[], object]]:
 
 
 class Attempt(NamedTuple):
-    """One series of samples, and the signs of disturbance."""
+    """One series of samples."""
 
     measured: Measured
-    drift: float = 0.0
-    waited: float = 0.0  # share of the threads' time
-    starved: bool = False  # too few samples are left
-
-    @property
-    def spread(self) -> float:
-        """Of the middle and the fast ones."""
-        return self.measured.median / self.measured.p10 - 1
-
-    @property
-    def badness(self) -> tuple[bool, float]:
-        """For comparing attempts."""
-        return self.starved, max(self.drift / DRIFT[1], self.spread / (2 * SPREAD))
-
-    @property
-    def disturbed(self) -> bool:
-        """Worth another one."""
-        return self.starved or self.drift > DRIFT[0] or self.spread > SPREAD
-
-    @property
-    def contended(self) -> bool:
-        """Not to be trusted."""
-        return self.starved or self.drift > DRIFT[1]
+    state: Reading  # of the machine
+    starved: bool  # too few samples are left
 
 
 @dataclass
@@ -237,7 +213,6 @@ class Watch:
 
     kernels: the reference.
     baseline: its seconds in the state that counts; none: what is read here decides (`STATE`).
-    patience: seconds that repetitions and pauses because of drift and spread may take.
     strict: raises `Busy` when `endurance` is gone and too few samples are left; otherwise such results are `contended`.
     endurance: seconds that may be lost to other processes.
     threads: that are measured with.
@@ -246,7 +221,6 @@ class Watch:
 
     kernels: list[Callable[[], object]]
     baseline: Reading = ()
-    patience: float = 10.0
     strict: bool = False
     endurance: float = ENDURANCE
     threads: int = 1
@@ -254,19 +228,19 @@ class Watch:
     waited: Callable[[], float] = field(default_factory=Waiting)
     sleep: Callable[[float], None] = time.sleep
     taken: Callable[[], float] = taken
-    reading: Reading = ()  # the state of the machine during the attempt that `collect` kept
+    reading: Reading = ()  # the state of the machine in the latest measurement
     starved: bool = False  # set where a result is of too few samples; never reset here
     since: float = 0.0  # when it began to be disturbed without a break, by `time.time`
     _recent: deque[tuple[float, Reading]] = field(default_factory=deque)  # readings, when they were taken
     _known: list[list[float]] = field(default_factory=list)  # ascending seconds by kernel, of all states
 
     @classmethod
-    def on(cls, device: torch.device, baseline: Reading = (), patience: float = 10.0, strict: bool = False) -> Watch:
+    def on(cls, device: torch.device, baseline: Reading = (), strict: bool = False) -> Watch:
         """The watch of this machine. A GPU's graphs do not wait for the host's threads."""
         kernels = reference_kernels(device)
         if device.type == "cpu":
-            return cls(kernels, baseline, patience, strict, threads=torch.get_num_threads())
-        return cls(kernels, baseline, patience, strict, waited=lambda: 0.0, taken=lambda: 0.0)
+            return cls(kernels, baseline, strict, threads=torch.get_num_threads())
+        return cls(kernels, baseline, strict, waited=lambda: 0.0, taken=lambda: 0.0)
 
     def __post_init__(self) -> None:
         self._fixed, self._looked, self._free = bool(self.baseline), -math.inf, math.inf
@@ -314,42 +288,33 @@ class Watch:
         return max(drifts, default=0.0)
 
     def collect(self, sample: Callable[[], float], seconds: float, least: int) -> Measured:
-        """The best series of samples (milliseconds per call): for `seconds`, and at least `least` that did not wait.
+        """Milliseconds per call, of samples that did not wait: for `seconds`, and at least `least` of them.
 
         Raises:
             Busy: `strict`, endurance is gone, and too few did not.
         """
-        best: Attempt | None = None
         pause = 0.05
-        for number in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             began = self.clock()
-            attempt, state = self._attempt(sample, seconds, least)
-            if best is None or attempt.badness < best.badness:
-                best, self.reading = attempt, state
-            if attempt.starved and not self.since:
-                self.since = time.time() - (self.clock() - began)
-            if not attempt.disturbed or (number >= 2 and not best.contended):
-                break  # a little disturbed three times: this is how it is here
-            if attempt.contended:
-                self.sleep(pause)
-                pause *= 2
-                self._recent.clear()  # perhaps it was the state before the pause
-            if attempt.starved:
-                self.endurance -= self.clock() - began
-            elif number or attempt.contended:  # the first attempt would have been made anyway
-                self.patience -= self.clock() - began
-            if (self.endurance if attempt.starved else self.patience) <= 0:
+            attempt = self._attempt(sample, seconds, least)
+            if not attempt.starved:
+                self.endurance += EARNED * seconds
+                self.since = 0.0
                 break
-        assert best is not None
-        self.starved |= best.starved
-        if not best.starved:
-            self.endurance += EARNED * seconds
-            self.since = 0.0
-        elif self.strict and self.endurance <= 0:
-            raise self.busy()
-        return best.measured._replace(contended=best.contended)
+            self.since = self.since or time.time() - (self.clock() - began)
+            self.sleep(pause)
+            pause *= 2
+            self._recent.clear()  # of before the pause
+            self.endurance -= self.clock() - began
+            if self.endurance <= 0:
+                if self.strict:
+                    raise self.busy()
+                break
+        self.starved |= attempt.starved
+        self.reading = attempt.state
+        return attempt.measured._replace(contended=attempt.starved or self.drift(attempt.state) > DRIFT)
 
-    def _attempt(self, sample: Callable[[], float], seconds: float, least: int) -> tuple[Attempt, Reading]:
+    def _attempt(self, sample: Callable[[], float], seconds: float, least: int) -> Attempt:
         if isinstance(self.waited, Waiting):
             self.waited.renew()
         kept, dropped, lost, result = list[float](), list[float](), 0.0, 0.0
@@ -375,7 +340,7 @@ class Watch:
         self._learn(state)
         starved = len(kept) < least or (share > LOOK and self._all_taken())
         measured = summary(kept if len(kept) >= least else kept + dropped)
-        return Attempt(measured, self.drift(state), share, starved), state
+        return Attempt(measured, state, starved)
 
     def _all_taken(self) -> bool:
         """Whether others leave no core to most threads; looked at every two seconds."""

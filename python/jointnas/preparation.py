@@ -153,7 +153,7 @@ def measure_table(
         table.save(out)
         if missed > MISS and strict:
             raise JointNASError(
-                f"the latency table {out} is of no use: its predictions differ from whole models by {missed:.0%} on "
+                f"the latency table {out} is of no use: its predictions miss whole models by {missed:.0%} on "
                 f"average (allowed: {MISS:.0%}), so the machine was not the same for both. Stop what else runs and give "
                 "the same command again: everything is measured anew"
             )

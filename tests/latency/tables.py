@@ -28,7 +28,7 @@ def cost(spec: OpSpec) -> float:
 
 def calm() -> Watch:
     """A machine that nothing disturbs: tests measure, but not how fast."""
-    return Watch([], waited=lambda: 0.0, patience=0.0)
+    return Watch([], waited=lambda: 0.0)
 
 
 def everything(spec: OpSpec) -> bool:
