@@ -154,7 +154,7 @@ def measure_table(
         if missed > MISS and strict:
             raise JointNASError(
                 f"the latency table {out} is of no use: its predictions miss whole models by {missed:.0%} on "
-                f"average (allowed: {MISS:.0%}), so the machine was not the same for both. Stop what else runs and give "
-                "the same command again: everything is measured anew"
+                f"average (allowed: {MISS:.0%}), so the machine was not the same for both. Stop what else runs, and "
+                "give the same command again: everything is measured anew"
             )
     return table

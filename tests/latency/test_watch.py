@@ -196,6 +196,13 @@ def test_reference_is_read_between_long_samples() -> None:
 # ---- profiles -------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every operation is measured once, with two readings."""
+    monkeypatch.setattr("jointnas_kernels.latency.profiler.ROUNDS", 1)
+    monkeypatch.setattr("jointnas_kernels.latency.watch.TICK", math.inf)
+
+
 class Told(Watch):
     """Reads what it is told, and everything that it learns is the latest state."""
 
@@ -222,13 +229,14 @@ def steps(*values: float) -> Callable[[], float]:
     return lambda: left.pop(0) if len(left) > 1 else left[0]
 
 
+@pytest.mark.usefixtures("one_round")
 def test_contended_profile_warns_once_says_what_to_do_and_resumes(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "table.jsonl"
     warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        table = run(path, steps(*[1e-3] * 80, 2e-3))
+        table = run(path, steps(*[1e-3] * 45, 2e-3))
     warnings = [r.getMessage() for r in caplog.records]
     assert len(warnings) == 1
     marked = sum(bool(table.best(spec).contended) for spec in table.specs)  # type: ignore[union-attr]
@@ -254,6 +262,7 @@ def test_contended_profile_warns_once_says_what_to_do_and_resumes(
     assert LatencyTable.load(path).rows == again.rows
 
 
+@pytest.mark.usefixtures("one_round")
 def test_rows_of_a_machine_that_became_faster_are_measured_again(tmp_path: Path) -> None:
     """The first half of the profile ran on a slower machine than the second; nobody could know at the time."""
     path = tmp_path / "table.jsonl"
@@ -263,9 +272,10 @@ def test_rows_of_a_machine_that_became_faster_are_measured_again(tmp_path: Path)
     assert not any(r.contended for r in run(path, lambda: 1e-3).rows)
 
 
+@pytest.mark.usefixtures("one_round")
 def test_interrupted_second_pass_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.jsonl"
-    run(path, steps(*[1e-3] * 40, 2e-3))
+    run(path, steps(*[1e-3] * 45, 2e-3))
     calls: list[int] = []
     from jointnas_kernels.latency import profiler
 
