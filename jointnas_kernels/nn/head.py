@@ -50,7 +50,7 @@ class HeadQuantizer(nn.Module):
         if not count:
             return probs[-1] * weight
         mixed = self._mixed(weight, slice(count), probs[:count])
-        return mixed if count == len(self.bits) else mixed + probs[-1] * weight
+        return mixed if count == len(self.bits) else torch.addcmul(mixed, probs[-1], weight)
 
     def _mixed(self, weight: Tensor, some: slice, probs: Tensor) -> Tensor:
         bits, (outputs, inputs) = self.low[some], weight.shape
