@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     config = ModelConfig(source="embedded" if args.tiny else args.model)
     space = SearchSpace.named("tiny") if config.source == "embedded" else load_config(args.space).space.build()
     bits = args.bits or space.weight_bits
-    space = SearchSpace.from_dict({**space.to_dict(), "weight_bits": bits, "act_bits": None})
+    space = SearchSpace.from_dict({**space.to_dict(), "weight_bits": bits, "act_bits": None, "head_bits": None})
     model, tokenizer = loading.load_model(config), loading.load_tokenizer(config)
     ids = torch.tensor(tokenizer(TEXT).input_ids[: 12 if args.tiny else args.tokens])
     recorder = Recorder("gguf", "cpu", Path(args.out) if args.out else None, args.commit)
@@ -153,6 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     name = Path(config.source).name
     for choice in choices(space, 0 if args.tiny else args.choices):
         params = {"model": name, "tokens": len(ids), **choice.to_dict()}
+        del params["head_bits"]  # of no choice here, and of no older row
         if json.dumps(params, sort_keys=True) in present:
             continue
         value, extra = measure(supernet, choice, tokenizer, ids, torch.get_num_threads())

@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,8 @@ def random_probs(space: SearchSpace, seed: int = 0, requires_grad: bool = False)
     for key in ("weight_bits", "act_bits"):
         if space.sizes(key):
             probs[key] = torch.rand(space.depth, len(space.sizes(key)), generator=g, dtype=torch.float64)
+    if space.head_bits:
+        probs["head_bits"] = torch.rand(len(space.head_bits), generator=g, dtype=torch.float64)
     return {k: (p / p.sum(-1, keepdim=True)).requires_grad_(requires_grad) for k, p in probs.items()}
 
 
@@ -151,9 +155,13 @@ def test_expectations_are_exact_at_one_hot_and_differentiable() -> None:
     assert torch.autograd.gradcheck(both, inputs)
 
 
-def test_expected_bytes_equal_enumeration() -> None:
-    space = SearchSpace([128, 256], [2, 4], [32, 64], [256], [1, 2], weight_bits=[2, 4], act_bits=None)
-    config = LlamaConfig(**{**TINY.to_dict(), "num_hidden_layers": 2})
+@pytest.mark.parametrize("head_bits", [None, (8,), (4, 8, 16)])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_expected_bytes_equal_enumeration(tied: bool, head_bits: tuple[int, ...] | None) -> None:
+    space = SearchSpace(
+        [128, 256], [2, 4], [32, 64], [256], [1, 2], weight_bits=[2, 4], act_bits=None, head_bits=head_bits
+    )
+    config = LlamaConfig(**{**TINY.to_dict(), "num_hidden_layers": 2, "tie_word_embeddings": tied})
     probs, rank, total = random_probs(space, 2), [1, 0], 0.0
     for c in space:
         assert c.weight_bits is not None
@@ -162,6 +170,8 @@ def test_expected_bytes_equal_enumeration() -> None:
             weight *= probs[k][space.sizes(k).index(getattr(c, k))].item()
         for b, bits in enumerate(c.weight_bits):
             weight *= probs["weight_bits"][b, space.sizes("weight_bits").index(bits)].item()
+        if c.head_bits is not None:
+            weight *= probs["head_bits"][space.sizes("head_bits").index(c.head_bits)].item()
         total += weight * model_bytes(config, space, c, rank)
     assert expected_bytes(config, space, probs, rank).item() == pytest.approx(total, rel=1e-12)
 
@@ -177,6 +187,51 @@ def test_bytes_of_a_block_by_hand() -> None:
     for bits in (4, 2):  # blocks 3 and 5 are the most important two
         expected += sum(n * bits // 8 + 2 * n // (32 if name == "o_proj" else 128) for name, n in weights.items())
     assert model_bytes(TINY, space, choice, [5, 3, 0, 1, 2, 4]) == expected
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_bytes_of_a_head_by_hand(tied: bool) -> None:
+    """Packed levels and a scale per group; one matrix of a tied model is both, so its embedding shrinks, too."""
+    config = LlamaConfig(**{**TINY.to_dict(), "tie_word_embeddings": tied})
+    space = SearchSpace.from_dict({**SearchSpace.named("tiny").to_dict(), "head_bits": [4, 8, 16]})
+    choice, weights = space.full(), 4096 * 256
+    of_16 = model_bytes(config, space, choice)
+    assert of_16 == model_bytes(config, SearchSpace.named("tiny"), replace(choice, head_bits=None))
+    for bits in (4, 8):
+        small = replace(choice, head_bits=bits)
+        assert of_16 - model_bytes(config, space, small) == 2 * weights - weights * bits / 8 - 2 * weights / 128
+        assert count_params(config, small) == count_params(config, choice)
+    probs = random_probs(space, requires_grad=True)
+    (slope,) = torch.autograd.grad(expected_bytes(config, space, probs), probs["head_bits"])
+    sizes = torch.tensor([4 / 8 + 2 / 128, 8 / 8 + 2 / 128, 2.0], dtype=torch.float64)
+    hidden = (probs["hidden"].detach() * torch.tensor(space.hidden)).sum()
+    torch.testing.assert_close(slope, sizes * 4096 * hidden)
+
+
+def test_head_bits_are_a_dimension(tmp_path: Path) -> None:
+    space = SearchSpace([8, 16], [2], [4, 8], [8], [1, 2], weight_bits=[4], group_size=8, head_bits=[16, 4])
+    assert space.head_bits == space.sizes("head_bits") == (4, 16)
+    choices = list(space)
+    assert len(choices) == len(set(choices)) == space.size() == 2 * 2 * 2 * 2
+    assert space.full().head_bits == 16
+    g = torch.Generator().manual_seed(0)
+    assert {space.sample(g).head_bits for _ in range(20)} == {4, 16}
+    for choice in choices:
+        space.check(choice)
+        assert Choice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
+        assert choice.quantizes_head == (choice.head_bits == 4)
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    (tmp_path / "space.yaml").write_text("base: tiny\nhead_bits: [4, 8]\n")
+    assert SearchSpace.from_yaml(tmp_path / "space.yaml").head_bits == (4, 8)
+    feasible, _ = SearchSpace.from_dict({**SearchSpace.named("tiny").to_dict(), "head_bits": [8]}).feasible(TINY)
+    assert feasible.head_bits == (8,)
+
+
+def test_files_from_before_head_bits_load() -> None:
+    for of, full in ((SearchSpace, SearchSpace.named("tiny")), (Choice, SearchSpace.named("tiny").full())):
+        values = full.to_dict()
+        assert values.pop("head_bits") is None
+        assert of.from_dict(values) == full
 
 
 def test_kept_blocks_and_their_probability() -> None:
@@ -236,6 +291,10 @@ BAD_SPACES = {
     "odd head_dim": ({**BASE, "head_dim": [15]}, "even head_dim"),
     "weight bits": ({**BASE, "weight_bits": [4, 16]}, "weight_bits contains 16"),
     "act bits": ({**BASE, "act_bits": [12]}, "act_bits contains 12"),
+    "head bits": ({**BASE, "head_bits": [2, 8]}, "head_bits contains 2; allowed: 4, 8, and 16 for an unquantized head"),
+    "head bits of none": ({**BASE, "head_bits": []}, "head_bits: at least one choice is needed"),
+    "group of the head": ({**BASE, "head_bits": [8], "hidden": [96]}, "hidden 96 is no multiple of 128"),
+    "words of the head": ({**BASE, "head_bits": [4], "hidden": [4], "group_size": 4}, "hidden 4 is no multiple of 8"),
     "group": ({**BASE, "weight_bits": [4], "hidden": [96, 256]}, "hidden 96 is no multiple of 128"),
     "group of o_proj": ({**BASE, "weight_bits": [4], "head_dim": [32, 48]}, "head_dim 48 is no multiple of 32"),
     "base": ({"base": "tyny"}, "unknown search space 'tyny'.*Did you mean 'tiny'"),
@@ -264,6 +323,13 @@ def test_spaces_that_do_not_fit_the_model_are_refused(name: str) -> None:
     space = SearchSpace.from_dict({**BASE, **change})
     with pytest.raises(JointNASError, match=message):
         space.validate(TINY)
+
+
+def test_a_model_off_the_heads_group_is_refused() -> None:
+    config = LlamaConfig(**{**TINY.to_dict(), "hidden_size": 320, "intermediate_size": 700})
+    SearchSpace.from_dict({**BASE, "head_bits": [16]}).validate(config)
+    with pytest.raises(JointNASError, match="hidden size 320 is no multiple of the quantization group size 128"):
+        SearchSpace.from_dict({**BASE, "head_bits": [8]}).validate(config)
 
 
 def test_a_model_off_the_quantization_group_is_refused() -> None:
@@ -338,6 +404,7 @@ BAD_CHOICES = {
     "size": ({"hidden": 100}, "unknown hidden choice '100'"),
     "bits missing": ({"weight_bits": None}, "weight_bits is None, but the space searches"),
     "bits short": ({"weight_bits": [4] * 5}, "5 weight_bits for 6 blocks"),
+    "head bits": ({"head_bits": 8}, "head_bits is 8, but the space does not search"),
     "bits value": ({"act_bits": [2] * 6}, "unknown act_bits choice '2'"),
 }
 
@@ -349,6 +416,13 @@ def test_choices_outside_the_space_are_refused(name: str) -> None:
     choice = Choice.from_dict({**space.full().to_dict(), **change})
     with pytest.raises(JointNASError, match=message):
         space.check(choice)
+
+
+def test_head_bits_outside_the_space_are_refused() -> None:
+    space = SearchSpace.from_dict({**SearchSpace.named("tiny").to_dict(), "head_bits": [4, 16]})
+    for bits, message in ((8, "unknown head_bits choice '8'.*Allowed: 4, 16"), (None, "None, but the space searches")):
+        with pytest.raises(JointNASError, match=message):
+            space.check(replace(space.full(), head_bits=bits))
 
 
 def test_bad_choice_data_is_refused() -> None:

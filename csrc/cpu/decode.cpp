@@ -296,10 +296,28 @@ struct Worker {
     };
   }
 
+  // Row `id` of the packed head: of an embedding that is tied to it.
+  void row_of_head(int64_t id, T* to) const {
+    const DecodeLinear& head = s.model.head;
+    const LowbitLayout l = plan_of(head, static_cast<int>(s.model.dtype)).layout;
+    const uint32_t* group = in<uint32_t>(head.data) + id / kBlock * l.block_words() + id % kBlock;
+    for (int64_t g = 0; g < l.groups; ++g, group += l.height() * kBlock) {
+      const float scale = as_fp32(head.bf16_scale ? *group & 0xffff0000u : *group);
+      for (int64_t c = 0; c < l.words; ++c)
+        for (int64_t bit = 0; bit < 32; bit += head.w_bits) {
+          const uint32_t level = group[(l.meta + c) * kBlock] >> bit & ((1u << head.w_bits) - 1);  // q + 2^(bits-1)
+          *to++ = from_float<T>(static_cast<float>(static_cast<int>(level) - (1 << (head.w_bits - 1))) * scale);
+        }
+    }
+  }
+
   void embed() {
     const int64_t hidden = s.model.hidden;
     for (int64_t t = me; t < s.M; t += count)
-      std::memcpy(x + t * hidden, in<T>(s.model.embedding) + s.ids[t] * hidden, static_cast<size_t>(hidden) * sizeof(T));
+      if (s.model.embedding)
+        std::memcpy(x + t * hidden, in<T>(s.model.embedding) + s.ids[t] * hidden, static_cast<size_t>(hidden) * sizeof(T));
+      else
+        row_of_head(s.ids[t], x + t * hidden);
     team.barrier();
   }
 

@@ -28,7 +28,7 @@ struct DecodeModel {
   int64_t dtype;
   int64_t hidden, heads, kv_heads, head_dim, intermediate, vocab;
   int64_t blocks, length;  // of the caches
-  int64_t embedding;  // [vocab, hidden] dtype
+  int64_t embedding;  // [vocab, hidden] dtype, or 0: the rows of the head, which is packed
   int64_t final_norm;
   int64_t cosines, sines;  // [length, head_dim] dtype, by position
   int64_t epsilon, scale;  // fp32 as bits

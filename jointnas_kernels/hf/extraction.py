@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import build, rotary
+from jointnas_kernels.hf.head import put_head
 from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.supernet import Supernet
 from jointnas_kernels.layout import EMBEDDING, FINAL_NORM, HEAD, HIDDEN, Axis, all_sizes, block_of, kept
@@ -47,9 +48,10 @@ class _Cut:
 def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     """A plain model of the family that computes what the supernet computes when fixed to the choice.
 
-    LoRA is merged; linears of searched precision hold the fake-quantized weight and, where the block's act_bits are
-    below 16, quantize their input per token (`FakeQuantLinear`). Its weights are copies. To train the choice further
-    with its LoRA and quantizers alive, use `shrink`.
+    LoRA is merged; linears of searched precision, the head among them, hold the fake-quantized weight and, where the
+    block's act_bits are below 16, quantize their input per token (`FakeQuantLinear`). An embedding tied to a quantized
+    head has its values. Its weights are copies. To train the choice further with its LoRA and quantizers alive, use
+    `shrink`.
 
     Raises:
         JointNASError: the choice is not one of the supernet's space, or the model's class refuses its sizes.
@@ -58,10 +60,14 @@ def extract(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     with torch.device("meta"):
         model: Any = build(cut.config)
     layout, hidden = block_of(supernet.config), cut.channels(HIDDEN)
-    _set(model, EMBEDDING.module, supernet.embedding[:, hidden])
+    index = None if choice.head_bits is None else supernet.space.sizes("head_bits").index(choice.head_bits)
+    embedding, head = (table[:, hidden] for table in supernet.tables(index=index))
+    _set(model, EMBEDDING.module, embedding)
     _set(model, FINAL_NORM.path, supernet.norm.weight[hidden])
-    if supernet.lm_head is not None:
-        _set(model, HEAD.module, supernet.lm_head[:, hidden])
+    if choice.head_bits is not None and choice.quantizes_head:
+        put_head(model, head, grid.find(head, choice.head_bits, supernet.space.group(HEAD)))
+    elif supernet.lm_head is not None:
+        _set(model, HEAD.module, head)
     for target, b in zip(model.model.layers, cut.blocks, strict=True):
         source: Any = supernet.blocks[b]
         for norm in layout.norms:
@@ -95,7 +101,7 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
         JointNASError: the choice is not one of the supernet's space, or the model's class refuses its sizes.
     """
     cut, space, layout = _Cut(supernet, choice), supernet.space, block_of(supernet.config)
-    small_space = SearchSpace.single(cut.config, space.weight_bits, space.act_bits, space.group_size)
+    small_space = SearchSpace.single(cut.config, space.weight_bits, space.act_bits, space.group_size, space.head_bits)
     rank = {b: i for i, b in enumerate(cut.blocks)}
     block_rank = tuple(rank[b] for b in supernet.block_rank if b in rank)
     order = Order(supernet.order.hidden[: choice.hidden], block_rank)
@@ -122,6 +128,8 @@ def shrink(supernet: Supernet, choice: Choice) -> Supernet:
         norm(supernet.norm, HIDDEN), None if supernet.lm_head is None else supernet.lm_head[:, hidden],
         rotary(cut.config).to(supernet.device), supernet.backend, supernet.generation_config,
     )
+    if supernet.head_quantizer is not None:
+        small.head_quantizer = supernet.head_quantizer.sliced(small.embedding, hidden)
     small.gradient_checkpointing = supernet.gradient_checkpointing
     bits: dict[str, Any] = {k: tuple(getattr(choice, k)[b] for b in cut.blocks) for k in BITS if getattr(choice, k)}
     return small.fix(replace(choice, **bits))

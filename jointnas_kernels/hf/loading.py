@@ -1,7 +1,8 @@
 """Run an exported model on low-bit kernels.
 
 The model is built without weights (meta device), and each tensor goes from the file straight into its module: packed
-integers stay packed, so memory is what the files hold (a kernel's own layout adds a few bytes per group of weights).
+integers stay packed, so memory is what the files hold (a kernel's own layout adds a few bytes per group of weights), or
+less: an embedding with the values of a packed head is not held, its rows are the head's.
 Everything but the quantized linears is stock transformers, until single tokens are asked for (runtime/generation.py).
 """
 
@@ -22,7 +23,7 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf.compressed import Scheme, read_schemes
 from jointnas_kernels.hf.families import build, family, rotary
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.nn.packed import BACKENDS, PackedLinear
+from jointnas_kernels.nn.packed import BACKENDS, PackedEmbedding, PackedLinear
 from jointnas_kernels.runtime import attach
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -76,12 +77,24 @@ def load(
                     module.register_parameter(key, nn.Parameter(value, requires_grad=False))
         tensors.finish(ignore="lm_head.weight" if config.tie_word_embeddings else "")
     model.tie_weights()
+    if (rows := rows_of_head(model)) is not None:
+        model.set_input_embeddings(rows)
     model.get_submodule("model").rotary_emb = rotary(config).to(device)  # computed from the config, not stored
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.eval()
     attach(model)
     return model
+
+
+def rows_of_head(model: Any) -> PackedEmbedding | None:
+    """In place of the model's embedding, if that has the values of a packed head of which single rows can be read."""
+    head, values = model.lm_head, model.get_input_embeddings().weight
+    if not isinstance(head, PackedLinear) or head.layout == "cuda":
+        return None
+    embedding = PackedEmbedding(head, values.dtype)
+    parts = torch.arange(len(values), device=values.device).split(4096)
+    return embedding if all(torch.equal(embedding(rows), values[rows]) for rows in parts) else None
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ There is no config.json, so that nobody takes it for a plain model and gets one 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +28,8 @@ from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.parts import supernet_parts
 from jointnas_kernels.layout import LINEARS
 from jointnas_kernels.nn.choices import ArchParameters
-from jointnas_kernels.nn.linear import MODES
+from jointnas_kernels.nn.head import HeadQuantizer
+from jointnas_kernels.nn.linear import MODES, SupernetLinear
 from jointnas_kernels.space import Choice, SearchSpace
 
 DESCRIPTION = "supernet.json"
@@ -54,6 +56,7 @@ class Pretrained(nn.Module):
     blocks: nn.ModuleList
     embedding: nn.Parameter
     lm_head: nn.Parameter | None
+    head_quantizer: HeadQuantizer | None
     choice: Choice | None
     backend: str | None
     seed: int
@@ -147,6 +150,59 @@ class Pretrained(nn.Module):
         self.seed, self.step, mode = state[:3].tolist()
         supernet: Any = self
         supernet.mode(MODES[mode])
+
+    def linears(self) -> Iterator[tuple[str, SupernetLinear]]:
+        """Name and layer of every linear of the blocks."""
+        for name, module in self.named_modules():
+            if isinstance(module, SupernetLinear):
+                yield name, module
+
+    def search_state(self) -> dict[str, Tensor]:
+        """Everything a search changes, as a flat dict for safetensors: LoRA, architecture parameters, quantizer state,
+        and the channel order they belong to. The base weights are not in it."""
+        state = {f"arch.{k}": v.detach() for k, v in self.arch.logits.items()}
+        for name, linear in self.linears():
+            for part in ("lora_a", "lora_b", "clip", "clip_logits"):
+                value = getattr(linear, part)
+                if value is not None:
+                    state[f"{name}.{part}"] = value.detach()
+        if self.head_quantizer is not None:
+            state["head_quantizer.clip"] = self.head_quantizer.clip
+        state["order.hidden"] = torch.tensor(self.order.hidden)
+        state["order.block_rank"] = torch.tensor(self.order.block_rank)
+        return state
+
+    @torch.no_grad()
+    def load_search_state(self, state: Mapping[str, Tensor]) -> None:
+        """Inverse of `search_state`.
+
+        Raises:
+            JointNASError: it is of another model, space or importance.
+        """
+        for name, own in (("hidden", self.order.hidden), ("block_rank", self.order.block_rank)):
+            saved = state.get(f"order.{name}")
+            if saved is None or tuple(saved.tolist()) != own:
+                raise JointNASError(
+                    f"search state: its {name} order is not this supernet's; convert with the importance it was saved"
+                    " with."
+                )
+        for name, linear in self.linears():
+            linear.set_clip(state.get(f"{name}.clip"))
+            if f"{name}.clip_logits" in state:
+                linear.learn_clip()
+        own_state = self.search_state()
+        missing, extra = sorted(set(own_state) - set(state)), sorted(set(state) - set(own_state))
+        if missing or extra:
+            raise JointNASError(
+                f"search state: {len(missing)} missing tensors {missing[:3]}, {len(extra)} unexpected {extra[:3]}."
+            )
+        for name, value in own_state.items():
+            if state[name].shape != value.shape:
+                raise JointNASError(
+                    f"search state: {name} has shape {tuple(state[name].shape)}; this supernet needs"
+                    f" {tuple(value.shape)}."
+                )
+            value.copy_(state[name])
 
     # ---- files ------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from jointnas_kernels.hf.graphs import BlockGraphs
 from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.pretrained import Pretrained
 from jointnas_kernels.hf.visibility import check_positions, sequences, visible
-from jointnas_kernels.layout import all_sizes, sliding_windows, traits
+from jointnas_kernels.layout import HEAD, all_sizes, sliding_windows, traits
 from jointnas_kernels.nn.block import HeadNorm, Step, SupernetBlock, SupernetNorm
 from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample, Masks, seeded
+from jointnas_kernels.nn.head import HeadQuantizer
 from jointnas_kernels.nn.linear import MODES, SupernetLinear
 from jointnas_kernels.nn.loss import IGNORE, linear_cross_entropy
 from jointnas_kernels.ops.width.channel import channel_mask
@@ -38,6 +39,7 @@ class Supernet(Pretrained):
     Attributes:
         embedding: [V, N], frozen like every weight.
         lm_head: [V, N]; None: tied to the embedding.
+        head_quantizer: of the head's searched precisions; None: they are not.
         arch: the architecture parameters; they stay on the host.
         seed, step: of the next automatic draw.
         regularizer: of the probabilities, keyed as `arch.probs` returns them; what it returns is added to the loss of
@@ -59,6 +61,8 @@ class Supernet(Pretrained):
         self.embedding = nn.Parameter(embedding.detach(), requires_grad=False)
         self.blocks, self.norm, self.rotary = nn.ModuleList(blocks), norm, rotary
         self.lm_head = None if lm_head is None else nn.Parameter(lm_head.detach(), requires_grad=False)
+        bits, group_size = space.head_bits, space.group(HEAD)
+        self.head_quantizer = None if bits is None else HeadQuantizer(self.head, bits, group_size, backend)
         self.seed = self.step = 0
         self.regularizer: Callable[[dict[str, Tensor]], Tensor] | None = None
         self.sample: ArchSample | None = None
@@ -73,6 +77,11 @@ class Supernet(Pretrained):
     def block_rank(self) -> tuple[int, ...]:
         """Original block indices, most important first."""
         return self.order.block_rank
+
+    @property
+    def head(self) -> Tensor:
+        """[V, N] of the original head, which may be the embedding."""
+        return self.embedding if self.lm_head is None else self.lm_head
 
     # ---- what runs --------------------------------------------------------------------------------------------------
 
@@ -225,8 +234,9 @@ class Supernet(Pretrained):
         sample = self._automatic() if self.sample is None else self.sample
         graphs = None if position_ids is not None else self._replayable(sample, input_ids, attention_mask)
         ticket = 0 if graphs is None else graphs.begin()
+        embedding, head = self.tables(sample.head_probs, sample.head_index)
         x, step = self.embed(
-            input_ids, sample, attention_mask, None if graphs is None else graphs.step, position_ids
+            input_ids, sample, attention_mask, None if graphs is None else graphs.step, position_ids, embedding
         )
         block: Any
         for index, (block, one, gate) in enumerate(zip(self.blocks, sample.blocks, sample.gates, strict=True)):
@@ -246,7 +256,7 @@ class Supernet(Pretrained):
         if graphs is not None:
             x = graphs.guard(x, ticket)
         wanted = labels is None or not self.training if return_logits is None else return_logits
-        output = self._output(x, labels, wanted, num_items_in_batch)
+        output = self._output(x, head, labels, wanted, num_items_in_batch)
         regularized = self.training and self._mode != "weight" and self.choice is None
         if self.regularizer is not None and regularized and labels is not None and output.loss is not None:
             value = self.regularizer(self.averaged(self.arch.probs())).to(output.loss.device, output.loss.dtype)
@@ -271,6 +281,13 @@ class Supernet(Pretrained):
         position_ids: Tensor | None = None,
     ) -> CausalLMOutput:
         """The model before conversion, from the same weights: a distillation teacher without a second copy."""
+        return self._output(self.original_states(input_ids, attention_mask, position_ids), self.head, labels, True)
+
+    @torch.no_grad()
+    def original_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """What the head of the model before conversion reads, [B, T, N], for ids [B, T]."""
         s = all_sizes(self.config)
 
         def ones(*shape: int) -> Tensor:
@@ -282,26 +299,36 @@ class Supernet(Pretrained):
             ones(1), ones(s["hidden"]), queries if norms else queries / dim**0.5, ones(s["kv_heads"], dim),
             ones(heads * dim), ones(s["intermediate"]), *norms,
         )  # fmt: skip
-        x = self._tokens(input_ids, masks)
+        x = self._tokens(input_ids, masks, self.embedding)
         step = self._step(x, masks, attention_mask, position_ids)
         step = step._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
         for block in self.blocks:
             x = block(x, step, BlockSample())
-        return self._output(self.norm(x, step), labels, True)
+        states: Tensor = self.norm(x, step)
+        return states
+
+    def tables(self, probs: Tensor | None = None, index: int | None = None) -> tuple[Tensor, Tensor]:
+        """Embedding and head, both [V, N], the same tensor where they are tied. Where the head's bits are searched,
+        `probs` [P] mixes its precisions, `index` computes one of them only."""
+        if self.head_quantizer is None:
+            return self.embedding, self.head
+        mixed: Tensor = self.head_quantizer(self.head, probs, index)
+        return (mixed if self.lm_head is None else self.embedding), mixed
 
     def embed(
         self, input_ids: Tensor, sample: ArchSample, attention_mask: Tensor | None = None, known: Step | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: Tensor | None = None, embedding: Tensor | None = None,
     ) -> tuple[Tensor, Step]:
-        """Masked embeddings [B, T, N], and what the blocks share; `known`: that of an earlier pass of this shape."""
-        x = self._tokens(input_ids, sample.masks)
+        """Masked embeddings [B, T, N], and what the blocks share; `known`: that of an earlier pass of this shape;
+        `embedding` [V, N]: of this pass, None: the unquantized one."""
+        x = self._tokens(input_ids, sample.masks, self.embedding if embedding is None else embedding)
         if known is not None:
             return x, known._replace(masks=sample.masks, mode=self._mode)
         return x, self._step(x, sample.masks, attention_mask, position_ids)
 
-    def _tokens(self, input_ids: Tensor, masks: Masks) -> Tensor:
+    def _tokens(self, input_ids: Tensor, masks: Masks, embedding: Tensor) -> Tensor:
         kind = self.device.type
-        x = nn.functional.embedding(input_ids, self.embedding)
+        x = nn.functional.embedding(input_ids, embedding)
         if torch.is_autocast_enabled(kind):  # the whole residual stream runs in the autocast dtype
             x = x.to(torch.get_autocast_dtype(kind))
         return channel_mask(x, masks.hidden, backend=self.backend)
@@ -322,9 +349,9 @@ class Supernet(Pretrained):
         )  # fmt: skip
 
     def _output(
-        self, x: Tensor, labels: Tensor | None, return_logits: bool, items: Tensor | int | None = None
+        self, x: Tensor, head: Tensor, labels: Tensor | None, return_logits: bool, items: Tensor | int | None = None
     ) -> CausalLMOutput:
-        weight = (self.embedding if self.lm_head is None else self.lm_head).to(x.dtype)
+        weight = head.to(x.dtype)
         loss = logits = None
         if labels is not None:
             target = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
@@ -338,17 +365,11 @@ class Supernet(Pretrained):
             loss = linear_cross_entropy(x.flatten(0, 1), weight, target, items)
         return CausalLMOutput(loss=loss, logits=logits)
 
-    # ---- parameters and state ---------------------------------------------------------------------------------------
+    # ---- parameters -------------------------------------------------------------------------------------------------
 
     def argmax(self) -> Choice:
         """The most probable choice."""
         return self.arch.argmax()
-
-    def linears(self) -> Iterator[tuple[str, SupernetLinear]]:
-        """Name and layer of every linear of the blocks."""
-        for name, module in self.named_modules():
-            if isinstance(module, SupernetLinear):
-                yield name, module
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """What weight steps train: LoRA, and clip logits where they are learned."""
@@ -357,48 +378,3 @@ class Supernet(Pretrained):
     def arch_parameters(self) -> list[nn.Parameter]:
         """What arch steps train."""
         return list(self.arch.parameters())
-
-    def search_state(self) -> dict[str, Tensor]:
-        """Everything a search changes, as a flat dict for safetensors: LoRA, architecture parameters, quantizer state,
-        and the channel order they belong to. The base weights are not in it."""
-        state = {f"arch.{k}": v.detach() for k, v in self.arch.logits.items()}
-        for name, linear in self.linears():
-            for part in ("lora_a", "lora_b", "clip", "clip_logits"):
-                value = getattr(linear, part)
-                if value is not None:
-                    state[f"{name}.{part}"] = value.detach()
-        state["order.hidden"] = torch.tensor(self.order.hidden)
-        state["order.block_rank"] = torch.tensor(self.order.block_rank)
-        return state
-
-    @torch.no_grad()
-    def load_search_state(self, state: Mapping[str, Tensor]) -> None:
-        """Inverse of `search_state`.
-
-        Raises:
-            JointNASError: it is of another model, space or importance.
-        """
-        for name, own in (("hidden", self.order.hidden), ("block_rank", self.order.block_rank)):
-            saved = state.get(f"order.{name}")
-            if saved is None or tuple(saved.tolist()) != own:
-                raise JointNASError(
-                    f"search state: its {name} order is not this supernet's; convert with the importance it was saved"
-                    " with."
-                )
-        for name, linear in self.linears():
-            linear.set_clip(state.get(f"{name}.clip"))
-            if f"{name}.clip_logits" in state:
-                linear.learn_clip()
-        own_state = self.search_state()
-        missing, extra = sorted(set(own_state) - set(state)), sorted(set(state) - set(own_state))
-        if missing or extra:
-            raise JointNASError(
-                f"search state: {len(missing)} missing tensors {missing[:3]}, {len(extra)} unexpected {extra[:3]}."
-            )
-        for name, value in own_state.items():
-            if state[name].shape != value.shape:
-                raise JointNASError(
-                    f"search state: {name} has shape {tuple(state[name].shape)}; this supernet needs"
-                    f" {tuple(value.shape)}."
-                )
-            value.copy_(state[name])

@@ -26,7 +26,7 @@ from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import measure, pinned_threads
 from jointnas_kernels.latency.watch import Measured, Watch
-from jointnas_kernels.layout import block_of
+from jointnas_kernels.layout import HEAD, Linear, block_of
 from jointnas_kernels.runtime import Runtime, attach
 from jointnas_kernels.runtime.generation import RESULT
 from jointnas_kernels.space import Choice, SearchSpace, count_params, kept_blocks, subnet_config
@@ -58,7 +58,8 @@ class BackendLinear(nn.Module):
 def deploy(
     model: nn.Module, choice: Choice, space: SearchSpace, table: LatencyTable, block_rank: Sequence[int] | None = None
 ) -> nn.Module:
-    """Replaces the linears of an extracted model's blocks by the table's fastest backend for its bits, in place.
+    """Replaces the linears of an extracted model's blocks, and its head where that is quantized, by the table's fastest
+    backend for its bits, in place.
 
     The weights are quantized by rounding to nearest: this model has the latency of the choice, not its quality.
 
@@ -67,32 +68,36 @@ def deploy(
     """
     if table.header.runtime == "step":
         attach(model)
+    target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
+
+    def replace(parent: nn.Module, path: str, part: Linear, op: str, rows: int, bits: tuple[int, int]) -> None:
+        linear: Any = parent.get_submodule(path)
+        (n, k), (wbits, abits), group = linear.weight.shape, bits, space.group(part)
+        spec = OpSpec(op, rows, n, k).with_bits(wbits, abits, group)
+        row = table.best(spec)
+        if row is None:
+            raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
+        dense = linear.weight.detach()
+        weight = dense if wbits == DENSE else quantize_weight(dense, wbits, group)
+        bias = None if linear.bias is None else linear.bias.detach()
+        if table.header.runtime == "step":
+            parent.set_submodule(path, step.linear(weight, abits, bias))
+        else:
+            parent.set_submodule(path, BackendLinear(spec, target, measured_by(table, row), weight, bias))
+
+    if choice.head_bits is not None and choice.quantizes_head:
+        replace(model, HEAD.module, HEAD, "lm_head", table.workload.batch, (choice.head_bits, DENSE))
     if choice.weight_bits is None and choice.act_bits is None:
         return model
     layers: Any = model.model.layers  # type: ignore[union-attr]
     kept = kept_blocks(block_rank if block_rank is not None else range(space.depth), choice.blocks)
     if len(layers) != len(kept):
         raise JointNASError(f"the model has {len(layers)} blocks, the choice {len(kept)}")
-    target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
     modules = block_of(model.config).modules
     for layer, b in zip(layers, kept, strict=True):
         weight_bits, abits = choice.bits(b)
-        wbits = weight_bits or DENSE
         for path, members in modules.items():
-            linear = layer.get_submodule(path)
-            n, k = linear.weight.shape
-            group = space.group(members[0])
-            spec = OpSpec("linear", table.workload.rows, n, k).with_bits(wbits, abits, group)
-            row = table.best(spec)
-            if row is None:
-                raise JointNASError(f"{spec} is infeasible on this device or not in the latency table")
-            dense = linear.weight.detach()
-            weight = dense if wbits == DENSE else quantize_weight(dense, wbits, group)
-            bias = None if linear.bias is None else linear.bias.detach()
-            if table.header.runtime == "step":
-                layer.set_submodule(path, step.linear(weight, abits, bias))
-            else:
-                layer.set_submodule(path, BackendLinear(spec, target, measured_by(table, row), weight, bias))
+            replace(layer, path, members[0], "linear", table.workload.rows, (weight_bits or DENSE, abits))
     return model
 
 

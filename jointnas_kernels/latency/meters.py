@@ -22,7 +22,7 @@ import torch
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency.backends.base import Target
 from jointnas_kernels.latency.schema import Metric
-from jointnas_kernels.latency.spec import DENSE, OpSpec
+from jointnas_kernels.latency.spec import DENSE, LINEARS, OpSpec
 from jointnas_kernels.latency.timing import Run, measure
 from jointnas_kernels.latency.watch import Measured, Watch, synchronize
 
@@ -113,7 +113,7 @@ def _nvml(device: torch.device) -> Callable[[], float]:
 
 def weight_bytes(spec: OpSpec, target: Target) -> int:
     """Packed weights and their scales; 0 of what has no weight."""
-    if spec.op not in ("linear", "lm_head"):
+    if spec.op not in LINEARS:
         return 0
     size = target.dtype.itemsize
     if spec.wbits == DENSE:

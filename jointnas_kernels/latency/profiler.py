@@ -41,7 +41,7 @@ from jointnas_kernels.latency.backends.base import (
 )
 from jointnas_kernels.latency.meters import UNITS, WINDOW, WINDOWS, meter
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
-from jointnas_kernels.latency.spec import DENSE, ModelDims, OpSpec, Workload, enumerate_ops, parts
+from jointnas_kernels.latency.spec import DENSE, LINEARS, ModelDims, OpSpec, Workload, enumerate_ops, parts
 from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
 from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
@@ -246,7 +246,7 @@ def _weight_bytes(space: SearchSpace, workload: Workload, dims: ModelDims, targe
     total, full = 0, space.full()
     for part in parts(workload, dims, space):
         spec = part.spec(*(getattr(full, d) for d in part.dims))
-        if spec.op in ("linear", "lm_head"):
+        if spec.op in LINEARS:
             total += spec.n * spec.k * part.count * (space.blocks[-1] if part.per_block else 1)
     return int(total * target.dtype.itemsize)
 
@@ -283,7 +283,7 @@ def time_operation(
     metric: Metric = "latency", fastest: float = math.inf,
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
-    linear = spec.op in ("linear", "lm_head")
+    linear = spec.op in LINEARS
     weight = store.of(spec) if linear else None
     # the input stays the same in all calls: a layer's input was just written by the layer before
     x = random_input(spec, target, store.generator) if linear else torch.empty(0)

@@ -10,8 +10,8 @@ n key/value heads, d head dim, I intermediate, V vocabulary):
                where a family fuses linears: one [(H+2n)·d,h], one [2·I,h]
 
 Biases are not timed apart: a linear adds its own on the way out.
-Only the linears of a block depend on its bits. A part depends on at most three dimensions of the space,
-so a table stays small although the space does not.
+Only the linears of a block depend on its bits, and the head on its own. A part depends on at most three dimensions of
+the space, so a table stays small although the space does not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from jointnas_kernels.layout import HIDDEN, VOCAB, WIDTHS, Axis
 from jointnas_kernels.space import SearchSpace
 
 DENSE = 16  # "16 bit" = not quantized, whatever the model's dtype
+LINEARS = ("linear", "lm_head")  # operations with a weight to multiply by
 
 
 class OpSpec(NamedTuple):
@@ -125,7 +126,7 @@ class Part:
     k: Axis | None
     model: ModelDims
     heads: Axis = ()  # m is multiplied by their number
-    group: int = 0  # > 0: a linear that takes the block's bits, with this quantization group
+    group: int = 0  # > 0: a linear that takes the bits of the block, or of the head, with this quantization group
     count: int = 1
     per_block: bool = True
 
@@ -134,6 +135,14 @@ class Part:
         """The widths that it depends on."""
         used = {factor.dim for axis in (*self.n, self.k or (), self.heads) for factor in axis}
         return tuple(d for d in WIDTHS if d in used)
+
+    def bits(self, space: SearchSpace) -> list[tuple[int, int]]:
+        """(weight bits, activation bits) that the space has for it."""
+        if not self.group:
+            return [(DENSE, DENSE)]
+        if not self.per_block:
+            return [(bits, DENSE) for bits in space.sizes("head_bits")]
+        return list(itertools.product(*bit_choices(space)))
 
     def specs(self, space: SearchSpace) -> Iterator[OpSpec]:
         """At all sizes that a structure of the space has, without bits."""
@@ -158,11 +167,12 @@ def parts(workload: Workload, model: ModelDims, space: SearchSpace) -> tuple[Par
         elif op == modules[op.module][0]:
             rows = tuple(layout.counted(member.rows) for member in modules[op.module])
             found[Part(op.name, "linear", t, rows, layout.counted(op.columns), model, group=space.group(op))] += 1
+    head = space.group(layout.HEAD) if space.head_bits else 0
     return (
         Part("embedding", "embedding", t, (HIDDEN,), VOCAB, model, per_block=False),
         *(replace(part, count=count) for part, count in found.items()),
         Part("final_norm", "norm", t, (HIDDEN,), None, model, per_block=False),
-        Part("lm_head", "lm_head", workload.batch, (VOCAB,), HIDDEN, model, per_block=False),
+        Part("lm_head", "lm_head", workload.batch, (VOCAB,), HIDDEN, model, group=head, per_block=False),
     )
 
 
@@ -183,10 +193,9 @@ def enumerate_ops(space: SearchSpace, config: Any, workload: Workload) -> list[O
             f"latency of attention through a sliding window is not measured: the model looks back {window} positions,"
             f" the workload {workload.context}. Choose a shorter sequence."
         )
-    wbits, abits = bit_choices(space)
-    pairs = {(DENSE, DENSE), *itertools.product(wbits, abits)}
     found: set[OpSpec] = set()
     for part in parts(workload, ModelDims.of(config), space):
+        pairs = {(DENSE, DENSE), *part.bits(space)}
         for spec in part.specs(space):
-            found.update(spec.with_bits(w, a, part.group) for w, a in pairs) if part.group else found.add(spec)
+            found.update(spec.with_bits(w, a, part.group) for w, a in pairs)
     return sorted(found)

@@ -9,6 +9,8 @@ The expectation is exact for independent dimensions. For a structure (widths v, 
     E(v, l) = fixed + once(v) + Σ_{b kept by l} (per_block + block(v) + Σ_{w,a} π_b(w) ρ_b(a) linears(v, w, a)),
     E = Σ_{v,l} p(v) p(l) E(v, l)
 
+once(v) contains the head, in expectation over its bits where they are searched.
+
 `structures` returns E(v, l) for all of them (15,360 for Llama-3.1-8B), so that limits can be put on each.
 
 Where no backend can run a linear there is no value, and none is made up: `coverage` reports it, choices that need it
@@ -258,7 +260,8 @@ class LatencyTable:
             JointNASError: the table lacks operations of the space, or nothing is left.
         """
         wbits, abits = bit_choices(space)
-        feasible = self.bind(space).feasible[space.allowed].flatten(0, -3).all(0)  # [W, A]: at every width
+        bound = self.bind(space)
+        feasible = bound.feasible[space.allowed].flatten(0, -3).all(0)  # [W, A]: at every width
         keep_w = [w for w, ok in zip(wbits, feasible.any(1).tolist(), strict=True) if ok]
         keep_a = [a for a, ok in zip(abits, feasible.any(0).tolist(), strict=True) if ok]
         if not keep_w:
@@ -271,6 +274,14 @@ class LatencyTable:
             values["weight_bits"] = keep_w
         if space.act_bits:
             values["act_bits"] = keep_a
+        if bound.head is not None:
+            used = [space.hidden.index(size) for (size,) in space.combinations(bound.head.dims)]
+            feasible = bound.values[bound.head.name][used].isfinite().all(0)  # at every width
+            values["head_bits"] = [b for b, ok in zip(space.sizes("head_bits"), feasible.tolist(), strict=True) if ok]
+            lost = [b for b in space.sizes("head_bits") if b not in values["head_bits"]]
+            removed += [f"head_bits {b}: infeasible on this device" for b in lost]
+            if not values["head_bits"]:
+                raise JointNASError(f"the latency table has no feasible head_bits for this space: {'; '.join(removed)}")
         return SearchSpace.from_dict(values), removed
 
 
@@ -297,17 +308,19 @@ class Bound:
                 "measure them with `jointnas profile --resume`"
             )
         # [*WIDTHS, W, A]: whether all linears of a block exist at these widths and bits; said of allowed ones only
-        linears = (_spread(self.values[p.name], p.dims).isfinite() for p in self.parts if p.group)
-        self.feasible = functools.reduce(operator.and_, linears)
+        self.linears = [p for p in self.parts if p.group and p.per_block]
+        self.feasible = functools.reduce(operator.and_, (_spread(self.values, p).isfinite() for p in self.linears))
+        self.head = next((p for p in self.parts if p.group and not p.per_block), None)  # where its bits are searched
         self._finite = {n: v.nan_to_num(0.0) for n, v in self.values.items()}
 
     def _tensor(self, part: Part, absent: list[OpSpec]) -> Tensor:
-        """fp64, one axis per width of the part, then [W, A] for linears; NaN where infeasible or excluded."""
+        """fp64, one axis per width of the part, then [W, A] for linears, [P] for a head of searched bits; NaN where
+        infeasible or excluded."""
         needed = set(self.space.combinations(part.dims))
         shape, values = [len(self.space.sizes(d)) for d in part.dims], list[float]()
+        pairs = part.bits(self.space)
         if part.group:
-            shape += [len(self.wbits), len(self.abits)]
-        pairs = list(itertools.product(self.wbits, self.abits)) if part.group else [(DENSE, DENSE)]
+            shape += [len(self.wbits), len(self.abits)] if part.per_block else [len(pairs)]
         for sizes in itertools.product(*(self.space.sizes(d) for d in part.dims)):
             if sizes not in needed:
                 values += [math.nan] * len(pairs)
@@ -343,17 +356,23 @@ class Bound:
         pi, rho = bits.get("weight_bits", certain), bits.get("act_bits", certain)  # [blocks of the model, W or A]
         once, block = (self._sum(per_block) for per_block in (False, True))  # [*WIDTHS], broadcastable
         weight = self.feasible.double()  # [*WIDTHS, W, A]
-        cost = sum((_spread(self._finite[p.name], p.dims) for p in self.parts if p.group), torch.zeros_like(weight))
+        cost = sum((_spread(self._finite, p) for p in self.linears), torch.zeros_like(weight))
         allowed = torch.einsum("...wa,bw,ba->...b", weight, pi, rho)  # P(feasible bits) of every block
         linear = torch.einsum("...wa,bw,ba->...b", cost * weight, pi, rho) / allowed.clamp_min(1e-12)
         per_block = block[..., None] + self.per_block + linear  # [*WIDTHS, blocks of the model]
         latency = once[..., None] + self.fixed + per_block @ self.keep
         infeasible = ((1 - allowed).clamp_min(0) @ self.keep) / self.keep.sum(0)
+        if self.head is not None:
+            p = probs["head_bits"].double()
+            possible = _spread(self.values, self.head).isfinite().double() @ p  # [*WIDTHS], broadcastable
+            head = _spread(self._finite, self.head) @ p / possible.clamp_min(1e-12)
+            latency = latency + head[..., None]
+            infeasible = 1 - (1 - infeasible) * possible[..., None]
         return Expected(latency, infeasible)
 
     def _sum(self, per_block: bool) -> Tensor:
         """Σ of the parts other than linears that run once per block, or once per model."""
-        chosen = [_spread(self._finite[p.name], p.dims) for p in self.parts if not p.group and p.per_block == per_block]
+        chosen = [_spread(self._finite, p) for p in self.parts if not p.group and p.per_block == per_block]
         return sum(chosen, self.keep.new_zeros(1, 1, 1, 1))
 
     # ---- one choice -------------------------------------------------------------------------------------------------
@@ -364,6 +383,9 @@ class Bound:
         if not self.space.allows(choice):
             raise JointNASError(f"{choice.named(ATTENTION)} are infeasible together: the space excludes them")
         total, linear = self.structure(choice)
+        if total != total:
+            what = f"a {choice.head_bits}-bit head of {choice.hidden} channels"
+            raise JointNASError(f"{what} is infeasible on this device")
         for b in kept_blocks(self.rank, choice.blocks):
             weight_bits, a = choice.bits(b)
             w = weight_bits or DENSE
@@ -374,13 +396,16 @@ class Bound:
         return total
 
     def structure(self, choice: Choice) -> tuple[float, Tensor]:
-        """(latency of everything but the blocks' linears, latency [W, A] of one block's linears, NaN: infeasible)."""
+        """(latency of everything but the blocks' linears, latency [W, A] of one block's linears); NaN: infeasible.
+        Where the head's bits are searched, those of the choice count."""
         total = self.fixed + self.per_block * choice.blocks
         linear = torch.zeros(len(self.wbits), len(self.abits), dtype=torch.float64)
         for part in self.parts:
             value = self.values[part.name][tuple(self.space.sizes(d).index(getattr(choice, d)) for d in part.dims)]
-            if part.group:
+            if part.group and part.per_block:
                 linear = linear + value.cpu()
+            elif part.group:
+                total += float(value[self.space.sizes("head_bits").index(choice.head_bits)])
             else:
                 total += float(value) * (choice.blocks if part.per_block else 1)
         return total, linear
@@ -398,6 +423,6 @@ class Bound:
         return total
 
 
-def _spread(value: Tensor, dims: Sequence[str]) -> Tensor:
+def _spread(values: Mapping[str, Tensor], part: Part) -> Tensor:
     """A part's tensor broadcastable over all four widths, bit axes last."""
-    return value[tuple(slice(None) if d in dims else None for d in WIDTHS)]
+    return values[part.name][tuple(slice(None) if d in part.dims else None for d in WIDTHS)]

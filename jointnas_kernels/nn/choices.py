@@ -2,7 +2,8 @@
 
 Widths: one draw a ~ Dirichlet(elu(alpha) + 1 + 1e-3) per dimension (DrNAS, arXiv 2006.10355), reparameterised, or a
 hard one-hot by ReinMax, or Gumbel-softmax. Depth: one hard ReinMax draw D over the numbers of blocks; block b has the
-gate sum over {l: choice l keeps b} of D_l. Bits: softmax probabilities per block (or a draw of the same three kinds).
+gate sum over {l: choice l keeps b} of D_l. Bits: softmax probabilities per block, and once for the head (or a draw of
+the same three kinds).
 
 Masks, with the head, rotary-pair and value-dim memberships of the choices (channel order of the reordered model):
 
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -89,12 +90,16 @@ class ArchSample:
     Attributes:
         alphas: the drawn values on the host, [K] or [blocks, K], keyed like the search space's dimensions.
         gates: value of each block's gate.
+        head_probs: [P] of the head's precisions, None where they are not searched.
+        head_index: the one precision of the head to compute, known on the host.
     """
 
     alphas: Mapping[str, Tensor]
     gates: tuple[float, ...]
     masks: Masks
     blocks: tuple[BlockSample, ...]
+    head_probs: Tensor | None = None
+    head_index: int | None = None
 
     @property
     def requires_grad(self) -> bool:
@@ -150,7 +155,7 @@ class _ToDevice(torch.autograd.Function):
 
 
 class ArchParameters(nn.Module):
-    """The logits of every searched dimension: `logits[key]` of shape [K], or [blocks, K] for bits.
+    """The logits of every searched dimension: `logits[key]` of shape [K], or [blocks, K] for bits of blocks.
 
     Args:
         space: what is searched.
@@ -194,6 +199,8 @@ class ArchParameters(nn.Module):
             for key in BITS:
                 if space.sizes(key):
                     logits[key] = torch.zeros(full["blocks"], len(space.sizes(key)))
+            if space.head_bits:
+                logits["head_bits"] = torch.zeros(len(space.head_bits))
             self.logits = nn.ParameterDict({k: nn.Parameter(v) for k, v in logits.items()})
             self._member = {
                 "hidden": members(*HIDDEN), "heads": members(HEADS[1]).repeat(full["kv_heads"], 1),
@@ -226,7 +233,7 @@ class ArchParameters(nn.Module):
         probs = self.probs()
         structures = joint(self.space, probs).probs
         index = dict(zip(STRUCTURE, torch.unravel_index(structures.argmax(), structures.shape), strict=True))
-        index |= {k: probs[k].argmax(-1) for k in BITS if k in probs}
+        index |= {k: p.argmax(-1) for k, p in probs.items() if k not in STRUCTURE}
         return Choice.from_dict({k: torch.tensor(self.space.sizes(k))[i].tolist() for k, i in index.items()})
 
     def one_hot(self, choice: Choice) -> dict[str, Tensor]:
@@ -278,7 +285,7 @@ class ArchParameters(nn.Module):
             m["intermediate"] @ a["intermediate"],
             *((a["head_dim"] * scale, a["head_dim"]) if self._qk_norm else ()),
             m["blocks"] @ a["blocks"],
-            *(a[k] for k in BITS if k in a),
+            *(a[k] for k in (*BITS, "head_bits") if k in a),
         ]
 
     @torch.no_grad()
@@ -303,14 +310,18 @@ class ArchParameters(nn.Module):
         if not host[at].requires_grad:  # a certain gate of 1 is no gate at all
             gates = [None if v == 1 else gate for v, gate in zip(values, gates, strict=True)]
         searched, none = [k for k in BITS if k in alphas], (None,) * len(gates)
-        probs = {k: bits.unbind() for k, bits in zip(searched, moved[at + 1 :], strict=True)}
+        probs = {k: bits.unbind() for k, bits in zip(searched, moved[at + 1 :], strict=False)}
         index = {k: self._certain(alphas[k]) for k in searched}
         rows = zip(gates, *(probs.get(k, none) for k in BITS), *(index.get(k, none) for k in BITS), strict=True)
-        return ArchSample(dict(alphas), values, Masks(*moved[:at]), tuple(BlockSample(*row) for row in rows))
+        blocks = tuple(BlockSample(*row) for row in rows)
+        sample = ArchSample(dict(alphas), values, Masks(*moved[:at]), blocks)
+        if "head_bits" not in alphas:
+            return sample
+        return replace(sample, head_probs=moved[-1], head_index=self._certain(alphas["head_bits"][None])[0])
 
     @staticmethod
     def _certain(probs: Tensor) -> tuple[int | None, ...]:
-        """Per block the index of a precision that has probability 1 and wants no gradient, else None."""
+        """Per row the index of a precision that has probability 1 and wants no gradient, else None."""
         if probs.requires_grad:
             return (None,) * probs.shape[0]
         top = probs.max(-1)

@@ -101,6 +101,29 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class PackedEmbedding(nn.Module):
+    """The rows of a packed head as an embedding that is tied to it: one matrix, held once, by the head.
+
+    Args:
+        head: of the model that the embedding is of, in a layout of which single rows can be read.
+        dtype: of what it returns; each value is rounded once, as an export stores it.
+    """
+
+    def __init__(self, head: PackedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._head, self.dtype = (head,), dtype  # no module of this one: it is the model's
+
+    @property
+    def head(self) -> PackedLinear:
+        """The head."""
+        return self._head[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids [B, T] -> [B, T, I]."""
+        rows = self.head.weight.dequantized(input.flatten(), torch.promote_types(self.dtype, torch.float32))
+        return rows.to(self.dtype).view(*input.shape, -1)
+
+
 def choose(backend: str | None, weight: LowbitWeight) -> str:
     """The backend of a layer, for the life of the layer."""
     scale = weight.tensors[1]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.layout import all_sizes, block_of, sliding_windows
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.nn.packed import PackedLinear
+from jointnas_kernels.nn.packed import PackedEmbedding, PackedLinear
 from jointnas_kernels.ops.core import cpu
 
 MOST = 16  # sequences
@@ -33,7 +33,7 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 def misfit(model: Any) -> str | None:
     """Why the step cannot run a transformers model; None: it can."""
-    weight = model.get_input_embeddings().weight
+    weight = model.model.norm.weight
     if weight.device.type != "cpu" or weight.dtype not in cpu.DTYPES:
         return f"it runs float32 and bfloat16 models on a CPU, not {weight.dtype} on {weight.device}"
     if reason := config_misfit(model.config):
@@ -45,7 +45,9 @@ def misfit(model: Any) -> str | None:
                 return f"block {b} has linears that quantize activations of unquantized weights, or of another layout"
             if len(kinds) > 1:
                 return f"block {b}: {', '.join(names)} are quantized unlike each other"
-    kind = _kind(model.lm_head)
+    kind, embedding = _kind(model.lm_head), model.get_input_embeddings()
+    if isinstance(embedding, PackedEmbedding) and embedding.head is not model.lm_head:
+        return "its embedding has the rows of another head"
     return None if kind and kind[1:2] in ((), (16,)) else "its head has quantized inputs, or another layout"
 
 
@@ -106,14 +108,14 @@ class DecodeStep:
         if reason := misfit(model):
             raise JointNASError(f"decode step: the model does not fit: {reason}")
         self.model, self.threads, self.isa = model, threads, isa
-        self.sizes, self.dtype = all_sizes(model.config), model.get_input_embeddings().weight.dtype
+        self.sizes, self.dtype = all_sizes(model.config), model.model.norm.weight.dtype
         self._weights: list[Tensor] = []  # what the structs point to
         self._blocks = array("q")
         for b, layer in enumerate(model.model.layers):
             self._blocks.extend(self._block(b, layer))
         self._model = array("q", [
             cpu.DTYPES[self.dtype], *(self.sizes[k] for k in ("hidden", "heads", "kv_heads", "head_dim", "intermediate",
-            "vocab")), len(model.model.layers), 0, self._keep(model.get_input_embeddings().weight),
+            "vocab")), len(model.model.layers), 0, self._keep(getattr(model.get_input_embeddings(), "weight", None)),
             self._keep(model.model.norm.weight), 0, 0, float_bits(model.config.rms_norm_eps),
             float_bits(model.model.layers[0].self_attn.scaling), *linear_fields(model.lm_head, self._keep),
             self._blocks.buffer_info()[0],

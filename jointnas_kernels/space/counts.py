@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import layout
+from jointnas_kernels.space.choice import Choice
 from jointnas_kernels.space.plain import ATTENTION, STRUCTURE
-from jointnas_kernels.space.search_space import Choice, SearchSpace
+from jointnas_kernels.space.search_space import SearchSpace
 
 Probs = Mapping[str, Tensor]
 TINY = 1e-300  # a condition of probability 0 gives 0, not NaN
@@ -50,7 +51,8 @@ def expected_params(config: Any, space: SearchSpace, probs: Probs) -> Tensor:
 def model_bytes(
     config: Any, space: SearchSpace, choice: Choice, block_rank: Sequence[int] | None = None, dtype_bytes: int = 2
 ) -> float:
-    """Bytes of the weights on disk: packed integers plus one scale of `dtype_bytes` per group; everything else dense.
+    """Bytes of the weights: packed integers plus one scale of `dtype_bytes` per group; everything else dense. A matrix
+    that is embedding and head counts once, at the head's bits.
 
     `block_rank` lists blocks most important first and says whose bits count; None means the original order.
     """
@@ -59,7 +61,8 @@ def model_bytes(
     def of_all(linear: layout.Linear) -> float:
         return sum(_bytes_per_weight(space, linear, choice.bits(b)[0], dtype_bytes) for b in kept)
 
-    return float(_total(config, choice.widths, choice.blocks, of_all, dtype_bytes))
+    head = _bytes_per_weight(space, layout.HEAD, choice.head_bits, dtype_bytes)
+    return float(_total(config, choice.widths, choice.blocks, of_all, dtype_bytes, head))
 
 
 def expected_bytes(
@@ -73,21 +76,28 @@ def expected_bytes(
     def of_all(linear: layout.Linear) -> Tensor:
         if space.weight_bits is None:
             return sizes["blocks"] * dtype_bytes
-        cost = [_bytes_per_weight(space, linear, bits, dtype_bytes) for bits in space.weight_bits]
-        per_block = probs["weight_bits"].double() @ torch.tensor(cost, dtype=torch.float64, device=p.device)
-        return per_block @ keep
+        return expected(linear, "weight_bits") @ keep
 
-    return (p * _total(config, sizes, sizes["blocks"], of_all, dtype_bytes)).sum()
+    def expected(linear: layout.Linear, key: str) -> Tensor:
+        """E[bytes per weight] under the probabilities of these bits."""
+        cost = [_bytes_per_weight(space, linear, bits, dtype_bytes) for bits in space.sizes(key)]
+        return probs[key].double() @ torch.tensor(cost, dtype=torch.float64, device=p.device)
+
+    head = dtype_bytes if space.head_bits is None else expected(layout.HEAD, "head_bits")
+    return (p * _total(config, sizes, sizes["blocks"], of_all, dtype_bytes, head)).sum()
 
 
 def _total(
-    config: Any, widths: layout.Sizes, blocks: Any, of_all: Callable[[layout.Linear], Any], unit: int = 1
-) -> Any:
-    """Σ of all parameters, in numbers or expectations: `unit` of each; of a linear's weights `of_all` in all blocks."""
+    config: Any, widths: layout.Sizes, blocks: Any, of_all: Callable[[layout.Linear], Any], unit: int = 1,
+    head: Any = 1,
+) -> Any:  # fmt: skip
+    """Σ of all parameters, in numbers or expectations: `unit` of each; `head` of the head's weights, also where they
+    are the embedding's; of a linear's weights `of_all` in all blocks."""
     sizes, block = layout.all_sizes(config, widths), layout.block_of(config)
-    tables = (layout.EMBEDDING,) if config.tie_word_embeddings else (layout.EMBEDDING, layout.HEAD)
-    outside = sum(table.weights(sizes) for table in tables) + layout.size(layout.FINAL_NORM.axis, sizes)
-    total = (outside + blocks * block.others(sizes)) * unit
+    outside = layout.size(layout.FINAL_NORM.axis, sizes)
+    if not config.tie_word_embeddings:
+        outside = outside + layout.EMBEDDING.weights(sizes)
+    total = (outside + blocks * block.others(sizes)) * unit + layout.HEAD.weights(sizes) * head
     return total + sum(linear.weights(sizes) * of_all(linear) for linear in block.linears)
 
 
@@ -140,4 +150,4 @@ def _grid(space: SearchSpace) -> dict[str, Tensor]:
 
 
 def _bytes_per_weight(space: SearchSpace, linear: layout.Linear, bits: int | None, dtype_bytes: int) -> float:
-    return float(dtype_bytes) if bits is None else bits / 8 + dtype_bytes / space.group(linear)
+    return float(dtype_bytes) if bits is None or bits == 16 else bits / 8 + dtype_bytes / space.group(linear)

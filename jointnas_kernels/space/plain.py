@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
 
 WIDTHS = layout.WIDTHS
 STRUCTURE = (*WIDTHS, "blocks")
-BITS = ("weight_bits", "act_bits")
+BITS = ("weight_bits", "act_bits")  # of every block
+HeadBits = Literal[4, 8, 16]  # of the head's weight; 16: it is not quantized
+HEAD_BITS: tuple[int, ...] = get_args(HeadBits)
+DIMENSIONS = (*STRUCTURE, *BITS, "head_bits")
 ATTENTION = WIDTHS[:3]  # hidden, heads, head_dim: what a model class may refuse together; it refuses others alone
 
 

@@ -1,4 +1,4 @@
-"""Search spaces and the choices in them; which sizes fit a model, and which of them its class takes together."""
+"""Search spaces; which sizes fit a model, and which of them its class takes together."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from torch import Tensor
 
 from jointnas_kernels import layout
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.space.choice import Choice
 from jointnas_kernels.space.plain import (
     ATTENTION,
     BITS,
+    DIMENSIONS,
+    HEAD_BITS,
     STRUCTURE,
-    WIDTHS,
     Data,
     ascending,
     integer,
@@ -28,48 +30,6 @@ from jointnas_kernels.space.plain import (
     sequence,
 )
 from jointnas_kernels.space.stock import made, refused
-
-
-@dataclass(frozen=True)
-class Choice(Data):
-    """One point of a space. `blocks` says how many blocks stay (by importance); bits are indexed by original block."""
-
-    hidden: int
-    heads: int
-    head_dim: int
-    intermediate: int
-    blocks: int
-    weight_bits: tuple[int, ...] | None = None
-    act_bits: tuple[int, ...] | None = None
-
-    @property
-    def widths(self) -> dict[str, int]:
-        """The sizes that all blocks share."""
-        return {k: getattr(self, k) for k in WIDTHS}
-
-    def named(self, dims: Sequence[str] = STRUCTURE) -> str:
-        """Sizes in words."""
-        return named(dims, [getattr(self, d) for d in dims])
-
-    def bits(self, block: int) -> tuple[int | None, int]:
-        """(weight bits, None: not quantized; activation bits) of an original block."""
-        weight, act = self.weight_bits, self.act_bits
-        return None if weight is None else weight[block], 16 if act is None else act[block]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], where: str = "choice") -> Choice:
-        """Inverse of `to_dict`.
-
-        Raises:
-            JointNASError: missing or unknown keys, or other values than integers.
-        """
-        cls.check_keys(data, "choice", where)
-        values: dict[str, Any] = {n: integer(data[n], f"{where}: {n}") for n in STRUCTURE}
-        for key in BITS:
-            bits = data.get(key)
-            if bits is not None:
-                values[key] = tuple(integer(b, f"{where}: {key}") for b in sequence(bits, f"{where}: {key}"))
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -93,9 +53,10 @@ class SearchSpace(Data):
     act_bits: tuple[int, ...] | None = None
     group_size: int = 128
     excluded: tuple[tuple[int, ...], ...] = ()
+    head_bits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for key in (*STRUCTURE, *BITS):
+        for key in DIMENSIONS:
             values = getattr(self, key)
             if values is not None or key in STRUCTURE:
                 object.__setattr__(self, key, ascending(values, f"search space: {key}"))
@@ -107,14 +68,30 @@ class SearchSpace(Data):
                 if not low <= b <= high or 8 < b < 16:
                     allowed = "2 to 8" if key == "weight_bits" else "2 to 8, and 16 for unquantized activations"
                     raise JointNASError(f"search space: {key} contains {b}; allowed: {allowed}.")
+        for b in self.head_bits or ():
+            if b not in HEAD_BITS:
+                allowed = f"{', '.join(map(str, HEAD_BITS[:-1]))}, and 16 for an unquantized head"
+                raise JointNASError(f"search space: head_bits contains {b}; allowed: {allowed}.")
         for d in self.head_dim:
             if d % 2:
                 raise JointNASError(f"search space: head_dim contains {d}; rotary embedding needs an even head_dim.")
+        for key in self._grouped:
+            self._multiple(key, self.group_size, "the quantization group size")
+        for b in self.head_bits or ():
+            cut = [size for size in self.hidden if b < 16 and size % (32 // b)]
+            if cut:
+                raise JointNASError(
+                    f"search space: hidden {cut[0]} is no multiple of {32 // b}, the inputs of a {b}-bit head in one"
+                    " word of a checkpoint."
+                )
         if self.weight_bits is not None:
-            for key in ("hidden", "intermediate"):
-                self._multiple(key, self.group_size, "the quantization group size")
             self._multiple("head_dim", self.o_proj_group, "o_proj's group: min(group size, smallest head_dim)")
         self._exclude()
+
+    @property
+    def _grouped(self) -> tuple[str, ...]:
+        """Widths that the quantization group must divide."""
+        return ("hidden", "intermediate") if self.weight_bits is not None else ("hidden",) * self.quantizes_head
 
     def _multiple(self, key: str, of: int, what: str) -> None:
         bad = [v for v in getattr(self, key) if v % of]
@@ -159,11 +136,12 @@ class SearchSpace(Data):
     @classmethod
     def single(
         cls, config: Any, weight_bits: Sequence[int] | None = None, act_bits: Sequence[int] | None = None,
-        group_size: int = 128,
+        group_size: int = 128, head_bits: Sequence[int] | None = None,
     ) -> SearchSpace:  # fmt: skip
         """The space whose only structure is the model that a config describes."""
         sizes: dict[str, Any] = {k: (v,) for k, v in layout.original_sizes(config).items()}
-        return cls(**sizes, weight_bits=weight_bits, act_bits=act_bits, group_size=group_size)  # type: ignore[arg-type]
+        bits: dict[str, Any] = {"weight_bits": weight_bits, "act_bits": act_bits, "head_bits": head_bits}
+        return cls(**sizes, **bits, group_size=group_size)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "search space") -> SearchSpace:
@@ -194,6 +172,11 @@ class SearchSpace(Data):
         return self.blocks[-1]
 
     @property
+    def quantizes_head(self) -> bool:
+        """Whether there is a choice with a quantized head."""
+        return self.head_bits is not None and self.head_bits[0] < 16
+
+    @property
     def o_proj_group(self) -> int:
         """o_proj's quantization group: head_dim cuts its input inside each head, and cuts must fall between groups."""
         return min(self.group_size, self.head_dim[0])
@@ -208,8 +191,8 @@ class SearchSpace(Data):
         Raises:
             JointNASError: no dimension has that name.
         """
-        if key not in (*STRUCTURE, *BITS):
-            raise unknown("search-space dimension", key, (*STRUCTURE, *BITS))
+        if key not in DIMENSIONS:
+            raise unknown("search-space dimension", key, DIMENSIONS)
         sizes: tuple[int, ...] | None = getattr(self, key)
         return sizes or ()
 
@@ -254,7 +237,7 @@ class SearchSpace(Data):
         """How many choices there are."""
         per_block = math.prod(len(self.sizes(k)) or 1 for k in BITS)
         others = math.prod(len(self.sizes(k)) for k in STRUCTURE if k not in ATTENTION)
-        return int(self.allowed.sum()) * others * per_block**self.depth
+        return int(self.allowed.sum()) * others * per_block**self.depth * (len(self.sizes("head_bits")) or 1)
 
     def full(self) -> Choice:
         """The largest size of every dimension, the highest precision everywhere. Where that structure is excluded, the
@@ -280,7 +263,8 @@ class SearchSpace(Data):
         """From `pick(dimension, how many)`."""
         structure = {k: pick(k, 1)[0] for k in STRUCTURE}
         bits = {k: pick(k, self.depth) for k in BITS if self.sizes(k)}
-        return Choice(**structure, **bits)  # type: ignore[arg-type]
+        head = pick("head_bits", 1)[0] if self.head_bits else None
+        return Choice(**structure, **bits, head_bits=head)  # type: ignore[arg-type]
 
     def structures(self) -> list[Choice]:
         """Every combination of sizes but bits, in their order."""
@@ -296,7 +280,8 @@ class SearchSpace(Data):
         for structure in self.structures():
             for w in rows("weight_bits"):
                 for a in rows("act_bits"):
-                    yield replace(structure, weight_bits=w, act_bits=a)
+                    for head in self.head_bits or (None,):
+                        yield replace(structure, weight_bits=w, act_bits=a, head_bits=head)
 
     def check(self, choice: Choice) -> None:
         """Raise unless the choice has sizes and bits of this space. A supernet computes excluded combinations, too.
@@ -309,14 +294,21 @@ class SearchSpace(Data):
                 raise unknown(f"{key} choice", getattr(choice, key), self.sizes(key))
         for key in BITS:
             bits, sizes = getattr(choice, key), self.sizes(key)
-            if (bits is None) != (not sizes):
-                state = "searches" if sizes else "does not search"
-                raise JointNASError(f"choice: {key} is {bits}, but the space {state} {key}.")
+            self._both(key, bits)
             if bits is not None and len(bits) != self.depth:
                 raise JointNASError(f"choice: {len(bits)} {key} for {self.depth} blocks; give one per original block.")
             for b in bits or ():
                 if b not in sizes:
                     raise unknown(f"{key} choice", b, sizes)
+        self._both("head_bits", choice.head_bits)
+        if choice.head_bits is not None and choice.head_bits not in self.sizes("head_bits"):
+            raise unknown("head_bits choice", choice.head_bits, self.sizes("head_bits"))
+
+    def _both(self, key: str, bits: Any) -> None:
+        """Raise unless a choice has these bits where the space searches them, and only there."""
+        if (bits is None) != (not self.sizes(key)):
+            state = "searches" if self.sizes(key) else "does not search"
+            raise JointNASError(f"choice: {key} is {bits}, but the space {state} {key}.")
 
     # ---- of one model -----------------------------------------------------------------------------------------------
 
@@ -393,7 +385,7 @@ class SearchSpace(Data):
                 f"search space: the largest number of blocks is {self.depth} but the model has {own['blocks']}; a"
                 " space with bits must contain the full depth, because bits are chosen per original block."
             )
-        cut = [key for key in ("hidden", "intermediate") if self.weight_bits and own[key] % self.group_size]
+        cut = [key for key in self._grouped if own[key] % self.group_size]
         if cut:
             size = f"{cut[0]} size {own[cut[0]]}"
             fitting = self._fitting(own["hidden"], own["intermediate"])

@@ -15,6 +15,7 @@ from jointnas_kernels.latency import Workload
 from jointnas_kernels.latency.profiler import LONGEST
 from jointnas_kernels.latency.schema import Metric
 from jointnas_kernels.space import SearchSpace, read_yaml
+from jointnas_kernels.space.plain import HeadBits
 
 
 class Section(BaseModel):
@@ -75,6 +76,9 @@ class SpaceConfig(Section):
     weight_bits: list[int] | Literal["none"] | None = Field(default=None, description="'none': not searched")
     act_bits: list[int] | Literal["none"] | None = Field(default=None, description="'none': not searched")
     group_size: int | None = None
+    head_bits: list[int] | Literal["none"] | None = Field(
+        default=None, description="of the head's weight: 4, 8, 16; 'none': not searched"
+    )
 
     def build(self) -> SearchSpace:
         """The space.
@@ -198,7 +202,7 @@ class BitsConfig(Section):
     act: int = Field(default=16, ge=2, le=16, description="16: activations stay as they are")
     group_size: int = Field(default=128, ge=1, description="inputs per scale; o_proj: at most the head dim")
     act_symmetric: bool = Field(default=False, description="activation quantizers without zero point")
-    head: Literal[4, 8, 16] = Field(default=16, description="of the head's weight; 16: it stays as it is")
+    head: HeadBits = Field(default=16, description="of the head's weight; 16: it stays as it is")
 
 
 class FinetuneConfig(Section):

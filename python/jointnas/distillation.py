@@ -82,6 +82,34 @@ class TrainableQuantLinear(nn.Linear):
         return FakeQuantLinear(weight, bias, of, self.act_bits, self.act_symmetric)
 
 
+class TiedQuantEmbedding(nn.Module):
+    """An embedding [V, N] that is tied to a `TrainableQuantLinear` head: the rows of Q_w(W), with straight-through
+    gradients; `baked` is what it becomes after training."""
+
+    clip: Tensor | None
+
+    def __init__(self, head: TrainableQuantLinear, padding_idx: int | None) -> None:
+        super().__init__()
+        assert head.weight_bits is not None
+        self.weight, self.bits, self.group_size = head.weight, head.weight_bits, head.group_size
+        self.padding_idx = padding_idx
+        self.register_buffer("clip", head.clip)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """ids [B, T] -> [B, T, N]."""
+        rows = F.embedding(input, self.weight, self.padding_idx)
+        clip = None if self.clip is None else self.clip[input.flatten()]
+        return fake_quant_weight(rows.flatten(0, -2), self.bits, self.group_size, clip=clip).view_as(rows)
+
+    @torch.no_grad()
+    def baked(self) -> nn.Embedding:
+        """A plain embedding of the quantized values."""
+        values = fake_quant_weight(self.weight, self.bits, self.group_size, clip=self.clip)
+        table = nn.Embedding(values.shape[0], values.shape[1], padding_idx=self.padding_idx, device="meta")
+        table.weight = nn.Parameter(values)
+        return table
+
+
 def student_of(supernet: Supernet, choice: Choice, train: str = "full") -> nn.Module:
     """What is distilled: the choice as a plain model (`trainable`), or ("lora") as a supernet of its own size whose
     LoRA pairs, of the chosen precisions only, are trained. `bake` makes either the final model."""
@@ -102,10 +130,15 @@ def student_of(supernet: Supernet, choice: Choice, train: str = "full") -> nn.Mo
 def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     """The choice as a plain model of its own size with LoRA merged, its quantizers alive in every linear."""
     model = extract(supernet, choice)
-    if choice.weight_bits is None and choice.act_bits is None:
+    blocks = choice.weight_bits is not None or choice.act_bits is not None
+    if not blocks and not choice.quantizes_head:
         return model
     small = shrink(supernet, choice)
     assert small.choice is not None
+    if choice.quantizes_head:
+        _train_head(model, small)
+    if not blocks:
+        return model
     for i, (layer, block) in enumerate(zip(model.model.layers, small.blocks, strict=True)):
         source: Any = block
         weight_bits, act_bits = small.choice.bits(i)
@@ -122,6 +155,19 @@ def trainable(supernet: Supernet, choice: Choice) -> PreTrainedModel:
     return model
 
 
+def _train_head(model: Any, small: Supernet) -> None:
+    """Puts the head of a fixed supernet, its quantizer alive, into the plain model of the same size."""
+    quantizer, choice = small.head_quantizer, small.choice
+    assert quantizer is not None
+    assert choice is not None
+    assert choice.head_bits is not None
+    weight, clip = small.head.detach(), quantizer.clip[quantizer.low.index(choice.head_bits)]
+    model.lm_head = TrainableQuantLinear(weight, None, choice.head_bits, 16, quantizer.group_size, clip)
+    if small.lm_head is None:
+        old = model.get_input_embeddings()
+        model.set_input_embeddings(TiedQuantEmbedding(model.lm_head, old.padding_idx))
+
+
 def bake(student: nn.Module) -> PreTrainedModel:
     """The distilled student as a plain model on quantized weights; a plain student is changed in place."""
     if isinstance(student, Supernet):
@@ -131,7 +177,7 @@ def bake(student: nn.Module) -> PreTrainedModel:
     model = student
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, TrainableQuantLinear):
+            if isinstance(child, (TrainableQuantLinear, TiedQuantEmbedding)):
                 setattr(parent, name, child.baked())
     model.eval()
     return model

@@ -25,7 +25,7 @@ from jointnas.checkpoint import replacing
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.compressed import PACKED, Scheme, quantization_config, stored
 from jointnas_kernels.nn.linear import FakeQuantLinear
-from jointnas_kernels.space import WIDTHS, Choice, kept_blocks
+from jointnas_kernels.space import STRUCTURE, Choice, kept_blocks
 
 CHOICE_FILE = "choice.json"
 SEARCHED = "Found by a joint search over architecture and precision, then distilled from the original."
@@ -99,7 +99,8 @@ def card(
     else:
         lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
     lines += ["```", "", "| | |", "|---|---|"]
-    lines += [f"| {k} | {getattr(choice, k)} |" for k in (*WIDTHS, "blocks")]
+    lines += [f"| {k} | {getattr(choice, k)} |" for k in STRUCTURE]
+    lines += [f"| head_bits | {choice.head_bits} |"] if choice.head_bits is not None else []
     lines += [f"| {k} | {v} |" for k, v in facts.items()]
     lines += [f"| weights on disk | {size / 1e6:,.1f} MB |"]
     lines += [f"| base model | {base} |"] if base else []
@@ -107,10 +108,12 @@ def card(
     if choice.weight_bits or choice.act_bits:
         lines += ["", "| block | of the original | weight bits | activation bits |", "|---|---|---|---|"]
         lines += [f"| {i} | " + " | ".join(str(v) for v in b.values()) + " |" for i, b in enumerate(blocks)]
+    if schemes:
+        what = "The head's weights" if list(schemes) == ["lm_head"] else "Linear weights"
         acts = sorted({("symmetric" if s.act_symmetric else "asymmetric") for s in schemes.values() if s.act_bits < 16})
         lines += [
             "",
-            f"Linear weights are stored as integers ({PACKED}) with one scale per group of inputs; embeddings and norms"
+            f"{what} are stored as integers ({PACKED}) with one scale per group of inputs; embeddings and norms"
             f"{'' if 'lm_head' in schemes else ' and `lm_head`'} are not quantized."
             + (f" Activations are quantized per token, dynamically, {' or '.join(acts)}." if acts else ""),
             "Load it as above: `dequantize=True` would apply the first group's scheme to every layer.",
@@ -132,5 +135,18 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' bars cannot be turned off
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         model.eval()(torch.zeros(1, 1, dtype=torch.long))  # the first call unpacks the weights
+    if quantized:
+        _undispatched(model)
     nn.Module.to(model, device)
     return model
+
+
+def _undispatched(model: PreTrainedModel) -> None:
+    """Takes back what compressed-tensors leaves of unpacking in every module: moves between devices around its forward.
+    The decode step runs models whose modules are what their classes say, but for replaced linears."""
+    from compressed_tensors.offload import remove_dispatch
+
+    remove_dispatch(model)
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) is type(module).forward:
+            del module.forward

@@ -160,12 +160,14 @@ class Feasibility:
     def repair(self, probs: Probs) -> Choice:
         """The most probable choice that satisfies every limit.
 
-        Structures (widths and depth) are tried from the most probable on, until none that is left can win. Each takes
-        the most probable bits that fit into its latency (`knapsack`)."""
+        Structures (widths and depth), each with every precision of the head, are tried from the most probable on, until
+        none that is left can win. Each takes the most probable bits that fit into its latency (`knapsack`)."""
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
         total = p["hidden"]
-        for key in (*WIDTHS[1:], "blocks"):
-            total = total[..., None] + p[key]
+        heads = self.space.head_bits or (None,)
+        head = p.get("head_bits", torch.zeros(1, dtype=torch.float64))
+        for score_of in (*(p[key] for key in (*WIDTHS[1:], "blocks")), head):
+            total = total[..., None] + score_of
         none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
         bits = p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]  # [blocks, W, A]
         most = bits.flatten(1).amax(1).sum().item()  # of any bits
@@ -174,7 +176,7 @@ class Feasibility:
         for score, index in zip(values.tolist(), order.tolist(), strict=True):
             if best is not None and score + most <= best[0]:
                 break
-            structure = self.structures[index]
+            structure = replace(self.structures[index // len(heads)], head_bits=heads[index % len(heads)])
             params = count_params(self.model_config, structure)
             if not self.limits.params_min <= params <= self.limits.params_max:
                 continue
@@ -193,9 +195,11 @@ class Feasibility:
             f"{self.limits.params_max:,.0f}, latency up to {self.limits.latency_max:g} ms); the space spans "
             f"{sizes[smallest]:,} to {max(sizes.values()):,} parameters"
         )
-        fixed, linear = self.bound.structure(smallest)
+        heads = [self.bound.structure(replace(smallest, head_bits=b)) for b in self.space.head_bits or (None,)]
+        fixed = min((fixed for fixed, _ in heads if fixed == fixed), default=math.inf)
+        linear = heads[0][1]
         finite = linear[linear.isfinite()]
-        if not len(finite):
+        if not len(finite) or fixed == math.inf:
             return text
         fastest = fixed + smallest.blocks * finite.min().item()
         return f"{text} and its fastest choice takes {fastest:.3f} ms"
@@ -204,7 +208,7 @@ class Feasibility:
         """(log-probability, choice) with the structure's best feasible bits, None if none is fast enough."""
         fixed, linear = self.bound.structure(structure)
         feasible = linear.isfinite().flatten()
-        if not feasible.any():
+        if not feasible.any() or math.isnan(fixed):
             return None
         scores = bits.flatten(1).masked_fill(~feasible, -math.inf)  # [blocks, W·A]
         cost = linear.flatten()

@@ -11,13 +11,15 @@ from jointnas.results import pareto
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.space import Choice, SearchSpace, kept_blocks
+from jointnas_kernels.latency.spec import LINEARS
+from jointnas_kernels.space import BITS, Choice, SearchSpace, kept_blocks
 
 DENSE = (16, 16)
 BLUE, RED, GREY, GREEN = "#1f5fa8", "#c0392b", "#9aa0a6", "#2e8b57"
 TITLES = {
     "hidden": "hidden size", "heads": "query heads", "head_dim": "head dim", "intermediate": "MLP size",
     "blocks": "blocks", "weight_bits": "weight bits", "act_bits": "activation bits",
+    "head_bits": "head bits",
 }  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[
 
 
 def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: Path) -> Path:
-    """Heat maps of every dimension's probabilities over the steps; for bits, the mean bit width of every block."""
+    """Heat maps of every dimension's probabilities over the steps; for bits of blocks, their means."""
     steps = [r["step"] for r in rows]
     keys = [k for k in TITLES if k in rows[-1]["probs"] and len(space.sizes(k)) > 1] or ["blocks"]
     columns = min(3, len(keys))
@@ -84,7 +86,7 @@ def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: P
     for axis, key in zip(axes, keys, strict=False):
         sizes = space.sizes(key)
         history = [r["probs"][key] for r in rows]
-        if key.endswith("_bits"):
+        if key in BITS:
             picture = [[sum(p * s for p, s in zip(b, sizes, strict=True)) for b in step] for step in history]
             low, high, labels = min(sizes), max(sizes), [str(b) for b in range(len(history[0]))]
             axis.set_ylabel("original block", fontsize=8)
@@ -157,7 +159,7 @@ def table_heatmap(table: LatencyTable, path: Path) -> Path:
     shapes: dict[tuple[int, int, int], dict[tuple[int, int], float]] = {}
     for spec in table.specs:
         row = table.best(spec)
-        if spec.op == "linear" and row is not None and row.value is not None:
+        if spec.op in LINEARS and row is not None and row.value is not None:
             cells = shapes.setdefault((spec.m, spec.n, spec.k), {})
             key = (spec.wbits, spec.abits)
             cells[key] = min(row.value, cells.get(key, math.inf))  # one shape may occur with two groups
@@ -203,6 +205,8 @@ def bits_per_block(choice: Choice, block_rank: Sequence[int], path: Path) -> Pat
                 axis.text(b + offset, bits[b], str(bits[b]), ha="center", va="bottom", fontsize=7)
     axis.set_xticks(range(len(block_rank)), [f"{b}\nrank {rank[b]}" for b in range(len(block_rank))], fontsize=7)
     axis.set_ylim(0, 18)
+    if choice.head_bits is not None:
+        axis.set_title(f"head: {choice.head_bits} bits", fontsize=9)
     axis.set_ylabel("bits (blue W, green A)", fontsize=8)
     axis.set_xlabel("original block, importance rank", fontsize=8)
     return _save(figure, path)

@@ -98,6 +98,8 @@ def check_limits(config: RunConfig, model_config: Any, table: LatencyTable, spac
     for key in ("weight_bits", "act_bits"):
         if space.sizes(key):
             uniform[key] = torch.full((space.depth, len(space.sizes(key))), 1 / len(space.sizes(key)))
+    if space.head_bits:
+        uniform["head_bits"] = torch.full((len(space.head_bits),), 1 / len(space.head_bits))
     Feasibility(model_config, table.bind(space), Limits.of(config, model_config)).repair(uniform)
 
 

@@ -20,6 +20,7 @@ LATE = [
     ("jointnas_kernels.latency.backends", "gemlite", "optional, found at run time"),
     ("jointnas_kernels.latency.backends", "humming", "optional, found at run time"),
     ("jointnas_kernels.latency", "jointnas_kernels.hf", "tables are read without transformers, a load of seconds"),
+    ("jointnas", "compressed_tensors", "optional: stock transformers loads quantized exports with it"),
     ("jointnas", "datasets", "optional: Parquet files and data sets of the Hugging Face hub"),
     ("jointnas", "lm_eval", "optional: tasks; loads for seconds"),
     ("jointnas", "matplotlib", "optional: plots"),

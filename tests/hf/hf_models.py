@@ -15,6 +15,7 @@ from jointnas_kernels.hf.families import build
 from jointnas_kernels.layout import sliding_windows
 from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
 from jointnas_kernels.ops.quant.mixture.reference import Mixture, forward
+from jointnas_kernels.ops.quant.weights import fake_quant_weight_reference
 from jointnas_kernels.space import SearchSpace, keep_matrix
 from tests.ops.naive import strided_pair_index
 
@@ -24,6 +25,7 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 SPACE = SearchSpace((16, 32), (2, 4), (8, 16), (16, 48), (1, 2, 3))
 MHA_SPACE = SearchSpace((16, 32), (4,), (8, 16), (16, 48), (1, 2, 3))
+HEAD_SPACE = SearchSpace((16, 32), (2, 4), (8, 16), (16, 48), (1, 3), (4, 8), group_size=16, head_bits=(4, 8, 16))
 QUANT_SPACE = SearchSpace((16, 32), (2, 4), (8, 16), (16, 48), (1, 2, 3), (2, 4, 8), (4, 8, 16), group_size=16)
 
 
@@ -67,6 +69,9 @@ def randomize_lora(supernet: Supernet, seed: int = 2, scale: float = 0.1) -> Sup
             if linear.bits is not None:
                 shape = (len(linear.bits), linear.out_features, linear.in_features // linear.group_size)
                 linear.set_clip(0.7 + 0.3 * torch.rand(shape, generator=g))
+        if supernet.head_quantizer is not None:
+            clip = supernet.head_quantizer.clip
+            clip.copy_(0.7 + 0.3 * torch.rand(clip.shape, generator=g))
     return supernet
 
 
@@ -153,8 +158,14 @@ def literal_logits(supernet: Supernet, alphas: Mapping[str, Tensor], input_ids: 
             total = total + a * torch.zeros_like(x).index_copy(-1, index, part)
         return total
 
+    head, quantizer = supernet.head, supernet.head_quantizer
+    if quantizer is not None:
+        parts = [fake_quant_weight_reference(head, b, quantizer.group_size, clip=c)
+                 for b, c in zip(quantizer.low, quantizer.clip, strict=True)]  # fmt: skip
+        parts += [head] * (len(quantizer.bits) - len(parts))
+        head = sum(p * part for p, part in zip(alphas["head_bits"], parts, strict=True))
     hidden_mask = sum(a * m for a, m in zip(alphas["hidden"], keep["hidden"], strict=True))
-    x = supernet.embedding[input_ids] * hidden_mask
+    x = (head if supernet.lm_head is None else supernet.embedding)[input_ids] * hidden_mask
     length = input_ids.shape[1]
     cos, sin = supernet.rotary(x, torch.arange(length)[None])
     back = torch.arange(length)[:, None] - torch.arange(length)
@@ -181,7 +192,6 @@ def literal_logits(supernet: Supernet, alphas: Mapping[str, Tensor], input_ids: 
             y, mlp.up_proj, b, "neurons", "hidden"
         )
         x = x + gate * (h + linear(y, mlp.down_proj, b, "hidden", "neurons") - x)
-    head = supernet.embedding if supernet.lm_head is None else supernet.lm_head
     return (norm(x, supernet.norm) * hidden_mask) @ head.T
 
 

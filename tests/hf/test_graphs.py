@@ -16,10 +16,19 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert
 from jointnas_kernels.hf.graphs import BlockGraphs
 from jointnas_kernels.space import Choice, SearchSpace
-from tests.hf.hf_models import QUANT_SPACE, SPACE, ids, random_alphas, random_importance, randomize_lora, tiny_model
+from tests.hf.hf_models import (
+    HEAD_SPACE,
+    QUANT_SPACE,
+    SPACE,
+    ids,
+    random_alphas,
+    random_importance,
+    randomize_lora,
+    tiny_model,
+)
 
 WEIGHTS_ONLY = SearchSpace.from_dict({**QUANT_SPACE.to_dict(), "act_bits": None})
-SPACES = {"widths": SPACE, "weight-bits": WEIGHTS_ONLY, "all-bits": QUANT_SPACE}
+SPACES = {"widths": SPACE, "weight-bits": WEIGHTS_ONLY, "all-bits": QUANT_SPACE, "head-bits": HEAD_SPACE}
 BATCH, TOKENS = 2, 7
 Memory = list[tuple[dict[str, Any], dict[str, Any]]]
 

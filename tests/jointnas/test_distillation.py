@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,18 +29,22 @@ from tests.jointnas import tiny
 
 JOINT = Choice(64, 4, 16, 192, 2, (4, 8, 4), (8, 16, 8))
 PLAIN = Choice(64, 4, 32, 192, 2)
-CHOICES = {"joint": JOINT, "plain": PLAIN}
+HEAD = Choice(64, 4, 32, 192, 2, head_bits=4)
+CHOICES = {"joint": JOINT, "plain": PLAIN, "head": HEAD, "all": replace(JOINT, head_bits=8)}
+SPACES = {"joint": tiny.SPACE, "plain": tiny.NO_BITS}
+SPACES |= {"head": {**tiny.NO_BITS, "head_bits": [4, 16]}, "all": {**tiny.SPACE, "head_bits": [4, 8, 16]}}
 
 
 def supernet(name: str, dtype: torch.dtype = torch.float32) -> Supernet:
     """As a search would leave it: LoRA pairs that are not 0."""
-    values = tiny.SPACE if name == "joint" else tiny.NO_BITS
-    space = tiny.config("nowhere", values).space.build()
+    space = tiny.config("nowhere", SPACES[name]).space.build()
     made = convert(tiny.model().to(dtype), space, lora_rank=4)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for _, linear in made.linears():
             linear.lora_b.copy_(0.05 * torch.randn(linear.lora_b.shape, generator=generator))
+        if made.head_quantizer is not None:
+            made.head_quantizer.clip.mul_(0.9)
     return made
 
 
@@ -72,7 +77,7 @@ def test_lora_starts_at_the_extracted_model(name: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("train", ["full", "lora"])
-@pytest.mark.parametrize("name", ["joint", "plain"])
+@pytest.mark.parametrize("name", CHOICES)
 def test_distilled_is_exported_is_reloaded(name: str, train: str, tmp_path: Path) -> None:
     source = supernet(name)
     student = trained(source, name, train=train, lr=1e-2)
@@ -82,6 +87,29 @@ def test_distilled_is_exported_is_reloaded(name: str, train: str, tmp_path: Path
     assert torch.allclose(model(ids).logits, live, atol=1e-4)
     folder = exporting.export_model(model, tmp_path / "model", CHOICES[name], source.block_rank)
     assert torch.equal(exporting.reload(folder)(ids).logits, model(ids).logits)
+    if name in ("head", "all"):  # tied: still one matrix, of quantized values, and trained if all is
+        head, embedding = model.lm_head, model.get_input_embeddings().weight
+        assert head.weight_bits == CHOICES[name].head_bits
+        assert torch.equal(head.weight, embedding)
+        assert torch.equal(head.weight, extract(source, CHOICES[name]).lm_head.weight) == (train == "lora")
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_quantized_head_is_trained_as_it_will_be(tied: bool) -> None:
+    """Before the first step the student is the extracted model; gradients are those of two uses of one matrix."""
+    model = tiny.model()
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
+    space = tiny.config("nowhere", SPACES["head"]).space.build()
+    source, ids = convert(model, space, lora_rank=4), text().held_out[:24][None]
+    student, want = student_of(source, HEAD), extract(source, HEAD)
+    assert torch.equal(student(ids).logits, want(ids).logits)
+    student(ids, labels=ids).loss.backward()
+    want(ids, labels=ids).loss.backward()
+    head, embedding = want.lm_head.weight.grad, want.get_input_embeddings().weight.grad
+    torch.testing.assert_close(student.lm_head.weight.grad, head + embedding if tied else head)
+    assert (student.get_input_embeddings().weight is student.lm_head.weight) == tied
 
 
 @pytest.mark.parametrize("name", ["joint", "plain"])

@@ -150,6 +150,14 @@ def test_bytes_on_disk_follow_the_formula(tmp_path: Path, dtype: torch.dtype, ti
         assert ("lm_head.weight" in names) != tied
 
 
+def test_a_reloaded_model_keeps_its_classes_forward(tmp_path: Path) -> None:
+    """compressed-tensors leaves nothing around modules that are not quantized, so the decode step runs the model."""
+    quantized = quantized_linears(exported(supernet(), uniform(4, 8), tmp_path / "model"))
+    model = exporting.reload(tmp_path / "model")
+    assert {n for n, m in model.named_modules() if "forward" in m.__dict__} <= quantized.keys()
+    assert all(type(m._parameters) is dict for m in model.modules())
+
+
 def test_config_has_one_group_per_linear(tmp_path: Path) -> None:
     exported(supernet(), SPACE.full(), tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]

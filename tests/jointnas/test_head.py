@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 
 from jointnas import assets, cli, exporting
 from jointnas.config import BitsConfig
-from jointnas.initialise.head import quantize_head
+from jointnas.initialise.head import initialise_head, quantize_head
 from jointnas.verbs.quantize import quantize
 from jointnas_kernels import hf
 from jointnas_kernels.errors import JointNASError
@@ -26,17 +27,24 @@ from tests.hf.hf_models import ids, tiny_model
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("searched", [False, True], ids=["quantized", "searched"])
 @torch.no_grad()
-def test_the_same_model_everywhere(bits: int, tied: bool, tmp_path: Path) -> None:
-    """Bit for bit reloaded and read back; with the kernels but for the order of sums, decode step included."""
+def test_the_same_model_everywhere(bits: int, tied: bool, searched: bool, tmp_path: Path) -> None:
+    """Bit for bit reloaded and read back; with the kernels but for the order of sums, decode step included. A plain
+    model whose head is quantized, and the choice of a space with these bits."""
     model = tiny_model(tie_word_embeddings=tied, vocab_size=4096)
     x = ids(2, 9)
     before = model(x).logits
-    quantize_head(model, bits, 32, x)
+    space = SearchSpace.single(model.config, group_size=32, head_bits=(bits,))
+    if searched:
+        supernet = hf.convert(model, space)
+        initialise_head(supernet, x)
+        model = hf.extract(supernet, space.full())
+    else:
+        quantize_head(model, bits, 32, x)
     want = model(x).logits
     assert 0 < (want - before).norm() / before.norm() < (0.02 if bits == 8 else 0.3)
     assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight) == tied
-    space = SearchSpace.single(model.config)
     exporting.export_model(model, tmp_path / "m", space.full(), range(3), tokenizer=assets.load_tokenizer())
     assert torch.equal(exporting.reload(tmp_path / "m")(x).logits, want)
     packed: Any = hf.load(tmp_path / "m")
@@ -82,6 +90,9 @@ def test_through_the_command(tmp_path: Path) -> None:
     assert cli.main(given) == 0
     model: Any = hf.load(out)
     assert (model.lm_head.weight_bits, model.lm_head.act_bits) == (8, 16)
-    assert "embeddings and norms are not quantized" in (out / "README.md").read_text()
-    with pytest.raises(JointNASError, match=r"bits\.head|group"):
+    card = (out / "README.md").read_text()
+    assert "embeddings and norms are not quantized" in card
+    assert "| head_bits | 8 |" in card
+    assert json.loads((out / "choice.json").read_text())["choice"]["head_bits"] == 8
+    with pytest.raises(JointNASError, match="no multiple of 96, the quantization group size"):
         quantize(str(tmp_path / "other"), bits=BitsConfig(head=8, group_size=96), method="rtn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jointnas.initialise import Bits, calibration_windows, initialise, jobs, sin
 from jointnas.initialise.blocks import Blocks, quantize_tokens
 from jointnas.initialise.clip import mse_clip
 from jointnas.initialise.gptq import accumulate, gptq
+from jointnas.initialise.head import quantize_head
 from jointnas.initialise.omniquant import equivalent, identity, learn, smoothed
 from jointnas.initialise.problem import Problem
 from jointnas_kernels.errors import JointNASError
@@ -350,6 +352,30 @@ def test_supernet_gets_ratios_for_every_precision(method: Method) -> None:
     assert x.shape == seen[0].shape
     with torch.no_grad():
         assert (seen[0] - seen[1]).square().mean() < 1e-2 * seen[1].square().mean()
+
+
+@pytest.mark.parametrize("method", ["rtn", "clip"])
+def test_supernet_gets_ratios_for_its_head(method: Method, tmp_path: Path) -> None:
+    """Of least error where its inputs have energy, once: a resumed run takes them from the folder."""
+    space = tiny.config("unused", {**tiny.NO_BITS, "head_bits": [4, 8, 16]}).space.build()
+    supernet, other = (convert(model(), space) for _ in range(2))
+    assert initialise(supernet, method, windows(), folder=tmp_path, progress=False) == []
+    quantizer = supernet.head_quantizer
+    assert quantizer is not None
+    states = supernet.original_states(windows()[:32]).double().square().sum((0, 1))
+    energy = (states / states.mean()).float()
+    for i, bits in enumerate((4, 8)):
+        want = mse_clip(supernet.embedding, bits, 64, energy)
+        assert torch.equal(quantizer.clip[i], torch.ones_like(want) if method == "rtn" else want)
+    plain = tiny.model()
+    quantize_head(plain, 4, 64, windows())
+    extracted = extract(supernet, replace(space.full(), head_bits=4))
+    if method == "clip":  # what quantizing the model itself gives, up to the order of sums in the energies
+        assert (extracted.lm_head.weight != plain.lm_head.weight).double().mean() < 0.01
+    initialise(other, method, windows(), folder=tmp_path, progress=False)
+    assert other.head_quantizer is not None
+    assert torch.equal(other.head_quantizer.clip, quantizer.clip)
+    assert (tmp_path / "head" / "block-000.safetensors").is_file() == (method == "clip")
 
 
 def test_without_weight_bits_there_is_nothing_to_do() -> None:

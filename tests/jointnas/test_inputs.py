@@ -365,6 +365,8 @@ SPACES: dict[str, tuple[dict[str, Any], str]] = {
     "odd-head-dim": ({"head_dim": [15]}, "head_dim contains 15; rotary embedding needs an even head_dim"),
     "three-heads": ({"heads": [3, 4]}, "heads 3 is no multiple of the model's 2 key-value heads"),
     "nothing-fits": ({"hidden": [49], "heads": [2, 4]}, "Heads that fit hidden 49"),
+    "head-bits": ({"head_bits": [2, 4]}, "head_bits contains 2; allowed: 4, 8, and 16 for an unquantized head"),
+    "head-group": ({"head_bits": [4], "group_size": 24}, "hidden 64 is no multiple of 24, the quantization group size"),
     "bits": ({"weight_bits": [3, 16], "act_bits": [16]}, "weight_bits contains 16; allowed: 2 to 8"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, OpSpec, Target, Workload, profile, profiler
 from jointnas_kernels.latency.backends.base import failure, quantize_weight, random_input, random_weight
 from jointnas_kernels.latency.backends.step import Step, linear, running
-from jointnas_kernels.latency.measure import deploy
+from jointnas_kernels.latency.measure import BackendLinear, calibrate, deploy
 from jointnas_kernels.latency.spec import DENSE
 from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.nn.packed import PackedLinear
@@ -150,6 +151,35 @@ def test_times_are_those_of_one_operation(tmp_path: Path, monkeypatch: pytest.Mo
     store = profiler.Weights(target, 1 << 20, torch.Generator())
     (row,) = profiler.time_operation(norm, target, ["step"], store, 1e-4, fastest=1.0)
     assert (row.p10, row.samples) == (0.5, 9)
+
+
+@pytest.mark.parametrize("workload", [DECODE, Workload("prefill", 2, 8)], ids=["decode", "prefill"])
+@torch.no_grad()
+def test_a_head_is_profiled_and_deployed_at_its_bits(tmp_path: Path, workload: Workload) -> None:
+    """By the step, and by other backends for transformers' code; whole models of it calibrate the table."""
+    space = SearchSpace((64,), (4,), (16,), (96,), (1, 3), group_size=16, head_bits=(4, 8, 16))
+    table = profile(space, CONFIG, tmp_path / "t.jsonl", workload=workload, threads=1, progress=False,
+                    seconds_per_operation=1e-4, watch=calm())  # fmt: skip
+    rows = {row.wbits: row for row in table.rows if row.op == "lm_head" and table.best(row.spec) is row}
+    assert {w: (row.m, row.n, row.k, row.abits, row.group) for w, row in rows.items()} == {
+        w: (workload.batch, 61, 64, 16, 16 if w < 16 else 0) for w in (4, 8, 16)
+    }
+    assert {row.backend for row in rows.values()} <= {"step"} if workload is DECODE else {"torch", "ours-cpu"}
+    assert calibrate(table, space, CONFIG, 4, watch=calm(), seconds=1e-3).calibration is not None
+    torch.manual_seed(0)
+    model, reference = (LlamaForCausalLM(CONFIG).eval().requires_grad_(False) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    reference.lm_head.weight = torch.nn.Parameter(fake_quant_weight(model.lm_head.weight, 8, 16))
+    deploy(model, replace(space.full(), head_bits=8), space, table)
+    assert isinstance(model.lm_head, PackedLinear if workload is DECODE else BackendLinear)
+    assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    x = ids(workload.batch, 6)
+    found = model(x, use_cache=False, logits_to_keep=1).logits[:, -1]
+    if workload is DECODE:
+        cache = getattr(model(x[:, :5], use_cache=True), RESULT)
+        found = model(x[:, 5:], **{RESULT: cache}).logits[:, -1]
+        assert model.runtime.reason is None
+    assert (found - reference(x).logits[:, -1]).abs().max() <= 1e-4
 
 
 @torch.no_grad()

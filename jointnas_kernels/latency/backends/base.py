@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from jointnas_kernels.latency.spec import DENSE, OpSpec, Workload
+from jointnas_kernels.latency.spec import DENSE, LINEARS, OpSpec, Workload
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.quant.spec import PACKED_WEIGHT_BITS, quantize_groups, quantize_tokens
 
@@ -86,7 +86,7 @@ class LowBit:
         n, k = self.multiples
         if self.device and target.device.type != self.device:
             return f"runs on {self.device} only"
-        if spec.op != "linear" or spec.wbits not in self.wbits:
+        if spec.op not in LINEARS or spec.wbits not in self.wbits:
             return f"linears with W in {self.wbits} only"
         if spec.abits not in self.abits:
             return f"activations of {' and '.join(map(str, self.abits))} bits only{self.activations}"

@@ -52,18 +52,23 @@ def lay_out(packed: Tensor, scale: Tensor, bits: int, group_size: int, planes: b
     return (data,)
 
 
-def read_back(tensors: Sequence[Tensor], outputs: int, inputs: int, bits: int, group_size: int, planes: bool
-              ) -> tuple[Tensor, Tensor]:
-    """(packed, scale) as given to :func:`lay_out`."""
+def read_back(
+    tensors: Sequence[Tensor], outputs: int, inputs: int, bits: int, group_size: int, planes: bool,
+    of: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(packed, scale) as given to :func:`lay_out`; ``of`` int64 [n]: of these rows only."""
     blocks, groups, height, lanes = tensors[0].shape
     meta = height - inputs // groups * bits // 32
-    rows = tensors[0].permute(0, 3, 1, 2).reshape(blocks * lanes, groups, height)[:outputs]
+    if of is None:
+        rows = tensors[0].permute(0, 3, 1, 2).reshape(blocks * lanes, groups, height)[:outputs]
+    else:
+        rows = tensors[0][of // lanes, :, :, of % lanes]
     scales = rows[:, :: groups * group_size // inputs, 0]
     if meta == 2:
         scale = scales.contiguous().view(torch.float32)
     else:
         scale = (scales >> 16).to(torch.int16).view(torch.bfloat16)
-    packed = rows[:, :, meta:].reshape(outputs, -1)
+    packed = rows[:, :, meta:].reshape(len(rows), -1)
     if planes:
-        packed = to_words(merge_planes(packed.view(outputs, -1, bits, 1), 2).view(outputs, inputs), bits)
+        packed = to_words(merge_planes(packed.view(len(rows), -1, bits, 1), 2).view(len(rows), inputs), bits)
     return packed, scale

@@ -135,8 +135,13 @@ class LowbitWeight(NamedTuple):
 
     def dequantized(self, rows: Tensor | slice = slice(None), dtype: torch.dtype = torch.float64) -> Tensor:
         """q * scale of some rows, [rows, I] in ``dtype``."""
-        packed, scale = self.unpack()
-        return dequantize(packed[rows], scale[rows], self.w_bits, self.group_size, dtype)
+        if self.layout == "cpu" and isinstance(rows, Tensor):  # without reading the others
+            packed, scale = blocks.read_back(
+                self.tensors, self.outputs, self.inputs, self.w_bits, self.group_size, self.planes, rows
+            )
+        else:
+            packed, scale = (t[rows] for t in self.unpack())
+        return dequantize(packed, scale, self.w_bits, self.group_size, dtype)
 
     def clone(self) -> LowbitWeight:
         """A copy at other addresses."""

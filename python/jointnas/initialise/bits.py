@@ -52,8 +52,10 @@ class Bits:
         }
 
 
-def single_space(config: Any, weight: int, act: int = 16, group_size: int = 128) -> SearchSpace:
+def single_space(
+    config: Any, weight: int, act: int = 16, group_size: int = 128, head: int | None = None
+) -> SearchSpace:
     """The space whose only choice is the model itself at one precision; raises if that precision does not fit it."""
-    space = SearchSpace.single(config, (weight,), (act,), group_size)
+    space = SearchSpace.single(config, (weight,), (act,), group_size, None if head is None else (head,))
     space.validate(config)
     return space

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from jointnas.config import InitOptions, Method
 from jointnas.data import Batches
 from jointnas.initialise.bits import Bits
+from jointnas.initialise.head import initialise_head
 from jointnas.initialise.jobs import Plain, Supernets
 from jointnas.initialise.problem import Row, State
 from jointnas.initialise.store import Store
@@ -56,11 +57,11 @@ def initialise(
 ) -> list[Row]:  # fmt: skip
     """Initialises the weight quantizers of a supernet, or quantizes a plain model; in place.
 
-    A supernet gets clip ratios for every precision of its space. In a plain transformers model every linear of a block
-    becomes a `FakeQuantLinear`, whose weight lies on the grid it carries; `omniquant` also moves scales between norms
-    and linears where activations are quantized. "rtn" (round to nearest) and "clip" (each group's ratio of least
-    squared error, weighed by the energy of its inputs where there is calibration) need no `calibration` [windows,
-    tokens]; errors are reported only with it. Finished blocks go to
+    A supernet gets clip ratios for every precision of its space, and (unless by "rtn") of its head. In a plain
+    transformers model every linear of a block becomes a `FakeQuantLinear`, whose weight lies on the grid it carries;
+    `omniquant` also moves scales between norms and linears where activations are quantized. "rtn" (round to nearest)
+    and "clip" (each group's ratio of least squared error, weighed by the energy of its inputs where there is
+    calibration) need no `calibration` [windows, tokens]; errors are reported only with it. Finished blocks go to
     `folder`. "reconstruct" learns weights, or a supernet's LoRA pairs, and ratios; a plain model of few bits then also
     end to end (`options.end_epochs`).
 
@@ -84,7 +85,7 @@ def initialise(
     if isinstance(model, Supernet):
         if bits is not None:
             raise JointNASError("initialise: a supernet's bits are those of its space; leave out `bits`")
-        if model.space.weight_bits is None:
+        if model.space.weight_bits is None and not model.space.quantizes_head:
             return []
         if method == "gptq":
             raise JointNASError(
@@ -93,11 +94,16 @@ def initialise(
                 "`extract` returns"
             )
         job = Supernets(model, method, options, seed)
+        store = None if folder is None else Store(Path(folder), job.settings(calibration))
+        if model.space.quantizes_head and method != "rtn":
+            initialise_head(model, calibration, None if store is None else store.within("head"))
+        if model.space.weight_bits is None:
+            return []
     else:
         if bits is None:
             raise JointNASError("initialise: a plain model needs `bits`, e.g. Bits.uniform(model.config, weight=4)")
         job = Plain(model, method, options, bits, seed)
-    store = None if folder is None else Store(Path(folder), job.settings(calibration))
+        store = None if folder is None else Store(Path(folder), job.settings(calibration))
     return _walk(job, calibration, store, progress)
 
 

@@ -46,10 +46,7 @@ def quantize(
         raise JointNASError(f"{partial} holds an unfinished quantization; pass --resume to continue it, or remove it")
     model_config = loading.model_config(model)
     loading.check_lengths(model_config, data_seq_len=None if method == "rtn" else data.seq_len)
-    space = single_space(model_config, bits.weight, bits.act, bits.group_size)
-    if bits.head < 16 and model_config.hidden_size % bits.group_size:
-        size = model_config.hidden_size
-        raise JointNASError(f"bits.head: the head's {size} inputs are no multiple of groups of {bits.group_size}")
+    space = single_space(model_config, bits.weight, bits.act, bits.group_size, bits.head)
     origin, source = loading.origin(model), loading.load_model(model)
     windows = None
     if method != "rtn":
