@@ -1,32 +1,28 @@
-// One decode step of a packed model: a token for each of M sequences, from ids to logits, in one call by one team of
-// threads. Between the products there are no allocations, no locks and five barriers a block:
+// Tokens through a packed model: one for each of some sequences (a decode step), or a chunk of each one's prompt; from ids
+// to logits, in one call by one team of threads. Between the products there are no allocations, no locks and five barriers
+// a block:
 //
 //     norm, quantize | q k v   ||  rope, cache, attention  ||  quantize | o, += x   ||
 //     norm, quantize | gate up ||  swiglu, quantize | down, += x                    ||
 //
 // What stands before a | is done by every thread for itself if there is one token (that takes less than a barrier), and
-// shared by tokens and a barrier otherwise. Every output row, head and token is computed by one thread in one order, so
-// results do not depend on the number of threads. Vectors have the model's dtype and are rounded where transformers
+// shared by tokens and a barrier otherwise. The attention of a chunk has one barrier more, behind its keys and values.
+// Every output row, head and token is computed by one thread in one order, so results do not depend on the number of
+// threads. Vectors have the model's dtype and are rounded where transformers
 // rounds them: a bf16 model differs from the stock one only by the order of sums.
 
 #ifdef JN_ISA  // once per instruction set
 
 #include <type_traits>
 
-#include "cpu/decode.h"
+#include "cpu/decode_step.h"
 #include "cpu/decode_vectors.h"
+#include "cpu/decode_attention.h"
 
 #else
 
-#include <atomic>
-#include <cstring>
-#include <new>
-#include <vector>
-
 #include "cpu/bf16.h"
-#include "cpu/decode.h"
-#include "cpu/isa.h"
-#include "cpu/lowbit.h"
+#include "cpu/decode_step.h"
 #include "cpu/parallel.h"
 #include "export.h"
 
@@ -35,111 +31,6 @@
 
 namespace jointnas {
 namespace {
-
-constexpr int64_t kMostTokens = 16;
-
-int64_t lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-float as_fp32(int64_t bits) {
-  const uint32_t low = static_cast<uint32_t>(bits);
-  float f;
-  std::memcpy(&f, &low, 4);
-  return f;
-}
-
-template <class T>
-const T* in(int64_t address) {
-  return reinterpret_cast<const T*>(address);
-}
-
-// The memory of a step, cut up.
-struct Arena {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(at);
-    at += lines(count * static_cast<int64_t>(sizeof(T)));
-    return p;
-  }
-};
-
-LowbitPlan plan_of(const DecodeLinear& l, int dtype) {
-  const int64_t stored = std::max<int64_t>(1, l.stored);  // of dense weights: 0, and no plan
-  LowbitPlan plan{LowbitLayout(l.outputs, l.inputs, stored, static_cast<int>(l.w_bits), l.bf16_scale != 0, false)};
-  plan.data = in<uint32_t>(l.data), plan.dtype = dtype;
-  return plan;
-}
-
-int64_t units(const DecodeLinear& l) { return (l.outputs + kBlock - 1) / kBlock; }  // of work, dense or packed
-
-struct Step {
-  const DecodeModel& model;
-  int64_t M, slot;
-  const int64_t *ids, *positions, *starts;
-  void* logits;
-  int threads, level, isa;
-
-  int64_t bytes = 0;  // of an element
-  int64_t token_bytes = 0, scratch_bytes = 0;  // of the most demanding linear
-  int error = kOk;
-
-  const DecodeBlock* blocks() const { return in<DecodeBlock>(model.first_block); }
-
-  template <class F>
-  void each_linear(const F& f) const {
-    for (int64_t b = 0; b < model.blocks; ++b)
-      for (const DecodeLinear* l : {&blocks()[b].q, &blocks()[b].k, &blocks()[b].v, &blocks()[b].o, &blocks()[b].gate,
-                                    &blocks()[b].up, &blocks()[b].down})
-        if (l->outputs) f(*l);
-    f(model.head);
-  }
-
-  int measure() {
-    bytes = model.dtype == kF32 ? 4 : 2;
-    each_linear([&](const DecodeLinear& l) {
-      if (l.w_bits == 16) return;
-      const int dtype = static_cast<int>(model.dtype), a_bits = static_cast<int>(l.a_bits);
-      if (!lowbit_legal(dtype, static_cast<int>(l.w_bits), a_bits, l.stored, false)) {
-        error = kBadArgument;
-        return;
-      }
-      LowbitPlan plan = plan_of(l, dtype);
-      if (const int code = plan.arrange(M, a_bits, l.symmetric != 0, isa)) error = code;
-      token_bytes = std::max(token_bytes, plan.token_bytes());
-      scratch_bytes = std::max(scratch_bytes, plan.scratch_bytes());
-    });
-    return error;
-  }
-
-  int64_t widest() const { return std::max({model.hidden, model.heads * model.head_dim, model.intermediate}); }
-  int64_t qkv() const { return (model.heads + 2 * model.kv_heads) * model.head_dim; }
-
-  // Attention over many positions is shared by parts of so many of them, whatever the number of threads.
-  static int64_t part(int64_t positions) {
-    int64_t size = 64;
-    while (size * kMostParts < positions) size *= 2;
-    return size;
-  }
-  int64_t parts(int64_t positions) const { return (positions + part(slot + 1) - 1) / part(slot + 1); }
-  int64_t first(const DecodeBlock& b, int64_t t) const {
-    return b.window ? std::max(starts[t], slot + 1 - b.window) : starts[t];
-  }
-
-  int64_t most_parts() const { return std::min<int64_t>(kMostParts, (model.length + 63) / 64); }
-
-  // Shared by all: x, products, attention, prepared tokens.
-  int64_t shared_bytes() const {
-    return M * (2 * lines(model.hidden * bytes) + lines(qkv() * bytes) + 2 * lines(model.intermediate * bytes)) +
-           lines(M * widest() * bytes) + 7 * 64 + lines(token_bytes) +
-           lines(M * model.heads * most_parts() * (model.head_dim + 2) * 4);
-  }
-  // Of each thread: a row, prepared tokens, scratch, heads, scores.
-  int64_t own_bytes() const {
-    return lines(widest() * bytes) + lines(token_bytes) + lines(scratch_bytes) +
-           lines((model.heads / model.kv_heads + 3) * model.head_dim * bytes) + lines(4 * part(model.length) * 4) + 8 * 64;
-  }
-  int64_t total_bytes() const { return shared_bytes() + threads * own_bytes() + 64; }
-};
 
 template <class T>
 struct Worker {
@@ -163,34 +54,34 @@ struct Worker {
     gate = shared.take<T>(s.M * 2 * m.intermediate);
     rows = shared.take<T>(s.M * s.widest());
     tokens = shared.take<char>(s.token_bytes);
-    partial = shared.take<float>(s.M * m.heads * s.most_parts() * (m.head_dim + 2));
+    partial = shared.take<float>(s.partials());
     up = gate + s.M * m.intermediate;
     Arena own{memory + s.shared_bytes() + me * s.own_bytes()};
     row = own.take<T>(s.widest());
     own_tokens = own.take<char>(s.token_bytes);
     scratch = own.take<char>(s.scratch_bytes);
-    head = own.take<T>((m.heads / m.kv_heads + 3) * m.head_dim);
-    scores = own.take<float>(4 * s.part(m.length));
+    head = own.take<T>(s.heads());
+    scores = own.take<float>(s.scores());
   }
 
-  // y of some linears [M, outputs] that read the same rows; make(m, row): token m's row. What follows a product for rows
+  // y of some linears [M, outputs] that read the same M rows; make(m, row): token m's row. What follows a product for rows
   // [first, end) of token m: then(m, first, end).
   struct Output {
     const DecodeLinear* linear;
     T* y;
   };
   template <int N, class Make, class Then>
-  void products(const Output (&outputs)[N], const Make& make, const Then& then) {
+  void products(const Output (&outputs)[N], int64_t M, const Make& make, const Then& then) {
     const DecodeLinear& first = *outputs[0].linear;
-    const bool alone = s.M == 1;
+    const bool alone = M == 1;
     T* const in_rows = alone ? row : rows;
     LowbitPlan plan = plan_of(first, dtype());
     const bool packed = first.w_bits < 16;
     if (packed) {
-      plan.arrange(s.M, static_cast<int>(first.a_bits), first.symmetric != 0, s.isa);
+      plan.arrange(M, static_cast<int>(first.a_bits), first.symmetric != 0, s.isa);
       plan.place(alone ? own_tokens : tokens);
     }
-    for (int64_t m = alone ? 0 : me; m < s.M; m += alone ? 1 : count) {
+    for (int64_t m = alone ? 0 : me; m < M; m += alone ? 1 : count) {
       T* const to = in_rows + m * first.inputs;
       make(m, to);
       if (packed) plan.prepare(to, m);
@@ -206,15 +97,14 @@ struct Worker {
         const int64_t r0 = from * kBlock, r1 = std::min(to * kBlock, l.outputs);
         if (packed) {
           LowbitPlan one = plan_of(l, dtype());
-          one.arrange(s.M, static_cast<int>(l.a_bits), l.symmetric != 0, s.isa);
+          one.arrange(M, static_cast<int>(l.a_bits), l.symmetric != 0, s.isa);
           one.place(alone ? own_tokens : tokens);
           one.y = o.y;
           one.multiply(from, to, scratch);
         } else {
-          for (int64_t m = 0; m < s.M; ++m)
-            JN_DISPATCH(s.level, dense_rows(in<T>(l.data), in_rows + m * l.inputs, o.y + m * l.outputs, r0, r1, l.inputs));
+          JN_DISPATCH(s.level, dense_rows(in<T>(l.data), in_rows, o.y, r0, r1, M, l.inputs, l.outputs));
         }
-        for (int64_t m = 0; m < s.M; ++m) {
+        for (int64_t m = 0; m < M; ++m) {
           if (l.bias)
             JN_DISPATCH(s.level, add_row(in<T>(l.bias) + r0, o.y + m * l.outputs + r0, r1 - r0));
           then(m, r0, r1);
@@ -245,40 +135,46 @@ struct Worker {
     return [](int64_t, int64_t, int64_t) {};
   }
 
+  // Where a token's queries, key and value of a key-value head are.
+  struct Heads {
+    T *q, *k, *v;
+  };
+  Heads heads(const DecodeBlock& b, int64_t t, int64_t g) const {
+    const int64_t D = s.model.head_dim, H = s.model.heads, K = s.model.kv_heads, share = H / K;
+    if (b.k.outputs) {
+      T *const q = qkv + t * H * D, *const k = qkv + s.M * H * D + t * K * D;
+      return {q + g * share * D, k + g * D, k + s.M * K * D + g * D};
+    }
+    T* const q = qkv + t * s.qkv();
+    return {q + g * share * D, q + (H + g) * D, q + (H + K + g) * D};
+  }
+
   // The rotation of queries and keys, and attention; a step does both.
   template <bool kRotates, bool kAttends>
   void attention(const DecodeBlock& b) {
     const DecodeModel& m = s.model;
-    const int64_t D = m.head_dim, H = m.heads, K = m.kv_heads, share = H / K, fused = s.qkv(), seen = s.slot + 1;
+    const int64_t D = m.head_dim, H = m.heads, K = m.kv_heads, share = H / K, seen = s.slot + 1;
     const int64_t parts = kAttends ? s.parts(seen) : 1, items = s.M * K * parts, stride = D + 2;
     const float eps = as_fp32(m.epsilon);
     T *const queries = head, *const key = head + share * D;  // each of them, while it is made, with its successor's place
     for (int64_t item = items * me / count, end = items * (me + 1) / count; item < end; ++item) {
       const int64_t t = item / (K * parts), g = item / parts % K, i = item % parts;
-      const int64_t from = s.first(b, t) + i * s.part(seen), to = kAttends ? std::min(from + s.part(seen), seen) : seen;
+      const int64_t from = first_seen(s.slot, s.starts[t], b.window) + i * s.part(seen);
+      const int64_t to = kAttends ? std::min(from + s.part(seen), seen) : seen;
       if (from >= seen) continue;
-      const T *q, *k, *v;
-      if (b.k.outputs) {
-        q = qkv + t * H * D + g * share * D;
-        k = qkv + s.M * H * D + t * K * D + g * D;
-        v = qkv + s.M * (H + K) * D + t * K * D + g * D;
-      } else {
-        q = qkv + t * fused + g * share * D;
-        k = qkv + t * fused + (H + g) * D;
-        v = qkv + t * fused + (H + K + g) * D;
-      }
+      const Heads of = heads(b, t, g);
       const int64_t cache = (t * K + g) * m.length * D;
       T *const keys = reinterpret_cast<T*>(b.keys) + cache, *const values = reinterpret_cast<T*>(b.values) + cache;
       if constexpr (kRotates) {
         const T *cosine = in<T>(m.cosines) + s.positions[t] * D, *sine = in<T>(m.sines) + s.positions[t] * D;
         for (int64_t h = 0; h < share; ++h)
-          JN_DISPATCH(s.level, rotate(q + h * D, in<T>(b.q_norm), eps, cosine, sine, queries + h * D, D));
-        if (to == seen) JN_DISPATCH(s.level, rotate(k, in<T>(b.k_norm), eps, cosine, sine, key, D));
+          JN_DISPATCH(s.level, rotate(of.q + h * D, in<T>(b.q_norm), eps, cosine, sine, queries + h * D, D));
+        if (to == seen) JN_DISPATCH(s.level, rotate(of.k, in<T>(b.k_norm), eps, cosine, sine, key, D));
       }
       if constexpr (!kAttends) continue;
       if (to == seen) {
         std::memcpy(keys + s.slot * D, key, static_cast<size_t>(D) * sizeof(T));
-        std::memcpy(values + s.slot * D, v, static_cast<size_t>(D) * sizeof(T));
+        std::memcpy(values + s.slot * D, of.v, static_cast<size_t>(D) * sizeof(T));
       }
       float* const out = partial + (t * H + g * share) * s.most_parts() * stride + i * stride;
       JN_DISPATCH(s.level, attend(queries, share, keys + from * D, values + from * D, to - from, as_fp32(m.scale), scores,
@@ -287,10 +183,44 @@ struct Worker {
     if constexpr (kAttends) team.barrier();
   }
 
-  // Token t's heads, from their parts.
+  // The same of chunks; results take the places of the queries.
+  void chunk_attention(const DecodeBlock& b) {
+    const DecodeModel& m = s.model;
+    const int64_t D = m.head_dim, K = m.kv_heads, share = m.heads / K;
+    const float eps = as_fp32(m.epsilon);
+    T *const keys = reinterpret_cast<T*>(b.keys), *const values = reinterpret_cast<T*>(b.values);
+    for (int64_t item = s.M * K * me / count, end = s.M * K * (me + 1) / count; item < end; ++item) {
+      const int64_t t = item / K, g = item % K, angle = s.positions[t] * D;
+      const int64_t place = ((t / s.chunk * K + g) * m.length + s.slot + t % s.chunk) * D;
+      const Heads of = heads(b, t, g);
+      JN_DISPATCH(s.level, rotate(of.k, in<T>(b.k_norm), eps, in<T>(m.cosines) + angle, in<T>(m.sines) + angle, head, D));
+      std::memcpy(keys + place, head, static_cast<size_t>(D) * sizeof(T));
+      std::memcpy(values + place, of.v, static_cast<size_t>(D) * sizeof(T));
+    }
+    team.barrier();
+    int64_t lanes = 1;
+    JN_DISPATCH(s.level, lanes = tile_lanes());
+    const int64_t tiles = (s.chunk * share + lanes - 1) / lanes;
+    // In turns, because later tiles see more.
+    for (int64_t item = me; item < s.sequences * K * tiles; item += count) {
+      const int64_t one = item / (K * tiles), g = item / tiles % K, first = one * s.chunk, cache = (one * K + g) * m.length * D;
+      const ChunkHeads<T> of{heads(b, first, g).q, b.k.outputs ? m.heads * D : s.qkv(), share, s.chunk, D, in<T>(b.q_norm),
+                             eps, as_fp32(m.scale), in<T>(m.cosines), in<T>(m.sines), s.positions + first, keys + cache,
+                             values + cache, s.slot, s.starts[one], b.window};
+      JN_DISPATCH(s.level, attend_tile(of, item % tiles, scores, head));
+    }
+    team.barrier();
+  }
+
+  // Token t's heads: from their parts, or from where a chunk's are.
   auto attended(const DecodeBlock& b) {
     return [this, &b](int64_t t, T* to) {
-      const int64_t D = s.model.head_dim, H = s.model.heads, parts = s.parts(s.slot + 1 - s.first(b, t));
+      const int64_t D = s.model.head_dim, H = s.model.heads;
+      if (s.chunk > 1) {
+        std::memcpy(to, heads(b, t, 0).q, static_cast<size_t>(H * D) * sizeof(T));
+        return;
+      }
+      const int64_t parts = s.parts(s.slot + 1 - first_seen(s.slot, s.starts[t], b.window));
       for (int64_t h = 0; h < H; ++h)
         JN_DISPATCH(s.level, merged_parts(partial + (t * H + h) * s.most_parts() * (D + 2), parts, to + h * D, D));
     };
@@ -344,7 +274,7 @@ struct Worker {
       switch (which) {
         case kEmbed: embed(); break;
         case kNorm: rows_of(normed(b.input_norm), m.hidden); break;
-        case kProduct: products(y, copied(x, m.hidden), nothing()); break;
+        case kProduct: products(y, s.M, copied(x, m.hidden), nothing()); break;
         case kHeadNorm:
           for (int64_t item = all * me / count; item < all * (me + 1) / count; ++item)
             JN_DISPATCH(s.level, norm_row(qkv + item * m.head_dim, in<T>(b.q_norm), as_fp32(m.epsilon), head, m.head_dim));
@@ -367,37 +297,44 @@ struct Worker {
       const int64_t D = m.head_dim;
       if (b.k.outputs) {
         const Output parts[3] = {{&b.q, qkv}, {&b.k, qkv + s.M * m.heads * D}, {&b.v, qkv + s.M * (m.heads + m.kv_heads) * D}};
-        products(parts, normed(b.input_norm), nothing());
+        products(parts, s.M, normed(b.input_norm), nothing());
       } else {
         const Output parts[1] = {{&b.q, qkv}};
-        products(parts, normed(b.input_norm), nothing());
+        products(parts, s.M, normed(b.input_norm), nothing());
       }
-      attention<true, true>(b);
+      if (s.chunk > 1)
+        chunk_attention(b);
+      else
+        attention<true, true>(b);
       const Output o[1] = {{&b.o, out}};
-      products(o, attended(b), residual());
+      products(o, s.M, attended(b), residual());
       const int64_t F = m.intermediate, width = b.up.outputs ? F : 2 * F;
       if (b.up.outputs) {
         const Output parts[2] = {{&b.gate, gate}, {&b.up, up}};
-        products(parts, normed(b.post_norm), nothing());
+        products(parts, s.M, normed(b.post_norm), nothing());
       } else {
         const Output parts[1] = {{&b.gate, gate}};
-        products(parts, normed(b.post_norm), nothing());
+        products(parts, s.M, normed(b.post_norm), nothing());
       }
       const T* const second = b.up.outputs ? up : gate + F;
       const Output down[1] = {{&b.down, out}};
-      products(down, swiglu(width, second), residual());
+      products(down, s.M, swiglu(width, second), residual());
     }
+    if (!s.keep) return;
     const Output logits[1] = {{&m.head, static_cast<T*>(s.logits)}};
-    products(logits, normed(m.final_norm), nothing());
+    const auto normal = normed(m.final_norm);
+    const auto last = [&](int64_t i, T* to) { normal((i / s.keep + 1) * s.chunk - s.keep + i % s.keep, to); };
+    products(logits, s.sequences * s.keep, last, nothing());
   }
 };
 
 }  // namespace
 
-// Bytes of memory that a step of M tokens takes; to `size`.
-int cpu_decode_size(const DecodeModel* model, int64_t M, int64_t* size, int threads, int isa) {
-  if (M < 1 || M > kMostTokens || (model->dtype != kF32 && model->dtype != kBf16)) return kBadArgument;
-  Step step{*model, M, 0, nullptr, nullptr, nullptr, nullptr, threads, choose_isa(isa), isa};
+// Bytes of memory that such a step takes; to `size`.
+int cpu_decode_size(const DecodeModel* model, int64_t sequences, int64_t chunk, int64_t keep, int64_t* size, int threads,
+                    int isa) {
+  Step step{*model, sequences, chunk, keep, 0, nullptr, nullptr, nullptr, nullptr, threads, choose_isa(isa), isa};
+  if (!step.legal()) return kBadArgument;
   if (const int error = step.measure()) return error;
   *size = step.total_bytes();
   return kOk;
@@ -406,18 +343,18 @@ JN_EXPORT(cpu_decode_size);
 
 // `work(worker)` by every member of a team.
 template <class F>
-int step_run(const DecodeModel* model, int64_t M, const int64_t* ids, const int64_t* positions, const int64_t* starts,
-             int64_t slot, void* y, void* memory, int threads, int isa, const F& work) {
-  if (M < 1 || M > kMostTokens || slot < 0 || slot >= model->length) return kBadArgument;
-  Step step{*model, M, slot, ids, positions, starts, y, threads, choose_isa(isa), isa};
+int step_run(Step step, void* memory, const F& work) {
+  const DecodeModel& model = step.model;
+  if (!step.legal() || step.slot < 0 || step.slot > model.length - step.chunk) return kBadArgument;
   if (!step.level) return kIsaMissing;
-  for (int64_t m = 0; m < M; ++m)
-    if (ids[m] < 0 || ids[m] >= model->vocab || positions[m] < 0 || positions[m] >= model->length || starts[m] < 0 ||
-        starts[m] > slot)
+  for (int64_t t = 0; t < step.M; ++t)
+    if (step.ids[t] < 0 || step.ids[t] >= model.vocab || step.positions[t] < 0 || step.positions[t] >= model.length)
       return kBadArgument;
+  for (int64_t i = 0; i < step.sequences; ++i)
+    if (step.starts[i] < 0 || step.starts[i] >= step.slot + step.chunk) return kBadArgument;
   if (const int error = step.measure()) return error;
-  team_run(threads, [&](Team& team, int me, int count) {
-    if (model->dtype == kF32)
+  team_run(step.threads, [&](Team& team, int me, int count) {
+    if (model.dtype == kF32)
       work(Worker<float>(step, team, me, count, static_cast<char*>(memory)));
     else
       work(Worker<bf16>(step, team, me, count, static_cast<char*>(memory)));
@@ -425,20 +362,23 @@ int step_run(const DecodeModel* model, int64_t M, const int64_t* ids, const int6
   return kOk;
 }
 
-// logits [M, vocab] of tokens ids [M] at rotary positions [M], whose keys and values go to `slot` of the caches; token m
-// sees slots from starts[m] on. memory: of cpu_decode_size, 64-byte aligned.
-int cpu_decode_step(const DecodeModel* model, int64_t M, const int64_t* ids, const int64_t* positions,
-                    const int64_t* starts, int64_t slot, void* logits, void* memory, int threads, int isa) {
-  return step_run(model, M, ids, positions, starts, slot, logits, memory, threads, isa, [](auto worker) { worker.run(); });
+// logits [sequences, keep, vocab] of the last of tokens ids [sequences, chunk] at rotary positions [sequences, chunk],
+// whose keys and values go to the caches from `slot` on; each token sees those up to its own, sequence i from starts[i]
+// on. memory: of cpu_decode_size, 64-byte aligned.
+int cpu_decode_step(const DecodeModel* model, int64_t sequences, int64_t chunk, int64_t keep, const int64_t* ids,
+                    const int64_t* positions, const int64_t* starts, int64_t slot, void* logits, void* memory, int threads,
+                    int isa) {
+  return step_run({*model, sequences, chunk, keep, slot, ids, positions, starts, logits, threads, choose_isa(isa), isa},
+                  memory, [](auto worker) { worker.run(); });
 }
 JN_EXPORT(cpu_decode_step);
 
-// One part of it (DecodePart), once per block; y: [M, outputs] of a product. Otherwise as cpu_decode_step, whose memory
-// holds zeros at first.
-int cpu_decode_part(const DecodeModel* model, int64_t part, int64_t M, const int64_t* ids, const int64_t* positions,
+// One part of a step of single tokens (DecodePart), once per block; y: [sequences, outputs] of a product. Otherwise as
+// cpu_decode_step, whose memory holds zeros at first.
+int cpu_decode_part(const DecodeModel* model, int64_t part, int64_t sequences, const int64_t* ids, const int64_t* positions,
                     const int64_t* starts, int64_t slot, void* y, void* memory, int threads, int isa) {
   if (part < 0 || part >= kDecodeParts) return kBadArgument;
-  return step_run(model, M, ids, positions, starts, slot, y, memory, threads, isa,
+  return step_run({*model, sequences, 1, 1, slot, ids, positions, starts, y, threads, choose_isa(isa), isa}, memory,
                   [part](auto worker) { worker.part(static_cast<DecodePart>(part)); });
 }
 JN_EXPORT(cpu_decode_part);

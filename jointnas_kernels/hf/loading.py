@@ -3,7 +3,7 @@
 The model is built without weights (meta device), and each tensor goes from the file straight into its module: packed
 integers stay packed, so memory is what the files hold (a kernel's own layout adds a few bytes per group of weights), or
 less: an embedding with the values of a packed head is not held, its rows are the head's.
-Everything but the quantized linears is stock transformers, until single tokens are asked for (runtime/generation.py).
+Everything but the quantized linears is stock transformers, which runs what runtime/generation.py does not.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def load(
     folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, backend: str = "auto"
 ) -> PreTrainedModel:
     """The model of an exported folder, its quantized linears on `lowbit_linear`; for inference, `generate` included.
-    `model.runtime` says which path decoded the latest token, and why.
+    `model.runtime` says what ran the latest call, and why.
 
     Also loads other compressed-tensors folders, if each linear is `pack-quantized` W{2,4,8} in symmetric groups with
     A{2,4,8} (dynamic per token) or A16, or not quantized; and folders without any quantization.

@@ -1,4 +1,4 @@
-"""Packed models, run: the decode step of a CPU in one call per token, and generation through it."""
+"""Packed models, run on a CPU: prompts by the chunk, further tokens one call each, and generation through both."""
 
 from jointnas_kernels.runtime.decode import Caches, DecodeStep, misfit
 from jointnas_kernels.runtime.generation import Runtime, attach

@@ -1,4 +1,5 @@
-"""The decode step of a packed model on a CPU: one call of csrc/cpu/decode.cpp per token, for 1 to 16 sequences.
+"""Tokens through a packed model on a CPU, 1 to 16 sequences: calls of csrc/cpu/decode.cpp, one for each token that is
+decoded, and one for each chunk of a prompt.
 
 The kernel reads structs of int64 (decode.h), which are written here member by member; it allocates nothing. The caches
 are static, [batch, key-value heads, length, head dim] in the model's dtype.
@@ -22,6 +23,7 @@ from jointnas_kernels.nn.packed import PackedEmbedding, PackedLinear
 from jointnas_kernels.ops.core import cpu
 
 MOST = 16  # sequences
+CHUNK = 256  # tokens of a call, those of all sequences together
 # of the structs in decode.h: members of a linear and of a block, and where some of them are
 LINEAR = 9
 BLOCK, CACHES = 7 + 7 * LINEAR, 4
@@ -93,7 +95,7 @@ class Caches:
 
 
 class DecodeStep:
-    """Logits of one more token for each of some sequences.
+    """Logits of further tokens of some sequences: the next one of each, or a prompt.
 
     Args:
         model: a transformers model on a CPU for which `misfit` is None; its weights are used where they are.
@@ -120,7 +122,7 @@ class DecodeStep:
             float_bits(model.model.layers[0].self_attn.scaling), *linear_fields(model.lm_head, self._keep),
             self._blocks.buffer_info()[0],
         ])  # fmt: skip
-        self._memory, self._for = torch.empty(0, dtype=torch.uint8), (0, 0, 0)  # sequences, threads, positions
+        self._memory, self._for = torch.empty(0, dtype=torch.uint8), (0,) * 5  # what it is for
         self._bound: Caches | None = None
         self._angles: tuple[Tensor, ...] = ()
         self._busy = threading.Lock()
@@ -135,39 +137,73 @@ class DecodeStep:
     def __call__(
         self, ids: Tensor, positions: Tensor, caches: Caches, slot: int, starts: Tensor | None = None
     ) -> Tensor:
-        """Logits [batch, vocab] for tokens ids [batch] at rotary positions [batch], int64; their keys and values go to
-        `slot` of the caches, and sequence m sees the slots from starts[m] (0) on.
+        """Logits [batch, vocab] for one token of each sequence, ids [batch]; otherwise as `prefill`.
+
+        Raises:
+            JointNASError: as `prefill`.
+        """
+        return self._run(ids, positions, (len(ids),), caches, slot, starts, 1)[:, 0]
+
+    def prefill(
+        self, ids: Tensor, positions: Tensor, caches: Caches, slot: int, starts: Tensor | None = None, keep: int = 1
+    ) -> Tensor:
+        """Logits [batch, keep, vocab] for the last of tokens ids [batch, count] at rotary positions [batch, count],
+        int64; their keys and values go to the caches from `slot` on. A token sees the slots up to its own, in sequence
+        m from starts[m] (0) on; what stands before its sequence sees itself. Memory does not grow with `count`.
 
         Raises:
             JointNASError: more than 16 sequences; ids, positions or slots outside of the model's or the caches'; or a
                 step that another thread is in.
         """
-        batch, threads = len(ids), self.threads or torch.get_num_threads()
+        return self._run(ids, positions, (len(ids), ids.shape[-1]), caches, slot, starts, keep)
+
+    def _run(
+        self, ids: Tensor, positions: Tensor, shape: tuple[int, ...], caches: Caches, slot: int, starts: Tensor | None,
+        keep: int,
+    ) -> Tensor:  # fmt: skip
+        batch, threads = shape[0], self.threads or torch.get_num_threads()
         if not 1 <= batch <= MOST:
             raise JointNASError(f"decode step: a batch of {batch}; allowed: 1 to {MOST} sequences")
         if caches.keys[0].shape[0] != batch:
             raise JointNASError(f"decode step: {batch} tokens for caches of {caches.keys[0].shape[0]} sequences")
-        given = {"ids": ids, "positions": positions} | ({} if starts is None else {"starts": starts})
-        for name, tensor in given.items():
-            if tensor.shape != (batch,) or tensor.dtype != torch.int64 or tensor.device.type != "cpu":
-                raise JointNASError(f"decode step: {name} must be int64 [{batch}] on the CPU, got {tensor.dtype} "
+        given = {"ids": (ids, shape), "positions": (positions, shape)}
+        for name, (tensor, wanted) in (given | ({} if starts is None else {"starts": (starts, shape[:1])})).items():
+            if tensor.shape != wanted or tensor.dtype != torch.int64 or tensor.device.type != "cpu":
+                raise JointNASError(f"decode step: {name} must be int64 {list(wanted)} on the CPU, got {tensor.dtype} "
                                     f"{list(tensor.shape)} on {tensor.device}")  # fmt: skip
+        ids, positions = ids.reshape(batch, -1), positions.reshape(batch, -1)
+        count = ids.shape[1]
+        if not 1 <= keep <= count:
+            raise JointNASError(f"decode step: logits of {keep} tokens; allowed: 1 to {count}")
+        begins = torch.zeros(batch, dtype=torch.int64) if starts is None else starts.contiguous()
         if not self._busy.acquire(blocking=False):
             raise JointNASError("decode step: another thread is in it; give each thread a model of its own")
         try:
             if caches is not self._bound:
                 self._bind(caches)
-            if self._for != (batch, threads, caches.length):
-                size = array("q", [0])
-                cpu.call("decode_size", self._model, batch, size, threads=threads, isa=self.isa)
-                self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), (batch, threads, caches.length)
-            logits = torch.empty(batch, self.sizes["vocab"], dtype=self.dtype)
-            begins = torch.zeros(batch, dtype=torch.int64) if starts is None else starts.contiguous()
-            memory = self._memory.data_ptr()
-            cpu.call("decode_step", self._model, batch, ids.contiguous(), positions.contiguous(), begins, slot, logits,
-                     memory + -memory % 64, threads=threads, isa=self.isa)  # fmt: skip
+            found: list[Tensor] = []
+            size = max(1, CHUNK // batch)
+            for begin in range(0, count, size):
+                part = slice(begin, min(begin + size, count))
+                kept = max(0, part.stop - max(begin, count - keep))
+                # of a sequence that begins behind this chunk, all tokens in it see themselves alone
+                seen = begins if part.stop == count else begins.clamp_max(slot + part.stop - 1)
+                found.append(self._call(ids[:, part], positions[:, part], seen, slot + begin, kept, threads))
         finally:
             self._busy.release()
+        return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+    def _call(self, ids: Tensor, positions: Tensor, starts: Tensor, slot: int, keep: int, threads: int) -> Tensor:
+        """One call: logits [batch, keep, vocab]."""
+        batch, count = ids.shape
+        if self._for != (needs := (batch, count, keep, threads, self._model[LENGTH])):
+            size = array("q", [0])
+            cpu.call("decode_size", self._model, batch, count, keep, size, threads=threads, isa=self.isa)
+            self._memory, self._for = torch.empty(size[0] + 64, dtype=torch.uint8), needs
+        logits = torch.empty(batch, keep, self.sizes["vocab"], dtype=self.dtype)
+        memory = self._memory.data_ptr()
+        cpu.call("decode_step", self._model, batch, count, keep, ids.contiguous(), positions.contiguous(), starts, slot,
+                 logits, memory + -memory % 64, threads=threads, isa=self.isa)  # fmt: skip
         return logits
 
     def _bind(self, caches: Caches) -> None:

@@ -1,8 +1,8 @@
-"""A model's `forward`: the decode step where it applies, transformers' own code otherwise.
+"""A model's `forward`: prompts and decode steps in C++ where they apply, transformers' own code otherwise.
 
-The cache stays transformers' own. After a step its layers hold views of the step's static buffers, so everything that
-is done to caches (cropping, reordering beams, a further prompt) goes on working; what it leaves there is copied into
-the buffers by the next step.
+The cache stays transformers' own. After a call its layers hold views of the step's static buffers, so everything that
+is done to caches (cropping, reordering beams, tokens read by transformers) goes on working; what it leaves there is
+copied into the buffers by the next call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MORE = 256  # positions that buffers grow by
 # The cache in calls and results was `past_key_values` before transformers 5.24; calls may still name it so.
 CACHE_NAMES = ("cache", "past_key_values")
 RESULT = next(name for name in CACHE_NAMES if name in {f.name for f in dataclasses.fields(CausalLMOutputWithPast)})
-# Arguments that the step reads, or that change nothing about one token.
+# Arguments that are read here, or that change nothing.
 KNOWN = {"input_ids", "attention_mask", "position_ids", "cache_position", "logits_to_keep", *CACHE_NAMES}
 
 
@@ -34,27 +34,29 @@ class _Unsuited(Exception):
 class Runtime:
     """Stands in for a model's `forward`, and says what ran.
 
-    One more token for each of 1 to 16 sequences is a decode step (`DecodeStep`), if the model fits it and nothing is
-    wanted that only transformers' code has: other inputs or outputs, hooks, gradients, caches that do not grow. Changes
-    of the model (other modules, dtype or device) are seen with the next prompt.
+    Prompts of 1 to 16 sequences, at the beginning or later, and one more token for each (a decode step) are run by
+    `DecodeStep`, if the model fits it and nothing is wanted that only transformers' code has: other inputs or outputs,
+    other masks than causal ones with padding on the left, hooks, gradients, caches that do not grow. Changes of the
+    model (other modules, dtype or device) are seen with the next cache.
 
     Attributes:
         enabled: False leaves every call to transformers.
+        prompts: calls that read a prompt here: several tokens of each sequence, or the first ones.
         steps: calls that were decode steps.
-        reason: why the latest call was none; None: it was one.
+        reason: why the latest call was neither; None: it was one of them.
     """
 
     def __init__(self, model: Any) -> None:
         self.model, self.enabled = model, True
-        self.steps = 0
+        self.prompts = self.steps = 0
         self.reason: str | None = "nothing ran yet"
         self._step: DecodeStep | None = None
         self._state: list[int] = []  # of the model, when it was looked at
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))  # generate() reads it
 
     def __str__(self) -> str:
-        latest = "the latest call was one" if self.reason is None else f"the latest call was none: {self.reason}"
-        return f"decode steps: {self.steps}; {latest}"
+        latest = "one of them" if self.reason is None else f"neither: {self.reason}"
+        return f"prompts: {self.prompts}, decode steps: {self.steps}; the latest call was {latest}"
 
     def __reduce__(self) -> tuple[Any, ...]:  # copies have a step of their own
         return Runtime, (self.model,)
@@ -63,22 +65,26 @@ class Runtime:
         """As the model's `forward`."""
         if not torch.compiler.is_compiling():
             try:
-                return self._decode(*args, **kwargs)
+                return self._run(*args, **kwargs)
             except _Unsuited as reason:
                 self.reason = str(reason)
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def _decode(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+    def _run(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         if args:
             kwargs["input_ids"] = args[0]
         ids, mask, positions = (kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
+        cache: Any = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if not self.enabled:
             raise _Unsuited("it is switched off")
-        if ids is None or ids.shape[1:] != (1,) or cache is None or not (count := cache.get_seq_length()):
-            raise _Unsuited("a prompt")
+        if ids is None or not ids.numel():
+            raise _Unsuited("no token ids are given")
         if len(args) > 1:
             raise _Unsuited("arguments are given by position")
+        if cache is None:
+            if not (self.model.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]):
+                raise _Unsuited("use_cache is False")
+            cache = DynamicCache(config=self.model.config)
         _check(kwargs, cache, mask, self.model.config)
         room = cache.__dict__.get("_room")
         if room is None or room.runtime is not self:
@@ -87,12 +93,20 @@ class Runtime:
             raise _Unsuited(room.reason)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise _Unsuited("gradients are wanted")
-        starts = None if mask is None else _starts(mask, count + 1)
+        seen, (batch, count) = cache.get_seq_length(), ids.shape
+        starts = None if mask is None else _starts(mask, seen + count)
         if positions is None:
-            positions = torch.full((len(ids),), count)
-        logits = room.step(ids[:, 0], positions.reshape(-1).expand(len(ids)), starts, cache.layers, count)
-        self.steps, self.reason = self.steps + 1, None
-        return CausalLMOutputWithPast(logits=logits[:, None], **{RESULT: cache})
+            positions = torch.arange(seen, seen + count)
+        elif mask is None and not (positions.diff(dim=-1) == 1).all():
+            raise _Unsuited("positions of several texts in one row")
+        keep = kwargs.get("logits_to_keep") or count
+        logits = room.run(ids, positions.expand(batch, count), starts, cache, seen, min(keep, count))
+        if count > 1 or not seen:
+            self.prompts += 1
+        else:
+            self.steps += 1
+        self.reason = None
+        return CausalLMOutputWithPast(logits=logits, **{RESULT: cache})
 
     def fitted(self) -> DecodeStep:
         """The step of the model as it is now; raises where there is none."""
@@ -110,7 +124,7 @@ class Runtime:
 
 class _Room:
     """A step's static buffers for one cache, and the views of them that its layers were given last; or the reason why
-    the model had no step when this cache was first decoded with."""
+    the model had no step when this cache was first used."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
@@ -122,59 +136,66 @@ class _Room:
         except _Unsuited as reason:
             self.reason = str(reason)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # copies of a cache get buffers of their own with their next step
+    def __reduce__(self) -> tuple[Any, ...]:  # copies of a cache get buffers of their own with their next call
         return type(None), ()
 
-    def step(self, ids: Tensor, positions: Tensor, starts: Tensor | None, layers: list[Any], count: int) -> Tensor:
-        """Logits [batch, vocab]; the layers' keys and values are `count` long before and one longer afterwards."""
+    def run(
+        self, ids: Tensor, positions: Tensor, starts: Tensor | None, cache: DynamicCache, seen: int, keep: int
+    ) -> Tensor:
+        """Logits [batch, keep, vocab] of the last of ids [batch, count]; the layers' keys and values are `seen` long
+        before, and longer by `count` afterwards."""
+        layers: Any = cache.layers
+        if not layers:  # a cache without a config
+            layers.extend(DynamicLayer() for _ in self._caches.keys)
+        end = seen + ids.shape[1]
         same = len(self._views) == len(layers) and all(
             layer.keys is keys and layer.values is values
             for layer, (keys, values) in zip(layers, self._views, strict=True)
         )
-        batch = self._caches.keys[0].shape[0]
-        if not same or batch != len(ids) or count >= self._caches.length:
-            self._adopt(layers, len(ids), count)
+        if not same or self._caches.keys[0].shape[0] != len(ids) or end > self._caches.length:
+            self._adopt(layers, len(ids), seen, end)
         if not 0 <= int(positions.min()) <= int(positions.max()) < self._caches.length:
             raise _Unsuited("positions beyond those of the cache")
-        logits = self._step(ids, positions, self._caches, count, starts)
+        logits = self._step.prefill(ids, positions, self._caches, seen, starts, keep)
         self._views.clear()
         for layer, keys, values in zip(layers, self._caches.keys, self._caches.values, strict=True):
             begin = 0
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys, values)
             if layer.is_sliding:
-                layer.cumulative_length = count + 1
-                begin = max(0, count + 2 - layer.sliding_window)
-            seen = count + 1 - begin
-            layer.keys, layer.values = keys.narrow(2, begin, seen), values.narrow(2, begin, seen)
+                layer.cumulative_length = end
+                begin = max(0, end + 1 - layer.sliding_window)
+            layer.keys, layer.values = keys[:, :, begin:end], values[:, :, begin:end]
             self._views.append((layer.keys, layer.values))
         return logits
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _adopt(self, layers: list[Any], batch: int, count: int) -> None:
+    def _adopt(self, layers: list[Any], batch: int, seen: int, end: int) -> None:
         """Copies into the buffers what the layers hold, unless it is there; larger buffers where these do not do."""
         shape, dtype = (batch, *self._caches.keys[0].shape[1::2]), self._caches.keys[0].dtype
-        if len(layers) != len(self._caches.keys) or any(layer.keys is None for layer in layers):
+        if len(layers) != len(self._caches.keys) or any((layer.keys is None) == (seen > 0) for layer in layers):
             raise _Unsuited("a cache of other layers")
-        for layer in layers:
+        for layer in layers if seen else ():
             for tensor in (layer.keys, layer.values):
                 length, device = tensor.shape[2], tensor.device.type
                 if (*tensor.shape[:2], tensor.shape[3]) != shape or tensor.dtype != dtype or device != "cpu":
                     raise _Unsuited(f"a cache of {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
-                if length != count and not (layer.is_sliding and length >= min(count, layer.sliding_window - 1)):
+                if length != seen and not (layer.is_sliding and length >= min(seen, layer.sliding_window - 1)):
                     raise _Unsuited("a cache whose layers are not equally long")
         caches = self._caches
-        if caches.keys[0].shape[0] != batch or count >= caches.length:
-            caches = self._step.caches(batch, count + MORE)
-        for layer, *buffers in zip(layers, caches.keys, caches.values, strict=True):
+        if caches.keys[0].shape[0] != batch or end > caches.length:
+            caches = self._step.caches(batch, end + MORE)
+        for layer, *buffers in zip(layers if seen else (), caches.keys, caches.values, strict=bool(seen)):
             for tensor, buffer in zip((layer.keys, layer.values), buffers, strict=True):
-                place = buffer[:, :, count - tensor.shape[2] : count]
+                place = buffer[:, :, seen - tensor.shape[2] : seen]
                 if (tensor.data_ptr(), tensor.stride()) != (place.data_ptr(), place.stride()):
                     place.copy_(tensor.clone())  # it may be another part of the same buffer
         self._caches = caches
 
 
 def attach(model: Any) -> None:
-    """Lets a transformers model decode through the step, where it applies; `model.runtime` is its `Runtime`."""
+    """Lets a transformers model read and write through the step, where it applies; `model.runtime` is its `Runtime`."""
     model.runtime = model.forward = Runtime(model)
 
 
@@ -193,8 +214,9 @@ def _check(kwargs: dict[str, Any], cache: Any, mask: Any, config: Any) -> None:
     for name, value in kwargs.items():
         if name not in KNOWN and value is not None and value is not False:
             raise _Unsuited(f"{name} is given")
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise _Unsuited("logits_to_keep is a tensor")
+    keep = kwargs.get("logits_to_keep")
+    if isinstance(keep, Tensor) or (keep or 0) < 0:
+        raise _Unsuited("logits_to_keep is no number of last tokens")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise _Unsuited("its attention mask is not [batch, positions]")
     if config.output_attentions or config.output_hidden_states or config.return_dict is False:

@@ -76,7 +76,7 @@ class Part:
         threads = torch.get_num_threads()
         if self._for != threads:
             size = array("q", [0])
-            cpu.call("decode_size", self._model, self.batch, size, threads=threads)
+            cpu.call("decode_size", self._model, self.batch, 1, 1, size, threads=threads)
             self._memory, self._for = torch.zeros(size[0] + 64, dtype=torch.uint8), threads
         if x is not None and self.linears:
             self._input.copy_(x)

@@ -40,7 +40,7 @@ def test_text_comes_and_then_its_speed(folder: Path, capsys: pytest.CaptureFixtu
         *text, speed, path = capsys.readouterr().out.splitlines()
         assert text
         assert re.fullmatch(r"\d+ tokens read, 5 written: prefill [\d.]+ tokens/s, decode [\d.]+ tokens/s", speed)
-        assert path == "decode steps: 4; the latest call was one"
+        assert path == "prompts: 1, decode steps: 4; the latest call was one of them"
 
 
 def test_templates_are_used_where_there_are_some(folder: Path) -> None:

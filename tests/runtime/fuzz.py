@@ -1,5 +1,5 @@
-"""Random models, precisions, batches and paddings: the decode step against the stock model, in fp64 unless inputs are
-rounded: levels are decided in the model's own dtype.
+"""Random models, precisions, batches and paddings: prompts in random pieces and decode steps against the stock model,
+in fp64 unless inputs are rounded: levels are decided in the model's own dtype.
 
     python -m tests.runtime.fuzz --cases 5000 [--first SEED]
 """
@@ -74,13 +74,22 @@ def run(seed: int) -> str | None:
     model = packed(model, bits, act, rng.random() < 0.3, 16)
     if rng.random() < 0.3:
         model.lm_head = packed_head(model, rng.choice((4, 8)))
-    batch, length = rng.choice((1, 1, 2, 3, 5, 16)), rng.randint(2, 9)
+    batch, length = rng.choice((1, 1, 2, 3, 5, 16)), rng.randint(*rng.choice(((2, 9), (2, 9), (10, 140))))
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(change["vocab_size"], (batch, length), generator=g)
     padding = torch.tensor([rng.choice((0, 0, rng.randint(0, length - 1))) for _ in range(batch)])
     step = DecodeStep(model, threads=rng.randint(1, 3))
     caches = step.caches(batch, length + rng.randint(0, 3))
-    own = [step(x[:, t], (t - padding).clamp_min(0), caches, t, padding.clamp_max(t)) for t in range(length)]
+    positions, own, t = (torch.arange(length) - padding[:, None]).clamp_min(0), [], 0
+    longest = rng.choice((1, 2, length, length))
+    while t < length:
+        end = min(t + rng.randint(1, longest), length)
+        if end == t + 1:
+            own.append(step(x[:, t], positions[:, t], caches, t, padding.clamp_max(t)))
+        else:
+            part = step.prefill(x[:, t:end], positions[:, t:end], caches, t, padding.clamp_max(end - 1), end - t)
+            own.extend(part.unbind(1))
+        t = end
     reference = exact(model) if act == 16 else model
     for row, count in enumerate(padding.tolist()):
         want = reference(x[row : row + 1, count:]).logits[0].double()

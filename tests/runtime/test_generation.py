@@ -62,7 +62,7 @@ def test_every_token_but_the_first_is_a_step() -> None:
     model = model_of()
     generated(model, ids(1, 5), True)
     assert model.runtime.steps == LENGTH - 1
-    assert str(model.runtime) == f"decode steps: {LENGTH - 1}; the latest call was one"
+    assert str(model.runtime) == f"prompts: 1, decode steps: {LENGTH - 1}; the latest call was one of them"
 
 
 @pytest.mark.parametrize("change", [FAMILIES["llama"], FAMILIES["qwen3-window"]])
@@ -149,7 +149,7 @@ def gelu(model: Any) -> None:
         (None, {"attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}, "more than padding on the left"),
         (None, {"attention_mask": torch.zeros(1, 1, 1, 6)}, "not [batch, positions]"),
         (None, {"position_ids": torch.tensor([[9999]])}, "positions beyond"),
-        (None, {"logits_to_keep": torch.tensor([0])}, "logits_to_keep is a tensor"),
+        (None, {"logits_to_keep": torch.tensor([0])}, "logits_to_keep is no number of last tokens"),
         (hooked, {}, "modules of the model have hooks"),
         (gelu, {}, "its activation is 'gelu'"),
         (lambda m: setattr(m.runtime, "enabled", False), {}, "switched off"),
