@@ -159,7 +159,7 @@ struct Worker {
     T *const queries = head, *const key = head + share * D;  // each of them, while it is made, with its successor's place
     for (int64_t item = items * me / count, end = items * (me + 1) / count; item < end; ++item) {
       const int64_t t = item / (K * parts), g = item / parts % K, i = item % parts;
-      const int64_t from = first_seen(s.slot, s.starts[t], b.window) + i * s.part(seen);
+      const int64_t from = first_seen(s.slot, s.starts[t / s.chunk], b.window) + i * s.part(seen);
       const int64_t to = kAttends ? std::min(from + s.part(seen), seen) : seen;
       if (from >= seen) continue;
       const Heads of = heads(b, t, g);
@@ -193,8 +193,9 @@ struct Worker {
       const int64_t t = item / K, g = item % K, angle = s.positions[t] * D;
       const int64_t place = ((t / s.chunk * K + g) * m.length + s.slot + t % s.chunk) * D;
       const Heads of = heads(b, t, g);
-      JN_DISPATCH(s.level, rotate(of.k, in<T>(b.k_norm), eps, in<T>(m.cosines) + angle, in<T>(m.sines) + angle, head, D));
-      std::memcpy(keys + place, head, static_cast<size_t>(D) * sizeof(T));
+      if (m.cosines)
+        JN_DISPATCH(s.level, rotate(of.k, in<T>(b.k_norm), eps, in<T>(m.cosines) + angle, in<T>(m.sines) + angle, head, D));
+      std::memcpy(keys + place, m.cosines ? head : of.k, static_cast<size_t>(D) * sizeof(T));
       std::memcpy(values + place, of.v, static_cast<size_t>(D) * sizeof(T));
     }
     team.barrier();
@@ -280,7 +281,7 @@ struct Worker {
             JN_DISPATCH(s.level, norm_row(qkv + item * m.head_dim, in<T>(b.q_norm), as_fp32(m.epsilon), head, m.head_dim));
           break;
         case kRotate: attention<true, false>(b); break;
-        case kAttend: attention<false, true>(b); break;
+        case kAttend: s.chunk > 1 ? chunk_attention(b) : attention<false, true>(b); break;
         case kSwiglu: rows_of(swiglu(m.intermediate, up), m.intermediate); break;
         default:
           for (int64_t t = 0; t < s.M; ++t) residual()(t, first, end);
@@ -373,12 +374,14 @@ int cpu_decode_step(const DecodeModel* model, int64_t sequences, int64_t chunk, 
 }
 JN_EXPORT(cpu_decode_step);
 
-// One part of a step of single tokens (DecodePart), once per block; y: [sequences, outputs] of a product. Otherwise as
-// cpu_decode_step, whose memory holds zeros at first.
-int cpu_decode_part(const DecodeModel* model, int64_t part, int64_t sequences, const int64_t* ids, const int64_t* positions,
-                    const int64_t* starts, int64_t slot, void* y, void* memory, int threads, int isa) {
+// One part of such a step (DecodePart), once per block; y: [sequences, chunk, outputs] of a product. Without rotary angles
+// the attention of a chunk is that of rotated queries and keys. Otherwise as cpu_decode_step, whose memory holds zeros at
+// first.
+int cpu_decode_part(const DecodeModel* model, int64_t part, int64_t sequences, int64_t chunk, const int64_t* ids,
+                    const int64_t* positions, const int64_t* starts, int64_t slot, void* y, void* memory, int threads,
+                    int isa) {
   if (part < 0 || part >= kDecodeParts) return kBadArgument;
-  return step_run({*model, sequences, 1, 1, slot, ids, positions, starts, y, threads, choose_isa(isa), isa}, memory,
+  return step_run({*model, sequences, chunk, 1, slot, ids, positions, starts, y, threads, choose_isa(isa), isa}, memory,
                   [part](auto worker) { worker.part(static_cast<DecodePart>(part)); });
 }
 JN_EXPORT(cpu_decode_part);

@@ -237,9 +237,12 @@ void attend_tile(const ChunkHeads<T>& c, int64_t tile, float* memory, T* head) {
     first = std::min(first, seen), first_most = std::max(first_most, seen);
     last_least = std::min(last_least, slot), last = std::max(last, slot);
     if (lane < count) {
-      const int64_t at = c.positions[t] * D;
-      rotate(static_cast<const T*>(query(lane)), c.norm, c.epsilon, c.cosines + at, c.sines + at, head, D);
-      for (int64_t d = 0; d < D; ++d) q[d * kLanes + lane] = to_float(head[d]) * c.scale;
+      const T* from = query(lane);
+      if (const int64_t at = c.positions[t] * D; c.cosines) {
+        rotate(from, c.norm, c.epsilon, c.cosines + at, c.sines + at, head, D);
+        from = head;
+      }
+      for (int64_t d = 0; d < D; ++d) q[d * kLanes + lane] = to_float(from[d]) * c.scale;
     } else {
       for (int64_t d = 0; d < D; ++d) q[d * kLanes + lane] = 0.0f;
     }

@@ -23,7 +23,7 @@ struct ChunkHeads {
   int64_t stride, share, chunk, D;
   const T* norm;  // of queries, or null
   float epsilon, scale;
-  const T *cosines, *sines;  // by position
+  const T *cosines, *sines;  // by position; null: queries and keys are rotated
   const int64_t* positions;  // [chunk]
   const T *keys, *values;  // [length, D]
   int64_t slot, start, window;  // of the first token; what the sequence sees

@@ -110,7 +110,7 @@ def measure_model(
     watch: repeats what other processes disturb; `LatencyTable.watch` compares with the machine as it was profiled.
 
     Raises:
-        JointNASError: a model that should decode through the step (it has a `Runtime`) does not.
+        JointNASError: a model that should run through the step (it has a `Runtime`) does not.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -124,7 +124,7 @@ def call_of(model: nn.Module, workload: Workload, device: torch.device) -> Calla
     vocab: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
     ids = torch.randint(vocab, (workload.batch, workload.queries), device=device)
     if workload.mode == "prefill":
-        return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return lambda: _through_step(model, model(input_ids=ids, use_cache=True, logits_to_keep=1))
     prompt = torch.randint(vocab, (workload.batch, workload.seq), device=device)
     cache = getattr(model(input_ids=prompt, use_cache=True, logits_to_keep=1), RESULT)
 
@@ -132,13 +132,16 @@ def call_of(model: nn.Module, workload: Workload, device: torch.device) -> Calla
         """One token more; back by AHEAD now and then, which costs as much as some tokens of a small model."""
         if cache.get_seq_length() >= workload.seq + AHEAD:
             cache.crop(-AHEAD)
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **{RESULT: cache})
-        runtime = getattr(model, "runtime", None)
-        if isinstance(runtime, Runtime) and runtime.reason is not None:
-            raise JointNASError(f"the model does not decode through the step: {runtime.reason}")
-        return output
+        return _through_step(model, model(input_ids=ids, use_cache=True, logits_to_keep=1, **{RESULT: cache}))
 
     return decode
+
+
+def _through_step(model: nn.Module, output: object) -> object:
+    runtime = getattr(model, "runtime", None)
+    if isinstance(runtime, Runtime) and runtime.reason is not None:
+        raise JointNASError(f"the model does not run through the step: {runtime.reason}")
+    return output
 
 
 def calibrate(

@@ -105,7 +105,7 @@ def profile(
         header = Header(
             metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            runtime="step" if names == [step.NAME] else "transformers",
+            runtime="step" if names == [step.NAME] else "torch",
             reference=_milliseconds(watch.baseline), load=round(os.getloadavg()[0], 2),
         )  # fmt: skip
         # operations on the same weight next to each other: it is made, quantized and packed once
@@ -342,7 +342,7 @@ def _calls(
     copied = _copies(spec, target, weight, model_bytes) if together is None or weight is not None else []
     calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
     if together is not None and weight is not None:
-        calls = [together(calls)]
+        calls = [together(calls, spec, target)]
     return calls, getattr(calls[0], "repeats", 1)
 
 

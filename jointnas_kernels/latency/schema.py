@@ -63,8 +63,9 @@ class Header(_Record):
         default=None, description="ms of the reference kernels (`watch.py`) on the quiet machine"
     )
     load: float | None = Field(default=None, ge=0, description="load average when the profile began")
-    runtime: Literal["transformers", "step"] | None = Field(
-        default=None, description="what runs whole models: transformers' code, or the decode step of a CPU"
+    runtime: Literal["torch", "step", "transformers"] | None = Field(
+        default=None,
+        description="what runs whole models: a CPU's step, or torch; transformers: that, before prompts had a step",
     )
 
     @model_validator(mode="after")
@@ -80,16 +81,16 @@ class Header(_Record):
     @property
     def outdated(self) -> str:
         """Why models no longer run as they did when it was measured; empty if they do."""
-        work = self.workload
-        if self.runtime or self.device.type != "cpu" or work.mode != "decode" or work.dtype == "float16":
+        since = ("transformers", "torch", "step") if self.workload.mode == "decode" else ("torch", "step")
+        if self.device.type != "cpu" or self.workload.dtype == "float16" or self.runtime in since:
             return ""
-        return "was measured before models decoded through the step on a CPU"
+        return "was measured before models ran through the step on a CPU"
 
     def differs_from(self, other: Header) -> str:
         """Which part of what identifies a table differs, with both values; empty if none does."""
         for name in ("metric", "device", "workload", "model", "runtime"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs and not (name == "runtime" and {mine, theirs} == {None, "transformers"}):
+            if mine != theirs and not (name == "runtime" and "step" not in (mine, theirs)):
                 return f"{name} ({mine!s}, not {theirs!s})"
         return ""
 

@@ -46,6 +46,7 @@ def synthetic(
         model=ModelDims.of(config),
         torch="test",
         created="2026-01-01T00:00:00+00:00",
+        runtime="torch",
     )
     rows = []
     for spec in enumerate_ops(space, config, workload):

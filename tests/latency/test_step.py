@@ -27,6 +27,7 @@ from tests.hf.hf_models import ids, tiny_config
 from tests.latency.tables import calm, synthetic
 
 CPU = torch.device("cpu")
+F32 = torch.float32
 DECODE = Workload("decode", 1, 8)
 SPACE = SearchSpace((32, 64), (2, 4), (16,), (64, 96), (1, 3), (2, 4, 8), (4, 8, 16), group_size=16)
 CONFIG = LlamaConfig(
@@ -59,8 +60,9 @@ def test_every_part_runs(threads: int) -> None:
         torch.set_num_threads(threads)
         sizes = {"hidden": 48, "heads": 6, "kv_heads": 2, "head_dim": 16, "intermediate": 40, "length": 9}
         for name in (p for p in PARTS if p != "product"):
-            for batch in (1, 2, 16):
-                assert Part(name, batch, torch.float32, repeats=5, **sizes)().shape == (batch, 0)
+            for batch, chunk in ((1, 1), (2, 1), (16, 1), (1, 256), (3, 7), (16, 16)):
+                part = Part(name, batch, torch.float32, repeats=5, chunk=chunk, **sizes)
+                assert part().shape == (batch * chunk, 0)
     finally:
         torch.set_num_threads(before)
 
@@ -68,27 +70,25 @@ def test_every_part_runs(threads: int) -> None:
 def test_other_parts_are_refused() -> None:
     with pytest.raises(JointNASError, match="Did you mean 'attention'"):
         Part("atention", 1, torch.float32)
-    for batch, dtype in ((17, torch.float32), (0, torch.float32), (1, torch.float16)):
+    for batch, dtype, chunk in ((17, F32, 1), (0, F32, 1), (1, torch.float16, 1), (1, F32, 257), (3, F32, 86)):
         with pytest.raises(JointNASError, match="no parts for"):
-            Part("norm", batch, dtype)
+            Part("norm", batch, dtype, chunk=chunk)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_it_claims_is_right(dtype: str) -> None:
-    """All packed bits; dense weights only with activations of 16 bits; nothing but decoding of up to 16 sequences."""
+    """All packed bits; dense weights only with activations of 16 bits; nothing but up to 16 sequences."""
     backend, generator, claimed = Step(), torch.Generator().manual_seed(0), set()
-    for batch in (1, 5, 16, 17):
-        target = Target(CPU, Workload("decode", batch, 8, dtype), 2)
+    for mode, batch, rows in (*(("decode", b, b) for b in (1, 5, 16, 17)), ("prefill", 2, 600)):
+        target = Target(CPU, Workload(mode, batch, rows // batch, dtype), 2)
         for n, k, w, a in ((n, k, w, a) for n, k in ((40, 96), (64, 64)) for w in (2, 3, 4, 8, 16) for a in (2, 8, 16)):
-            spec = OpSpec("linear", batch, n, k, w, a, 32 if w < DENSE else 0)
+            spec = OpSpec("linear", rows, n, k, w, a, 32 if w < DENSE else 0)
             if backend.unsupported(spec, target) is None:
                 weight = random_weight(spec, target, generator)
                 assert failure(backend, spec, target, random_input(spec, target, generator), weight) is None, spec
-                claimed.add((batch, w, a))
+                claimed.add((rows, w, a))
     bits = {(w, a) for w in (2, 4, 8) for a in (2, 8, 16)} | {(16, 16)}
-    assert claimed == {(batch, w, a) for batch in (1, 5, 16) for w, a in bits}
-    prefill = Target(CPU, Workload("prefill", 1, 8, dtype), 2)
-    assert backend.unsupported(OpSpec("norm", 8, 64, 0), prefill) == "decodes on a CPU only"
+    assert claimed == {(rows, w, a) for rows in (1, 5, 16, 600) for w, a in bits}
 
 
 def test_the_step_alone_measures_decoding(tmp_path: Path) -> None:
@@ -96,9 +96,12 @@ def test_the_step_alone_measures_decoding(tmp_path: Path) -> None:
     assert {row.backend for row in table.rows} == {"step"}
     assert table.header.runtime == "step"
     assert {row.status for row in table.rows} == {"ok"}
-    prefill = profiled(tmp_path / "p.jsonl", Workload("prefill", 1, 8))
-    assert "step" not in {row.backend for row in prefill.rows}
-    assert prefill.header.runtime == "transformers"
+    prompts = profiled(tmp_path / "p.jsonl", Workload("prefill", 3, 200))
+    assert {(row.backend, row.status) for row in prompts.rows} == {("step", "ok")}
+    assert prompts.header.runtime == "step"
+    many = profiled(tmp_path / "m.jsonl", Workload("prefill", 17, 8))
+    assert "step" not in {row.backend for row in many.rows}
+    assert many.header.runtime == "torch"
 
 
 @pytest.mark.parametrize(
@@ -121,12 +124,12 @@ def test_mixtures_and_old_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(JointNASError, match="'step' runs whole models; name it alone"):
         profiled(out, backends=["torch", "step"])
     profiled(out, backends=["torch", "ours-cpu"])  # of transformers' code, because it was asked for
-    with pytest.raises(JointNASError, match=r"another runtime \(transformers, not step\)"):
+    with pytest.raises(JointNASError, match=r"another runtime \(torch, not step\)"):
         profiled(out)
-    assert LatencyTable.load(out).header.runtime == "transformers"
+    assert LatencyTable.load(out).header.runtime == "torch"
     old = synthetic(workload=DECODE)
     old.save(tmp_path / "old.jsonl")
-    with pytest.raises(JointNASError, match="measured before models decoded through the step"):
+    with pytest.raises(JointNASError, match="measured before models ran through the step"):
         LatencyTable.load(tmp_path / "old.jsonl")
     LatencyTable.load(tmp_path / "old.jsonl", force=True)
     synthetic().save(tmp_path / "prefill.jsonl")
