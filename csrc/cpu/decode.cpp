@@ -204,7 +204,8 @@ struct Worker {
     const int64_t tiles = (s.chunk * share + lanes - 1) / lanes;
     // In turns, because later tiles see more.
     for (int64_t item = me; item < s.sequences * K * tiles; item += count) {
-      const int64_t one = item / (K * tiles), g = item / tiles % K, first = one * s.chunk, cache = (one * K + g) * m.length * D;
+      const int64_t one = item / (K * tiles), g = item / tiles % K, first = one * s.chunk;
+      const int64_t cache = (one * K + g) * m.length * D;
       const ChunkHeads<T> of{heads(b, first, g).q, b.k.outputs ? m.heads * D : s.qkv(), share, s.chunk, D, in<T>(b.q_norm),
                              eps, as_fp32(m.scale), in<T>(m.cosines), in<T>(m.sines), s.positions + first, keys + cache,
                              values + cache, s.slot, s.starts[one], b.window};

@@ -1,4 +1,5 @@
-// Rows of a decode step: norms, activations, dense products, rotations, per instruction set (each_isa.h, hence no guard; included by cpu/decode.cpp).
+// Rows of a decode step: norms, activations, dense products, rotations; per instruction set (each_isa.h, hence no guard;
+// included by cpu/decode.cpp).
 
 #include "cpu/act_quant.h"
 

@@ -15,11 +15,11 @@ struct Broadcast {
   static vi activation(const uint32_t* a, int64_t field) { return seti(a[field]); }
 };
 
-template <bool kSmall>  // u < 128
+template <int B>  // u < 2^B
 struct ByteProduct : Broadcast {
   using Acc = vi;
   static constexpr bool kInteger = true;
-  static Acc mul(Acc acc, vi u, vi a) { return dot<kSmall>(acc, u, a); }
+  static Acc mul(Acc acc, vi u, vi a) { return dot<(B < 8)>(acc, u, a); }
 };
 
 struct FloatProduct : Broadcast {
@@ -29,8 +29,8 @@ struct FloatProduct : Broadcast {
 };
 
 template <int B>
-struct Bytes : ByteProduct<(B < 8)> {
-  using Product = ByteProduct<(B < 8)>;
+struct Bytes : ByteProduct<B> {
+  using Product = ByteProduct<B>;
   static constexpr int kFields = 8 / B;
   template <int F>
   static vi operand(vi w) {

@@ -52,6 +52,9 @@ inline vi bits_of(vf a) { return {(decltype(vi::v))a.v}; }
 // Pairs of bytes, unsigned times signed, to saturated int16 (maddubs) and pairs of int16 to int32 (madd).
 inline vi maddubs(vi a, vi b) { return {JN_MM(maddubs_epi16)(a.v, b.v)}; }
 inline vi madd(vi a, vi b) { return {JN_MM(madd_epi16)(a.v, b.v)}; }
+inline vi add16(vi a, vi b) { return {JN_MM(add_epi16)(a.v, b.v)}; }
+// Computed here, in a register: GCC 12 otherwise adds up 64 products as a tree, and spills them all.
+inline void settle(vi& a) { asm("" : "+v"(a.v)); }
 inline vi shl16(vi a) { return {JN_MM(slli_epi16)(a.v, 8)}; }
 inline vi sar16(vi a) { return {JN_MM(srai_epi16)(a.v, 8)}; }
 #undef JN_MM
@@ -111,6 +114,11 @@ inline vi popcount(vi a) {
 inline void store_bytes(int8_t* p, vf a, int64_t n) {
 #if defined(JN_AVX512)
   _mm512_mask_cvtepi32_storeu_epi8(p, lanes(n), _mm512_cvtps_epi32(a.v));
+#elif defined(JN_AVX2)
+  const __m256i integers = _mm256_cvtps_epi32(a.v);
+  const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(integers), _mm256_extracti128_si256(integers, 1));
+  const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(halves, halves));
+  std::memcpy(p, &bytes, static_cast<size_t>(n));
 #else
   float t[W];
   store(t, a);
