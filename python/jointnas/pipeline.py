@@ -22,8 +22,9 @@ from jointnas.results import Row
 from jointnas.run_folder import Run, final_folder, found_choice, write_json
 from jointnas.tasks import Tasks, load_tasks
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency import deploy, describe, measure_model
+from jointnas_kernels.latency import Workload, deploy, describe, measure_model
 from jointnas_kernels.latency.watch import Measured
+from jointnas_kernels.runtime import attach
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
 
 log = logging.getLogger(__name__)
@@ -115,27 +116,38 @@ def evaluated(name: str, model: PreTrainedModel, choice: Choice | None, run: Run
     else:
         space, shape, predicted = run.space, choice, run.bound.predict(choice)
     size = model_bytes(run.model_config, space, shape, run.supernet.block_rank)
-    measured = measured_latency(model, choice, run)
+    measured, decoded = measured_latency(model, choice, run)
     milliseconds, contended = (None, False) if measured is None else (measured.value, measured.contended)
     params = count_params(run.model_config, shape)
     apart = milliseconds is not None and abs(predicted / milliseconds - 1) > run.table.tolerance
     return Row(
         name, params, size, predicted, milliseconds, **measures, contended=contended, apart=apart,
-        caveat=loading.caveat(run.config.model),
+        decode_ms=None if decoded is None else decoded.value, caveat=loading.caveat(run.config.model),
     )  # fmt: skip
 
 
-def measured_latency(model: nn.Module, choice: Choice | None, run: Run) -> Measured | None:
-    """Milliseconds of the whole model with the table's kernels; None on another device than the table's.
+def measured_latency(
+    model: nn.Module, choice: Choice | None, run: Run
+) -> tuple[Measured | None, Measured | None]:
+    """Milliseconds of the whole model with the table's kernels, and of a token that it decodes behind as many as the
+    table's workload has, for one sequence; None on another device than the table's. The latter only where it runs
+    through the step, which has one layout for both.
 
     The model's linears are replaced: it is of no use afterwards."""
     table, device = run.table, run.table.header.device
     if describe(device.type if device.type == "cpu" or torch.cuda.is_available() else "cpu", device.threads) != device:
-        return None
+        return None, None
     nn.Module.to(model, device.type, getattr(torch, table.workload.dtype))
     if choice is not None:
         deploy(model, choice, run.space, table, run.supernet.block_rank)
-    return measure_model(model, table.workload, threads=device.threads, watch=table.watch())
+    elif table.header.runtime == "step":
+        attach(model)
+    watch, work = table.watch(), table.workload
+    found = measure_model(model, work, threads=device.threads, watch=watch)
+    if table.header.runtime != "step":
+        return found, None
+    decode = Workload("decode", 1, work.seq, work.dtype)
+    return found, found if work == decode else measure_model(model, decode, threads=device.threads, watch=watch)
 
 
 def quality(

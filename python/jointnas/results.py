@@ -25,6 +25,7 @@ class Row:
     context: int  # tokens per window of the perplexity
     tasks: dict[str, dict[str, float]]  # by task, `evaluation.accuracy`
     perplexity_without_bos: float | None = None  # where there is one
+    decode_ms: float | None = None  # of one more token of one sequence, where the CPU's step runs the model
     contended: bool = False  # measured_ms: disturbed by something else
     apart: bool = False  # measured_ms and predicted_ms: by more than `LatencyTable.tolerance`
     caveat: str = ""  # what must be said of results of this model
@@ -34,13 +35,16 @@ def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     """(header, cells) of result rows."""
     context = f" ({rows[0]['context']} tokens)" if rows and "context" in rows[0] else ""
     both = any(row.get("perplexity_without_bos") is not None for row in rows)
-    header = ["model", "parameters", "MB", "measured ms", "predicted ms", f"perplexity{context}"]
-    header += ["without BOS"] * both
+    decodes = any(row.get("decode_ms") is not None for row in rows)
+    header = ["model", "parameters", "MB", "measured ms", "predicted ms", *["decode ms"] * decodes]
+    header += [f"perplexity{context}", *["without BOS"] * both]
     cells = []
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
         values += [f"{v:.3f}" if v is not None else "–" for v in (row["measured_ms"], row["predicted_ms"])]
         values[3] += " *" * bool(row.get("contended") or row.get("apart"))
+        decode = row.get("decode_ms")
+        values += ["–" if decode is None else f"{decode:.3f}"] * decodes
         values.append(f"{row['perplexity']:.2f}")
         without = row.get("perplexity_without_bos")
         cells.append([*values, *["–" if without is None else f"{without:.2f}"] * both])

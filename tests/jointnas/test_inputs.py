@@ -500,7 +500,7 @@ def test_a_search_of_nine_heads_in_half_precision(
              "blocks": [1, 2], "weight_bits": [4, 8], "act_bits": [8, 16], "group_size": 16}  # fmt: skip
     config = AutoConfig.from_pretrained("nine heads")
     synthetic(SearchSpace.from_dict(space).feasible(config)[0], config=config).save("table.jsonl")
-    monkeypatch.setattr("jointnas.pipeline.measured_latency", lambda *_: None)  # a made-up table has no kernels
+    monkeypatch.setattr("jointnas.pipeline.measured_latency", lambda *_: (None, None))  # a made-up table has no kernels
     (here / "run ü.yaml").write_text(yaml.safe_dump({
         "out": "runs/nine heads", "progress": False, "tensorboard": False, "space": space,
         "model": {"source": "nine heads/"}, "latency": {"table": "./table.jsonl"}, "eval": {"tasks": [], "tokens": 256},

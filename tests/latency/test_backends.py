@@ -27,7 +27,6 @@ from jointnas_kernels.latency import (
 from jointnas_kernels.latency import backends as registry
 from jointnas_kernels.latency.backends.base import disagreement, quantize_weight, random_input, random_weight
 from jointnas_kernels.latency.backends.torch_dense import TorchDense
-from jointnas_kernels.latency.measure import BackendLinear
 from jointnas_kernels.latency.timing import copies, measure
 from jointnas_kernels.nn.packed import PackedLinear
 from jointnas_kernels.ops.quant.spec import quantize_tokens
@@ -39,6 +38,7 @@ from tests.latency.wrong import Wrong, explode
 CPU = torch.device("cpu")
 CLAIMS: dict[str, Callable[[OpSpec], bool]] = {  # of the low-bit linears, on a CPU
     "ours-cpu": lambda s: True,
+    "step": lambda s: True,
     "torch-int8": lambda s: s.wbits == 8 and s.abits in (8, 16),
     "torch-int4": lambda s: (s.wbits, s.abits) == (4, 16) and s.group in (32, 64, 128) and s.n % 16 == 0,
 }
@@ -182,8 +182,7 @@ def test_whole_models(tmp_path: Path, mode: str) -> None:
     assert again.predict(usable.full(), usable) == fitted.predict(usable.full(), usable)
     choice = usable.full()
     model = deploy(LlamaForCausalLM(LLAMA).eval(), choice, usable, fitted)
-    kind = PackedLinear if mode == "decode" else BackendLinear
-    assert sum(isinstance(m, kind) for m in model.modules()) == 7 * 3
+    assert sum(isinstance(m, PackedLinear) for m in model.modules()) == 7 * 3
     p10, median, p90, *_ = measure_model(model, table.workload, seconds=0.01, samples=3)
     assert 0 < p10 <= median <= p90
 

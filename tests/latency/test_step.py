@@ -14,7 +14,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable, OpSpec, Target, Workload, profile, profiler
 from jointnas_kernels.latency.backends.base import failure, quantize_weight, random_input, random_weight
 from jointnas_kernels.latency.backends.step import Step, linear, running
-from jointnas_kernels.latency.measure import BackendLinear, calibrate, deploy
+from jointnas_kernels.latency.measure import calibrate, deploy
 from jointnas_kernels.latency.spec import DENSE
 from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.nn.packed import PackedLinear
@@ -127,10 +127,12 @@ def test_mixtures_and_old_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(JointNASError, match=r"another runtime \(torch, not step\)"):
         profiled(out)
     assert LatencyTable.load(out).header.runtime == "torch"
-    old = synthetic(workload=DECODE)
-    old.save(tmp_path / "old.jsonl")
-    with pytest.raises(JointNASError, match="measured before models ran through the step"):
-        LatencyTable.load(tmp_path / "old.jsonl")
+    for workload, runtime in ((DECODE, None), (Workload(), None), (Workload(), "transformers")):
+        old = synthetic(workload=workload)
+        old.header = old.header.model_copy(update={"runtime": runtime})
+        old.save(tmp_path / "old.jsonl")
+        with pytest.raises(JointNASError, match="measured before models ran through the step"):
+            LatencyTable.load(tmp_path / "old.jsonl")
     LatencyTable.load(tmp_path / "old.jsonl", force=True)
     synthetic().save(tmp_path / "prefill.jsonl")
     LatencyTable.load(tmp_path / "prefill.jsonl")
@@ -159,7 +161,7 @@ def test_times_are_those_of_one_operation(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("workload", [DECODE, Workload("prefill", 2, 8)], ids=["decode", "prefill"])
 @torch.no_grad()
 def test_a_head_is_profiled_and_deployed_at_its_bits(tmp_path: Path, workload: Workload) -> None:
-    """By the step, and by other backends for transformers' code; whole models of it calibrate the table."""
+    """Whole models of it calibrate the table."""
     space = SearchSpace((64,), (4,), (16,), (96,), (1, 3), group_size=16, head_bits=(4, 8, 16))
     table = profile(space, CONFIG, tmp_path / "t.jsonl", workload=workload, threads=1, progress=False,
                     seconds_per_operation=1e-4, watch=calm())  # fmt: skip
@@ -167,14 +169,14 @@ def test_a_head_is_profiled_and_deployed_at_its_bits(tmp_path: Path, workload: W
     assert {w: (row.m, row.n, row.k, row.abits, row.group) for w, row in rows.items()} == {
         w: (workload.batch, 61, 64, 16, 16 if w < 16 else 0) for w in (4, 8, 16)
     }
-    assert {row.backend for row in rows.values()} <= {"step"} if workload is DECODE else {"torch", "ours-cpu"}
+    assert {row.backend for row in rows.values()} == {"step"}
     assert calibrate(table, space, CONFIG, 4, watch=calm(), seconds=1e-3).calibration is not None
     torch.manual_seed(0)
     model, reference = (LlamaForCausalLM(CONFIG).eval().requires_grad_(False) for _ in range(2))
     reference.load_state_dict(model.state_dict())
     reference.lm_head.weight = torch.nn.Parameter(fake_quant_weight(model.lm_head.weight, 8, 16))
     deploy(model, replace(space.full(), head_bits=8), space, table)
-    assert isinstance(model.lm_head, PackedLinear if workload is DECODE else BackendLinear)
+    assert isinstance(model.lm_head, PackedLinear)
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
     x = ids(workload.batch, 6)
     found = model(x, use_cache=False, logits_to_keep=1).logits[:, -1]

@@ -275,7 +275,7 @@ def test_rows_of_a_machine_that_became_faster_are_measured_again(tmp_path: Path)
 @pytest.mark.usefixtures("one_round")
 def test_interrupted_second_pass_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.jsonl"
-    run(path, steps(*[1e-3] * 45, 2e-3))
+    run(path, steps(*[1e-3] * 30, 2e-3))
     calls: list[int] = []
     from jointnas_kernels.latency import profiler
 

@@ -86,7 +86,7 @@ class Step(Ours):
         """Products with the weights of several calls in one."""
         return self._products(target, [module for call in calls for module in call.linears], spec.op == "lm_head")
 
-    def _products(self, target: Target, linears: Sequence[nn.Module], last: bool) -> Call:
+    def _products(self, target: Target, linears: Sequence[Any], last: bool) -> Call:
         """Of all tokens, or of the last of every sequence."""
         work, width = target.workload, linears[0].in_features
 
