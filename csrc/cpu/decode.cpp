@@ -271,12 +271,21 @@ struct Worker {
     embed();
     for (int64_t i = 0; i < m.blocks; ++i) {
       const DecodeBlock& b = s.blocks()[i];
-      const Output y[1] = {{&b.q, static_cast<T*>(s.logits)}};
       const int64_t first = m.hidden * me / count, end = m.hidden * (me + 1) / count, all = s.M * m.heads;
       switch (which) {
         case kEmbed: embed(); break;
         case kNorm: rows_of(normed(b.input_norm), m.hidden); break;
-        case kProduct: products(y, s.M, copied(x, m.hidden), nothing()); break;
+        case kProduct: {  // two share their inputs, about as many as in a block: 7 products have 4
+          T* const y = static_cast<T*>(s.logits);
+          if (++i < m.blocks) {
+            const Output pair[2] = {{&b.q, y}, {&s.blocks()[i].q, y + s.M * b.q.outputs}};
+            products(pair, s.M, copied(x, m.hidden), nothing());
+          } else {
+            const Output last[1] = {{&b.q, y}};
+            products(last, s.M, copied(x, m.hidden), nothing());
+          }
+          break;
+        }
         case kHeadNorm:
           for (int64_t item = all * me / count; item < all * (me + 1) / count; ++item)
             JN_DISPATCH(s.level, norm_row(qkv + item * m.head_dim, in<T>(b.q_norm), as_fp32(m.epsilon), head, m.head_dim));
@@ -375,7 +384,7 @@ int cpu_decode_step(const DecodeModel* model, int64_t sequences, int64_t chunk, 
 }
 JN_EXPORT(cpu_decode_step);
 
-// One part of such a step (DecodePart), once per block; y: [sequences, chunk, outputs] of a product. Without rotary angles
+// One part of such a step (DecodePart), once per block; y: [2, sequences, chunk, outputs] of products, in turns. Without rotary angles
 // the attention of a chunk is that of rotated queries and keys. Otherwise as cpu_decode_step, whose memory holds zeros at
 // first.
 int cpu_decode_part(const DecodeModel* model, int64_t part, int64_t sequences, int64_t chunk, const int64_t* ids,

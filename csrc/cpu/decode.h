@@ -37,7 +37,7 @@ struct DecodeModel {
 };
 
 // What a step is made of, each alone, once per block (runtime/parts.py): a product is that of q, for rows of `hidden`
-// inputs; head norms and the rotation are those of all query heads with their keys.
+// inputs, and two blocks' share them; head norms and the rotation are those of all query heads with their keys.
 enum DecodePart : int64_t { kEmbed, kNorm, kProduct, kHeadNorm, kRotate, kAttend, kSwiglu, kResidual, kDecodeParts };
 
 }  // namespace jointnas

@@ -342,7 +342,7 @@ def _calls(
     copied = _copies(spec, target, weight, model_bytes) if together is None or weight is not None else []
     calls = [first, *(backend.prepare(spec, target, w) for w in copied)]
     if together is not None and weight is not None:
-        calls = [together(calls, spec, target)]
+        calls = together(calls, spec, target)
     return calls, getattr(calls[0], "repeats", 1)
 
 

@@ -87,11 +87,11 @@ class Part:
             self._memory, self._for = torch.zeros(size[0] + 64, dtype=torch.uint8), threads
         if x is not None and self.linears:
             self._input.copy_(x)
-        y = torch.empty(self.batch * self.chunk, self.outputs, dtype=self.dtype)
+        y = torch.empty(2, self.batch * self.chunk, self.outputs, dtype=self.dtype)  # of products, in turns
         memory = self._memory.data_ptr()
         cpu.call("decode_part", self._model, PARTS.index(self.name), self.batch, self.chunk, self._ids, self._positions,
                  self._starts, self._slot, y, memory + -memory % 64, threads=threads)  # fmt: skip
-        return y
+        return y[(self.repeats - 1) % 2]
 
     def _address(self, tensor: Tensor | None) -> int:
         if tensor is None:

@@ -82,9 +82,12 @@ class Step(Ours):
             sizes |= {"length": length, "repeats": copies(read, 4 * cache_bytes(target.device), target.device)}
         return Part(name, work.batch, target.dtype, **sizes)
 
-    def together(self, calls: Sequence[Any], spec: OpSpec, target: Target) -> Call:
-        """Products with the weights of several calls in one."""
-        return self._products(target, [module for call in calls for module in call.linears], spec.op == "lm_head")
+    def together(self, calls: Sequence[Any], spec: OpSpec, target: Target) -> list[Call]:
+        """Calls of equally many products each, with all of these calls' weights, or most: of a token's all in one."""
+        linears, last = [module for call in calls for module in call.linears], spec.op == "lm_head"
+        size = len(linears) if last or target.workload.mode == "decode" else min(FEW, len(linears))
+        starts = range(0, len(linears) - size + 1, size)
+        return [self._products(target, linears[start : start + size], last) for start in starts]
 
     def _products(self, target: Target, linears: Sequence[Any], last: bool) -> Call:
         """Of all tokens, or of the last of every sequence."""
