@@ -33,12 +33,13 @@ POWERCAP = Path("/sys/class/powercap")
 Meter = Callable[[OpSpec, Sequence[Run], float, Watch | None], Measured]
 
 
-def meter(metric: Metric, target: Target, powercap: Path = POWERCAP) -> Meter:
-    """How to measure one metric on this device; an error where it has no counter that this process may read."""
+def meter(metric: Metric, target: Target, powercap: Path = POWERCAP, samples: int = 15) -> Meter:
+    """How to measure one metric on this device, latency with at least so many samples; an error where it has no counter
+    that this process may read."""
     if metric not in UNITS:
         raise unknown("metric", metric, UNITS)
     if metric == "latency":
-        return lambda spec, runs, seconds, watch: measure(runs, target.device, seconds, watch=watch)
+        return lambda spec, runs, seconds, watch: measure(runs, target.device, seconds, samples, watch=watch)
     if metric == "memory":
         return lambda spec, runs, seconds, watch: _memory(spec, runs[0], target)
     counter = _nvml(target.device) if target.device.type == "cuda" else _rapl(powercap)

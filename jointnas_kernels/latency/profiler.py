@@ -39,7 +39,7 @@ from jointnas_kernels.latency.backends.base import (
     random_weight,
     verified,
 )
-from jointnas_kernels.latency.meters import UNITS, WINDOW, WINDOWS, meter
+from jointnas_kernels.latency.meters import UNITS, WINDOW, WINDOWS, Meter, meter
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
 from jointnas_kernels.latency.spec import DENSE, LINEARS, ModelDims, OpSpec, Workload, enumerate_ops, parts
 from jointnas_kernels.latency.table import LatencyTable
@@ -54,6 +54,7 @@ ROUNDS = 3  # a CPU's time for an operation is taken in so many turns, between w
 DEAR = 1.0  # seconds of a turn that is the only one
 CLOSE = 2.0  # times slower than the fastest backend: may still be the fastest
 PATIENCE = 150  # measurements' time that may go into what was disturbed, at the end: 6 s of a profile with 0.04 s each
+FEW_TOKENS = 64  # whose products take about as long as reading the weight
 HOPELESS = 5  # times slower than another backend, which one sample tells well enough
 LONGEST = 5.0  # seconds for one operation: more tells nothing, and there are hundreds
 AGAIN = 0.3  # or that share of the profile's time, if it is more
@@ -125,7 +126,9 @@ def profile(
 
         def run(spec: OpSpec, asked: Sequence[str], fastest: float = math.inf) -> None:
             watch.starved, started = False, time.perf_counter()
-            for row in time_operation(spec, target, asked, store, seconds / rounds, watch, metric, fastest):
+            measure_with = meter(metric, target, samples=15 // rounds)
+            found = time_operation(spec, target, asked, store, seconds / rounds, watch, measure_with, fastest, metric)
+            for row in found:
                 before = rows.get((spec, row.backend))
                 if before is not None and not better(row, before):
                     continue
@@ -280,14 +283,14 @@ class Weights:
 
 def time_operation(
     spec: OpSpec, target: Target, names: Sequence[str], store: Weights, seconds: float, watch: Watch | None = None,
-    metric: Metric = "latency", fastest: float = math.inf,
+    measure_with: Meter | None = None, fastest: float = math.inf, metric: Metric = "latency",
 ) -> list[Row]:
     """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
     linear = spec.op in LINEARS
     weight = store.of(spec) if linear else None
     # the input stays the same in all calls: a layer's input was just written by the layer before
     x = random_input(spec, target, store.generator) if linear else torch.empty(0)
-    measure_with = meter(metric, target)
+    measure_with = measure_with or meter(metric, target)
     rows: list[Row] = []
     reasons: list[str] = []
     for name in names:
@@ -355,5 +358,6 @@ def _copies(spec: OpSpec, target: Target, weight: Weight | None, model_bytes: in
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
     own = model_bytes * bits // (8 * target.dtype.itemsize)  # of a model with these bits: it may stay in a cache
-    count = copies(spec.n * spec.k * bits // 8, own, target.device)
+    limit = 64 if spec.m <= FEW_TOKENS else 16  # more are read from memory once for so many tokens
+    count = copies(spec.n * spec.k * bits // 8, own, target.device, limit)
     return [weight.clone() for _ in range(count - 1)]

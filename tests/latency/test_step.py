@@ -147,7 +147,7 @@ def test_times_are_those_of_one_operation(tmp_path: Path, monkeypatch: pytest.Mo
         seen.append(repeats)
         return Measured(0.5 * repeats, repeats, 2.0 * repeats, 9)
 
-    monkeypatch.setattr(profiler, "meter", lambda *_: lambda spec, runs, seconds, watch: measure(runs))
+    monkeypatch.setattr(profiler, "meter", lambda *_, **__: lambda spec, runs, seconds, watch: measure(runs))
     table = profiled(tmp_path / "t.jsonl")
     assert {(row.p10, row.median, row.p90) for row in table.rows} == {(0.5, 1.0, 2.0)}
     assert max(seen) == 64 > min(seen)
