@@ -134,7 +134,8 @@ def test_profile_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     out = tmp_path / "table.jsonl"
     small = {**VALUES, "hidden": [64, 96], "heads": [2, 6], "intermediate": [32]}
     small |= dict.fromkeys(BITS, "none")
-    latency = {"seq": 4, "seconds_per_operation": 1e-4, "calibrate": 5, "threads": 1, "backends": ["torch"]}
+    latency = {"seq": 4, "seconds_per_operation": 1e-4, "calibrate": 5, "busy": "mark", "threads": 1}
+    latency["backends"] = ["torch"]
     config = tiny.config(tmp_path, small, latency=latency)
     monkeypatch.setattr(loading, "model_config", lambda _: CONFIG)
     config = loading.resolve(config)
