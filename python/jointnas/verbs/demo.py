@@ -103,7 +103,7 @@ def demo_config(out: str, device: str, seed: int) -> RunConfig:
             },
             "quantizer": {"options": {"samples": 16, "epochs": 2}},
             "finetune": {"steps": 160, "lr": 1e-3},
-            "eval": {"tokens": 32768, "task_limit": 60},
+            "eval": {"tokens": 32768, "task_limit": 40},
         },
     )  # fmt: skip
 
