@@ -146,7 +146,7 @@ def predictions(sums: dict[str, float], times: dict[str, Timing], blocks: int) -
     """Milliseconds per scheme: its operations and the overhead fitted to all other schemes."""
     found = {}
     for scheme, total in sums.items():
-        others = [(sums[n], blocks, times[n].median * 1e3) for n in sums if n != scheme]
+        others = [(sums[n], blocks, times[n].p10 * 1e3) for n in sums if n != scheme]
         overhead = fit(others)
         found[scheme] = total + overhead.fixed + overhead.per_block * blocks
     return found
@@ -170,7 +170,7 @@ def panel(
         times = time_interleaved(contenders, args.calls, warmup=2, device=recorder.device)
         whole = predictions(sums, times, config.num_hidden_layers)
         for n, timing in times.items():
-            measured[n].append(timing.median * 1e3)
+            measured[n].append(timing.p10 * 1e3)  # as tables
             predicted[n].append(whole[n])
             plain[n].append(sums[n])
     over_16 = lambda of, n: [a / b for a, b in zip(of["16 bit"], of[n], strict=True)]  # noqa: E731

@@ -283,9 +283,9 @@ class Watch:
             self.baseline = tuple(known[int(STATE * len(known))] for known in self._known)
 
     def drift(self, state: Reading) -> float:
-        """How far it is from the baseline, by the kernel that shows most."""
-        drifts = (abs(s / b - 1) / scale for s, b, scale in zip(state, self.baseline, SCALE, strict=False))
-        return max(drifts, default=0.0)
+        """How far it is from the baseline, by the kernel that shows most; infinite if one could not be read."""
+        pairs = zip(state, self.baseline, SCALE, strict=False)
+        return max((abs(s / b - 1) / scale if s < math.inf else s for s, b, scale in pairs), default=0.0)
 
     def collect(self, sample: Callable[[], float], seconds: float, least: int) -> Measured:
         """Milliseconds per call, of samples that did not wait: for `seconds`, and at least `least` of them.

@@ -158,6 +158,9 @@ def test_the_best_state_that_lasts_is_the_baseline() -> None:
     assert watch.drift((4e-4,)) == pytest.approx(1.0)  # what was measured before is known to be slow now
     assert watch.drift((1e-4,)) == pytest.approx(0.5)  # or fast: the table would not fit together
     assert machine.watch(baseline=(3e-4,)).baseline == (3e-4,), "a table's own stays"
+    assert watch.drift((math.inf,)) == math.inf
+    watch.baseline = (math.inf,)  # nothing could be read at all
+    assert watch.drift((math.inf,)) == math.inf
 
 
 def test_readings_of_this_machine() -> None:
