@@ -243,7 +243,10 @@ def test_activations_only_and_plain_folders(tmp_path: Path) -> None:
     x, g = ids(), torch.Generator().manual_seed(1)
     for i, net in enumerate((supernet(weight_bits=False), supernet(weight_bits=False, act_bits=False))):
         model = exported(net, net.space.sample(g), tmp_path / str(i))
-        assert torch.equal(hf.load(tmp_path / str(i))(x).logits, model(x).logits)
+        loaded, want = hf.load(tmp_path / str(i)), model(x).logits
+        assert (loaded(x).logits - want).abs().max() <= 1e-5 * want.abs().max()  # other orders of sums
+        loaded.runtime.enabled = False
+        assert torch.equal(loaded(x).logits, want)
 
 
 @torch.no_grad()
