@@ -27,13 +27,14 @@ from jointnas_kernels.latency.timing import Run, measure
 from jointnas_kernels.latency.watch import Measured, Watch, synchronize
 
 UNITS: dict[Metric, str] = {"latency": "ms", "energy": "mJ", "memory": "B"}
+SAMPLES = 15  # of a latency, at least
 WINDOW, WINDOWS = 0.5, 3  # seconds of one energy sample, and how many
 POWERCAP = Path("/sys/class/powercap")
 # (operation, its calls on different copies of the weight, seconds, watch) -> value per call
 Meter = Callable[[OpSpec, Sequence[Run], float, Watch | None], Measured]
 
 
-def meter(metric: Metric, target: Target, powercap: Path = POWERCAP, samples: int = 15) -> Meter:
+def meter(metric: Metric, target: Target, powercap: Path = POWERCAP, samples: int = SAMPLES) -> Meter:
     """How to measure one metric on this device, latency with at least so many samples; an error where it has no counter
     that this process may read."""
     if metric not in UNITS:

@@ -39,7 +39,7 @@ from jointnas_kernels.latency.backends.base import (
     random_weight,
     verified,
 )
-from jointnas_kernels.latency.meters import UNITS, WINDOW, WINDOWS, Meter, meter
+from jointnas_kernels.latency.meters import SAMPLES, UNITS, WINDOW, WINDOWS, meter
 from jointnas_kernels.latency.schema import INTERPOLATED, Calibration, Header, Metric, Row, Writer, read
 from jointnas_kernels.latency.spec import DENSE, LINEARS, ModelDims, OpSpec, Workload, enumerate_ops, parts
 from jointnas_kernels.latency.table import LatencyTable
@@ -126,9 +126,8 @@ def profile(
 
         def run(spec: OpSpec, asked: Sequence[str], fastest: float = math.inf) -> None:
             watch.starved, started = False, time.perf_counter()
-            measure_with = meter(metric, target, samples=15 // rounds)
-            found = time_operation(spec, target, asked, store, seconds / rounds, watch, measure_with, fastest, metric)
-            for row in found:
+            share, samples = seconds / rounds, SAMPLES // rounds
+            for row in time_operation(spec, target, asked, store, share, watch, metric, fastest, samples):
                 before = rows.get((spec, row.backend))
                 if before is not None and not better(row, before):
                     continue
@@ -283,14 +282,15 @@ class Weights:
 
 def time_operation(
     spec: OpSpec, target: Target, names: Sequence[str], store: Weights, seconds: float, watch: Watch | None = None,
-    measure_with: Meter | None = None, fastest: float = math.inf, metric: Metric = "latency",
+    metric: Metric = "latency", fastest: float = math.inf, samples: int = SAMPLES,
 ) -> list[Row]:
-    """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row."""
+    """One row per backend that claims `spec`, or one `infeasible` row. `fastest`: ms of the best that has a row;
+    `samples`: of a latency, at least."""
     linear = spec.op in LINEARS
     weight = store.of(spec) if linear else None
     # the input stays the same in all calls: a layer's input was just written by the layer before
     x = random_input(spec, target, store.generator) if linear else torch.empty(0)
-    measure_with = measure_with or meter(metric, target)
+    measure_with = meter(metric, target, samples=samples)
     rows: list[Row] = []
     reasons: list[str] = []
     for name in names:

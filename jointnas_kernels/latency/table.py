@@ -139,10 +139,13 @@ class LatencyTable:
         rows = {(r.spec, r.backend): r for r in (*self.rows, *other.rows)}
         return LatencyTable(self.header, list(rows.values()))
 
-    def doubted(self) -> LatencyTable:
-        """The table with every measured row marked as disturbed, to be measured anew, and without calibration."""
+    def doubted(self, keep_calibration: bool = False) -> LatencyTable:
+        """The table with all that was measured marked as disturbed, to be measured anew; without the calibration,
+        unless it is to be used all the same."""
         mark = {"contended": True}
-        return LatencyTable(self.header, [r.model_copy(update=mark) if r.status == "ok" else r for r in self.rows])
+        rows = [row.model_copy(update=mark) if row.status == "ok" else row for row in self.rows]
+        kept = self.calibration.model_copy(update=mark) if self.calibration and keep_calibration else None
+        return LatencyTable(self.header, rows, kept)
 
     # ---- looking up -------------------------------------------------------------------------------------------------
 

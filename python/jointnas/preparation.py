@@ -150,8 +150,8 @@ def measure_table(
         strict = options.busy == "stop"
         table = calibrate(table, restricted, model_config, options.calibrate, seed=config.seed, strict=strict)
         missed = table.calibration.mape if table.calibration else 0.0
-        if missed > MISS and strict:
-            table = table.doubted()
+        if missed > MISS:
+            table = table.doubted(keep_calibration=not strict)
         table.save(out)
         if missed > MISS and strict:
             raise JointNASError(

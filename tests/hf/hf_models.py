@@ -208,3 +208,21 @@ def assert_half_precision_is_exact_within_its_rounding(**change: Any) -> None:
         plain = (extract(supernet, choice)(x).logits - exact).norm() / exact.norm()
         assert own <= 0.03  # bf16 rounds at 2^-8 = 0.004
         assert own <= 2 * plain
+
+
+def check_relaxed(supernet: Supernet, x: Tensor) -> None:
+    """Logits and gradients of the relaxed forward (fp64, x [2, 7] of 61 tokens) are those of the definition."""
+    weight = torch.randn(2, 7, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    results = []
+    for literally in (False, True):
+        alphas = random_alphas(supernet)
+        supernet.zero_grad()
+        logits = literal_logits(supernet, alphas, x) if literally else (supernet.use(alphas), supernet(x).logits)[1]
+        (logits * weight).sum().backward()
+        leaves = [*alphas.values(), *supernet.lora_parameters()]
+        results.append((logits.detach(), [p.grad.clone() for p in leaves if p.grad is not None]))
+        assert len(results[-1][1]) == len(leaves)
+    (own, own_grads), (ref, ref_grads) = results
+    torch.testing.assert_close(own, ref, rtol=0, atol=1e-10)
+    for a, b in zip(own_grads, ref_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)

@@ -24,9 +24,8 @@ from tests.hf.hf_models import (
     QUANT_SPACE,
     SPACE,
     assert_half_precision_is_exact_within_its_rounding,
+    check_relaxed,
     ids,
-    literal_logits,
-    random_alphas,
     random_importance,
     randomize_lora,
     tiny_config,
@@ -138,20 +137,7 @@ def test_relaxed_forward_and_gradients_are_the_definition(name: str, bits: bool)
         pytest.skip("the space with bits has two heads")
     supernet, x = made(change, WIDTHS_AND_BITS if bits else space_of(change), torch.float64), ids()
     supernet.mode("full")
-    weight = torch.randn(2, 7, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    results = []
-    for literally in (False, True):
-        alphas = random_alphas(supernet)
-        supernet.zero_grad()
-        logits = literal_logits(supernet, alphas, x) if literally else (supernet.use(alphas), supernet(x).logits)[1]
-        (logits * weight).sum().backward()
-        leaves = [*alphas.values(), *supernet.lora_parameters()]
-        results.append((logits.detach(), [p.grad.clone() for p in leaves if p.grad is not None]))
-        assert len(results[-1][1]) == len(leaves)
-    (own, own_grads), (ref, ref_grads) = results
-    torch.testing.assert_close(own, ref, rtol=0, atol=1e-10)
-    for a, b in zip(own_grads, ref_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    check_relaxed(supernet, x)
 
 
 def test_half_precision_qwen3_is_exact_within_its_rounding() -> None:

@@ -18,8 +18,8 @@ from jointnas_kernels.ops.quant.weights import fake_quant_weight
 from jointnas_kernels.space import SearchSpace
 from tests.hf.hf_models import (
     HEAD_SPACE,
+    check_relaxed,
     ids,
-    literal_logits,
     random_alphas,
     random_importance,
     randomize_lora,
@@ -84,20 +84,7 @@ def test_exports_reload(tmp_path: Path, family: str, tied: bool) -> None:
 @pytest.mark.parametrize("space", [HEAD_SPACE, ALONE], ids=["all-bits", "head-alone"])
 def test_relaxed_forward_and_gradients_are_the_definition(tied: bool, space: SearchSpace) -> None:
     supernet, x = made(space, tie_word_embeddings=tied).mode("full"), ids()
-    weight = torch.randn(2, 7, 61, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    results = []
-    for literally in (False, True):
-        alphas = random_alphas(supernet)
-        supernet.zero_grad()
-        logits = literal_logits(supernet, alphas, x) if literally else (supernet.use(alphas), supernet(x).logits)[1]
-        (logits * weight).sum().backward()
-        leaves = [*alphas.values(), *supernet.lora_parameters()]
-        results.append((logits.detach(), [p.grad.clone() for p in leaves if p.grad is not None]))
-        assert len(results[-1][1]) == len(leaves)
-    (own, own_grads), (ref, ref_grads) = results
-    torch.testing.assert_close(own, ref, rtol=0, atol=1e-10)
-    for a, b in zip(own_grads, ref_grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+    check_relaxed(supernet, x)
 
 
 @TIED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import extract
 from jointnas_kernels.hf.families import build as build_model
 from jointnas_kernels.latency import LatencyTable, profile
+from jointnas_kernels.latency.schema import Calibration
 from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, count_params
 from tests.jointnas import tiny
 from tests.latency.tables import calm, synthetic
@@ -127,6 +129,38 @@ def test_an_empty_space_is_an_error_before_anything_is_measured(tmp_path: Path, 
     with pytest.raises(JointNASError, match="Heads that fit hidden 64: 2, 4"):
         verbs.measure(str(tmp_path / "table.jsonl"), SpaceConfig(**values), ModelConfig())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("busy", ["stop", "mark"])
+def test_a_table_that_misses_whole_models(busy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By 60 % is no table: everything is measured anew by the next call; or used, with a mark."""
+    out, table = tmp_path / "table.jsonl", synthetic(SPACE, config=CONFIG)
+    config = loading.resolve(tiny.config(tmp_path, VALUES, latency={"calibrate": 3, "busy": busy}))
+    monkeypatch.setattr("jointnas.preparation.profile", lambda *a, **k: table)
+
+    def calibrated(mape: float) -> None:
+        points = [(1.0, 2, 1.0 + mape), (2.0, 3, 2.0 * (1 + mape))]
+        fitted = Calibration(fixed=0.0, per_block=0.0, mape_before=mape, mape=mape, points=points)
+        made = LatencyTable(table.header, table.rows, fitted)
+        monkeypatch.setattr("jointnas.preparation.calibrate", lambda *a, **k: made)
+
+    calibrated(0.6)
+    if busy == "stop":
+        with pytest.raises(JointNASError, match=r"miss whole models by 60% .*allowed: 25%.* measured anew"):
+            measure_table(config, SPACE, CONFIG, out)
+        saved = LatencyTable.load(out, None)
+        assert saved.calibration is None
+    else:
+        saved = measure_table(config, SPACE, CONFIG, out)
+        assert saved.calibration is not None
+        assert saved.calibration.contended
+        assert "and its whole models" in saved.caution
+    assert all(row.contended for row in saved.rows if row.status == "ok")
+    calibrated(0.2)
+    saved = measure_table(config, SPACE, CONFIG, tmp_path / "good.jsonl")
+    assert not saved.caution
+    assert saved.tolerance == pytest.approx(2 * (1 - 1 / 1.2))
+    assert synthetic().tolerance == math.inf
 
 
 def test_profile_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -366,7 +366,7 @@ def test_whole_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_result_tables_mark_what_was_measured_on_a_busy_machine() -> None:
-    from jointnas.results import BUSY, html_table, text_table
+    from jointnas.results import APART, BUSY, html_table, text_table
 
     row = {"name": "found", "params": 1, "bytes": 2e6, "measured_ms": 1.0, "predicted_ms": 1.1, "perplexity": 9.0}
     quiet, busy = {**row, "tasks": {}}, {**row, "tasks": {}, "contended": True}
@@ -374,3 +374,9 @@ def test_result_tables_mark_what_was_measured_on_a_busy_machine() -> None:
     assert text_table([quiet, busy]).endswith(f"* {BUSY}")
     assert BUSY in html_table([busy])
     assert "*" not in text_table([quiet]) + html_table([quiet])
+    apart = {**quiet, "apart": True}
+    assert "1.000 *" in text_table([apart])
+    assert text_table([apart]).endswith(f"* {APART}")
+    assert "decode ms" not in text_table([quiet])
+    assert "decode ms" in text_table([quiet, {**quiet, "decode_ms": 0.25}])
+    assert "0.250" in text_table([quiet, {**quiet, "decode_ms": 0.25}])
