@@ -83,15 +83,21 @@ def _kind(module: nn.Module) -> tuple[Any, ...] | None:
 
 
 class Caches:
-    """Keys and values of every block: tensors [batch, key-value heads, length, head dim]."""
+    """Keys and values of every block: tensors [batch, key-value heads, length, head dim].
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        self.keys, self.values = keys, values
+    Args:
+        memory: [2, blocks, batch, key-value heads, length, head dim]
+    """
 
-    @property
-    def length(self) -> int:
-        """How many positions there is room for."""
-        return self.keys[0].shape[2]
+    def __init__(self, memory: Tensor) -> None:
+        self.memory, self.length = memory, memory.shape[4]
+        self.keys, self.values = self.between(0, self.length)
+
+    def between(self, begin: int, end: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Views of the keys and values of these positions: of all blocks at once, because slicing each takes as long as
+        a block of a small model."""
+        keys, values = self.memory[:, :, :, :, begin:end].unbind(0)
+        return keys.unbind(0), values.unbind(0)
 
 
 class DecodeStep:
@@ -129,10 +135,9 @@ class DecodeStep:
 
     def caches(self, batch: int, length: int) -> Caches:
         """Room for that many sequences and positions."""
-        shape = (batch, self.sizes["kv_heads"], length, self.sizes["head_dim"])
-        count = len(self.model.model.layers)
-        keys, values = ([torch.zeros(shape, dtype=self.dtype) for _ in range(count)] for _ in range(2))
-        return Caches(keys, values)
+        blocks = len(self.model.model.layers)
+        shape = (2, blocks, batch, self.sizes["kv_heads"], length, self.sizes["head_dim"])
+        return Caches(torch.zeros(shape, dtype=self.dtype))
 
     def __call__(
         self, ids: Tensor, positions: Tensor, caches: Caches, slot: int, starts: Tensor | None = None
@@ -211,11 +216,10 @@ class DecodeStep:
         layers = len(self.model.model.layers)
         batch, _, length, _ = caches.keys[0].shape
         shape = (batch, self.sizes["kv_heads"], length, self.sizes["head_dim"])
-        if not len(caches.keys) == len(caches.values) == layers or any(
-            t.shape != shape or t.dtype != self.dtype or not t.is_contiguous() for t in (*caches.keys, *caches.values)
-        ):
-            raise JointNASError(f"decode step: caches of another model; made by `caches`, they are {layers} "
-                                f"times dense {self.dtype} {list(shape)}")  # fmt: skip
+        memory = caches.memory
+        if memory.shape != (2, layers, *shape) or memory.dtype != self.dtype or not memory.is_contiguous():
+            raise JointNASError(f"decode step: caches of another model; made by `caches`, they are dense "
+                                f"{self.dtype} {[2, layers, *shape]}")  # fmt: skip
         if caches.length != self._model[LENGTH]:
             like, positions = torch.empty(1, dtype=self.dtype), torch.arange(caches.length)[None]
             self._angles = tuple(t[0].contiguous() for t in self.model.model.rotary_emb(like, positions))

@@ -157,16 +157,19 @@ class _Room:
         if not 0 <= int(positions.min()) <= int(positions.max()) < self._caches.length:
             raise _Unsuited("positions beyond those of the cache")
         logits = self._step.prefill(ids, positions, self._caches, seen, starts, keep)
-        self._views.clear()
-        for layer, keys, values in zip(layers, self._caches.keys, self._caches.values, strict=True):
+        self._views, views = [], {0: self._caches.between(0, end)}
+        for b, layer in enumerate(layers):
             begin = 0
             if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
+                layer.lazy_initialization(self._caches.keys[b], self._caches.values[b])
             if layer.is_sliding:
                 layer.cumulative_length = end
                 begin = max(0, end + 1 - layer.sliding_window)
-            layer.keys, layer.values = keys[:, :, begin:end], values[:, :, begin:end]
-            self._views.append((layer.keys, layer.values))
+            if begin not in views:
+                views[begin] = self._caches.between(begin, end)
+            keys, values = views[begin]
+            layer.keys, layer.values = keys[b], values[b]
+            self._views.append((keys[b], values[b]))
         return logits
 
     @torch.inference_mode(False)
