@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.space import Choice
 
 
