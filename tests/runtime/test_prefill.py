@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.runtime import DecodeStep, decode
+from jointnas_kernels.runtime import DecodeStep
 from tests.hf.hf_models import ids, tiny_model
 from tests.runtime.test_decode import FAMILIES, packed
 
@@ -24,7 +24,7 @@ def model_of(change: dict[str, Any], bits: list[int], act: int = 16, dtype: torc
 
 
 def chunked(monkeypatch: pytest.MonkeyPatch, batch: int, chunk: int = CHUNK) -> None:
-    monkeypatch.setattr(decode, "CHUNK", chunk * batch)
+    monkeypatch.setattr(DecodeStep, "chunk", chunk * batch)
 
 
 def read(step: DecodeStep, x: Tensor, keep: int | None = None) -> Tensor:
