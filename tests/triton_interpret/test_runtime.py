@@ -4,29 +4,32 @@ against stock transformers."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
 
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.hf.families import build
+from jointnas_kernels.latency.measure import BackendLinear, call_of, deploy
 from jointnas_kernels.nn.packed import PackedLinear
 from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.quant import grid
-from jointnas_kernels.runtime import attach, generation, kernels, misfit
+from jointnas_kernels.runtime import generation, kernels, misfit
 from jointnas_kernels.testing import assert_close, poisoned
 from tests.hf.hf_models import ids, tiny_model
+from tests.latency.test_step import CONFIG, SPACE, profiled
 from tests.runtime import recorded
+from tests.runtime.gpu_step import EPS, LENGTH, Problem, decoded, generated, model_of, norm, stock
 from tests.runtime.recorded import Emulated, NotCapturable
-from tests.runtime.test_decode import FAMILIES, packed
+from tests.runtime.test_decode import FAMILIES
 from tests.runtime.test_generation import forwarded
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])  # no bf16 in there
-LENGTH = 33  # new tokens
-EPS = 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +39,6 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- kernels --------------------------------------------------------------------------------------------------------
-
-
-def norm(x: Tensor, weight: Tensor | None) -> Tensor:
-    if weight is None:
-        return x
-    return weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 @DTYPES
@@ -66,51 +63,6 @@ def test_swiglu(rows: int, width: int, dtype: torch.dtype) -> None:
             assert_close(kernels.swiglu(gate, up), functional.silu(gate) * up)
 
 
-class Problem:
-    """Heads of `batch` times `count` tokens from `slot` on, behind random caches of two blocks."""
-
-    def __init__(self, batch: int, share: int, kv_heads: int, dim: int, slot: int, dtype: torch.dtype, count: int = 1,
-                 norms: bool = False, length: int = 50) -> None:  # fmt: skip
-        heads, self.batch, self.slot, self.count, self.share = share * kv_heads, batch, slot, count, share
-        qkv = torch.randn(batch * count, (heads + 2 * kv_heads) * dim).to(dtype)  # as fused projections have it
-        q, k, v = qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), 1)
-        self.caches = [torch.randn(batch, kv_heads, length, dim).to(dtype) for _ in range(4)]
-        self.angles = [f(torch.randn(length, dim)).to(dtype) for f in (torch.cos, torch.sin)]
-        where = [slot, length, *(t.data_ptr() for t in (*self.angles, *self.caches))]
-        weights = [torch.rand(dim).to(dtype) + 0.5 if norms else None for _ in range(2)]
-        self.heads = kernels.Heads(q, k, v, *weights, torch.tensor(where), torch.randint(length, (batch * count,)), 1,
-                                   kv_heads, dim, EPS)  # fmt: skip
-
-    def turned(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """[batch, heads, count, D] rotated, of [M, heads D]."""
-        dim, h = self.heads.dim, self.heads
-        x = norm(x.reshape(self.batch, self.count, -1, dim), weight)
-        cosine, sine = (t[h.positions].view(self.batch, self.count, 1, dim) for t in self.angles)
-        half = torch.cat((-x[..., dim // 2 :], x[..., : dim // 2]), -1)
-        return (x * cosine + half * sine).transpose(1, 2)
-
-    def expected(self, starts: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries, keys, values and the result in fp64 (of one token)."""
-        h, end = self.heads, self.slot + self.count
-        q, k = self.turned(h.q, h.q_norm), self.turned(h.k, h.k_norm)
-        keys, values = (t.clone() for t in self.caches[2:])
-        keys[:, :, self.slot : end] = k
-        values[:, :, self.slot : end] = h.v.reshape(self.batch, self.count, -1, h.dim).transpose(1, 2)
-        self.want = keys, values
-        at, own = torch.arange(end), torch.arange(self.slot, end)[:, None]
-        seen = (at <= own) & (at >= starts[:, None, None]) & (at > own - window if window else at >= 0)
-        seen = (seen | (at == own))[:, None]
-        found = functional.scaled_dot_product_attention(
-            q.double(), *(t[:, :, :end].double().repeat_interleave(self.share, 1) for t in (keys, values)), seen,
-            scale=0.3,
-        )  # fmt: skip
-        return q, found.transpose(1, 2).reshape(self.batch * self.count, -1), seen
-
-    def check_caches(self) -> None:
-        for own, want in zip(self.caches[2:], self.want, strict=True):
-            assert_close(own, want)
-
-
 CASES = [  # batch, heads of a key-value head, key-value heads, dim, slot, window, starts
     (1, 1, 1, 2, 0, 0, 0), (1, 4, 2, 16, 37, 0, 0), (3, 3, 1, 12, 41, 0, 20), (2, 7, 2, 6, 49, 5, 0),
     (2, 17, 1, 10, 33, 20, 25), (2, 2, 2, 8, 30, 1, 0), (2, 2, 1, 8, 20, 0, 45),
@@ -126,7 +78,7 @@ def test_attend(case: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.M
     for parts, norms in ((1, False), (2, True), (8, False)):
         p = Problem(batch, share, kv_heads, dim, slot, dtype, norms=norms)
         starts = torch.arange(batch) * start // max(1, batch - 1)
-        _, want, _ = p.expected(starts, window)
+        _, want = p.expected(starts, window)
         with poisoned():
             own = kernels.attend(p.heads, starts, window, 0.3, parts)
         assert_close(own, want, 2e-3 if dtype == torch.float16 else 2e-6)
@@ -139,7 +91,7 @@ def test_attend(case: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.M
 def test_rotate(case: tuple[int, ...], norms: bool, dtype: torch.dtype) -> None:
     *sizes, count = case
     p = Problem(*sizes, dtype, count=count, norms=norms)
-    q, _, _ = p.expected(torch.zeros(sizes[0]), 0)
+    q, _ = p.expected(torch.zeros(sizes[0]), 0)
     with poisoned():
         assert_close(kernels.rotate(p.heads, sizes[0]), q)
     p.check_caches()
@@ -161,21 +113,6 @@ def test_not_a_number_stays_one(parts: int) -> None:
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
-
-
-def model_of(change: dict[str, Any] | None = None, bits: tuple[int, ...] = (4, 8), act: int = 16) -> Any:
-    """Two blocks, generating."""
-    given = {"num_hidden_layers": 2, **(change or {})}
-    model = packed(tiny_model(**given), list(bits), act)
-    model.generation_config.eos_token_id = None
-    attach(model)
-    return model
-
-
-def generated(model: Any, x: Tensor, fast: bool, mask: Tensor | None = None, **how: Any) -> Tensor:
-    model.runtime.enabled, mask = fast, torch.ones_like(x) if mask is None else mask
-    usual = {"max_new_tokens": LENGTH, "do_sample": False, "pad_token_id": 0}
-    return model.generate(x, attention_mask=mask, **{**usual, **how})
 
 
 @pytest.mark.parametrize("change", FAMILIES.values(), ids=FAMILIES)
@@ -209,14 +146,6 @@ def test_products_of_triton() -> None:
         model.model.layers[0].set_submodule(path, linear)
     step, x = Emulated(model.requires_grad_(False)), ids(2, 5)
     assert (decoded(step, x) - model(x).logits[:, -1]).abs().max() <= 1e-3
-
-
-def decoded(step: Emulated, x: Tensor, length: int = 9) -> Tensor:
-    """Logits of the last token, decoded token by token."""
-    caches = step.caches(len(x), length)
-    for t in range(x.shape[1]):
-        logits = step(x[:, t], torch.full((len(x),), t), caches, t)
-    return logits
 
 
 @pytest.mark.parametrize("change", [FAMILIES["qwen3-window"], FAMILIES["phi3-window"]], ids=["qwen3", "phi3"])
@@ -254,7 +183,7 @@ def test_prompts_by_the_chunk(change: dict[str, Any], monkeypatch: pytest.Monkey
 def test_one_graph_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Caches that grow, and others, need none; another batch and other weights do."""
     monkeypatch.setattr(generation, "MORE", 2)
-    model, x = model_of({"num_hidden_layers": 1}, (4,)), ids(1, 12)
+    model, x = model_of(bits=(4,)), ids(1, 12)
     model.runtime.enabled, caches = True, [DynamicCache(config=model.config) for _ in range(2)]
     for cache in caches:
         lengths = set()
@@ -281,10 +210,6 @@ def test_one_graph_for_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.runtime._step.captured == 1
 
 
-def stock(model: Any, x: Tensor) -> Tensor:
-    return type(model).forward(model, x).logits[:, -1]
-
-
 @torch.no_grad()
 def test_results_are_kept() -> None:
     """Logits of a step are not those of the next."""
@@ -294,6 +219,19 @@ def test_results_are_kept() -> None:
     kept = first.clone()
     step(one + 5, one, caches, 1)
     assert torch.equal(first, kept)
+
+
+@torch.inference_mode()
+def test_whole_models_of_a_table_run_through_it(tmp_path: Path) -> None:
+    """With linears that are other backends'."""
+    table = profiled(tmp_path / "t.jsonl", backends=["torch", "ours-cpu"])
+    table.header = table.header.model_copy(update={"runtime": "graph"})
+    model = deploy(build(CONFIG), SPACE.full(), SPACE, table)
+    decode = call_of(model, table.workload, torch.device("cpu"))
+    for _ in range(2):
+        decode()
+    assert isinstance(model.model.layers[0].mlp.down_proj, BackendLinear)
+    assert (model.runtime.prompts, model.runtime.steps) == (1, 2)
 
 
 def test_what_cannot_be_captured_is_noticed() -> None:
