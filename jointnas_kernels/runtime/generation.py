@@ -118,11 +118,15 @@ class Runtime:
         below = [m for m in model.modules() if m is not model]
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in below):
             raise _Unsuited("modules of the model have hooks")
-        state = [*map(id, below), *(t.data_ptr() for m in (model.parameters(), model.buffers()) for t in m)]
-        if self._step is None or state != self._state:
+
+        def state() -> list[int]:
+            return [*map(id, below), *(t.data_ptr() for m in (model.parameters(), model.buffers()) for t in m)]
+
+        if self._step is None or state() != self._state:
             if reason := misfit(model):
                 raise _Unsuited(reason)
-            self._step, self._state = STEPS[model.device.type](model), state
+            self._step = STEPS[model.device.type](model)
+            self._state = state()  # a step may move weights
         return self._step
 
 

@@ -2,7 +2,8 @@
 
 A graph is captured when a batch size is first decoded, and serves all caches and positions of that batch: what differs
 between tokens is copied into its inputs, and where caches are is read from device memory (kernels.py). Products are
-those of the model's own modules, whatever they are, as long as they can be captured; the kernels run all else.
+those of the model's own modules, whatever they are, as long as they can be captured; packed ones that read the same
+are one. The kernels run all else.
 Nothing waits for the device, and a step runs on one stream at a time.
 """
 
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.layout import sliding_windows
+from jointnas_kernels.nn.packed import stack
 from jointnas_kernels.runtime import kernels
 from jointnas_kernels.runtime.step import STAGES, Caches, Step, stage_modules
 
@@ -31,7 +33,7 @@ class Block(NamedTuple):
     post_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
-    products: list[list[nn.Module]]  # of STAGES
+    products: list[list[nn.Module]]  # of STAGES, each a module for every name, or one for all
     window: int  # positions that a token looks back at, itself included; 0: all
     scale: float
 
@@ -94,10 +96,10 @@ class GraphStep(Step):
         super().__init__(model)
         self.captured, self._capture = 0, capture
         self._graphs: dict[int, Graph] = {}
-        # graphs read them where they are now
-        self._kept = [t.detach() for tensors in (model.parameters(), model.buffers()) for t in tensors]
         windows = sliding_windows(model.config)
         self._blocks = [self._block(layer, windows[b] or 0) for b, layer in enumerate(model.model.layers)]
+        # graphs read them where they are now
+        self._kept = [t.detach() for tensors in (model.parameters(), model.buffers()) for t in tensors]
         self._embedding, self._head = model.get_input_embeddings(), model.lm_head
         self._norm, self._epsilon = model.model.norm.weight.detach(), float(model.config.rms_norm_eps)
         with torch.inference_mode(False):
@@ -110,8 +112,14 @@ class GraphStep(Step):
         q_norm, k_norm = (None if norm is None else norm.weight.detach() for norm in norms)
         return Block(
             layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), q_norm, k_norm,
-            [stage_modules(self.model.config, layer, names) for names in STAGES], window, float(attention.scaling),
+            [self._products(layer, names) for names in STAGES], window, float(attention.scaling),
         )  # fmt: skip
+
+    def _products(self, layer: Any, names: tuple[str, ...]) -> list[nn.Module]:
+        """One product for linears that read the same, if it may be."""
+        modules = stage_modules(self.model.config, layer, names)
+        together = stack(modules) if len(modules) > 1 else None
+        return modules if together is None else [together]
 
     def _bind(self, caches: Caches) -> None:
         if self._bound is None or caches.length != self._bound.length:

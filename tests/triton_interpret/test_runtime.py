@@ -136,15 +136,16 @@ def test_batches_with_padding_and_quantized_activations(how: dict[str, Any]) -> 
 
 @torch.no_grad()
 def test_products_of_triton() -> None:
-    """In the layout that is stored, as of groups that the CUDA kernels do not take."""
-    model = tiny_model(num_hidden_layers=1)
-    for path in ("mlp.gate_proj", "mlp.down_proj", "self_attn.v_proj"):
+    """In the layout that is stored, as of groups that the CUDA kernels do not take; q, k, v are one, with biases."""
+    model = tiny_model(family="qwen2", num_hidden_layers=1)
+    for path in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.down_proj"):
         old = model.model.layers[0].get_submodule(path)
         values, of = grid.quantize(old.weight, 4, 16)
         words = pack_weight(grid.integers(values, of), 4)
         linear = PackedLinear(words, of.scale, old.bias, 4, 8, backend="triton")
         model.model.layers[0].set_submodule(path, linear)
     step, x = Emulated(model.requires_grad_(False)), ids(2, 5)
+    assert [len(modules) for modules in step._blocks[0].products] == [1, 1, 2, 1]
     assert (decoded(step, x) - model(x).logits[:, -1]).abs().max() <= 1e-3
 
 
