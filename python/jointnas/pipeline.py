@@ -140,11 +140,11 @@ def measured_latency(
     nn.Module.to(model, device.type, getattr(torch, table.workload.dtype))
     if choice is not None:
         deploy(model, choice, run.space, table, run.supernet.block_rank)
-    elif table.header.runtime == "step":
+    elif table.header.stepped:
         attach(model)
     watch, work = table.watch(), table.workload
     found = measure_model(model, work, threads=device.threads, watch=watch)
-    if table.header.runtime != "step":
+    if not table.header.stepped:
         return found, None
     decode = Workload("decode", 1, work.seq, work.dtype)
     return found, found if work == decode else measure_model(model, decode, threads=device.threads, watch=watch)
