@@ -22,17 +22,18 @@ import yaml
 from pyarrow import parquet
 
 from jointnas import budget, cli, loading
+from jointnas.baselines import methods
 from jointnas.campaign import measuring
 from jointnas.campaign.clock import EVERY, Clock, seconds
-from jointnas.campaign.plan import Shared, Unit, plan, targets_of
+from jointnas.campaign.plan import Shared, Unit, asked_precisions, plan, targets_of
 from jointnas.campaign.schedule import ordered
 from jointnas.campaign.statistics import at, interval, summary
 from jointnas.campaign.worker import Base
-from jointnas.config import dump
+from jointnas.config import CompareConfig, build, dump
 from jointnas.verbs.compare import compare, text
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.watch import Measured
-from jointnas_kernels.space import Choice
+from jointnas_kernels.space import Choice, read_yaml
 from tests.jointnas import campaigns, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +171,13 @@ def test_bad_input_is_one_line_before_any_work(
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jointnas")]
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+def test_examples_name_what_exists(path: Path) -> None:
+    config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
+    assert set(config.compare.methods) <= set(methods.METHODS)
+    assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions or ())
 
 
 # ---- plans and processes --------------------------------------------------------------------------------------------
