@@ -135,7 +135,7 @@ class Bound:
         latency = once[..., None] + self.fixed + per_block @ self.keep
         infeasible = ((1 - allowed).clamp_min(0) @ self.keep) / self.keep.sum(0)
         if self.head is not None:
-            p = probs["head_bits"].double()
+            p = probs["head_bits"].double() if "head_bits" in probs else certain[0]  # the space's only precision
             possible = _spread(self.values, self.head).isfinite().double() @ p  # [*WIDTHS], broadcastable
             head = _spread(self._finite, self.head) @ p / possible.clamp_min(1e-12)
             latency = latency + head[..., None]

@@ -8,6 +8,7 @@ A table adds up operations; a model also spends time between them (module calls,
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -188,7 +189,6 @@ def measure_choices(
     from jointnas_kernels.hf.families import build  # late: reading tables needs no transformers
 
     device, dtype = torch.device(table.header.device.type), getattr(torch, table.workload.dtype)
-    watch = watch or table.watch()
 
     def deployed(choice: Choice) -> nn.Module:
         with torch.random.fork_rng():
@@ -197,17 +197,40 @@ def measure_choices(
         nn.Module.to(model, device, dtype)
         return deploy(model, choice, space, table)
 
+    makers = [functools.partial(deployed, choice) for choice in choices]
+    sizes = [count_params(config, choice) * dtype.itemsize for choice in choices]
+    return measure_in_turns(makers, sizes, table, seconds=seconds, watch=watch)
+
+
+def measure_in_turns(
+    makers: Sequence[Callable[[], nn.Module]], sizes: Sequence[float], table: LatencyTable, *, seconds: float = 0.3,
+    watch: Watch | None = None,
+) -> list[Measured]:
+    """Deployed models, made when there is room for as many of them as possible, each measured in several short turns.
+
+    Args:
+        makers: each makes a model, as `deploy` leaves it.
+        sizes: bytes of each.
+        table: whose workload, device and threads count.
+        seconds: on each model, in all turns.
+        watch: repeats what other processes disturb; None: the table's.
+
+    Raises:
+        JointNASError: a model that should run through the step does not.
+    """
+    device = torch.device(table.header.device.type)
+    watch = watch or table.watch()
+
     def turn(model: nn.Module) -> Measured:
         threads, share = table.header.device.threads, seconds / TURNS
         return measure_model(model, table.workload, threads=threads, seconds=share, samples=3, watch=watch)
 
     found: list[Measured] = []
-    sizes = [count_params(config, choice) * dtype.itemsize for choice in choices]
-    while len(found) < len(choices):
+    while len(found) < len(makers):
         first, held, room = len(found), 0, _free_bytes(device.type) / 3
-        while first + held < len(choices) and (held == 0 or sum(sizes[first : first + held + 1]) < room):
+        while first + held < len(makers) and (held == 0 or sum(sizes[first : first + held + 1]) < room):
             held += 1
-        models = [deployed(choice) for choice in choices[first : first + held]]
+        models = [make() for make in makers[first : first + held]]
         turns = [[turn(model) for model in models] for _ in range(TURNS)]
         found += [_undisturbed(of_one) for of_one in zip(*turns, strict=True)]
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -30,10 +31,20 @@ from jointnas_kernels.space import count_params
 
 log = logging.getLogger(__name__)
 WEIGHT, ARCH, GAP = range(3)  # lanes of random numbers
+Loss = Callable[[Supernet, Batch], Tensor]
 
 
-def optimise(run: Run) -> Found:
-    """Runs, or resumes, the bilevel loop. Checkpoints and metrics go to the run's folder."""
+def cross_entropy(supernet: Supernet, batch: Batch) -> Tensor:
+    """Nats per token."""
+    loss: Tensor | None = supernet(batch.ids, labels=batch.labels).loss
+    assert loss is not None
+    return loss
+
+
+def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
+    """Runs, or resumes, the bilevel loop. Checkpoints and metrics go to the run's folder.
+
+    loss: of a supernet with a drawn sample or a fixed choice on a batch"""
     config, options, supernet = run.config, run.config.search, run.supernet
     objective = Objective(config, run.model_config, run.bound)
     weight_optimizer = torch.optim.AdamW(
@@ -54,11 +65,11 @@ def optimise(run: Run) -> Found:
     began = time.monotonic() - seconds
     curve: list[Tensor] = []  # weight losses since the last metrics
     while step < options.steps and not converged:
-        losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step)}
+        losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step, loss)}
         curve.append(losses["ce_weight"])
         logs: dict[str, Any] = {}
         if step >= options.weight_warmup:
-            losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step)
+            losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step, loss)
         step += 1
         probs = supernet.arch.probs()
         entropy = entropies(probs, run.space, supernet.block_rank)
@@ -67,9 +78,9 @@ def optimise(run: Run) -> Found:
         last = converged or step == options.steps
         shown: dict[str, float | str] = {}
         if step % options.log_every == 0 or last:
-            row = {k: loss.item() for k, loss in losses.items()} | logs | {"entropy": entropy, "entropy_max": largest}
+            row = {k: value.item() for k, value in losses.items()} | logs | {"entropy": entropy, "entropy_max": largest}
             if step % options.gap_every == 0 or last:
-                row |= gap(run, lanes[GAP])
+                row |= gap(run, lanes[GAP], loss)
             row["probs"] = {k: p.detach().tolist() for k, p in probs.items()}
             row["losses"] = torch.stack(curve).tolist()
             curve = []
@@ -98,29 +109,32 @@ def capture(run: Run) -> None:
         log.warning("CUDA graphs do not fit into the device's memory: steps run without them, and slower")
 
 
-def weight_step(run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int) -> Tensor:
+def weight_step(
+    run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int, loss: Loss = cross_entropy
+) -> Tensor:
     """Trains LoRA on one batch; the loss."""
     supernet = run.supernet.mode("weight").relax()
     supernet.draw(seeded(run.config.seed, step, WEIGHT))
-    loss = _loss(supernet, batches.at(step, supernet.device))
-    _update(optimizer, loss, supernet.lora_parameters(), run.config.search.clip_weight)
-    return loss.detach()
+    ce = loss(supernet, batches.at(step, supernet.device))
+    update(optimizer, ce, supernet.lora_parameters(), run.config.search.clip_weight)
+    return ce.detach()
 
 
 def arch_step(
-    run: Run, objective: Objective, optimizer: torch.optim.Optimizer, batches: Batches, step: int
+    run: Run, objective: Objective, optimizer: torch.optim.Optimizer, batches: Batches, step: int,
+    loss: Loss = cross_entropy,
 ) -> tuple[Tensor, dict[str, float]]:
     """Trains the architecture on one batch; the loss and the parts of the objective."""
     supernet = run.supernet.mode("arch").relax()
     supernet.draw(seeded(run.config.seed, step, ARCH))
-    loss = _loss(supernet, batches.at(step, supernet.device))
+    ce = loss(supernet, batches.at(step, supernet.device))
     regularizer, logs = objective.regularizer(supernet.arch.probs(), step)
-    total = loss + regularizer.to(loss.device, loss.dtype)
-    _update(optimizer, total, supernet.arch_parameters(), run.config.search.clip_arch)
-    return loss.detach(), logs
+    update(optimizer, ce + regularizer.to(ce.device, ce.dtype), supernet.arch_parameters(), run.config.search.clip_arch)
+    return ce.detach(), logs
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[torch.nn.Parameter], clip: float) -> None:
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[torch.nn.Parameter], clip: float) -> None:
+    """One step of an optimizer, the norm of the gradients clipped."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, clip)
@@ -128,7 +142,7 @@ def _update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[tor
 
 
 @torch.no_grad()
-def gap(run: Run, batches: Batches) -> dict[str, float]:
+def gap(run: Run, batches: Batches, loss: Loss = cross_entropy) -> dict[str, float]:
     """Discretisation gap: CE of the most probable choice minus relaxed CE, on the same batches every time. The relaxed
     loss flatters undecided widths, so it is the gap that tells how much the search's own numbers can be trusted."""
     supernet = run.supernet
@@ -137,17 +151,11 @@ def gap(run: Run, batches: Batches) -> dict[str, float]:
     for i in range(count):
         batch = batches.at(i, supernet.device)
         supernet.relax().draw(seeded(run.config.seed, i, GAP))
-        relaxed += _loss(supernet, batch).item() / count
+        relaxed += loss(supernet, batch).item() / count
         supernet.fix(supernet.argmax())
-        discrete += _loss(supernet, batch).item() / count
+        discrete += loss(supernet, batch).item() / count
     supernet.relax()
     return {"ce_relaxed": relaxed, "ce_argmax": discrete, "gap": discrete - relaxed}
-
-
-def _loss(supernet: Supernet, batch: Batch) -> Tensor:
-    loss: Tensor | None = supernet(batch.ids, labels=batch.labels).loss
-    assert loss is not None
-    return loss
 
 
 def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds: float) -> Found:
@@ -160,7 +168,7 @@ def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds:
     )  # fmt: skip
     log.log(logging.WARNING if part["advice"] else logging.INFO, "%s", convergence.sentence(part))
     check = Feasibility(run.model_config, run.bound, objective.limits)
-    argmax = run.supernet.argmax()
+    argmax = run.as_deployed(run.supernet.argmax())
     violations = check.violations(argmax)
     choice = argmax
     if violations:

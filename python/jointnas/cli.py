@@ -36,8 +36,10 @@ VERBS = {
     "generate": "text from a model, and how fast it comes",
     "eval": "perplexity and tasks of a model, or of a run's models",
     "report": "draw a run's plots and report.html",
-    "compare": "the found choice against random ones of its cost",
+    "compare": "the joint search against sequential pipelines and other baselines, at one budget",
 }
+CONFIGURED = ("search", "compare")  # verbs that take a whole configuration
+SHORT = {"--space": "--space.base", "--metric": "--latency.metric", "--processes": "--compare.processes"}
 SECTION_FILES = (".yaml", ".yml", ".json")  # what may stand for a whole section
 # arguments that need no option's name: how many, and what they are
 POSITIONAL: dict[str, tuple[str | None, str]] = {
@@ -101,25 +103,30 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
     """Calls a verb's function and prints what it returns, as its module's `text` says it."""
     from transformers.utils.logging import disable_progress_bar
 
-    from jointnas.config import RunConfig, build
+    from jointnas.config import build
 
     disable_progress_bar()  # one bar at a time: ours
     function = function_of(verb)
-    result = function(build(RunConfig, values)) if verb == "search" else function(**values)
+    result = function(build(schema_of(verb), values)) if verb in CONFIGURED else function(**values)
     print(getattr(sys.modules[function.__module__], "text", str)(result))
+
+
+def schema_of(verb: str) -> Any:
+    """The configuration that a verb takes as a whole."""
+    from jointnas.config import CompareConfig, RunConfig
+
+    return CompareConfig if verb == "compare" else RunConfig
 
 
 def parser_of(verb: str) -> Any:
     """The jsonargparse parser of one verb, made from its function's signature."""
     import jsonargparse
 
-    from jointnas.config import RunConfig
-
     function = function_of(verb)
     parser = jsonargparse.ArgumentParser(prog=f"jointnas {verb}", description=VERBS[verb], exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags after it override it")
-    if verb == "search":
-        parser.add_class_arguments(RunConfig, as_group=False)
+    if verb in CONFIGURED:
+        parser.add_class_arguments(schema_of(verb), as_group=False)
         return parser
     names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
     for name in names:
@@ -143,7 +150,7 @@ def descriptions(function: Callable[..., Any]) -> dict[str, str]:
 def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
     """Values of a verb's arguments; None if --help or --print_config was all that was asked for."""
     parser = parser_of(verb)
-    arguments = normalise(arguments)
+    arguments = normalise(arguments, "auto" if verb in CONFIGURED else "true")
     check_options(parser, verb, arguments)
     try:
         namespace = parser.parse_args(arguments)
@@ -154,7 +161,7 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
     except (argparse.ArgumentError, ValueError, TypeError) as error:  # without pydantic's pointer to its documentation
         lines = [line.strip() for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
         raise JointNASError(f"{verb}: {' '.join(line for line in lines if line)}") from None
-    if verb == "search":
+    if verb in CONFIGURED:
         values: dict[str, Any] = namespace.as_dict()
     else:
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # renamed in jsonargparse 4.49
@@ -163,17 +170,17 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
     return values
 
 
-def normalise(arguments: list[str]) -> list[str]:
-    """Dashes in names are underscores, `--space NAME` is `--space.base NAME`, `--metric` is `--latency.metric`, and
-    `--resume`, `--force` and `--adapters` alone are true; `~` is the home folder behind `=`, too."""
+def normalise(arguments: list[str], resume: str = "true") -> list[str]:
+    """Dashes in names are underscores, names of SHORT stand for longer ones, `--force` and `--adapters` alone are true,
+    and `--resume` alone is what the verb calls that; `~` is the home folder behind `=`, too."""
     found: list[str] = []
     for argument, after in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
-            name = {"--space": "--space.base", "--metric": "--latency.metric"}.get(name, name)
+            name = SHORT.get(name, name)
             if name in ("--resume", "--force", "--adapters") and not equals and after.startswith("--"):
-                equals, value = "=", "true"
+                equals, value = "=", resume if name == "--resume" else "true"
             argument = name + equals + os.path.expanduser(value)
         found.append(os.path.expanduser(argument))
     return found
@@ -181,7 +188,8 @@ def normalise(arguments: list[str]) -> list[str]:
 
 def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
     """Unknown options and unknown keys of configuration files, with the nearest known one."""
-    from jointnas.config import load
+    from jointnas.config import build
+    from jointnas_kernels.space import read_yaml
 
     known = [o for o in parser._option_string_actions if o.startswith("--")]
     for i, argument in enumerate(arguments):
@@ -191,8 +199,8 @@ def check_options(parser: Any, verb: str, arguments: list[str]) -> None:
             near = [o for o in known if o.rpartition(".")[0] == section] or [o for o in known if "." not in o]
             raise unknown("option", name, near, where=f"jointnas {verb}")
         following = value if equals else "".join(arguments[i + 1 : i + 2])
-        if name == "--config" and verb == "search" and following:
-            load(following)
+        if name == "--config" and verb in CONFIGURED and following:
+            build(schema_of(verb), read_yaml(following, "configuration file"), where=following)
         inside = [o for o in known if o.startswith(f"{name}.")]
         if inside and following and not following.startswith("{") and Path(following).suffix not in SECTION_FILES:
             raise JointNASError(f"jointnas {verb}: {name} is a section; set its parts: {', '.join(inside)}")

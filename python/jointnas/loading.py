@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -29,6 +29,7 @@ KNOWN: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+R = TypeVar("R", bound=RunConfig)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 
 
@@ -71,7 +72,7 @@ def device_type(config: ModelConfig) -> str:
     return config.device.partition(":")[0]
 
 
-def resolve(config: RunConfig) -> RunConfig:
+def resolve(config: R) -> R:
     """The configuration with what every `auto` device and dtype means on this machine; it is this that a run keeps."""
     model = resolve_model(config.model)
     latency = config.latency

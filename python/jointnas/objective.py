@@ -38,6 +38,10 @@ from jointnas_kernels.space import (
 Probs = Mapping[str, Tensor]
 
 
+class Infeasible(JointNASError):
+    """No choice satisfies the limits."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Hard limits of the final choice; infinite or zero where there is none."""
@@ -184,7 +188,7 @@ class Feasibility:
             if found is not None and (best is None or score + found[0] > best[0]):
                 best = score + found[0], found[1]
         if best is None:
-            raise JointNASError(self._nothing())
+            raise Infeasible(self._nothing())
         return best[1]
 
     def _nothing(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from jointnas.results import Row
 from jointnas.run_folder import Run, final_folder, found_choice, write_json
 from jointnas.tasks import Tasks, load_tasks
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency import Workload, deploy, describe, measure_model
+from jointnas_kernels.latency import LatencyTable, Workload, deploy, describe, measure_model
 from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.runtime import attach
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
@@ -135,19 +136,35 @@ def measured_latency(
 
     The model's linears are replaced: it is of no use afterwards."""
     table, device = run.table, run.table.header.device
-    if describe(device.type if device.type == "cpu" or torch.cuda.is_available() else "cpu", device.threads) != device:
+    if not is_here(table):
         return None, None
-    nn.Module.to(model, device.type, getattr(torch, table.workload.dtype))
-    if choice is not None:
-        deploy(model, choice, run.space, table, run.supernet.block_rank)
-    elif table.header.stepped:
-        attach(model)
+    deployed(model, choice, run.space, table, run.supernet.block_rank)
     watch, work = table.watch(), table.workload
     found = measure_model(model, work, threads=device.threads, watch=watch)
     if not table.header.stepped:
         return found, None
     decode = Workload("decode", 1, work.seq, work.dtype)
     return found, found if work == decode else measure_model(model, decode, threads=device.threads, watch=watch)
+
+
+def is_here(table: LatencyTable) -> bool:
+    """Whether this machine has the table's device."""
+    device = table.header.device
+    kind = device.type if torch.cuda.is_available() else "cpu"
+    return describe(kind, device.threads) == device
+
+
+def deployed(
+    model: nn.Module, choice: Choice | None, space: SearchSpace, table: LatencyTable, block_rank: Sequence[int]
+) -> nn.Module:
+    """The model on the table's device, in its dtype, with its kernels, ready to be measured; choice None: the original.
+    In place: its weights are of no use afterwards."""
+    nn.Module.to(model, table.header.device.type, getattr(torch, table.workload.dtype))
+    if choice is not None:
+        deploy(model, choice, space, table, block_rank)
+    elif table.header.stepped:
+        attach(model)
+    return model
 
 
 def quality(

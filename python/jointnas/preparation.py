@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jointnas.config import RunConfig
 from jointnas.data import Batches, Streams
 from jointnas.initialise import calibration_windows, initialise
 from jointnas.objective import Feasibility, Limits
+from jointnas.precision import Precision
 from jointnas.run_folder import Run, found_choice, load_supernet, read_config
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, feasible_space, importance_scores
@@ -26,11 +28,13 @@ MISS, TRIES = 0.25, 2  # mean relative error of a calibration that is of no use;
 
 def prepare(
     config: RunConfig, model: torch.nn.Module | None = None, streams: Streams | None = None,
-    table: LatencyTable | None = None,
+    table: LatencyTable | None = None, after: Precision | None = None, quantizers: Path | None = None,
 ) -> Run:  # fmt: skip
     """Loads model, data and table as configured (or takes given ones), and converts the model to a supernet.
 
-    The model is converted in place."""
+    The model is converted in place. With `after` the supernet has no bits, and the latencies that count are those of
+    models at that precision: a search to be followed by quantization. Initialised quantizers are kept in `quantizers`,
+    None: in the run's folder."""
     if model is not None and config.model.device == "auto":
         own = config.model.model_copy(update={"device": str(next(model.parameters()).device)})
         config = config.model_copy(update={"model": own})
@@ -48,20 +52,25 @@ def prepare(
         table = load_table(config, space, model.config)
     restricted, unsupported = table.restrict(space)
     _warn(unsupported)
-    check_limits(config, model.config, table, restricted)
+    deployed = None if after is None else after.of(restricted)
+    check_limits(config, model.config, table, deployed or restricted)
+    if deployed is not None:
+        restricted = replace(restricted, weight_bits=None, act_bits=None, head_bits=None)
     torch.manual_seed(config.seed)  # LoRA's A
     options = config.search
     importance = None
     if options.importance:
         batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed, streams.bos)
         importance = importance_scores(model, [batches.at(i).ids for i in range(options.importance_batches)])
+        if options.depth == "last":
+            importance = replace(importance, blocks=-torch.arange(len(importance.blocks)).float())
     supernet = convert(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, alpha_init=options.alpha_init,
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
-    initialise_quantizers(config, supernet, streams)
-    return Run(config, Path(config.out), supernet, streams, table, restricted, removed + unsupported)
+    initialise_quantizers(config, supernet, streams, quantizers or Path(config.out) / "quantizers")
+    return Run(config, Path(config.out), supernet, streams, table, restricted, removed + unsupported, after)
 
 
 def _warn(removed: list[str]) -> None:
@@ -79,16 +88,15 @@ def open_run(run: str | Path, searched: bool = True) -> Run:
     return opened
 
 
-def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Streams) -> None:
-    """As configured; methods that need data keep their blocks in the run's folder, so that they run once."""
+def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Streams, folder: Path) -> None:
+    """As configured; methods that need data keep their blocks in the folder, so that they run once."""
     method, options = config.quantizer.init, config.quantizer.options
     if method == "rtn":
         initialise(supernet, method, options=options, progress=False)
         return
     windows = calibration_windows(streams.weight, options, config.data.seq_len, config.seed, streams.bos)
     initialise(
-        supernet, method, windows, options=options, folder=Path(config.out) / "quantizers", progress=config.progress,
-        seed=config.seed,
+        supernet, method, windows, options=options, folder=folder, progress=config.progress, seed=config.seed,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from jointnas.config import RunConfig, dump, load
 from jointnas.data import Streams
 from jointnas.metrics import flat
 from jointnas.objective import original_params
+from jointnas.precision import Precision
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
@@ -50,6 +51,7 @@ class Run:
     table: LatencyTable
     space: SearchSpace  # without bits that the device cannot run
     removed: list[str]
+    after: Precision | None = None  # which models get after a search without bits
 
     @property
     def model_config(self) -> Any:
@@ -57,9 +59,18 @@ class Run:
         return self.supernet.config
 
     @property
+    def deployed(self) -> SearchSpace:
+        """The space of what runs in the end."""
+        return self.space if self.after is None else self.after.of(self.space)
+
+    @property
     def bound(self) -> Bound:
-        """The table over the run's space and ranked blocks."""
-        return self.table.bind(self.space, self.supernet.block_rank)
+        """The table over that space and the ranked blocks."""
+        return self.table.bind(self.deployed, self.supernet.block_rank)
+
+    def as_deployed(self, choice: Choice) -> Choice:
+        """A choice of the supernet with the bits that it gets after the search, if it gets any."""
+        return choice if self.after is None else self.after.on(choice, self.space.depth)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,7 @@ def write_start(run: Run) -> None:
         "original_params": original_params(run.model_config), "bos": run.streams.bos is not None,
     }  # fmt: skip
     write_json(run.folder / "env.json", environment)
-    (run.folder / "config.yaml").write_text(dump(run.config))
+    write_text(run.folder / "config.yaml", dump(run.config))
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -119,9 +130,17 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes plain values; folders are made."""
+    """Writes plain values as `write_text`."""
+    write_text(path, json.dumps(value, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    checkpoint.fsync(temporary)
+    os.replace(temporary, path)
 
 
 def new(out: str, kind: Literal["file", "folder"] = "folder") -> Path:

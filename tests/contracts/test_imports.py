@@ -25,6 +25,7 @@ LATE = [
     ("jointnas", "lm_eval", "optional: tasks; loads for seconds"),
     ("jointnas", "matplotlib", "optional: plots"),
     ("jointnas", "pyarrow", "optional: Parquet files"),
+    ("jointnas", "scipy", "optional: bits by integer programming"),
     ("jointnas", "torch.utils.tensorboard", "optional: logs"),
     ("jointnas", "transformers", "`import jointnas` and the command line's help stay fast"),
     ("jointnas.cli", "", "a verb's help and errors do not wait for torch"),

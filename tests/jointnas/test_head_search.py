@@ -110,10 +110,10 @@ def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     optimise(tiny.start(config["whole"]))
     step = bilevel.arch_step
 
-    def killed(run: Any, objective: Any, optimizer: Any, batches: Any, at: int) -> Any:
+    def killed(run: Any, objective: Any, optimizer: Any, batches: Any, at: int, loss: Any) -> Any:
         if at == 7:
             raise KeyboardInterrupt
-        return step(run, objective, optimizer, batches, at)
+        return step(run, objective, optimizer, batches, at, loss)
 
     monkeypatch.setattr(bilevel, "arch_step", killed)
     with pytest.raises(KeyboardInterrupt):

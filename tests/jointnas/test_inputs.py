@@ -468,7 +468,7 @@ def test_records(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert perplexity("m", f"my data/{file}", capsys)["perplexity"] > 1
 
 
-@pytest.mark.parametrize("verb", ["eval", "export", "finetune", "compare", "fetch", "profile", "demo", "quantize"])
+@pytest.mark.parametrize("verb", ["eval", "export", "finetune", "fetch", "profile", "demo", "quantize"])
 def test_help_says_what_options_mean(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run([verb, "--help"], capsys)
     said = cli.descriptions(cli.function_of(verb))

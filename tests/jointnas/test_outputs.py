@@ -15,6 +15,7 @@ from tests.latency.tables import synthetic
 
 WRITERS = {
     "search": ["search"],
+    "compare": ["compare"],
     "demo": ["demo"],
     "quantize": ["quantize", "--method=rtn"],
     "profile": ["profile", "--progress=false"],
@@ -26,7 +27,7 @@ WRITERS = {
     "bench-step": ["bench", "step", "--tiny", "--device=cpu"],
     "bench-search": ["bench", "search", "--table={root}/good.jsonl"],
 }
-IN_A_RUN = {"eval": [], "finetune": ["--run"], "compare": ["--run"], "report": ["--run"]}
+IN_A_RUN = {"eval": [], "finetune": ["--run"], "report": ["--run"]}
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""What a found model is compared with, one file each: choices of the same space that were not searched for."""
+"""What a joint search is compared with, one method a file, on the same supernet, data, table and budget (`methods`)."""

@@ -1,20 +1,24 @@
-"""Random choices that cost what the found one costs."""
+"""Random choices that cost what the found one costs, or as much as a target allows."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+from jointnas.baselines.context import Context, Picked
+from jointnas.objective import Feasibility, Infeasible, Limits
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.space import Choice, count_params, kept_blocks
 
 RANDOM = 7  # lane of random numbers
+SHARE = 0.9  # of the target that a random choice uses at least
+TRIES = 200_000
 
 
 def random_choices(
-    found: Choice, bound: Bound, model_config: Any, count: int, seed: int = 0, width: float = 0.1, tries: int = 200_000
+    found: Choice, bound: Bound, model_config: Any, count: int, seed: int = 0, width: float = 0.1, tries: int = TRIES
 ) -> list[Choice]:
     """Random choices with the latency and parameters of `found`, each within ± `width` of it, all different.
 
@@ -54,3 +58,15 @@ def canonical(choice: Choice, bound: Bound) -> Choice:
         weight_bits=highest(choice.weight_bits, bound.space.sizes("weight_bits")),
         act_bits=highest(choice.act_bits, bound.space.sizes("act_bits")),
     )
+
+
+def random(context: Context) -> Picked:
+    """The next of the random choices that use nearly all of the target."""
+    run = context.run()
+    limits, generator = Limits.of(run.config, run.model_config), seeded(run.config.seed, RANDOM, context.number)
+    check = Feasibility(run.model_config, run.bound, limits)
+    for _ in range(TRIES):
+        choice = canonical(run.space.sample(generator), run.bound)
+        if not check.violations(choice) and run.bound.predict(choice) >= SHARE * limits.latency_max:
+            return Picked(run, choice)
+    raise Infeasible(f"none of {TRIES:,} random choices takes {SHARE:.0%} to 100 % of {limits.latency_max:g} ms")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jointnas.baselines.context import Context, Picked
+from jointnas.objective import Infeasible
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.space import Choice
@@ -23,3 +25,15 @@ def single_precisions(bound: Bound, most: int = 3) -> list[tuple[str, Choice]]:
             if fast:
                 found.append((f"W{w}A{a}", choice))
     return found[:most]
+
+
+def uniform(context: Context) -> Picked:
+    """The original architecture at the precision."""
+    run, precision = context.run(), context.precision
+    assert precision is not None
+    choice = precision.on(run.space.full(), run.space.depth)
+    try:
+        run.bound.predict(choice)
+    except JointNASError as error:
+        raise Infeasible(str(error)) from None
+    return Picked(run, choice)

@@ -1,51 +1,115 @@
-"""`compare`: is the search worth it? The found choice against random ones of its cost."""
+"""`compare`: does the joint search beat what it should beat? Methods × targets × seeds at one budget."""
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict
+import logging
+from pathlib import Path
 from typing import Any
 
-from jointnas.baselines.random_choices import random_choices
-from jointnas.pipeline import score
-from jointnas.preparation import open_run
-from jointnas.run_folder import found_choice, write_json
-from jointnas_kernels.errors import writable
+from jointnas import loading
+from jointnas.campaign import measuring, records, schedule
+from jointnas.campaign.plan import plan, targets_of
+from jointnas.campaign.statistics import summary
+from jointnas.campaign.worker import TABLE, Base, ended
+from jointnas.config import CompareConfig, build, dump
+from jointnas.metrics import flat
+from jointnas.pipeline import ready_tasks
+from jointnas.preparation import measure_table
+from jointnas.results import aligned
+from jointnas.run_folder import read_json, write_json, write_text
+from jointnas_kernels.errors import JointNASError, writable
+from jointnas_kernels.hf import feasible_space
+from jointnas_kernels.progress import Progress
+from jointnas_kernels.space import read_yaml
+
+log = logging.getLogger(__name__)
+JOINT = "joint"
+GROWS = ("methods", "targets_ms", "target_shares", "seeds", "precisions", "randoms")  # what more may be asked for later
+FREE: Any = {
+    "out": True, "resume": True, "progress": True, "tensorboard": True,
+    "compare": {*GROWS, "processes", "exhaustive_most", "confidence"}, "data": {"cache"},
+}  # fmt: skip
 
 
-def compare(run: str, count: int = 8, seed: int = 0, width: float = 0.1) -> dict[str, Any]:
-    """Fine-tunes the found choice of a run folder and random ones of its cost, all from the original weights.
+def compare(config: CompareConfig) -> Path:
+    """Finds, fine-tunes, exports and evaluates a model per method, target, precision and seed, all with the same number
+    of trained tokens, and measures them all in turns; returns the campaign's folder.
+
+    It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, targets or seeds may be
+    asked for.
 
     Args:
-        run: run folder of a search.
-        count: random architectures.
-        seed: of the random architectures and of the fine-tuning.
-        width: how far their latency and parameters may be from the found model's, as a share.
-
-    Returns:
-        Scores (`pipeline.Scored`) of the found and the random choices, also written to RUN/compare.json.
+        config: of a search, and what is compared.
 
     Raises:
-        JointNASError: it is no run folder, or the space has too few such choices.
+        JointNASError: bad input, or a folder that holds another campaign or cannot be made.
     """
-    writable(run, what="run")
-    opened = open_run(run, searched=False)
-    found = found_choice(opened.folder)
-    others = random_choices(found, opened.bound, opened.model_config, count, seed, width)
-    own, *rows = [asdict(score(opened, choice, seed)) for choice in (found, *others)]
-    result = {
-        "found": own,
-        "random": rows,
-        "median_random": statistics.median(r["ce"] for r in rows),
-        "better_than": sum(own["ce"] < r["ce"] for r in rows),
-    }
-    write_json(opened.folder / "compare.json", result)
-    return result
+    out, options = writable(config.out), config.compare
+    _check_folder(config)
+    config = loading.resolve(config)
+    model_config = loading.model_config(config.model)
+    loading.check_unquantized(model_config, config.model)
+    ready_tasks(config)
+    if config.latency.table is None:
+        space, _ = feasible_space(model_config, config.space.build())
+        measure_table(config, space, model_config, out / TABLE)
+    base = Base.load(config)
+    units = plan(config, base.space, base.table, model_config)
+    write_text(out / "config.yaml", dump(config))
+    tasks = schedule.ordered(units)
+    left = [task for task in tasks if not ended(base, task)]
+    log.info("%d models; %d of %d tasks to do, on %d processes", len(units), len(left), len(tasks), options.processes)
+    bar = Progress("compare", len(tasks), len(tasks) - len(left), config.progress)
+    for task in schedule.run(base, left):
+        records.write(out, records.rows_of(out, units))
+        bar.step(task=task.name)
+    bar.close()
+    rows = records.rows_of(out, units)
+    found = measuring.measured(base, rows)
+    rows = [{**row, **found.get(row["unit"], {})} for row in rows]
+    records.write(out, rows)
+    reference = JOINT if JOINT in options.methods else options.methods[0]
+    targets = targets_of(config, base.space, base.table)
+    write_json(out / "summary.json", summary(rows, targets, reference, options.confidence))
+    return out
 
 
-def text(result: dict[str, Any]) -> str:
+def text(folder: Path) -> str:
     """What the command prints."""
-    return (
-        f"found: {result['found']['ce']:.4f} nats per token; better than {result['better_than']} of "
-        f"{len(result['random'])} random architectures of its cost (median {result['median_random']:.4f})"
-    )
+    found = read_json(folder / "summary.json")
+    lines = [f"{found['models']} models, {found['infeasible']} infeasible; {found['latency'].replace('_', ' in ')}"]
+    for kind in ("cross_entropy", "error"):
+        if kind not in found:
+            continue
+        own = found["reference"]
+        header = ["method", "hypervolume", f"{own} - it"]
+        header += [part for ms in found["targets_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
+        cells = []
+        for name, of in found[kind]["methods"].items():
+            cells.append([name, _shown(of["hypervolume"]), _shown(of["reference_minus_it"])])
+            for quality, speed in zip(of["at_latency"], of["at_quality"], strict=True):
+                cells[-1] += [_shown(quality["quality"]), _shown(speed["speed_up"])]
+        lines += ["", *aligned(header, cells)]
+    return "\n".join([*lines, "", f"rows: {folder / 'results.jsonl'}"])
+
+
+def _shown(of: dict[str, Any]) -> str:
+    if of["mean"] is None:
+        return "–"
+    return f"{of['mean']:.3f}" + ("" if of["low"] is None else f" [{of['low']:.3f}, {of['high']:.3f}]")
+
+
+def _check_folder(config: CompareConfig) -> None:
+    """Raises if the folder holds a campaign that this configuration does not continue."""
+    path = Path(config.out) / "config.yaml"
+    if not path.is_file():
+        return
+    if config.resume == "never":
+        raise JointNASError(f"{config.out} already holds a campaign; pass --resume to continue it, or another --out")
+    old = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
+    before, now = (dict(flat(loading.resolve(c).model_dump(mode="json", exclude=FREE))) for c in (old, config))
+    for key in sorted(before):
+        if before[key] != now[key]:
+            raise JointNASError(
+                f"{config.out} holds another campaign: {'.'.join(key)} was {before[key]!r}, is {now[key]!r}"
+            )

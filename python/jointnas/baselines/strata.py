@@ -1,0 +1,99 @@
+"""Structures of a space by their number of parameters, and their losses.
+
+Most structures of a space are small: of those drawn uniformly hardly any has the size that is wanted. So the range of
+parameters is cut into K equal strata, and each gives as many candidates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from jointnas import budget
+from jointnas.bilevel import cross_entropy
+from jointnas.data import Batches
+from jointnas.objective import Infeasible, Limits
+from jointnas.precision import Precision
+from jointnas.run_folder import Run, read_json, write_json
+from jointnas_kernels.nn.choices import seeded
+from jointnas_kernels.space import Choice, structure_params
+
+CANDIDATES, LOSSES = 11, 12  # lanes of random numbers
+
+
+def structures(run: Run, precision: Precision | None = None) -> dict[Choice, float]:
+    """Structures, without bits, that satisfy the limits of a run at a precision, and their parameters; None: at that of
+    what it deploys. Without a target latency does not count.
+
+    Raises:
+        Infeasible: there are none.
+    """
+    space = run.deployed if precision is None else precision.of(run.space)
+    limits = Limits.of(run.config, run.model_config)
+    params = structure_params(run.model_config, space)
+    fits = (params >= limits.params_min) & (params <= limits.params_max)
+    if limits.latency_max < math.inf:
+        bound = run.table.bind(space, run.supernet.block_rank)
+        found = bound.structures({"blocks": torch.ones(len(space.blocks))})
+        fits &= (found.latency <= limits.latency_max) & (found.infeasible <= 0)
+    sizes, fit = (of[space.allowed].flatten().tolist() for of in (params, fits))
+    kept = {choice: size for choice, size, ok in zip(space.structures(), sizes, fit, strict=True) if ok}
+    if not kept:
+        at = precision or run.after
+        raise Infeasible(f"no structure of the space satisfies the limits{'' if at is None else f' at {at}'}")
+    return kept
+
+
+def strata(sizes: dict[Choice, float], count: int) -> list[list[Choice]]:
+    """Structures in `count` equal ranges of parameters, smallest first; empty ones are left out."""
+    low, high = min(sizes.values()), max(sizes.values())
+    found: list[list[Choice]] = [[] for _ in range(count)]
+    for choice, size in sizes.items():
+        place = 0 if high == low else int((size - low) / (high - low) * count)
+        found[min(place, count - 1)].append(choice)
+    return [stratum for stratum in found if stratum]
+
+
+def candidates(groups: Sequence[Sequence[Choice]], count: int, seed: int) -> list[list[Choice]]:
+    """At most `count` random ones of each stratum."""
+    return [
+        [group[i] for i in torch.randperm(len(group), generator=seeded(seed, CANDIDATES, number))[:count].tolist()]
+        for number, group in enumerate(groups)
+    ]
+
+
+class Losses:
+    """Cross-entropies, nats per token, of choices of a run's supernet as it is, on the same batches of the
+    architecture's data. What is known stands in a file: a resumed search does not compute it again."""
+
+    def __init__(self, run: Run, path: Path, batches: int) -> None:
+        self.run, self.path, self.count = run, path, batches
+        self.known: dict[str, float] = read_json(path) or {}
+        data = run.config.data
+        seed = run.config.seed * 4 + 1  # windows as the architecture's of a search
+        self._batches = Batches(run.streams.arch, data.batch_size, data.seq_len, seed, run.streams.bos)
+
+    @property
+    def tokens(self) -> int:
+        """That went through the model."""
+        return len(self.known) * self.count * budget.batch(self.run.config)
+
+    @torch.no_grad()
+    def of(self, choice: Choice) -> float:
+        """Of a choice of the supernet's space."""
+        key = json.dumps(choice.to_dict())
+        if key not in self.known:
+            supernet = self.run.supernet.fix(choice)
+            batches = (self._batches.at(i, supernet.device) for i in range(self.count))
+            self.known[key] = sum(cross_entropy(supernet, batch).item() for batch in batches) / self.count
+            supernet.relax()
+            write_json(self.path, self.known)
+        return self.known[key]
+
+    def best(self, choices: Iterable[Choice]) -> Choice:
+        """The one of least loss."""
+        return min(choices, key=self.of)

@@ -1,0 +1,41 @@
+"""The rows of a campaign as files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jointnas.campaign.plan import Unit, folder_of
+from jointnas.campaign.worker import ROW
+from jointnas.run_folder import read_json, write_text
+
+log = logging.getLogger(__name__)
+
+
+def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """Of the units that have ended, in the order of the plan."""
+    return [row for unit in units if (row := read_json(folder_of(out, unit) / ROW)) is not None]
+
+
+def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """results.jsonl, and results.parquet where pyarrow is installed; lists and mappings stand in it as JSON."""
+    write_text(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        log.info("no results.parquet: it needs the `pyarrow` package")
+        return
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    flat = [{name: _plain(row.get(name)) for name in names} for row in rows]
+    temporary = out / f".results.parquet.{os.getpid()}.tmp"
+    parquet.write_table(pyarrow.Table.from_pylist(flat), temporary)
+    os.replace(temporary, out / "results.parquet")
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (dict, list)) else value

@@ -1,0 +1,134 @@
+"""What the rows of a campaign say: fronts, hypervolumes, quality at fixed latency, speed-up at fixed quality.
+
+A method's models are those of all its precisions and targets; per seed they have one front. Between the points of a
+front quality is read off by straight lines. Intervals are bootstrapped over seeds, and there are none of a single seed;
+differences and ratios are taken between models of the same seed.
+
+Quality is what is to be small: cross-entropy in nats per token, or the error, 1 - mean accuracy of the tasks.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jointnas.campaign.plan import ORIGINAL
+from jointnas.results import hypervolume, pareto
+
+RESAMPLES = 10_000
+Row = Mapping[str, Any]
+Point = tuple[float, float]  # ms, quality
+Fronts = dict[int, list[Point]]  # by seed
+
+
+def latency_of(rows: Sequence[Row]) -> str:
+    """The column that all models have: measured_ms, or else predicted_ms."""
+    return "measured_ms" if all(row.get("measured_ms") is not None for row in rows) else "predicted_ms"
+
+
+def error(row: Row) -> float | None:
+    """1 - mean accuracy over the tasks of a row; None without tasks."""
+    found = [task["acc"] for task in row["tasks"].values()]
+    return 1 - statistics.mean(found) if found else None
+
+
+def summary(rows: Sequence[Row], targets: Sequence[float], reference: str, confidence: float) -> dict[str, Any]:
+    """Everything, by quality and method; `reference`: the method that all others are compared with."""
+    done = [row for row in rows if row["status"] == "done"]
+    column = latency_of(done)
+    found: dict[str, Any] = {
+        "reference": reference, "latency": column, "targets_ms": list(targets), "confidence": confidence,
+        "models": len(done), "infeasible": sum(row["status"] == "infeasible" for row in rows),
+    }  # fmt: skip
+    kinds: dict[str, Callable[[Row], float | None]] = {"cross_entropy": lambda row: row["ce"], "error": error}
+    for kind, quality in kinds.items():
+        points = [(row, (row[column], value)) for row in done if (value := quality(row)) is not None]
+        if points:
+            found[kind] = _of_quality([(row, (float(x), float(y))) for row, (x, y) in points], found)
+    return found
+
+
+def _of_quality(points: Sequence[tuple[Row, Point]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    places = [point for _, point in points]
+    corner = tuple(max(p[i] for p in places) * 1.01 for i in (0, 1))
+    best = tuple(min(p[i] for p in places) for i in (0, 1))
+    area = math.prod(far - near for far, near in zip(corner, best, strict=True))
+    fronts = _fronts(points)
+    own = fronts.get(facts["reference"], {})
+    levels = [statistics.mean(known) if (known := _known(at(front, ms) for front in own.values())) else None
+              for ms in facts["targets_ms"]]  # fmt: skip
+    confidence = facts["confidence"]
+    methods = {}
+    for name, front in fronts.items():
+        volumes = {seed: hypervolume(of, (corner[0], corner[1])) / area for seed, of in front.items()}
+        both = sorted(own.keys() & front.keys())
+        others = {seed: hypervolume(own[seed], (corner[0], corner[1])) / area for seed in both}
+        methods[name] = {
+            "hypervolume": interval(list(volumes.values()), confidence),
+            "reference_minus_it": interval([others[seed] - volumes[seed] for seed in both], confidence),
+            "at_latency": [_at_latency(own, front, both, ms, confidence) for ms in facts["targets_ms"]],
+            "at_quality": [_at_quality(own, front, both, level, confidence) for level in levels],
+            "front": [row["unit"] for row, point in points if row["method"] == name and point in front[row["seed"]]],
+        }
+    return {"corner": corner, "methods": methods}
+
+
+def _fronts(points: Sequence[tuple[Row, Point]]) -> dict[str, Fronts]:
+    clouds: dict[str, Fronts] = defaultdict(lambda: defaultdict(list))
+    for row, point in points:
+        if row["method"] != ORIGINAL:
+            clouds[row["method"]][row["seed"]].append(point)
+    return {
+        name: {seed: [cloud[i] for i in pareto(cloud)] for seed, cloud in seeds.items()}
+        for name, seeds in clouds.items()
+    }
+
+
+def _at_latency(own: Fronts, front: Fronts, both: Sequence[int], ms: float, confidence: float) -> dict[str, Any]:
+    """Quality at a latency, and how much smaller the reference's is."""
+    pairs = [(a, b) for seed in both if (a := at(own[seed], ms)) is not None and (b := at(front[seed], ms)) is not None]
+    return {
+        "ms": ms, "quality": interval(_known(at(of, ms) for of in front.values()), confidence),
+        "it_minus_reference": interval([b - a for a, b in pairs], confidence),
+    }  # fmt: skip
+
+
+def _at_quality(
+    own: Fronts, front: Fronts, both: Sequence[int], level: float | None, confidence: float
+) -> dict[str, Any]:
+    """How many times as long it takes as the reference, at a quality that the reference has at a target."""
+    ratios = []
+    for seed in both if level is not None else ():
+        a, b = (at([(y, x) for x, y in reversed(of[seed])], level) for of in (own, front))
+        if a is not None and b is not None:
+            ratios.append(b / a)
+    return {"quality": level, "speed_up": interval(ratios, confidence)}
+
+
+def at(front: Sequence[Point], x: float | None) -> float | None:
+    """y of a falling front at x, by straight lines; None left of its first point, the last y right of its last."""
+    if x is None or not front or x < front[0][0]:
+        return None
+    return float(np.interp(x, [p[0] for p in front], [p[1] for p in front]))
+
+
+def interval(values: Sequence[float], confidence: float) -> dict[str, Any]:
+    """Mean of values by seed, and the bootstrapped interval of it: percentiles of the means of resampled values."""
+    if not values:
+        return {"mean": None, "low": None, "high": None, "seeds": 0}
+    found: dict[str, Any] = {"mean": statistics.mean(values), "low": None, "high": None, "seeds": len(values)}
+    if len(values) > 1:
+        draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+        tail = 50 * (1 - confidence)
+        low, high = np.percentile(np.asarray(values)[draws].mean(1), [tail, 100 - tail])
+        found |= {"low": float(low), "high": float(high)}
+    return found
+
+
+def _known(values: Any) -> list[float]:
+    return [value for value in values if value is not None]
