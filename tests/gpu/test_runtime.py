@@ -79,7 +79,9 @@ def test_products_of_the_cuda_kernels(device: torch.device, dtype: torch.dtype, 
     model = model_of(WIDE, (4, 8, 2), act, "cuda", dtype, 128)
     assert {m.backend for m in model.modules() if isinstance(m, PackedLinear)} == {"cuda"}
     x = ids(4, 9).to(device)
-    own, other = decoded(GraphStep(model), x), stock(model, x)
+    other, step = stock(model, x), GraphStep(model)
+    assert all(len(modules) == 1 for block in step._blocks for modules in block.products)
+    own = decoded(step, x)
     assert (own - other).float().norm() <= (0.02 if act == 16 else 0.1) * other.float().norm()
 
 

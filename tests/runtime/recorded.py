@@ -76,6 +76,7 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Ten
             call()
         return result
 
+    replay.launches = len(recorder.calls)
     return replay
 
 

@@ -147,6 +147,8 @@ def test_products_of_triton() -> None:
     step, x = Emulated(model.requires_grad_(False)), ids(2, 5)
     assert [len(modules) for modules in step._blocks[0].products] == [1, 1, 2, 1]
     assert (decoded(step, x) - model(x).logits[:, -1]).abs().max() <= 1e-3
+    # norm, q k v, their biases, attention, o, norm, gate, up, SwiGLU, down; embedding, norm, head
+    assert step._graphs[2].replay.launches == 10 + 3
 
 
 @pytest.mark.parametrize("change", [FAMILIES["qwen3-window"], FAMILIES["phi3-window"]], ids=["qwen3", "phi3"])
