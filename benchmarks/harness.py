@@ -334,6 +334,17 @@ def copy_bandwidth(device: str) -> Timing:
     return Timing(2 * count / times.median, 2 * count / times.p90, 2 * count / times.p10, times.n)
 
 
+def read_bandwidth(device: str, passes: int = 5) -> float:
+    """Bytes per second of the fastest way to read more memory than caches hold once, with torch's threads: reductions
+    and a matrix times a vector. Which one is fastest depends on the machine, and each is slowed down by others at
+    times, so the best of several passes counts."""
+    numbers = torch.ones(2048, (2 << 30 if device == "cuda" else 256 << 20) // 4 // 2048, device=device)
+    vector = torch.ones(numbers.shape[1], device=device)
+    calls: list[Callable[[], Any]] = [numbers.sum, numbers.amax, lambda: numbers @ vector]
+    times = [_once(call, device) for call in calls * (passes + 1)]
+    return numbers.numel() * 4 / min(times[len(calls) :])
+
+
 def gemm_rate(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Timing:
     """Floating-point operations per second of torch.matmul [m,k] x [k,n] on random data (zeros run faster)."""
     a = torch.randn(m, k, device=device).to(dtype)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping
 
-from benchmarks.rows import Row, one_shape, seconds
+from benchmarks.rows import Row, one_shape, pick, seconds
 from benchmarks.sections import chosen_today
 
 Line = list[str]
-MOST = 12  # lines per machine
+MOST = 16  # lines per machine
 
 
 def headline(rows: Mapping[str, list[Row]]) -> list[Line]:
@@ -17,8 +17,7 @@ def headline(rows: Mapping[str, list[Row]]) -> list[Line]:
     lines: list[Line] = []
     for topic, make in (
         ("step", step_lines), ("masks", mask_lines), ("kernels", kernel_lines), ("gemm", gemm_lines),
-        ("decode", decode_lines), ("generate", generate_lines), ("calibration", calibration_lines),
-        ("search", search_lines),
+        ("decode", decode_lines), ("calibration", calibration_lines), ("search", search_lines),
     ):  # fmt: skip
         lines += make(rows.get(topic, []))
     assert len(lines) <= MOST, f"{len(lines)} lines: {[line[0] for line in lines]}"
@@ -103,33 +102,24 @@ def gemm_lines(rows: list[Row]) -> Iterable[Line]:
 
 
 def decode_lines(rows: list[Row]) -> Iterable[Line]:
-    """Packed blocks of Llama-3.1-8B over the same blocks in 16 bit."""
-    here = {r["name"]: r for r in rows if r["params"]["panel"] == "blocks"}
-    dense, row = here.get("16 bit"), here.get("W4A8")
-    if dense and row:
-        what = "decoding one token, two blocks of Llama-3.1-8B, W4A8"
-        ratio = f"{row['median'] / dense['median']:.2f}×"
-        yield [what, seconds(row["median"]), f"16 bit {seconds(dense['median'])}", ratio]
-
-
-def generate_lines(rows: list[Row]) -> Iterable[Line]:
-    """A token of a real model, beside llama.cpp's on the same integers."""
+    """A token of each model, beside llama.cpp's on the same integers."""
     context = min((r["params"]["context"] for r in rows if r["params"]["what"] == "decode"), default=0)
-    here = {r["name"]: r for r in rows if (r["params"]["what"], r["params"]["context"]) == ("decode", context)}
-    for own, peer in (("ours W4A8", "llama.cpp Q4_0"), ("ours W8A8", "llama.cpp Q8_0")):
-        if own in here and peer in here:
-            row, other = here[own], here[peer]
-            what = f"a token of {row['params']['model']} after {context}, {own.split()[1]}"
-            ratio = f"{row['extra']['against']:.2f}×"
-            yield [what, seconds(row["median"]), f"{peer} {seconds(other['median'])}", ratio]
+    for model in dict.fromkeys(r["params"]["model"] for r in rows if r["params"]["model"] != "embedded"):
+        here = {r["name"]: r for r in pick(rows, model=model, what="decode", context=context)}
+        for own, peer in (("ours W4A8", "llama.cpp Q4_0"), ("ours W8A8", "llama.cpp Q8_0")):
+            if own in here and "against" in here[own]["extra"]:
+                what = f"a token of {model} after {context}, {own.split()[1]}"
+                ratio = f"{here[own]['extra']['against']:.2f}×"
+                yield [what, seconds(here[own]["median"]), f"{peer} {seconds(here[peer]['median'])}", ratio]
 
 
 def calibration_lines(rows: list[Row]) -> Iterable[Line]:
-    """How far a latency table is off for whole models that it was not fitted to."""
-    for row in (r for r in rows if r["name"] == "mape" and r["params"]["mode"] == "decode"):
+    """How far a latency table is off for random choices that it was not fitted to."""
+    for row in pick(rows, "mape", set="random", mode="decode"):
         extra = row["extra"]
-        what = f"latency table, decode {extra['batch']} × {extra['seq']}: error of whole models"
-        yield [what, f"{row['median']:.1%}", f"{extra['models']} models measured", f"worst {extra['worst']:.1%}"]
+        what = f"latency table, decode {extra['batch']} × {extra['seq']} of {row['params']['model']}: error"
+        models = f"{extra['models']} whole models measured"
+        yield [what, f"{row['median']:.1%}", models, f"worst {extra['worst']:.1%}"]
 
 
 def search_lines(rows: list[Row]) -> Iterable[Line]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+GREEDY = {"samplers": ["top_k"], "top_k": 1}  # without the others, which would sort the vocabulary first
+
 
 class LlamaCpp:
     """Its server; `exact`: with keys and values in fp32.
@@ -47,13 +49,23 @@ class LlamaCpp:
         rows = (self.after(ids[:end].tolist(), vocab) for end in range(start + 1, len(ids) + 1))
         return torch.tensor([[row[i] for i in range(vocab)] for row in rows])
 
-    def speed(self, ids: Tensor, tokens: int) -> tuple[float, float]:
-        """Seconds per token of a prompt ids [T], and per token of so many that it writes then, by its own clock."""
-        request = {"prompt": ids.tolist(), "n_predict": tokens, "ignore_eos": True, "cache_prompt": False}
-        times = self._answer({**request, "temperature": 0})["timings"]
-        if (times["prompt_n"], times["predicted_n"]) != (len(ids), tokens):
+    def reading(self, ids: Tensor) -> float:
+        """Seconds per token of a prompt ids [T], by its own clock."""
+        times = self._timings(ids, 1, cached=False)
+        return float(times["prompt_ms"]) / len(ids) / 1e3
+
+    def writing(self, ids: Tensor, tokens: int) -> float:
+        """Seconds per token of so many after ids [T] (which are read first where they were not read last), by its own
+        clock. It starts with the first token, which comes out of the prompt."""
+        times = self._timings(ids, tokens + 1, cached=True)
+        return float(times["predicted_ms"]) / tokens / 1e3
+
+    def _timings(self, ids: Tensor, tokens: int, cached: bool) -> dict[str, Any]:
+        request = {"prompt": ids.tolist(), "n_predict": tokens, "ignore_eos": True, "cache_prompt": cached}
+        times: dict[str, Any] = self._answer({**request, "temperature": 0, **GREEDY})["timings"]
+        if times["predicted_n"] != tokens or (not cached and times["prompt_n"] != len(ids)):
             raise RuntimeError(f"llama.cpp read or wrote another number of tokens: {times}")
-        return times["prompt_ms"] / times["prompt_n"] / 1e3, times["predicted_ms"] / times["predicted_n"] / 1e3
+        return times
 
     def tokenized(self, text: str) -> int:
         """How many tokens it makes of a text."""

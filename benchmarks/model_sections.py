@@ -9,29 +9,11 @@ from benchmarks.rows import Row, pick, seconds, table, where
 
 
 def decode(rows: list[Row], device: str) -> str:
-    """Tokens per second of exported models on the low-bit kernels, and the latency table's word on it."""
-    titles = {"small": "the embedded model", "blocks": "Llama-3.1-8B blocks"}
-    body = []
-    for panel, title in titles.items():
-        for row in pick(rows, panel=panel):
-            extra = row["extra"]
-            cells = [f"{extra['tokens_per_s']:,.0f}", f"{extra['bytes'] / 1e6:,.1f} MB"]
-            cells += [f"{extra[k]:.2f}×" for k in ("speedup", "predicted_speedup")]
-            cells += [f"{extra[k]:+.0%}" for k in ("speedup_error", "latency_error")]
-            body.append([title, row["name"], *cells])
-    if not body:
-        return ""
-    p = rows[-1]["params"]
-    head = ["model", "bits", "tokens/s", "weights", "speed-up", "predicted by the table", "error", "of the latency"]
-    return (
-        f"**Decoding one token after {p['context']}, batch 1, {p['dtype']}, {p['threads']} threads** "
-        f"({where(rows[-1])}; a new table beside every measurement, its overhead fitted to the other schemes)\n\n"
-        f"{table(head, body)}"
-    )
+    """Tokens of whole models, written and read: ours, llama.cpp, torch; one table per model."""
+    return "\n\n".join(_decode_of(pick(rows, model=m)) for m in dict.fromkeys(r["params"]["model"] for r in rows))
 
 
-def generate(rows: list[Row], device: str) -> str:
-    """Writing and reading a token with a real model: ours, llama.cpp, torch."""
+def _decode_of(rows: list[Row]) -> str:
     p = rows[-1]["params"]
     columns = sorted({(r["params"]["what"], r["params"]["context"]) for r in rows})
     body = []
@@ -50,9 +32,9 @@ def generate(rows: list[Row], device: str) -> str:
         body.append([name, f"{size / 1e6:,.0f} MB", *cells])
     heads = [f"a token after {c}" if what == "decode" else f"a token of {c} read" for what, c in columns]
     return (
-        f"**Text of {p['model']}, batch 1, {p['threads']} threads, ours and torch in {p['dtype']}** "
+        f"**A token of {p['model']}, batch 1, {p['threads']} threads, ours and torch in {p['dtype']}** "
         f"({where(rows[-1])}; interleaved; heads in 8 bits but for 16 bit; `of reading`: the time of reading weights "
-        f"once, of the whole; llama.cpp runs the same integers)\n\n{table(['', 'weights read', *heads], body)}"
+        f"and cache once, of the whole; llama.cpp runs the same integers)\n\n{table(['', 'weights', *heads], body)}"
     )
 
 

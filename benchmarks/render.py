@@ -2,7 +2,7 @@
 
     python benchmarks/render.py [--add FILE.jsonl ...] [--check]
 
-All tables go into docs/results.md, the dozen a user would ask for, by machine, between <!-- results:begin --> and
+All tables go into docs/results.md, what a user would ask first, by machine, between <!-- results:begin --> and
 <!-- results:end --> in README.md, plots into docs/plots. Of several rows with the same name and parameters the newest
 counts. ``--add`` first files the rows of a GPU run under benchmarks/results/<device>; ``--check`` only says whether
 README.md and docs/results.md are up to date, and writes nothing.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
-from benchmarks.model_sections import decode, generate, gguf, ptq, search
+from benchmarks.model_sections import decode, gguf, ptq, search
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
@@ -170,33 +171,42 @@ def ceilings(rows: list[Row], device: str) -> str:
     return f"**Ceilings** ({where(rows[-1])})\n\n{table(['what', 'rate'], body)}" if body else ""
 
 
+KINDS = {
+    "random": "random choices", "bits": "random bits, whole architecture", "depth": "number of blocks, 16 bit and W4A8",
+    "precision": "one precision, whole architecture",
+}  # fmt: skip
+
+
 def calibration(rows: list[Row], device: str) -> str:
-    """Predicted against measured whole models that the overhead was not fitted to."""
-    body, pictures = [], []
-    for row in pick(rows, "mape"):
-        mode, extra = row["params"]["mode"], row["extra"]
-        rounds = f" ({row['p10']:.1%} to {row['p90']:.1%} in {row['n']} rounds)" if row["n"] > 1 else ""
-        body.append([
-            f"{mode} {extra['batch']} × {extra['seq']}", f"{extra['models']} (fitted on {extra['fitted_on']} others)",
-            f"{row['median']:.1%}{rounds}", f"{extra['worst']:.1%}", f"{extra['operations_only']:.1%}",
-            f"{extra['fixed_ms']:.2f} ms + {extra['per_block_ms']:.2f} ms per block",
-        ])  # fmt: skip
-        if undisturbed(rows, mode):
-            pictures.append(f"![predicted over measured latency, {mode}](plots/{calibration_plot(device, mode)})")
+    """Predicted against measured whole models that the overhead was not fitted to, and speed-ups over 16 bits."""
+    body, speedups, pictures = [], [], []
+    schemes = list(dict.fromkeys(r["params"]["scheme"] for r in pick(rows, "speed-up")))
+    for model, mode in dict.fromkeys((r["params"]["model"], r["params"]["mode"]) for r in pick(rows, "mape")):
+        for row in pick(rows, "mape", model=model, mode=mode):
+            extra = row["extra"]
+            what = f"{model}, {mode} {extra['batch']} × {extra['seq']}, {extra['dtype']}"
+            body.append([
+                what, KINDS[row["params"]["set"]], f"{extra['models']} (fitted on {extra['fitted_on']} others)",
+                f"{row['median']:.1%} ({row['p10']:.1%} to {row['p90']:.1%} in {row['n']} rounds)",
+                f"{extra['worst']:.1%}", f"{extra['operations_only']:.1%}",
+                f"{extra['fixed_ms']:.3f} ms + {extra['per_block_ms']:.4f} ms per block",
+            ])  # fmt: skip
+        found = {r["params"]["scheme"]: r for r in pick(rows, "speed-up", model=model, mode=mode)}
+        speedups.append([what, *(
+            f"{r['median']:.2f}× ({r['extra']['error']:+.1%})" if (r := found.get(scheme)) else "" for scheme in schemes
+        )])  # fmt: skip
+        pictures.append(f"![{model}, {mode}](plots/{calibration_plot(device, model, mode)})")
     if not body:
         return ""
-    head = ["workload", "whole models", "mean error", "worst", "operations alone", "fitted overhead"]
-    title = "**Latency table: predictions of whole models, `tiny` space with bits**"
-    return "\n\n".join([f"{title} ({where(rows[-1])})\n\n{table(head, body)}", *pictures])
+    head = ["workload", "which", "whole models", "mean error", "worst", "operations alone", "fitted overhead"]
+    title = f"**Latency table: predictions of whole models that it was not fitted to** ({where(rows[-1])})"
+    faster = "Speed-up of one precision over 16 bits as measured, and how far the prediction is off:"
+    tables = [title, table(head, body), faster, table(["workload", *schemes], speedups)]
+    return "\n\n".join([*tables, *pictures])
 
 
-def undisturbed(rows: list[Row], mode: str) -> list[Row]:
-    """The whole models of one workload, measured on a quiet machine."""
-    return [r for r in pick(rows, "model", mode=mode) if not r["extra"].get("contended")]
-
-
-def calibration_plot(device: str, mode: str) -> str:
-    return f"calibration-{slug(device)}-{mode}.png"
+def calibration_plot(device: str, model: str, mode: str) -> str:
+    return f"calibration-{slug(device)}-{slug(model)}-{mode}.png"
 
 
 def fuzz(rows: list[Row], device: str) -> str:
@@ -218,7 +228,6 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "masks": masks,
     "gemm": gemm,
     "decode": decode,
-    "generate": generate,
     "calibration": calibration,
     "search": search,
     "ptq": ptq,
@@ -274,17 +283,18 @@ def plot_masks(rows: list[Row], device: str) -> None:
 
 
 def plot_calibration(rows: list[Row], device: str) -> None:
-    """Predicted over measured latency of whole models."""
-    for row in pick(rows, "mape"):
-        mode, extra = row["params"]["mode"], row["extra"]
-        models = undisturbed(rows, mode)
-        if models:
-            fit = Calibration(
-                fixed=extra["fixed_ms"], per_block=extra["per_block_ms"], mape_before=extra["operations_only"],
-                mape=row["median"],
-                points=[(r["extra"]["operations"] * 1e3, r["extra"]["blocks"], r["median"] * 1e3) for r in models],
-            )  # fmt: skip
-            plots.calibration(fit, PLOTS / calibration_plot(device, mode))
+    """Predicted over measured latency of whole models that nothing was fitted to."""
+    for model, mode in dict.fromkeys((r["params"]["model"], r["params"]["mode"]) for r in pick(rows, "mape")):
+        extra = pick(rows, "mape", model=model, mode=mode)[-1]["extra"]
+        models = [r for r in pick(rows, "model", model=model, mode=mode) if r["params"]["set"] != "fit"]
+        sums = ("operations", "predicted")
+        errors = {of: fmean(abs(r["extra"][of] / r["median"] - 1) for r in models) for of in sums}
+        fit = Calibration(
+            fixed=extra["fixed_ms"], per_block=extra["per_block_ms"], mape_before=errors["operations"],
+            mape=errors["predicted"],
+            points=[(r["extra"]["operations"] * 1e3, r["extra"]["blocks"], r["median"] * 1e3) for r in models],
+        )  # fmt: skip
+        plots.calibration(fit, PLOTS / calibration_plot(device, model, mode))
 
 
 DRAWN: dict[str, Callable[[list[Row], str], None]] = {"masks": plot_masks, "calibration": plot_calibration}
