@@ -59,7 +59,7 @@ class Team {
  private:
   const int size_;
   std::atomic<int> arrived_{0};
-  std::atomic<unsigned> round_{0};
+  std::atomic<unsigned> round_{0}, sleepers_{0};
 };
 
 // f(team, member, members) by as many threads as the runtime grants, at most `threads`.
