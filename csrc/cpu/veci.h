@@ -54,7 +54,11 @@ inline vi maddubs(vi a, vi b) { return {JN_MM(maddubs_epi16)(a.v, b.v)}; }
 inline vi madd(vi a, vi b) { return {JN_MM(madd_epi16)(a.v, b.v)}; }
 inline vi add16(vi a, vi b) { return {JN_MM(add_epi16)(a.v, b.v)}; }
 // Computed here, in a register: GCC 12 otherwise adds up 64 products as a tree, and spills them all.
-inline void settle(vi& a) { asm("" : "+v"(a.v)); }
+template <class V>
+inline V settled(V a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 inline vi shl16(vi a) { return {JN_MM(slli_epi16)(a.v, 8)}; }
 inline vi sar16(vi a) { return {JN_MM(srai_epi16)(a.v, 8)}; }
 #undef JN_MM
@@ -86,6 +90,10 @@ inline vi sar(vi a) {
   return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> N)};
 }
 inline vf convert(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
+template <class V>
+inline V settled(V a) {
+  return a;
+}
 inline vf as_float(vi a) {
   vf f;
   std::memcpy(&f, &a, 4);
@@ -131,7 +139,8 @@ inline void store_bytes(int8_t* p, vf a, int64_t n) {
 template <bool kSmall>
 inline vi dot(vi acc, vi u, vi s) {
 #if defined(JN_AVX512EXT)
-  return {_mm512_dpbusd_epi32(acc.v, u.v, s.v)};
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));  // in place, see settled
+  return acc;
 #elif defined(JN_AVXVNNI)
   return {_mm256_dpbusd_avx_epi32(acc.v, u.v, s.v)};
 #elif defined(JN_AVX512) || defined(JN_AVX2)
