@@ -131,10 +131,12 @@ void popcounts(const LowbitPlan& plan, const uint32_t* data, int64_t block, int6
   put_rows(plan, token, block * kBlock + lane, total, correction);
 }
 
+constexpr int kVectors = W == 8 ? 2 : 4;  // of rows of a block at a time
+
 template <class Op, int MB, int S = 1>
 void gemv_rows(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t token) {
   // On AVX2 one token has four sums of floats: two wait for their own FMA (4 cycles).
-  constexpr int V = W == 8 && MB == 1 && !Op::kInteger ? 4 : MB <= 2 || W == 16 ? kTileVectors : std::max(1, kTileVectors / 2);
+  constexpr int V = W == 8 && MB == 1 && !Op::kInteger ? 4 : MB <= 2 || W == 16 ? kVectors : kVectors / 2;
   gemv<Op, V, MB, S>(plan, data, block, token);
 }
 

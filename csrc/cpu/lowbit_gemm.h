@@ -39,11 +39,12 @@ inline void put_rows(const LowbitPlan& plan, int64_t token, int64_t row, vf valu
 struct Meta {
   vf scale;
   vi sums;
+  bool halves;  // of the sums, the others are the scale's
   Meta(const LowbitPlan& plan, const uint32_t* meta)
-      : scale(as_float(loadi(meta) & seti(plan.scale_mask))), sums(loadi(meta + plan.sums)) {}
+      : scale(as_float(loadi(meta) & seti(plan.scale_mask))), sums(loadi(meta + plan.sums)), halves(plan.sums == 0) {}
   vf add(vi acc, vf total) const { return fma(scale, convert(acc), total); }
   vf add(vf acc, vf total) const { return fma(scale, acc, total); }
-  vf correct(vf correction) const { return fma(scale, convert(dot16(seti(0), sums, seti(1))), correction); }
+  vf correct(vf correction) const { return fma(scale, convert(halves ? sar<16>(shl<16>(sums)) : sums), correction); }
 };
 
 // The latter of W rows of a block
@@ -106,8 +107,8 @@ struct Panel {
 };
 
 // total [m][kBlock] of V W rows and tokens [token, token + MB): what it is after earlier groups, if there are any, plus
-// these. kCold: words come from memory. Sums and, on AVX-512, totals stay in registers: on Zen 4 a store takes a cycle of
-// the multipliers. A function of its own that ends in stores, constant indices, and products in place (dot, settled), or
+// these. kCold: words come from memory. Sums and, on AVX-512, totals stay in registers, as on Zen 4 a store takes a cycle
+// of the multipliers. A function of its own that ends in stores, constant indices, and products in place (settled), or
 // GCC 12 keeps copies of them.
 template <class Product, int V, int MB, bool kCold>
 __attribute__((noinline)) void gemm_tile(const LowbitPlan& plan, Panel p, int64_t token, float* total) {
@@ -136,7 +137,7 @@ __attribute__((noinline)) void gemm_tile(const LowbitPlan& plan, Panel p, int64_
         fields<V>([&](auto v) { u[v] = loadi(p.words + e * kBlock + v * W); });
         fields<MB>([&](auto m) {
           const vi am = seti(a[m * entries + e]);
-          fields<V>([&](auto v) { acc[v][m] = Product::mul(acc[v][m], u[v], am); });
+          fields<V>([&](auto v) { acc[v][m] = Product::mul_settled(acc[v][m], u[v], am); });
         });
       }
     }
@@ -179,18 +180,18 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
       end = std::min(first + most, l.groups);
       const uint32_t *const meta = data + first * height, *const words = meta + l.meta * kBlock;
       if constexpr (!kStored)
-        for (int64_t g = 0; g < end - first; ++g) unpack_group<Op>(l, words + g * height, from == 0, scratch + g * panel);
+        for (int64_t g = 0; g < end - first; ++g)
+          unpack_group<Op>(l, words + g * height, from == 0, scratch + g * panel);
       for (int64_t lane = 0; lane < kBlock; lane += kRows) {
         const Panel p{first, end, meta + lane, (kStored ? words : scratch) + lane, height, kStored ? height : panel};
         const auto tile = [&](auto mb, int64_t m) {
           const auto f = kStored && m == 0 ? gemm_tile<Product, kTileVectors, mb(), kStored>
                                            : gemm_tile<Product, kTileVectors, mb(), false>;
-          float* const total = totals + (m - from) * kBlock + lane;
-          f(plan, p, m, total);
+          f(plan, p, m, totals + (m - from) * kBlock + lane);
           if (end < l.groups) return;
           for (int64_t i = 0; i < mb(); ++i)
-            for (int64_t r = 0; r < kRows; r += W)
-              put_rows(plan, m + i, block * kBlock + lane + r, load(total + i * kBlock + r), correction[(lane + r) / W]);
+            for (int64_t r = lane; r < lane + kRows; r += W)
+              put_rows(plan, m + i, block * kBlock + r, load(totals + (m + i - from) * kBlock + r), correction[r / W]);
         };
         const int64_t last = std::min(from + each, M);
         int64_t m = from;

@@ -139,8 +139,7 @@ inline void store_bytes(int8_t* p, vf a, int64_t n) {
 template <bool kSmall>
 inline vi dot(vi acc, vi u, vi s) {
 #if defined(JN_AVX512EXT)
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));  // in place, see settled
-  return acc;
+  return {_mm512_dpbusd_epi32(acc.v, u.v, s.v)};
 #elif defined(JN_AVXVNNI)
   return {_mm256_dpbusd_avx_epi32(acc.v, u.v, s.v)};
 #elif defined(JN_AVX512) || defined(JN_AVX2)
@@ -151,6 +150,17 @@ inline vi dot(vi acc, vi u, vi s) {
   for (int i = 0; i < 32; i += 8)
     acc.v += (u.v >> i & 255u) * static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(s.v >> i)));
   return acc;
+#endif
+}
+
+// The same in place, for loops over many sums.
+template <bool kSmall>
+inline vi dot_settled(vi acc, vi u, vi s) {
+#if defined(JN_AVX512EXT)
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));
+  return acc;
+#else
+  return settled(dot<kSmall>(acc, u, s));
 #endif
 }
 
