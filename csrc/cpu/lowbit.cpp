@@ -166,7 +166,7 @@ void multiply_bits(const LowbitPlan& plan, const uint32_t* data, int64_t block, 
   if (t.kind == kBytes) return multiply<Bytes<B>>(plan, data, block, blocks, scratch);
   if constexpr (B < 8)
     if (t.kind == kPlanes) {
-      for (int64_t m = 0; m < t.M; ++m)
+      for (int64_t m = plan.begin; m < plan.end; ++m)
         for (int64_t lane = 0; lane < kBlock; lane += W)
           (t.a_bits == 2 ? popcounts<B, 2> : popcounts<B, 4>)(plan, data, block, lane, m);
       return;
@@ -226,6 +226,7 @@ int LowbitPlan::arrange(int64_t M, int a_bits, bool symmetric, int isa) {
   if (!level) return kIsaMissing;
   LowbitTokens& t = tokens;
   t.M = M, t.a_bits = a_bits, t.symmetric = symmetric;
+  begin = 0, end = M;
   const auto tiles = [&](Kind kind) {
     const int64_t entries = entries_per_group(l.group(), kind, a_bits);
     return level == kAmx && M > (kind == kBytes ? 4 : 1) && tile_entries(entries) > 0;

@@ -57,6 +57,7 @@ struct LowbitPlan {
   int8_t* levels;  // [M, I]
   int level;  // Isa
   bool amx, streams;
+  int64_t begin, end;  // tokens that are multiplied; of up to 4 all
 
   // How M tokens of `dtype` meet the weights; an error code.
   int arrange(int64_t M, int a_bits, bool symmetric, int isa);

@@ -82,7 +82,7 @@ void gemm_tiles(const LowbitPlan& plan, const uint32_t* data, int64_t first, int
   for (int64_t g = 0; g < l.groups; ++g) {
     const uint32_t *const meta = data + g * l.height() * kBlock, *panel = meta + l.meta * kBlock;
     if constexpr (Op::kFields > 1) {
-      unpack_group<Op>(l, panel, first == 0, scratch);
+      unpack_group<Op>(l, panel, first == plan.begin, scratch);
       panel = scratch;
     }
     for (int64_t m = 0; m < count; m += MT * height)
@@ -101,9 +101,9 @@ template <class Product, class F>
 void passes(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t most, float* total, const F& f) {
   vf correction[kBlock / W];
   for (int64_t i = 0; i < kBlock / W; ++i) correction[i] = correction_of<Product>(plan, data + i * W);
-  const int64_t M = plan.tokens.M, number = (M + most - 1) / most, each = (M + number - 1) / number;
-  for (int64_t first = 0; first < M; first += each) {
-    const int64_t count = std::min(each, M - first);
+  const int64_t all = plan.end - plan.begin, number = (all + most - 1) / most, each = (all + number - 1) / number;
+  for (int64_t first = plan.begin; first < plan.end; first += each) {
+    const int64_t count = std::min(each, plan.end - first);
     std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
     f(first, count, total);
     for (int64_t m = 0; m < count; ++m)

@@ -170,22 +170,23 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
   constexpr bool kStored = Op::kFields == 1;  // as they are multiplied
   constexpr int64_t kRows = kTileVectors * W;
   const LowbitLayout& l = plan.layout;
-  const int64_t M = plan.tokens.M, passes = (M + kTokens - 1) / kTokens, each = (M + passes - 1) / passes;
+  const int64_t count = plan.end - plan.begin, passes = (count + kTokens - 1) / kTokens;
+  const int64_t each = (count + passes - 1) / passes;
   const int64_t panel = plan.tokens.entries * kBlock, height = l.height() * kBlock, most = plan.panel_groups();
   float* const totals = reinterpret_cast<float*>(scratch + most * panel);
   vf correction[kBlock / W];
   for (int64_t i = 0; i < kBlock / W; ++i) correction[i] = correction_of<Product>(plan, data + i * W);
-  for (int64_t from = 0; from < M; from += each)
+  for (int64_t from = plan.begin; from < plan.end; from += each)
     for (int64_t first = 0, end; first < l.groups; first = end) {
       end = std::min(first + most, l.groups);
       const uint32_t *const meta = data + first * height, *const words = meta + l.meta * kBlock;
       if constexpr (!kStored)
         for (int64_t g = 0; g < end - first; ++g)
-          unpack_group<Op>(l, words + g * height, from == 0, scratch + g * panel);
+          unpack_group<Op>(l, words + g * height, from == plan.begin, scratch + g * panel);
       for (int64_t lane = 0; lane < kBlock; lane += kRows) {
         const Panel p{first, end, meta + lane, (kStored ? words : scratch) + lane, height, kStored ? height : panel};
         const auto tile = [&](auto mb, int64_t m) {
-          const auto f = kStored && m == 0 ? gemm_tile<Product, kTileVectors, mb(), kStored>
+          const auto f = kStored && m == plan.begin ? gemm_tile<Product, kTileVectors, mb(), kStored>
                                            : gemm_tile<Product, kTileVectors, mb(), false>;
           f(plan, p, m, totals + (m - from) * kBlock + lane);
           if (end < l.groups) return;
@@ -193,7 +194,7 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
             for (int64_t r = lane; r < lane + kRows; r += W)
               put_rows(plan, m + i, block * kBlock + r, load(totals + (m + i - from) * kBlock + r), correction[r / W]);
         };
-        const int64_t last = std::min(from + each, M);
+        const int64_t last = std::min(from + each, plan.end);
         int64_t m = from;
         for (int64_t left = (last - m + kTileTokens - 1) / kTileTokens; left > 0; --left) {
           const int64_t mb = (last - m + left - 1) / left;  // as even as possible: 16 tokens are 6 + 5 + 5
