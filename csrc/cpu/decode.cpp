@@ -87,32 +87,45 @@ struct Worker {
       if (packed) plan.prepare(to, m);
     }
     if (!alone) team.barrier();
+    // Blocks of rows, each by parts of its tokens, so that an odd number of blocks leaves no thread waiting.
+    const int64_t parts = std::clamp<int64_t>(M / 8, 1, count);
     int64_t all = 0;
-    for (const Output& o : outputs) all += units(*o.linear);
+    for (const Output& o : outputs) all += units(*o.linear) * parts;
     int64_t begin = all * me / count, end = all * (me + 1) / count;
     for (const Output& o : outputs) {
-      const DecodeLinear& l = *o.linear;
-      const int64_t own = units(l), from = std::max<int64_t>(begin, 0), to = std::min(end, own);
-      if (from < to) {
-        const int64_t r0 = from * kBlock, r1 = std::min(to * kBlock, l.outputs);
-        if (packed) {
-          LowbitPlan one = plan_of(l, dtype());
-          one.arrange(M, static_cast<int>(l.a_bits), l.symmetric != 0, s.isa);
-          one.place(alone ? own_tokens : tokens);
-          one.y = o.y;
-          one.multiply(from, to, scratch);
-        } else {
-          JN_DISPATCH(s.level, dense_rows(in<T>(l.data), in_rows, o.y, r0, r1, M, l.inputs, l.outputs));
-        }
-        for (int64_t m = 0; m < M; ++m) {
-          if (l.bias)
-            JN_DISPATCH(s.level, add_row(in<T>(l.bias) + r0, o.y + m * l.outputs + r0, r1 - r0));
-          then(m, r0, r1);
-        }
+      const int64_t own = units(*o.linear) * parts, last = std::min(end, own);
+      for (int64_t from = std::max<int64_t>(begin, 0), to; from < last; from = to) {
+        const bool whole = from % parts == 0 && last - from >= parts;
+        to = whole ? last / parts * parts : std::min(from / parts * parts + parts, last);
+        const int64_t first_part = from % parts, last_part = whole ? parts : first_part + to - from;
+        product(o, in_rows, alone ? own_tokens : tokens, M, from / parts, (to + parts - 1) / parts,
+                M * first_part / parts, M * last_part / parts, then);
       }
       begin -= own, end -= own;
     }
     team.barrier();
+  }
+
+  // Blocks [from, to) of one of them, for tokens [m0, m1) of M.
+  template <class Then>
+  void product(const Output& o, const T* in_rows, void* prepared, int64_t M, int64_t from, int64_t to, int64_t m0,
+               int64_t m1, const Then& then) {
+    const DecodeLinear& l = *o.linear;
+    const int64_t r0 = from * kBlock, r1 = std::min(to * kBlock, l.outputs);
+    if (l.w_bits < 16) {
+      LowbitPlan plan = plan_of(l, dtype());
+      plan.arrange(M, static_cast<int>(l.a_bits), l.symmetric != 0, s.isa);
+      plan.place(prepared);
+      plan.y = o.y, plan.begin = m0, plan.end = m1;
+      plan.multiply(from, to, scratch);
+    } else {
+      JN_DISPATCH(s.level, dense_rows(in<T>(l.data), in_rows + m0 * l.inputs, o.y + m0 * l.outputs, r0, r1, m1 - m0,
+                                      l.inputs, l.outputs));
+    }
+    for (int64_t m = m0; m < m1; ++m) {
+      if (l.bias) JN_DISPATCH(s.level, add_row(in<T>(l.bias) + r0, o.y + m * l.outputs + r0, r1 - r0));
+      then(m, r0, r1);
+    }
   }
 
   int dtype() const { return static_cast<int>(s.model.dtype); }
@@ -228,28 +241,13 @@ struct Worker {
     };
   }
 
-  // Row `id` of the packed head: of an embedding that is tied to it.
-  void row_of_head(int64_t id, T* to) const {
-    const DecodeLinear& head = s.model.head;
-    const LowbitLayout l = plan_of(head, static_cast<int>(s.model.dtype)).layout;
-    const uint32_t* group = in<uint32_t>(head.data) + id / kBlock * l.block_words() + id % kBlock;
-    for (int64_t g = 0; g < l.groups; ++g, group += l.height() * kBlock) {
-      const float scale = as_fp32(head.bf16_scale ? *group & 0xffff0000u : *group);
-      for (int64_t c = 0; c < l.words; ++c)
-        for (int64_t bit = 0; bit < 32; bit += head.w_bits) {
-          const uint32_t level = group[(l.meta + c) * kBlock] >> bit & ((1u << head.w_bits) - 1);  // q + 2^(bits-1)
-          *to++ = from_float<T>(static_cast<float>(static_cast<int>(level) - (1 << (head.w_bits - 1))) * scale);
-        }
-    }
-  }
-
   void embed() {
     const int64_t hidden = s.model.hidden;
     for (int64_t t = me; t < s.M; t += count)
       if (s.model.embedding)
         std::memcpy(x + t * hidden, in<T>(s.model.embedding) + s.ids[t] * hidden, static_cast<size_t>(hidden) * sizeof(T));
       else
-        row_of_head(s.ids[t], x + t * hidden);
+        packed_row(s.model.head, dtype(), s.ids[t], x + t * hidden);
     team.barrier();
   }
 

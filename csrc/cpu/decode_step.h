@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/bf16.h"
 #include "cpu/decode.h"
 #include "cpu/isa.h"
 #include "cpu/lowbit.h"
@@ -61,6 +62,21 @@ inline LowbitPlan plan_of(const DecodeLinear& l, int dtype) {
   LowbitPlan plan{LowbitLayout(l.outputs, l.inputs, stored, static_cast<int>(l.w_bits), l.bf16_scale != 0, false)};
   plan.data = in<uint32_t>(l.data), plan.dtype = dtype;
   return plan;
+}
+
+// Row `id` of a packed weight: of the head, for an embedding that is tied to it.
+template <class T>
+void packed_row(const DecodeLinear& weight, int dtype, int64_t id, T* to) {
+  const LowbitLayout l = plan_of(weight, dtype).layout;
+  const uint32_t* group = in<uint32_t>(weight.data) + id / kBlock * l.block_words() + id % kBlock;
+  for (int64_t g = 0; g < l.groups; ++g, group += l.height() * kBlock) {
+    const float scale = as_fp32(weight.bf16_scale ? *group & 0xffff0000u : *group);
+    for (int64_t c = 0; c < l.words; ++c)
+      for (int64_t bit = 0; bit < 32; bit += weight.w_bits) {
+        const uint32_t level = group[(l.meta + c) * kBlock] >> bit & ((1u << weight.w_bits) - 1);  // q + 2^(bits-1)
+        *to++ = from_float<T>(static_cast<float>(static_cast<int>(level) - (1 << (weight.w_bits - 1))) * scale);
+      }
+  }
 }
 
 inline int64_t units(const DecodeLinear& l) { return (l.outputs + kBlock - 1) / kBlock; }  // of work, dense or packed

@@ -8,7 +8,8 @@
 //
 // Integers: u = q + 2^(b-1) is unsigned and a signed, as VNNI wants them. With S = sum of q over the group,
 //     sum q (a - z) = [sum u a - 2^(b-1) sum a] - z S
-// exact in int32 before a scale is applied: the bracket starts from the tokens' offset, z S is one int16 product.
+// The bracket, which starts from the tokens' offset, and S are exact in int32. Scaled, both are added up over the groups,
+// the latter once for all tokens, and z is multiplied with its sum.
 // Floats: q is an exact bf16 or fp32, accumulated per group in fp32.
 
 #ifdef JN_ISA  // once per instruction set
@@ -42,10 +43,12 @@ void gemv(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t t
     else if constexpr (!Op::kInteger || S > 1)
       for (int v = 0; v < R; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(of_row(at, v) + kAhead);
   };
-  vf total[kPasses][R][MB];
-  for (auto& of_pass : total)
-    for (auto& of_row : of_pass)
-      for (vf& of_token : of_row) of_token = set(0.0f);
+  vf total[kPasses][R][MB], correction[kPasses][R];
+  for (int pass = 0; pass < kPasses; ++pass)
+    for (int v = 0; v < R; ++v) {
+      correction[pass][v] = set(0.0f);
+      for (vf& of_token : total[pass][v]) of_token = set(0.0f);
+    }
   for (int64_t g = 0; g < l.groups; ++g) {
     const uint32_t* a[MB];
 #pragma GCC unroll 16
@@ -86,17 +89,16 @@ void gemv(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t t
       for (int v = 0; v < R; ++v) {
         const Meta of(plan, of_row(meta, v));
 #pragma GCC unroll 16
-        for (int m = 0; m < MB; ++m) {
-          vf& sum = total[pass][v][m];
-          sum = of.add(acc[v][m], seti(t.zero[token + m]), sum);
-        }
+        for (int m = 0; m < MB; ++m) total[pass][v][m] = of.add(acc[v][m], total[pass][v][m]);
+        if constexpr (Op::kInteger) correction[pass][v] = of.correct(correction[pass][v]);
       }
     }
   }
   for (int pass = 0; pass < kPasses; ++pass)
     for (int v = 0; v < R; ++v)
       for (int m = 0; m < MB; ++m)
-        put_rows(plan, token + m, (block + v / V) * kBlock + pass * kLanes + v % V * W, total[pass][v][m]);
+        put_rows(plan, token + m, (block + v / V) * kBlock + pass * kLanes + v % V * W, total[pass][v][m],
+                 correction[pass][v]);
 }
 
 // Products of W <= 4 bit-planes with A <= 4: a pair of planes (i, j) weighs 2^(i + j).
@@ -104,7 +106,7 @@ template <int B, int A>
 void popcounts(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t lane, int64_t token) {
   const LowbitLayout& l = plan.layout;
   const LowbitTokens& t = plan.tokens;
-  vf total = set(0.0f);
+  vf total = set(0.0f), correction = total;
   const uint32_t* w = data + lane;
   for (int64_t g = 0; g < l.groups; ++g) {
     const uint32_t* meta = w;
@@ -122,15 +124,19 @@ void popcounts(const LowbitPlan& plan, const uint32_t* data, int64_t block, int6
       }
     vi sum = seti(t.offset[g * t.M + token]);
     fields<A + B - 1>([&](auto i) { sum = sum + shl<i()>(acc[i()]); });
-    total = Meta(plan, meta).add(sum, seti(t.zero[token]), total);
+    const Meta of(plan, meta);
+    total = of.add(dot16(sum, of.sums, seti(0x10000u - (1u << (A - 1)))), total);  // planes are those of a + 2^(A-1)
+    correction = of.correct(correction);
   }
-  put_rows(plan, token, block * kBlock + lane, total);
+  put_rows(plan, token, block * kBlock + lane, total, correction);
 }
+
+constexpr int kVectors = W == 8 ? 2 : 4;  // of rows of a block at a time
 
 template <class Op, int MB, int S = 1>
 void gemv_rows(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t token) {
   // On AVX2 one token has four sums of floats: two wait for their own FMA (4 cycles).
-  constexpr int V = W == 8 && MB == 1 && !Op::kInteger ? 4 : MB <= 2 || W == 16 ? kTileVectors : std::max(1, kTileVectors / 2);
+  constexpr int V = W == 8 && MB == 1 && !Op::kInteger ? 4 : MB <= 2 || W == 16 ? kVectors : kVectors / 2;
   gemv<Op, V, MB, S>(plan, data, block, token);
 }
 
@@ -160,7 +166,7 @@ void multiply_bits(const LowbitPlan& plan, const uint32_t* data, int64_t block, 
   if (t.kind == kBytes) return multiply<Bytes<B>>(plan, data, block, blocks, scratch);
   if constexpr (B < 8)
     if (t.kind == kPlanes) {
-      for (int64_t m = 0; m < t.M; ++m)
+      for (int64_t m = plan.begin; m < plan.end; ++m)
         for (int64_t lane = 0; lane < kBlock; lane += W)
           (t.a_bits == 2 ? popcounts<B, 2> : popcounts<B, 4>)(plan, data, block, lane, m);
       return;
@@ -203,7 +209,8 @@ inline void multiply_blocks(const LowbitPlan& plan, int64_t block, int64_t block
 
 namespace jointnas {
 
-constexpr int64_t kTokens = 128;  // multiplied with one unpacked panel: 16 KiB of levels beside its 8 KiB
+constexpr int64_t kTokens = 256;  // multiplied with an unpacked panel
+constexpr int64_t kPanelWords = 32 << 10;  // of a panel, which stays in the second-level cache
 
 }  // namespace jointnas
 
@@ -219,6 +226,7 @@ int LowbitPlan::arrange(int64_t M, int a_bits, bool symmetric, int isa) {
   if (!level) return kIsaMissing;
   LowbitTokens& t = tokens;
   t.M = M, t.a_bits = a_bits, t.symmetric = symmetric;
+  begin = 0, end = M;
   const auto tiles = [&](Kind kind) {
     const int64_t entries = entries_per_group(l.group(), kind, a_bits);
     return level == kAmx && M > (kind == kBytes ? 4 : 1) && tile_entries(entries) > 0;
@@ -249,8 +257,8 @@ void LowbitPlan::place(void* memory) {
   const int64_t groups = layout.groups * t.M;
   t.table = static_cast<uint32_t*>(memory);
   t.offset = t.table + groups * t.entries;
-  t.zero = t.offset + groups;
-  t.s = reinterpret_cast<float*>(t.zero + t.M);
+  t.zero = reinterpret_cast<float*>(t.offset + groups);
+  t.s = t.zero + t.M;
   levels = reinterpret_cast<int8_t*>(t.s + t.M);
 }
 
@@ -269,8 +277,12 @@ void LowbitPlan::multiply(int64_t first, int64_t end, void* scratch) const {
   }
 }
 
+int64_t LowbitPlan::panel_groups() const {
+  return std::clamp<int64_t>(kPanelWords / (tokens.entries * kBlock), 1, layout.groups);
+}
+
 int64_t LowbitPlan::scratch_bytes() const {
-  const int64_t panel = tokens.M > 4 || amx ? (tokens.entries + kTokens) * kBlock : 0;
+  const int64_t panel = tokens.M > 4 || amx ? (panel_groups() * tokens.entries + kTokens) * kBlock : 0;
   return (panel + (packed ? layout.block_words() : 0)) * 4;
 }
 

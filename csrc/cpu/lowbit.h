@@ -31,7 +31,7 @@ struct LowbitTokens {
   int64_t M, entries;  // entries per token and group
   uint32_t* table;  // [groups][M][entries]
   uint32_t* offset;  // [groups][M]: -2^(b-1) sum of the group's levels
-  uint32_t* zero;  // [M]: -zero point as int16 in the low half
+  float* zero;  // [M]: -zero point; 0 where activations are not quantized
   float* s;  // [M]: scale; 1 where activations are not quantized
   int a_bits;
   Kind kind;
@@ -57,6 +57,7 @@ struct LowbitPlan {
   int8_t* levels;  // [M, I]
   int level;  // Isa
   bool amx, streams;
+  int64_t begin, end;  // tokens that are multiplied; of up to 4 all
 
   // How M tokens of `dtype` meet the weights; an error code.
   int arrange(int64_t M, int a_bits, bool symmetric, int isa);
@@ -68,6 +69,7 @@ struct LowbitPlan {
   // Rows of the blocks from `first` to before `end` of y; `scratch`: memory of this thread.
   void multiply(int64_t first, int64_t end, void* scratch) const;
   int64_t scratch_bytes() const;
+  int64_t panel_groups() const;  // that are unpacked together
 };
 
 // Whether products of these exist; stored: inputs per scale.

@@ -7,6 +7,8 @@
 
 namespace jointnas::JN_ISA {
 
+constexpr int64_t kAmxTokens = 128;  // whose totals are read and written for each group
+
 inline amx::Config tile_config(int64_t tokens, int64_t entries) {
   amx::Config c;
   for (int i = 0; i < 8; ++i) {  // 0 to 3: C, 4 and 5: A, 6 and 7: B
@@ -45,12 +47,8 @@ inline void add_sums(const LowbitPlan& plan, const uint32_t* meta, const uint32_
   const LowbitTokens& t = plan.tokens;
   const uint32_t* offset = t.offset + g * t.M;
   vf scale[NT];
-  vi weights[NT];
 #pragma GCC unroll 4
-  for (int n = 0; n < NT; ++n) {
-    const Meta of(plan, meta + n * W);
-    scale[n] = of.scale, weights[n] = of.sums;
-  }
+  for (int n = 0; n < NT; ++n) scale[n] = Meta(plan, meta + n * W).scale;
   for (int64_t first = 0; first < count; first += height, sums += kTileRows * NT * W) {
     const uint32_t* sum = sums;
     for (int64_t m = token + first, end = token + std::min(first + height, count); m < end; ++m, sum += NT * W) {
@@ -59,7 +57,7 @@ inline void add_sums(const LowbitPlan& plan, const uint32_t* meta, const uint32_
       for (int n = 0; n < NT; ++n) {
         vf value;
         if constexpr (Product::kInteger)
-          value = convert(dot16(loadi(sum + n * W) + seti(offset[m]), weights[n], seti(t.zero[m])));
+          value = convert(loadi(sum + n * W) + seti(offset[m]));
         else
           value = as_float(loadi(sum + n * W));
         store(out + n * W, fma(scale[n], value, load(out + n * W)));
@@ -82,8 +80,11 @@ void gemm_tiles(const LowbitPlan& plan, const uint32_t* data, int64_t first, int
   amx::configure(config);
   alignas(64) uint32_t sums[MT * kTileRows * NT * W];
   for (int64_t g = 0; g < l.groups; ++g) {
-    const uint32_t* meta = data + g * l.height() * kBlock;
-    const uint32_t* panel = unpack_group<Op>(l, meta, first == 0, scratch);
+    const uint32_t *const meta = data + g * l.height() * kBlock, *panel = meta + l.meta * kBlock;
+    if constexpr (Op::kFields > 1) {
+      unpack_group<Op>(l, panel, first == plan.begin, scratch);
+      panel = scratch;
+    }
     for (int64_t m = 0; m < count; m += MT * height)
       for (int64_t lane = 0; lane < kBlock; lane += NT * W) {
         const int64_t token = first + m;
@@ -95,9 +96,26 @@ void gemm_tiles(const LowbitPlan& plan, const uint32_t* data, int64_t first, int
   amx::release();
 }
 
+// A block times all tokens: f(first, count, total [count][kBlock]) adds up the products of at most `most` tokens at a time.
+template <class Product, class F>
+void passes(const LowbitPlan& plan, const uint32_t* data, int64_t block, int64_t most, float* total, const F& f) {
+  vf correction[kBlock / W];
+  for (int64_t i = 0; i < kBlock / W; ++i) correction[i] = correction_of<Product>(plan, data + i * W);
+  const int64_t all = plan.end - plan.begin, number = (all + most - 1) / most, each = (all + number - 1) / number;
+  for (int64_t first = plan.begin; first < plan.end; first += each) {
+    const int64_t count = std::min(each, plan.end - first);
+    std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
+    f(first, count, total);
+    for (int64_t m = 0; m < count; ++m)
+      for (int64_t i = 0; i < kBlock / W; ++i)
+        put_rows(plan, first + m, block * kBlock + i * W, load(total + m * kBlock + i * W), correction[i]);
+  }
+}
+
 template <class Op>
 void gemm_amx(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
-  passes(plan, block, scratch, [&](int64_t first, int64_t count, float* total) {
+  float* const totals = reinterpret_cast<float*>(scratch + plan.tokens.entries * kBlock);
+  passes<typename Op::Product>(plan, data, block, kAmxTokens, totals, [&](int64_t first, int64_t count, float* total) {
     (count <= kTileRows ? gemm_tiles<Op, 1, 4> : gemm_tiles<Op, 2, 2>)(plan, data, first, count, scratch, total);
   });
 }

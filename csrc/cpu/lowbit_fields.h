@@ -20,12 +20,14 @@ struct ByteProduct : Broadcast {
   using Acc = vi;
   static constexpr bool kInteger = true;
   static Acc mul(Acc acc, vi u, vi a) { return dot<(B < 8)>(acc, u, a); }
+  static Acc mul_settled(Acc acc, vi u, vi a) { return dot_settled<(B < 8)>(acc, u, a); }
 };
 
 struct FloatProduct : Broadcast {
   using Acc = vf;
   static constexpr bool kInteger = false;
   static Acc mul(Acc acc, vi q, vi a) { return fma(as_float(q), as_float(a), acc); }
+  static Acc mul_settled(Acc acc, vi q, vi a) { return settled(mul(acc, q, a)); }
 };
 
 template <int B>
@@ -111,6 +113,7 @@ struct PairProduct : Broadcast {
   static Acc mul(Acc acc, vi q, vi a) {
     return {_mm512_dpbf16_ps(acc.v, reinterpret_cast<__m512bh>(q.v), reinterpret_cast<__m512bh>(a.v))};
   }
+  static Acc mul_settled(Acc acc, vi q, vi a) { return settled(mul(acc, q, a)); }
 };
 
 template <int B>

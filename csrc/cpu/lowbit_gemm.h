@@ -3,9 +3,9 @@
 
 namespace jointnas::JN_ISA {
 
-// Vectors and tokens of a register tile: 24 sums of 32 registers, 8 of 16; the scalar pass just runs.
+// Vectors and tokens of a register tile: 12 sums and totals in 32 registers, 8 sums in 16; the scalar pass just runs.
 #if defined(JN_AVX512)
-constexpr int kTileVectors = 4, kTileTokens = 6;
+constexpr int kTileVectors = 2, kTileTokens = 6;
 #elif defined(JN_AVX2)
 constexpr int kTileVectors = 2, kTileTokens = 4;
 #else
@@ -23,10 +23,11 @@ constexpr bool kShort = false;
 #endif
 constexpr int kRun = 8;
 
-inline void put_rows(const LowbitPlan& plan, int64_t token, int64_t row, vf value) {
+// y of W rows and a token: (value - z correction) s
+inline void put_rows(const LowbitPlan& plan, int64_t token, int64_t row, vf value, vf correction) {
   const int64_t n = std::min<int64_t>(W, plan.layout.O - row), at = token * plan.layout.O + row;
   if (n <= 0) return;
-  value = value * set(plan.tokens.s[token]);
+  value = fma(set(plan.tokens.zero[token]), correction, value) * set(plan.tokens.s[token]);
   const auto put = [&](auto* y) { n == W ? store(y, value) : store(y, value, n); };  // counted stores are slow on AVX2
   if (plan.dtype == kF32)
     put(static_cast<float*>(plan.y) + at);
@@ -34,51 +35,29 @@ inline void put_rows(const LowbitPlan& plan, int64_t token, int64_t row, vf valu
     put(static_cast<bf16*>(plan.y) + at);
 }
 
-// What a group adds to W rows: scale * (acc - z S), zero: -z as int16 in every lane.
+// What a group adds to W rows: scale * acc to their sums, scale * S to what zero points are multiplied with at the end.
 struct Meta {
   vf scale;
   vi sums;
+  bool halves;  // of the sums, the others are the scale's
   Meta(const LowbitPlan& plan, const uint32_t* meta)
-      : scale(as_float(loadi(meta) & seti(plan.scale_mask))), sums(loadi(meta + plan.sums)) {}
-  vf add(vi acc, vi zero, vf total) const { return fma(scale, convert(dot16(acc, sums, zero)), total); }
-  vf add(vf acc, vi, vf total) const { return fma(scale, acc, total); }
+      : scale(as_float(loadi(meta) & seti(plan.scale_mask))), sums(loadi(meta + plan.sums)), halves(plan.sums == 0) {}
+  vf add(vi acc, vf total) const { return fma(scale, convert(acc), total); }
+  vf add(vf acc, vf total) const { return fma(scale, acc, total); }
+  vf correct(vf correction) const { return fma(scale, convert(halves ? sar<16>(shl<16>(sums)) : sums), correction); }
 };
 
-// acc[v][m] = offset[m] + sum over entries. A function of its own that ends in stores, because GCC 12 keeps the sums in
-// registers, without a second copy of each, only in a loop that is followed by nothing else. kCold: w comes from memory.
-template <class Product, int V, int MB, bool kCold>
-__attribute__((noinline)) void gemm_group(const uint32_t* w, int64_t entries, const uint32_t* a, const uint32_t* offset,
-                                          typename Product::Acc* out) {
-  typename Product::Acc acc[V][MB];
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v)
-#pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) {
-      if constexpr (Product::kInteger)
-        acc[v][m] = seti(offset[m]);
-      else
-        acc[v][m] = set(0.0f);
-    }
-  for (int64_t e = 0; e < entries; ++e) {
-    if constexpr (kCold)
-      for (int v = 0; v < V; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(w + e * kBlock + v * W + 2048);
-    vi u[V];
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) u[v] = loadi(w + e * kBlock + v * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) {
-      const vi am = seti(a[m * entries + e]);
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) acc[v][m] = Product::mul(acc[v][m], u[v], am);
-    }
-  }
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v)
-#pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) out[v * MB + m] = acc[v][m];
+// The latter of W rows of a block
+template <class Product>
+vf correction_of(const LowbitPlan& plan, const uint32_t* meta) {
+  vf correction = set(0.0f);
+  if constexpr (Product::kInteger)
+    for (int64_t g = 0; g < plan.layout.groups; ++g, meta += plan.layout.height() * kBlock)
+      correction = Meta(plan, meta).correct(correction);
+  return correction;
 }
 
-// The same in runs.
+// out[v MB + m] = offset[m] + sum over the entries of a group, in runs.
 template <int V, int MB>
 __attribute__((noinline)) void gemm_group_short(const uint32_t* w, int64_t entries, const uint32_t* a,
                                                 const uint32_t* offset, vi* out);
@@ -104,8 +83,7 @@ void gemm_group_short(const uint32_t* w, int64_t entries, const uint32_t* a, con
         const vi am = seti(a[m * entries + e + i]);
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) {
-          acc[v][m] = add16(acc[v][m], maddubs(u[v], am));
-          settle(acc[v][m]);
+          acc[v][m] = settled(add16(acc[v][m], maddubs(u[v], am)));
         }
       }
     });
@@ -121,81 +99,105 @@ void gemm_group_short(const uint32_t* w, int64_t entries, const uint32_t* a, con
 }
 #endif
 
-// Tokens [token, token + MB) of one group times V W rows of the panel; total [m][kBlock] is that of these rows.
+// A tile's weights: groups [first, end) as meta and as a panel [entries][kBlock], so many words apart.
+struct Panel {
+  int64_t first, end;
+  const uint32_t *meta, *words;
+  int64_t meta_stride, word_stride;
+};
+
+// total [m][kBlock] of V W rows and tokens [token, token + MB): what it is after earlier groups, if there are any, plus
+// these. kCold: words come from memory. Sums and, on AVX-512, totals stay in registers, as on Zen 4 a store takes a cycle
+// of the multipliers. A function of its own that ends in stores, constant indices, and products in place (settled), or
+// GCC 12 keeps copies of them.
 template <class Product, int V, int MB, bool kCold>
-void gemm_tile(const LowbitPlan& plan, const uint32_t* meta, const uint32_t* panel, int64_t g, int64_t token,
-               float* total) {
+__attribute__((noinline)) void gemm_tile(const LowbitPlan& plan, Panel p, int64_t token, float* total) {
   const LowbitTokens& t = plan.tokens;
-  const int64_t at = g * t.M + token;
-  typename Product::Acc acc[V * MB];
-  if constexpr (kShort<Product>)
-    gemm_group_short<V, MB>(panel, t.entries, t.table + at * t.entries, t.offset + at, acc);
-  else
-    gemm_group<Product, V, MB, kCold>(panel, t.entries, t.table + at * t.entries, t.offset + at, acc);
-  vi zero[MB];
-#pragma GCC unroll 16
-  for (int m = 0; m < MB; ++m) zero[m] = seti(t.zero[token + m]);
-#pragma GCC unroll 16
-  for (int v = 0; v < V; ++v) {
-    const Meta of(plan, meta + v * W);
-#pragma GCC unroll 16
-    for (int m = 0; m < MB; ++m) {
-      float* sum = total + m * kBlock + v * W;
-      store(sum, of.add(acc[v * MB + m], zero[m], load(sum)));
+  const int64_t entries = t.entries;
+  const auto of_tile = [](const auto& f) { fields<V>([&](auto v) { fields<MB>([&](auto m) { f(v(), m()); }); }); };
+  vf sum[V][MB];
+  of_tile([&](int v, int m) { sum[v][m] = set(0.0f); });
+  if (p.first) of_tile([&](int v, int m) { sum[v][m] = load(total + m * kBlock + v * W); });
+  for (int64_t g = p.first; g < p.end; ++g, p.meta += p.meta_stride, p.words += p.word_stride) {
+    const uint32_t *const offset = t.offset + g * t.M + token, *const a = t.table + (g * t.M + token) * entries;
+    typename Product::Acc acc[V][MB];
+    if constexpr (kShort<Product>) {
+      gemm_group_short<V, MB>(p.words, entries, a, offset, acc[0]);
+    } else {
+      of_tile([&](int v, int m) {
+        if constexpr (Product::kInteger)
+          acc[v][m] = seti(offset[m]);
+        else
+          acc[v][m] = set(0.0f);
+      });
+      for (int64_t e = 0; e < entries; ++e) {
+        if constexpr (kCold)
+          for (int v = 0; v < V; v += (W < 16 ? 16 / W : 1)) __builtin_prefetch(p.words + e * kBlock + v * W + 2048);
+        vi u[V];
+        fields<V>([&](auto v) { u[v] = loadi(p.words + e * kBlock + v * W); });
+        fields<MB>([&](auto m) {
+          const vi am = seti(a[m * entries + e]);
+          fields<V>([&](auto v) { acc[v][m] = Product::mul_settled(acc[v][m], u[v], am); });
+        });
+      }
     }
+    fields<V>([&](auto v) {
+      const Meta of(plan, p.meta + v * W);
+      fields<MB>([&](auto m) {
+        sum[v][m] = settled(of.add(settled(acc[v][m]), sum[v][m]));
+      });
+    });
   }
+  of_tile([&](int v, int m) { store(total + m * kBlock + v * W, sum[v][m]); });
 }
 
 // The panel [entries][kBlock] of a group: unpacked to scratch, or where nothing is packed the words themselves.
 template <class Op>
-const uint32_t* unpack_group(const LowbitLayout& l, const uint32_t* meta, bool prefetch, uint32_t* scratch) {
-  const uint32_t* words = meta + l.meta * kBlock;
-  if constexpr (Op::kFields == 1) return words;
-  uint32_t* out = scratch;
+void unpack_group(const LowbitLayout& l, const uint32_t* words, bool prefetch, uint32_t* out) {
   for (int64_t c = 0; c < l.words; ++c, words += kBlock) {
-    if (prefetch)  // the next group, while this one is multiplied
+    if (prefetch)  // the next group
       for (int64_t r = 0; r < kBlock; r += 16) __builtin_prefetch(words + l.height() * kBlock + r);
     fields<Op::kFields>([&](auto f) {
       for (int64_t r = 0; r < kBlock; r += W) storei(out + r, Op::template operand<f()>(loadi(words + r)));
       out += kBlock;
     });
   }
-  return scratch;
 }
-
-// A block times all tokens: f(first, count, total [count][kBlock]) adds up the products of at most kTokens at a time.
-// scratch: a group's panel [entries][kBlock], then the totals.
-template <class F>
-void passes(const LowbitPlan& plan, int64_t block, uint32_t* scratch, const F& f) {
-  float* total = reinterpret_cast<float*>(scratch + plan.tokens.entries * kBlock);
-  const int64_t M = plan.tokens.M, number = (M + kTokens - 1) / kTokens, each = (M + number - 1) / number;
-  for (int64_t first = 0; first < M; first += each) {
-    const int64_t count = std::min(each, M - first);
-    std::memset(total, 0, static_cast<size_t>(count * kBlock) * 4);
-    f(first, count, total);
-    for (int64_t m = 0; m < count; ++m)
-      for (int64_t r = 0; r < kBlock; r += W) put_rows(plan, first + m, block * kBlock + r, load(total + m * kBlock + r));
-  }
-}
-
+// scratch: panels of some groups, then the totals of kTokens.
 template <class Op>
 void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
   using Product = typename Op::Product;
+  constexpr bool kStored = Op::kFields == 1;  // as they are multiplied
+  constexpr int64_t kRows = kTileVectors * W;
   const LowbitLayout& l = plan.layout;
-  passes(plan, block, scratch, [&](int64_t first, int64_t count, float* total) {
-    const int64_t tiles = (count + kTileTokens - 1) / kTileTokens;
-    for (int64_t g = 0; g < l.groups; ++g) {
-      const uint32_t* meta = data + g * l.height() * kBlock;
-      const uint32_t* panel = unpack_group<Op>(l, meta, first == 0, scratch);
-      for (int64_t lane = 0; lane < kBlock; lane += kTileVectors * W) {
+  const int64_t count = plan.end - plan.begin, passes = (count + kTokens - 1) / kTokens;
+  const int64_t each = (count + passes - 1) / passes;
+  const int64_t panel = plan.tokens.entries * kBlock, height = l.height() * kBlock, most = plan.panel_groups();
+  float* const totals = reinterpret_cast<float*>(scratch + most * panel);
+  vf correction[kBlock / W];
+  for (int64_t i = 0; i < kBlock / W; ++i) correction[i] = correction_of<Product>(plan, data + i * W);
+  for (int64_t from = plan.begin; from < plan.end; from += each)
+    for (int64_t first = 0, end; first < l.groups; first = end) {
+      end = std::min(first + most, l.groups);
+      const uint32_t *const meta = data + first * height, *const words = meta + l.meta * kBlock;
+      if constexpr (!kStored)
+        for (int64_t g = 0; g < end - first; ++g)
+          unpack_group<Op>(l, words + g * height, from == plan.begin, scratch + g * panel);
+      for (int64_t lane = 0; lane < kBlock; lane += kRows) {
+        const Panel p{first, end, meta + lane, (kStored ? words : scratch) + lane, height, kStored ? height : panel};
         const auto tile = [&](auto mb, int64_t m) {
-          const auto f = Op::kFields == 1 && first + m == 0 ? gemm_tile<Product, kTileVectors, mb(), Op::kFields == 1>
-                                                            : gemm_tile<Product, kTileVectors, mb(), false>;
-          f(plan, meta + lane, panel + lane, g, first + m, total + m * kBlock + lane);
+          const auto f = kStored && m == plan.begin ? gemm_tile<Product, kTileVectors, mb(), kStored>
+                                           : gemm_tile<Product, kTileVectors, mb(), false>;
+          f(plan, p, m, totals + (m - from) * kBlock + lane);
+          if (end < l.groups) return;
+          for (int64_t i = 0; i < mb(); ++i)
+            for (int64_t r = lane; r < lane + kRows; r += W)
+              put_rows(plan, m + i, block * kBlock + r, load(totals + (m + i - from) * kBlock + r), correction[r / W]);
         };
-        int64_t m = 0;
-        for (int64_t left = tiles; left > 0; --left) {  // as even as possible: 16 tokens are 6 + 5 + 5
-          const int64_t mb = (count - m + left - 1) / left;
+        const int64_t last = std::min(from + each, plan.end);
+        int64_t m = from;
+        for (int64_t left = (last - m + kTileTokens - 1) / kTileTokens; left > 0; --left) {
+          const int64_t mb = (last - m + left - 1) / left;  // as even as possible: 16 tokens are 6 + 5 + 5
           fields<kTileTokens>([&](auto i) {
             if (mb == i() + 1) tile(std::integral_constant<int, i() + 1>{}, m);
           });
@@ -203,7 +205,6 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
         }
       }
     }
-  });
 }
 
 }  // namespace jointnas::JN_ISA

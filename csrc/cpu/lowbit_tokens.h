@@ -97,11 +97,10 @@ void token_bits(const LowbitLayout& l, LowbitTokens& t, const T* x, int64_t m, i
         permute<int8_t, 4, 8 / B>(a, reinterpret_cast<int8_t*>(row(i)), l.words);
       }
     }
-    if (t.kind == kPlanes) z += 1 << (t.a_bits - 1);
-    t.zero[m] = (0u - static_cast<uint32_t>(z)) & 0xffffu;
+    t.zero[m] = static_cast<float>(-z);
     return;
   }
-  t.s[m] = 1.0f;
+  t.zero[m] = 0.0f, t.s[m] = 1.0f;
   for (int64_t i = 0; i < l.groups; ++i) {
     const T* a = x + i * g;
     if constexpr (sizeof(T) == 2)

@@ -54,7 +54,11 @@ inline vi maddubs(vi a, vi b) { return {JN_MM(maddubs_epi16)(a.v, b.v)}; }
 inline vi madd(vi a, vi b) { return {JN_MM(madd_epi16)(a.v, b.v)}; }
 inline vi add16(vi a, vi b) { return {JN_MM(add_epi16)(a.v, b.v)}; }
 // Computed here, in a register: GCC 12 otherwise adds up 64 products as a tree, and spills them all.
-inline void settle(vi& a) { asm("" : "+v"(a.v)); }
+template <class V>
+inline V settled(V a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
 inline vi shl16(vi a) { return {JN_MM(slli_epi16)(a.v, 8)}; }
 inline vi sar16(vi a) { return {JN_MM(srai_epi16)(a.v, 8)}; }
 #undef JN_MM
@@ -86,6 +90,10 @@ inline vi sar(vi a) {
   return {static_cast<uint32_t>(static_cast<int32_t>(a.v) >> N)};
 }
 inline vf convert(vi a) { return {static_cast<float>(static_cast<int32_t>(a.v))}; }
+template <class V>
+inline V settled(V a) {
+  return a;
+}
 inline vf as_float(vi a) {
   vf f;
   std::memcpy(&f, &a, 4);
@@ -142,6 +150,17 @@ inline vi dot(vi acc, vi u, vi s) {
   for (int i = 0; i < 32; i += 8)
     acc.v += (u.v >> i & 255u) * static_cast<uint32_t>(static_cast<int32_t>(static_cast<int8_t>(s.v >> i)));
   return acc;
+#endif
+}
+
+// The same in place, for loops over many sums.
+template <bool kSmall>
+inline vi dot_settled(vi acc, vi u, vi s) {
+#if defined(JN_AVX512EXT)
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(u.v), "v"(s.v));
+  return acc;
+#else
+  return settled(dot<kSmall>(acc, u, s));
 #endif
 }
 

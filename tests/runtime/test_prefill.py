@@ -35,9 +35,10 @@ def read(step: DecodeStep, x: Tensor, keep: int | None = None) -> Tensor:
 
 
 def close(own: Tensor, stock: Tensor, act: int = 16) -> None:
-    """fp32: the order of sums; with quantized activations, now and then a value at the border between two levels."""
+    """fp32: the order of sums; with quantized activations, now and then a value at the border between two levels, which
+    are 17 times as far apart with 4 bits as with 8."""
     wrong, largest = (own - stock).abs(), stock.abs().max()
-    assert wrong.max() <= (2e-5 if act == 16 else 0.06) * largest
+    assert wrong.max() <= {4: 0.3, 8: 0.06, 16: 2e-5}[act] * largest
     assert wrong.mean() <= (2e-6 if act == 16 else 2e-3) * largest
 
 
