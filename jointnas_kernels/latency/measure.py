@@ -67,7 +67,7 @@ def deploy(
     Raises:
         JointNASError: the model is not of this choice, or no backend in the table runs one of its linears.
     """
-    if table.header.runtime == "step":
+    if table.header.stepped:
         attach(model)
     target = Target(next(model.parameters()).device, table.workload, table.dims.kv_heads)
 
@@ -116,7 +116,8 @@ def measure_model(
     model.eval()
     device = next(model.parameters()).device
     with pinned_threads(threads or 0):
-        return measure([call_of(model, workload, device)], device, seconds, samples, watch=watch)
+        captured = not isinstance(getattr(model, "runtime", None), Runtime)  # its steps are graphs themselves
+        return measure([call_of(model, workload, device)], device, seconds, samples, watch=watch, captured=captured)
 
 
 @torch.inference_mode()

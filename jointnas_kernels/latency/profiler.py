@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -46,6 +46,8 @@ from jointnas_kernels.latency.table import LatencyTable
 from jointnas_kernels.latency.timing import copies, describe, measure, pinned_threads, private_cache_bytes
 from jointnas_kernels.latency.watch import DRIFT, Reading, Watch, warn_once
 from jointnas_kernels.progress import Progress
+from jointnas_kernels.runtime import GraphStep
+from jointnas_kernels.runtime.step import config_misfit
 from jointnas_kernels.space import SearchSpace
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ def profile(
         header = Header(
             metric=metric, unit=UNITS[metric], device=here, workload=workload, model=dims, torch=torch.__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            runtime="step" if names == [step.NAME] else "torch",
+            runtime=_runtime(names, config, target),
             reference=_milliseconds(watch.baseline), load=round(os.getloadavg()[0], 2),
         )  # fmt: skip
         # operations on the same weight next to each other: it is made, quantized and packed once
@@ -197,6 +199,14 @@ def _names(asked: Sequence[str] | None, config: Any, target: Target) -> list[str
     if step.NAME in asked and len(set(asked)) > 1:
         raise JointNASError(f"backend {step.NAME!r} runs whole models; name it alone, or others without it")
     return list(dict.fromkeys(asked))
+
+
+def _runtime(names: list[str], config: Any, target: Target) -> Literal["step", "torch", "graph", "transformers"]:
+    """What runs whole models with these backends' linears."""
+    if target.device.type == "cpu":
+        return "step" if names == [step.NAME] else "torch"
+    fits = target.workload.batch <= GraphStep.most and target.dtype in GraphStep.dtypes
+    return "graph" if fits and config_misfit(config) is None else "transformers"
 
 
 def _announce(operations: int, measurements: int, seconds: float, metric: Metric) -> None:

@@ -63,9 +63,10 @@ class Header(_Record):
         default=None, description="ms of the reference kernels (`watch.py`) on the quiet machine"
     )
     load: float | None = Field(default=None, ge=0, description="load average when the profile began")
-    runtime: Literal["torch", "step", "transformers"] | None = Field(
+    runtime: Literal["torch", "step", "graph", "transformers"] | None = Field(
         default=None,
-        description="what runs whole models: a CPU's step, or torch; transformers: that, before prompts had a step",
+        description="what runs whole models: the step of a CPU, or of a GPU (graph); otherwise torch on a CPU, "
+        "transformers on a GPU. That was said of a CPU, too, before prompts had a step, and torch of a GPU",
     )
 
     @model_validator(mode="after")
@@ -79,10 +80,18 @@ class Header(_Record):
         return f"{self.device}; {work.mode} {work.batch}×{work.seq} {work.dtype}"
 
     @property
+    def stepped(self) -> bool:
+        """Whether whole models run through the step of their device (jointnas_kernels/runtime)."""
+        return self.runtime in ("step", "graph")
+
+    @property
     def outdated(self) -> str:
         """Why models no longer run as they did when it was measured; empty if they do."""
+        if self.device.type == "cuda":
+            known = self.runtime in ("graph", "transformers")
+            return "" if known else "was measured before models ran through the step on a GPU"
         since = ("transformers", "torch", "step") if self.workload.mode == "decode" else ("torch", "step")
-        if self.device.type != "cpu" or self.workload.dtype == "float16" or self.runtime in since:
+        if self.workload.dtype == "float16" or self.runtime in since:
             return ""
         return "was measured before models ran through the step on a CPU"
 
@@ -90,7 +99,7 @@ class Header(_Record):
         """Which part of what identifies a table differs, with both values; empty if none does."""
         for name in ("metric", "device", "workload", "model", "runtime"):
             mine, theirs = getattr(self, name), getattr(other, name)
-            if mine != theirs and not (name == "runtime" and "step" not in (mine, theirs)):
+            if mine != theirs and (name != "runtime" or self.stepped or other.stepped):
                 return f"{name} ({mine!s}, not {theirs!s})"
         return ""
 

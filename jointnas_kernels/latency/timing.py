@@ -1,7 +1,8 @@
 """Timing of one operation: rotated buffers, many samples, low quantile.
 
 CPU: the thread count is pinned; one sample is one call (or a few, until it lasts 20 µs). GPU: one CUDA graph of
-at least ten calls, timed by events, so that launch overhead does not count.
+at least ten calls, timed by events, so that launch overhead does not count; or those calls themselves, of models that
+launch graphs, with all that the host does between them.
 
 `runs` are the same operation on different copies of its weight; walking through them keeps the caches in the state
 they have inside a model: all other weights were touched since this one was. `copies` says how many that takes.
@@ -28,6 +29,7 @@ from jointnas_kernels.latency.schema import Device
 from jointnas_kernels.latency.watch import SAMPLES, Measured, Watch, summary
 
 Run = Callable[[], object]
+CALLS = 10  # of a sample on a GPU, or more
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -153,18 +155,19 @@ def copies(weight_bytes: int, model_bytes: int, device: torch.device, limit: int
 @torch.inference_mode()
 def measure(
     runs: Sequence[Run], device: torch.device, seconds: float = 0.04, samples: int = 15,
-    hopeless_ms: float = float("inf"), watch: Watch | None = None,
+    hopeless_ms: float = float("inf"), watch: Watch | None = None, captured: bool = True,
 ) -> Measured:
     """Milliseconds per call.
 
     Samples are taken until `seconds` have passed, but at least `samples` of them (CPU: fewer if that would take more
-    than 20 times as long; only one, the second call, if that takes `hopeless_ms`). A `watch` judges them.
+    than 20 times as long; only one, the second call, if that takes `hopeless_ms`). A `watch` judges them. `captured`:
+    on a GPU as one graph.
 
     Raises:
         Busy: by the watch.
     """
     if device.type == "cuda":
-        sample = _cuda_sample(runs, device)
+        sample = _graph_sample(runs, device) if captured else _cuda_sample(runs, device)
     else:
         retain_memory()
         runs[0]()
@@ -198,8 +201,27 @@ def _cpu_sample(runs: Sequence[Run], inner: int) -> Callable[[], float]:
 
 
 def _cuda_sample(runs: Sequence[Run], device: torch.device) -> Callable[[], float]:
+    """The same on a GPU, until the last of ten calls has ended."""
+    forever = itertools.cycle(runs)
+    for run in runs:
+        run()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+
+    def sample() -> float:
+        begin.record()
+        for run in itertools.islice(forever, CALLS):
+            run()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / CALLS
+
+    return sample
+
+
+def _graph_sample(runs: Sequence[Run], device: torch.device) -> Callable[[], float]:
     """The same of a captured graph."""
-    calls = max(10, len(runs))
+    calls = max(CALLS, len(runs))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # warm up off the capture: lazy initialisation, workspaces, JIT

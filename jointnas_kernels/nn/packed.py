@@ -17,6 +17,8 @@ between two levels may take the other one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,7 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    weight_packed: Tensor
 
     def __init__(
         self, packed: Tensor, scale: Tensor, bias: Tensor | None, weight_bits: int, act_bits: int = 16,
@@ -55,9 +58,12 @@ class PackedLinear(nn.Module):
         stored = LowbitWeight.stored(packed, scale, weight_bits, packed.shape[1] * 32 // weight_bits // scale.shape[1])
         self.backend = choose(backend, stored)
         weight = stored.laid_out(self.backend) if self.backend in LAYOUTS else stored
-        self.out_features, self.in_features, self.group_size = weight.outputs, weight.inputs, weight.group_size
-        self.weight_bits, self.act_bits, self.act_symmetric = weight_bits, act_bits, act_symmetric
+        self._take(weight, bias, act_bits, act_symmetric)
         self.stored_bytes = sum(t.numel() * t.element_size() for t in stored.tensors)  # as a checkpoint stores it
+
+    def _take(self, weight: LowbitWeight, bias: Tensor | None, act_bits: int, act_symmetric: bool) -> None:
+        self.out_features, self.in_features, self.group_size = weight.outputs, weight.inputs, weight.group_size
+        self.weight_bits, self.act_bits, self.act_symmetric = weight.w_bits, act_bits, act_symmetric
         self.layout, self.names = weight.layout, BUFFERS[: len(weight.tensors)]
         for name, tensor in zip(self.names, weight.tensors, strict=True):
             self.register_buffer(name, tensor, persistent=name in BUFFERS[:2])
@@ -99,6 +105,26 @@ class PackedLinear(nn.Module):
         backend = self.backend if self.layout == "storage" else None
         y = lowbit_matmul(x, weight, self.act_bits, self.act_symmetric, backend)
         return y if self.bias is None else y + self.bias
+
+
+def stack(linears: Sequence[nn.Module]) -> PackedLinear | None:
+    """One linear with the rows of all; None where they are not all packed, or not alike, or in a layout that cannot be
+    stacked. Integers are held once: those of the given linears become views of its.
+    """
+    packed = [m for m in linears if isinstance(m, PackedLinear)]
+    kinds = {(m.backend, m.act_bits, m.act_symmetric, m.bias is None) for m in packed}
+    weight = LowbitWeight.stack([m.weight for m in packed]) if len(packed) == len(linears) else None
+    if weight is None or len(kinds) > 1:
+        return None
+    found = PackedLinear.__new__(PackedLinear)
+    nn.Module.__init__(found)
+    biases = [m.bias.detach() for m in packed if m.bias is not None]
+    found.backend, found.stored_bytes = packed[0].backend, sum(m.stored_bytes for m in packed)
+    found._take(weight, torch.cat(biases) if biases else None, packed[0].act_bits, packed[0].act_symmetric)
+    sizes = [len(m.weight_packed) for m in packed]
+    for module, own in zip(packed, weight.tensors[0].split(sizes), strict=True):
+        module.weight_packed = own
+    return found
 
 
 class PackedEmbedding(nn.Module):

@@ -1,4 +1,5 @@
-"""A model's `forward`: prompts and decode steps in C++ where they apply, transformers' own code otherwise.
+"""A model's `forward`: prompts and decode steps through its device's `Step` where they apply, transformers' own code
+otherwise.
 
 The cache stays transformers' own. After a call its layers hold views of the step's static buffers, so everything that
 is done to caches (cropping, reordering beams, tokens read by transformers) goes on working; what it leaves there is
@@ -17,8 +18,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from jointnas_kernels.runtime.decode import MOST, DecodeStep, misfit
+from jointnas_kernels.runtime.decode import DecodeStep
+from jointnas_kernels.runtime.graph import GraphStep
+from jointnas_kernels.runtime.step import Step
 
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (DecodeStep, GraphStep)}
 MORE = 256  # positions that buffers grow by
 # The cache in calls and results was `past_key_values` before transformers 5.24; calls may still name it so.
 CACHE_NAMES = ("cache", "past_key_values")
@@ -34,10 +38,10 @@ class _Unsuited(Exception):
 class Runtime:
     """Stands in for a model's `forward`, and says what ran.
 
-    Prompts of 1 to 16 sequences, at the beginning or later, and one more token for each (a decode step) are run by
-    `DecodeStep`, if the model fits it and nothing is wanted that only transformers' code has: other inputs or outputs,
-    other masks than causal ones with padding on the left, hooks, gradients, caches that do not grow. Changes of the
-    model (other modules, dtype or device) are seen with the next cache.
+    Prompts of a few sequences (16 on a CPU, 64 on a GPU), at the beginning or later, and one more token for each (a
+    decode step) are run by the device's step, if the model fits it and nothing is wanted that only transformers' code
+    has: other inputs or outputs, other masks than causal ones with padding on the left, hooks, gradients, caches that
+    do not grow. Changes of the model (other modules, dtype or device) are seen with the next cache.
 
     Attributes:
         enabled: False leaves every call to transformers.
@@ -50,7 +54,7 @@ class Runtime:
         self.model, self.enabled = model, True
         self.prompts = self.steps = 0
         self.reason: str | None = "nothing ran yet"
-        self._step: DecodeStep | None = None
+        self._step: Step | None = None
         self._state: list[int] = []  # of the model, when it was looked at
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))  # generate() reads it
 
@@ -91,16 +95,16 @@ class Runtime:
             room = cache._room = _Room(self)
         if room.reason is not None:
             raise _Unsuited(room.reason)
+        if len(ids) > room.most:
+            raise _Unsuited(f"{len(ids)} sequences, of at most {room.most}")
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
             raise _Unsuited("gradients are wanted")
         seen, (batch, count) = cache.get_seq_length(), ids.shape
-        starts = None if mask is None else _starts(mask, seen + count)
         if positions is None:
-            positions = torch.arange(seen, seen + count)
-        elif mask is None and not (positions.diff(dim=-1) == 1).all():
-            raise _Unsuited("positions of several texts in one row")
+            positions = torch.arange(seen, seen + count, device=ids.device)
+        starts, farthest = _read(mask, positions, seen + count)
         keep = kwargs.get("logits_to_keep") or count
-        logits = room.run(ids, positions.expand(batch, count), starts, cache, seen, min(keep, count))
+        logits = room.run(ids, positions.expand(batch, count), farthest, starts, cache, seen, min(keep, count))
         if count > 1 or not seen:
             self.prompts += 1
         else:
@@ -108,17 +112,21 @@ class Runtime:
         self.reason = None
         return CausalLMOutputWithPast(logits=logits, **{RESULT: cache})
 
-    def fitted(self) -> DecodeStep:
+    def fitted(self) -> Step:
         """The step of the model as it is now; raises where there is none."""
         model = self.model
         below = [m for m in model.modules() if m is not model]
         if any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in below):
             raise _Unsuited("modules of the model have hooks")
-        state = [*map(id, below), *(t.data_ptr() for m in (model.parameters(), model.buffers()) for t in m)]
-        if self._step is None or state != self._state:
+
+        def state() -> list[int]:
+            return [*map(id, below), *(t.data_ptr() for m in (model.parameters(), model.buffers()) for t in m)]
+
+        if self._step is None or state() != self._state:
             if reason := misfit(model):
                 raise _Unsuited(reason)
-            self._step, self._state = DecodeStep(model), state
+            self._step = STEPS[model.device.type](model)
+            self._state = state()  # a step may move weights
         return self._step
 
 
@@ -132,7 +140,7 @@ class _Room:
         self._views: list[tuple[Tensor, Tensor]] = []
         try:
             self._step = runtime.fitted()
-            self._caches = self._step.caches(0, 0)
+            self.most, self._caches = self._step.most, self._step.caches(0, 0)
         except _Unsuited as reason:
             self.reason = str(reason)
 
@@ -140,8 +148,9 @@ class _Room:
         return type(None), ()
 
     def run(
-        self, ids: Tensor, positions: Tensor, starts: Tensor | None, cache: DynamicCache, seen: int, keep: int
-    ) -> Tensor:
+        self, ids: Tensor, positions: Tensor, farthest: int, starts: Tensor | None, cache: DynamicCache, seen: int,
+        keep: int,
+    ) -> Tensor:  # fmt: skip
         """Logits [batch, keep, vocab] of the last of ids [batch, count]; the layers' keys and values are `seen` long
         before, and longer by `count` afterwards."""
         layers: Any = cache.layers
@@ -152,21 +161,24 @@ class _Room:
             layer.keys is keys and layer.values is values
             for layer, (keys, values) in zip(layers, self._views, strict=True)
         )
-        if not same or self._caches.keys[0].shape[0] != len(ids) or end > self._caches.length:
+        if not same or self._caches.batch != len(ids) or end > self._caches.length:
             self._adopt(layers, len(ids), seen, end)
-        if not 0 <= int(positions.min()) <= int(positions.max()) < self._caches.length:
+        if farthest >= self._caches.length:
             raise _Unsuited("positions beyond those of the cache")
         logits = self._step.prefill(ids, positions, self._caches, seen, starts, keep)
-        self._views.clear()
-        for layer, keys, values in zip(layers, self._caches.keys, self._caches.values, strict=True):
+        self._views, views = [], {0: self._caches.between(0, end)}
+        for b, layer in enumerate(layers):
             begin = 0
             if not layer.is_initialized:
-                layer.lazy_initialization(keys, values)
+                layer.lazy_initialization(self._caches.keys[b], self._caches.values[b])
             if layer.is_sliding:
                 layer.cumulative_length = end
                 begin = max(0, end + 1 - layer.sliding_window)
-            layer.keys, layer.values = keys[:, :, begin:end], values[:, :, begin:end]
-            self._views.append((layer.keys, layer.values))
+            if begin not in views:
+                views[begin] = self._caches.between(begin, end)
+            keys, values = views[begin]
+            layer.keys, layer.values = keys[b], values[b]
+            self._views.append((keys[b], values[b]))
         return logits
 
     @torch.inference_mode(False)
@@ -178,13 +190,13 @@ class _Room:
             raise _Unsuited("a cache of other layers")
         for layer in layers if seen else ():
             for tensor in (layer.keys, layer.values):
-                length, device = tensor.shape[2], tensor.device.type
-                if (*tensor.shape[:2], tensor.shape[3]) != shape or tensor.dtype != dtype or device != "cpu":
+                length, device = tensor.shape[2], self._caches.keys[0].device
+                if (*tensor.shape[:2], tensor.shape[3]) != shape or tensor.dtype != dtype or tensor.device != device:
                     raise _Unsuited(f"a cache of {tensor.dtype} {list(tensor.shape)} on {tensor.device}")
                 if length != seen and not (layer.is_sliding and length >= min(seen, layer.sliding_window - 1)):
                     raise _Unsuited("a cache whose layers are not equally long")
         caches = self._caches
-        if caches.keys[0].shape[0] != batch or end > caches.length:
+        if caches.batch != batch or end > caches.length:
             caches = self._step.caches(batch, end + MORE)
         for layer, *buffers in zip(layers if seen else (), caches.keys, caches.values, strict=bool(seen)):
             for tensor, buffer in zip((layer.keys, layer.values), buffers, strict=True):
@@ -194,6 +206,12 @@ class _Room:
         self._caches = caches
 
 
+def misfit(model: Any) -> str | None:
+    """Why no step can run a transformers model where it is; None: one can."""
+    step = STEPS.get(model.device.type)
+    return f"there is none for {model.device}" if step is None else step.misfit(model)
+
+
 def attach(model: Any) -> None:
     """Lets a transformers model read and write through the step, where it applies; `model.runtime` is its `Runtime`."""
     model.runtime = model.forward = Runtime(model)
@@ -201,8 +219,6 @@ def attach(model: Any) -> None:
 
 def _check(kwargs: dict[str, Any], cache: Any, mask: Any, config: Any) -> None:
     """That nothing is asked for which the step has not."""
-    if len(kwargs["input_ids"]) > MOST:
-        raise _Unsuited(f"{len(kwargs['input_ids'])} sequences, of at most {MOST}")
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is not DynamicCache or cache.offloading or any(type(layer) not in kinds for layer in cache.layers):
         raise _Unsuited("its cache is no plain DynamicCache")
@@ -217,22 +233,31 @@ def _check(kwargs: dict[str, Any], cache: Any, mask: Any, config: Any) -> None:
     keep = kwargs.get("logits_to_keep")
     if isinstance(keep, Tensor) or (keep or 0) < 0:
         raise _Unsuited("logits_to_keep is no number of last tokens")
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        raise _Unsuited("its attention mask is not [batch, positions]")
+    device = kwargs["input_ids"].device
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device != device):
+        raise _Unsuited("its attention mask is not [batch, positions], where the ids are")
     if config.output_attentions or config.output_hidden_states or config.return_dict is False:
         raise _Unsuited("the config wants other outputs")
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled(device.type):
         raise _Unsuited("autocast is on")
 
 
-def _starts(mask: Tensor, count: int) -> Tensor | None:
-    """The first visible position of each sequence, int64 [batch]; None: all are."""
-    if mask.shape[1] != count:
+def _read(mask: Tensor | None, positions: Tensor, count: int) -> tuple[Tensor | None, int]:
+    """The first visible position of each sequence, int64 [batch] (None: all are), and the largest of `positions`.
+
+    What usual calls need to know is read from a device at once: it is waited for."""
+    if mask is not None and mask.shape[1] != count:
         raise _Unsuited(f"an attention mask of {mask.shape[1]} positions, where there are {count}")
-    visible = mask.bool()
-    if visible.all():
-        return None
+    visible = None if mask is None else mask.bool()
+    whole = (positions.diff(dim=-1) == 1).all() if visible is None else visible.all()
+    least, farthest, usual = torch.stack([*positions.aminmax(), whole.to(positions.dtype)]).tolist()
+    if least < 0:
+        raise _Unsuited("positions beyond those of the cache")
+    if usual:
+        return None, farthest
+    if visible is None:
+        raise _Unsuited("positions of several texts in one row")
     starts = visible.long().argmax(1)
     if not torch.equal(visible.sum(1), count - starts) or not visible[:, -1].all():
         raise _Unsuited("an attention mask with more than padding on the left")
-    return starts
+    return starts, farthest

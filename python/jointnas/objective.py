@@ -23,7 +23,7 @@ from torch import Tensor
 
 from jointnas.config import RunConfig
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.space import (
     WIDTHS,
     Choice,

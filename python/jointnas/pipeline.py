@@ -141,7 +141,7 @@ def measured_latency(
     deployed(model, choice, run.space, table, run.supernet.block_rank)
     watch, work = table.watch(), table.workload
     found = measure_model(model, work, threads=device.threads, watch=watch)
-    if table.header.runtime != "step":
+    if not table.header.stepped:
         return found, None
     decode = Workload("decode", 1, work.seq, work.dtype)
     return found, found if work == decode else measure_model(model, decode, threads=device.threads, watch=watch)
@@ -162,7 +162,7 @@ def deployed(
     nn.Module.to(model, table.header.device.type, getattr(torch, table.workload.dtype))
     if choice is not None:
         deploy(model, choice, space, table, block_rank)
-    elif table.header.runtime == "step":
+    elif table.header.stepped:
         attach(model)
     return model
 

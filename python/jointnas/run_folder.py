@@ -33,7 +33,7 @@ from jointnas.precision import Precision
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
-from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.space import Choice, SearchSpace
 
 log = logging.getLogger(__name__)

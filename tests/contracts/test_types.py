@@ -1,4 +1,5 @@
-"""mypy is not strict about operators (pyproject.toml): Triton kernels have no types. All other functions there have."""
+"""mypy is not strict about operators and the runtime's kernels (pyproject.toml): Triton kernels have no
+types. All other functions there have."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from tests.contracts.sources import functions, modules
 def test_everything_but_kernels_is_annotated() -> None:
     missing = []
     for module, tree in modules().items():
-        if not module.startswith("jointnas_kernels.ops"):
+        if not module.startswith(("jointnas_kernels.ops", "jointnas_kernels.runtime.kernels")):
             continue
         for function in functions(tree):
             if any("jit" in ast.unparse(d) for d in function.decorator_list):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import _ext, ops
+from jointnas_kernels.runtime import kernels
 
 BITS = (2, 4, 8)
 
@@ -70,6 +71,24 @@ def lowbit_kernels() -> None:
         assert not result, f"{kernel}: {result}"
 
 
+def decode_step() -> None:
+    """Its kernels (jointnas_kernels/runtime), of two blocks."""
+    for count, dim in ((1, 12), (5, 96)):
+        caches = [torch.zeros(2, 2, 9, dim, device="cuda").bfloat16() for _ in range(6)]
+        where = torch.tensor([3, 9, *(t.data_ptr() for t in caches)], device="cuda")
+        qkv = torch.randn(2 * count, 10 * dim, device="cuda").bfloat16().split((6 * dim, 2 * dim, 2 * dim), 1)
+        weight, positions = torch.rand(dim, device="cuda").bfloat16(), torch.arange(2 * count, device="cuda") % 9
+        heads = kernels.Heads(*qkv, weight, weight, where, positions, 1, 2, dim, 1e-5)
+        if count > 1:
+            kernels.rotate(heads, 2)
+        else:
+            for parts in (1, 4):
+                kernels.attend(heads, torch.tensor([0, 2], device="cuda"), 3, 0.3, parts)
+    x, y = (torch.randn(3, 129, device="cuda").bfloat16() for _ in range(2))
+    kernels.add_norm(x, y, y[0], 1e-5)
+    kernels.swiglu(x, y)
+
+
 def mixed_weight() -> None:
     for impl in ("factored", "masks", "loop"):
         backward(ops.mixed_weight(leaf(37, 65), unit(2), (17, 65), unit(2), (9, 37), impl))
@@ -110,6 +129,7 @@ CASES: dict[str, Callable[[], None]] = {
     "quant_lora_linear": quant_lora_linear,
     "lowbit_linear": lowbit_linear,
     "lowbit_kernels": lowbit_kernels,
+    "decode_step": decode_step,
 }
 
 

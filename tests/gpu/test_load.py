@@ -57,6 +57,7 @@ def test_other_groups_run_on_triton(tmp_path: Path, device: torch.device) -> Non
 def test_generates_and_compiles(tmp_path: Path, device: torch.device) -> None:
     folder(tmp_path, torch.bfloat16, 4, 16)
     run, x = hf.load(tmp_path / "model", device), ids(1, 9).to(device)
+    run.runtime.enabled = False  # its own sums round otherwise in bf16: test_runtime.py
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     want = run.generate(x, **options)
     assert torch.equal(run.generate(x, cache_implementation="static", disable_compile=True, **options), want)

@@ -157,7 +157,8 @@ def test_tables_of_whichever_device_of_this_machine(tmp_path: Path, monkeypatch:
     table = synthetic(SPACE)
     table.save(tmp_path / "cpu.jsonl")
     there = Device(type="cuda", name="NVIDIA H200", arch="sm_90", threads=0)
-    LatencyTable(table.header.model_copy(update={"device": there}), table.rows).save(tmp_path / "cuda.jsonl")
+    header = table.header.model_copy(update={"device": there, "runtime": "graph"})
+    LatencyTable(header, table.rows).save(tmp_path / "cuda.jsonl")
     real = timing.describe
     described = lambda d, t=None: there if d == "cuda" else real(d, t)  # noqa: E731
     monkeypatch.setattr("jointnas_kernels.latency.table.describe", described)

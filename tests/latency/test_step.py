@@ -119,6 +119,15 @@ def test_models_that_do_not_decode_through_it(workload: Workload, change: dict[s
     assert not running(tiny_config(**change), target)
 
 
+def test_what_runs_whole_models_on_a_gpu() -> None:
+    cuda, odd = torch.device("cuda"), {"hidden_act": "gelu"}
+    for workload, change, kind in (
+        (Workload("decode", 64, 8), {}, "graph"), (Workload(), {}, "graph"), (DECODE, odd, "transformers"),
+        (Workload("decode", 65, 8), {}, "transformers"),
+    ):  # fmt: skip
+        assert profiler._runtime(["torch"], tiny_config(**change), Target(cuda, workload, 2)) == kind
+
+
 def test_mixtures_and_old_tables_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "t.jsonl"
     with pytest.raises(JointNASError, match="'step' runs whole models; name it alone"):

@@ -114,6 +114,23 @@ def test_wrong_device(path: Path) -> None:
     assert LatencyTable.load(path, other, force=True).rows
 
 
+def test_tables_of_a_gpu_say_what_ran_whole_models(path: Path, table: LatencyTable) -> None:
+    there = Device(type="cuda", name="NVIDIA H200", arch="sm_90", threads=0)
+    headers = {
+        kind: table.header.model_copy(update={"device": there, "runtime": kind})
+        for kind in (None, "torch", "graph", "transformers")
+    }
+    for kind, header in headers.items():
+        LatencyTable(header, table.rows).save(path)
+        if kind in ("graph", "transformers"):
+            assert LatencyTable.load(path, there).header.stepped == (kind == "graph")
+        else:
+            with pytest.raises(JointNASError, match="measured before models ran through the step on a GPU"):
+                LatencyTable.load(path, there)
+    assert headers["graph"].differs_from(headers["torch"]).startswith("runtime (graph, not torch)")
+    assert not headers["torch"].differs_from(headers["transformers"])
+
+
 def test_merge(table: LatencyTable) -> None:
     half = len(table.rows) // 2
     merged = LatencyTable(table.header, table.rows[:half]).merge(LatencyTable(table.header, table.rows[half:]))

@@ -1,7 +1,7 @@
 """Random models, precisions, batches and paddings: prompts in random pieces and decode steps against the stock model,
 in fp64 unless inputs are rounded: levels are decided in the model's own dtype.
 
-    python -m tests.runtime.fuzz --cases 5000 [--first SEED]
+    python -m tests.runtime.fuzz --cases 5000 [--first SEED] [--isa INDEX]
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import logging
 
 from jointnas_kernels.latency.backends.base import quantize_weight
 from jointnas_kernels.latency.backends.step import linear
 from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.nn.packed import PackedLinear
 from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.progress import Progress
 from jointnas_kernels.runtime import DecodeStep
 from tests.hf.hf_models import LLAMA3_ROPE, tiny_model
 from tests.runtime.test_decode import packed
@@ -64,8 +66,8 @@ def exact(model: Any) -> Any:
 
 
 @torch.no_grad()
-def run(seed: int) -> str | None:
-    """What is wrong in one case; None: nothing."""
+def run(seed: int, isa: int = 0) -> str | None:
+    """What is wrong in one case on an instruction set (`cpu.ISAS`); None: nothing."""
     rng = random.Random(seed)
     change = shape(rng)
     model = tiny_model(seed=seed, **change)
@@ -78,7 +80,7 @@ def run(seed: int) -> str | None:
     g = torch.Generator().manual_seed(seed)
     x = torch.randint(change["vocab_size"], (batch, length), generator=g)
     padding = torch.tensor([rng.choice((0, 0, rng.randint(0, length - 1))) for _ in range(batch)])
-    step = DecodeStep(model, threads=rng.randint(1, 3))
+    step = DecodeStep(model, threads=rng.randint(1, 3), isa=isa)
     caches = step.caches(batch, length + rng.randint(0, 3))
     positions, own, t = (torch.arange(length) - padding[:, None]).clamp_min(0), [], 0
     longest = rng.choice((1, 2, length, length))
@@ -112,9 +114,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cases", type=int, default=5000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--isa", type=int, default=0, help=f"index of: {', '.join(cpu.ISAS)}")
     args = parser.parse_args()
-    wrong = [text for seed in range(args.first, args.first + args.cases) if (text := run(seed))]
-    print("\n".join([*wrong, f"{args.cases} cases, {len(wrong)} failures, on {cpu.ISAS[0]}"]))
+    logging.set_verbosity_error()  # of tokens beyond a tiny vocabulary
+    wrong, progress = 0, Progress("cases", args.cases)
+    for seed in range(args.first, args.first + args.cases):
+        if text := run(seed, args.isa):
+            wrong += 1
+            print(text, flush=True)
+        progress.step()
+    progress.close()
+    print(f"{args.cases} cases, {wrong} failures, on {cpu.ISAS[args.isa]}")
     return bool(wrong)
 
 

@@ -141,11 +141,12 @@ def test_tokens_and_slots_outside_are_refused() -> None:
     with pytest.raises(JointNASError, match="2 tokens for caches of 1 sequences"):
         step(one.expand(2), one.expand(2), caches, 0)
     for ids_, positions, slot, starts in (
-        (one + 60, one, 1, None), (one - 2, one, 1, None), (one, one, LENGTH, None), (one, one * 99, 1, None),
-        (one, one, 1, one + 1),
-    ):  # fmt: skip
+        (one + 60, one, 1, None), (one - 2, one, 1, None), (one, one * 99, 1, None), (one, one, 1, one + 1),
+    ):
         with pytest.raises(JointNASError, match="an argument it does not support"):
             step(ids_, positions, caches, slot, starts)
+    with pytest.raises(JointNASError, match="1 tokens from slot 12 on, in caches of 12"):
+        step(one, one, caches, LENGTH)
 
 
 @torch.no_grad()
@@ -164,9 +165,9 @@ def test_one_step_serves_many_caches() -> None:
 def test_inputs_of_other_kinds_are_refused() -> None:
     step, other = (DecodeStep(packed(tiny_model(**change), [4, 4, 4], 8)) for change in ({}, {"head_dim": 8}))
     one, caches = torch.tensor([1]), step.caches(1, LENGTH)
-    with pytest.raises(JointNASError, match=r"ids must be int64 \[1\] on the CPU, got torch.int32 \[1\] on cpu"):
+    with pytest.raises(JointNASError, match=r"ids must be int64 \[1\] on cpu, got torch.int32 \[1\] on cpu"):
         step(one.int(), one, caches, 0)
-    with pytest.raises(JointNASError, match=r"positions must be int64 \[1\] on the CPU, got torch.int64 \[2\]"):
+    with pytest.raises(JointNASError, match=r"positions must be int64 \[1\] on cpu, got torch.int64 \[2\]"):
         step(one, one.expand(2), caches, 0)
     with pytest.raises(JointNASError, match="caches of another model"):
         step(one, one, other.caches(1, LENGTH), 0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.runtime import DecodeStep, decode
+from jointnas_kernels.runtime import DecodeStep
 from tests.hf.hf_models import ids, tiny_model
 from tests.runtime.test_decode import FAMILIES, packed
 
@@ -24,7 +24,7 @@ def model_of(change: dict[str, Any], bits: list[int], act: int = 16, dtype: torc
 
 
 def chunked(monkeypatch: pytest.MonkeyPatch, batch: int, chunk: int = CHUNK) -> None:
-    monkeypatch.setattr(decode, "CHUNK", chunk * batch)
+    monkeypatch.setattr(DecodeStep, "chunk", chunk * batch)
 
 
 def read(step: DecodeStep, x: Tensor, keep: int | None = None) -> Tensor:
@@ -179,11 +179,13 @@ def test_what_is_outside_is_refused() -> None:
     positions, caches = torch.arange(5).expand(2, -1), step.caches(2, 8)
     with pytest.raises(JointNASError, match="logits of 6 tokens; allowed: 1 to 5"):
         step.prefill(x, positions, caches, 0, keep=6)
-    with pytest.raises(JointNASError, match=r"positions must be int64 \[2, 5\] on the CPU, got torch.int64 \[2\]"):
+    with pytest.raises(JointNASError, match=r"positions must be int64 \[2, 5\] on cpu, got torch.int64 \[2\]"):
         step.prefill(x, positions[:, 0], caches, 0)
     for ids_, positions_, slot, starts in (
-        (x, positions, 4, None), (x, positions + 4, 0, None), (x + 60, positions, 0, None), (x, positions, -1, None),
-        (x, positions, 0, torch.tensor([0, 5])),
-    ):  # fmt: skip
+        (x, positions + 4, 0, None), (x + 60, positions, 0, None), (x, positions, 0, torch.tensor([0, 5])),
+    ):
         with pytest.raises(JointNASError, match="an argument it does not support"):
             step.prefill(ids_, positions_, caches, slot, starts)
+    for slot in (-1, 4):
+        with pytest.raises(JointNASError, match=f"5 tokens from slot {slot} on, in caches of 8"):
+            step.prefill(x, positions, caches, slot)

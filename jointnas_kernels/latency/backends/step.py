@@ -21,8 +21,9 @@ from jointnas_kernels.latency.timing import cache_bytes, copies
 from jointnas_kernels.nn.packed import PackedLinear
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
-from jointnas_kernels.runtime.decode import CHUNK, MOST, config_misfit
+from jointnas_kernels.runtime.decode import CHUNK, MOST
 from jointnas_kernels.runtime.parts import Part
+from jointnas_kernels.runtime.step import config_misfit
 
 NAME = "step"
 REPEATS, FEW = 64, 4  # of what takes less than a microsecond; of a prompt's parts

@@ -100,6 +100,21 @@ class LowbitWeight(NamedTuple):
             layout = next((name for name in LAYOUTS if weight.misfit(name) is None), "storage")
         return weight.laid_out(layout, planes)
 
+    @classmethod
+    def stack(cls, weights: Sequence[LowbitWeight]) -> LowbitWeight | None:
+        """One weight with the rows of all, in their layout; None where that is no row behind row ("cpu", bit-planes, or
+        "cuda" with rows that are no whole tiles) or they differ in more than `outputs`."""
+        first = weights[0]
+        kinds = {(w[1:3], w[4:], tuple(t.dtype for t in w.tensors)) for w in weights}  # all but `outputs`
+        whole = first.layout == "storage" or all(w.outputs % tiles.ROWS == 0 for w in weights)
+        if len(kinds) > 1 or not whole or first.planes or first.layout == "cpu":
+            return None
+        packed, scale, *rest = zip(*(w.tensors for w in weights), strict=True)
+        tensors = [torch.cat(packed), torch.cat(scale, 0 if first.layout == "storage" else 1)]
+        if rest:
+            tensors += [torch.cat(rest[0]), torch.zeros_like(rest[1][0])]
+        return first._replace(tensors=tensors, outputs=sum(w.outputs for w in weights))
+
     def misfit(self, layout: str) -> str | None:
         """Why the kernels of "cpu" or "cuda" cannot multiply this weight, in the storage layout; None if they can."""
         scale = self.tensors[1]

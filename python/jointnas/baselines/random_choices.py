@@ -8,7 +8,7 @@ from typing import Any
 from jointnas.baselines.context import Context, Picked
 from jointnas.objective import Feasibility, Infeasible, Limits
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.space import Choice, count_params, kept_blocks
 

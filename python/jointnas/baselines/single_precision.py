@@ -7,7 +7,7 @@ from dataclasses import replace
 from jointnas.baselines.context import Context, Picked
 from jointnas.objective import Infeasible
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.latency.table import Bound
+from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.space import Choice
 
 
