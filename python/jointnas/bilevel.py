@@ -3,7 +3,8 @@
 Every step is one weight step (CE on the weight data, architecture drawn, LoRA trained) and one architecture step (CE on
 the architecture data + objective, LoRA frozen, logits trained). It ends when every dimension is decided, or at the hard
 cap. Then the most probable choice is checked against the hard limits and, if need be, replaced by the most probable one
-that satisfies them.
+that satisfies them. Under a target latency the likeliest choices within it are compared by their losses, and what the
+best one leaves of it is spent (`spending`).
 
 All randomness of a step is a function of (seed, step), so a killed run resumes bit-identically on the CPU.
 """
@@ -11,8 +12,8 @@ All randomness of a step is a function of (seed, step), so a killed run resumes 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -20,25 +21,18 @@ import torch
 from torch import Tensor
 
 from jointnas import convergence
-from jointnas.data import Batch, Batches
+from jointnas.data import Batches
+from jointnas.losses import Loss, Losses, cross_entropy
 from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies, original_params
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
-from jointnas_kernels.hf import Supernet
+from jointnas.spending import spend
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import count_params
 
 log = logging.getLogger(__name__)
 WEIGHT, ARCH, GAP = range(3)  # lanes of random numbers
-Loss = Callable[[Supernet, Batch], Tensor]
-
-
-def cross_entropy(supernet: Supernet, batch: Batch) -> Tensor:
-    """Nats per token."""
-    loss: Tensor | None = supernet(batch.ids, labels=batch.labels).loss
-    assert loss is not None
-    return loss
 
 
 def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
@@ -176,9 +170,14 @@ def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds:
         log.warning(
             "the most probable choice breaks the limits (%s); nearest feasible: %s", "; ".join(violations), choice
         )
+    evaluated = 0
+    if objective.limits.latency_max < math.inf and run.config.search.compared > 1:
+        losses = Losses(run, run.folder / f"losses-{step}.json", run.config.search.gap_batches)
+        choice = spend(run, check, check.likeliest(probs, run.config.search.compared), losses)
+        evaluated = losses.tokens
     found = Found(
         choice, argmax, violations, converged, step, run.bound.predict(choice), count_params(run.model_config, choice),
-        seconds,
+        seconds, evaluated,
     )  # fmt: skip
     write_json(run.folder / "choice.json", asdict(found))
     return found

@@ -151,6 +151,10 @@ class SearchConfig(Section):
     lambda_ramp: float = Field(default=0.5, ge=0, le=1, description="share of the steps over which it grows from 0")
     mu_infeasible: float = Field(default=1.0, ge=0, description="weight of the probability of infeasible bits")
     entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when all normalised entropies are lower")
+    compared: int = Field(
+        default=4, ge=1, description="with a target latency: how many of the likeliest choices within it are compared; "
+        "what the best one leaves of it is spent where the loss falls most per ms. 1: the likeliest as it is",
+    )  # fmt: skip
     log_every: int = Field(default=10, ge=1)
     gap_every: int = Field(default=50, ge=1, description="how often the discretisation gap is measured")
     gap_batches: int = Field(default=2, ge=1)

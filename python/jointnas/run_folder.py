@@ -85,6 +85,7 @@ class Found:
     predicted_ms: float
     params: int
     seconds: float
+    evaluated: int = 0  # tokens that choices were compared on at the end
 
 
 def write_start(run: Run) -> None:
@@ -211,5 +212,5 @@ def load_supernet(run: Run) -> None:
 def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
     free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"}
-    search = {"log_every", "save_every", "keep_checkpoints", "capture"}
+    search = {"compared", "log_every", "save_every", "keep_checkpoints", "capture"}
     return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search, "data": {"cache"}})

@@ -12,17 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jointnas import bilevel
 from jointnas.baselines import ilp, lonas, sandwich, subnet_selection
 from jointnas.baselines.context import Context
 from jointnas.baselines.exhaustive import count, numbered
 from jointnas.baselines.ptq import quantized
 from jointnas.baselines.random_choices import canonical, random
-from jointnas.baselines.strata import Losses, candidates, strata, structures
+from jointnas.baselines.strata import candidates, strata, structures
 from jointnas.baselines.tanglenas import mixture_of_prefixes, tanglenas
-from jointnas.bilevel import cross_entropy, optimise
+from jointnas.bilevel import optimise
 from jointnas.config import CompareOptions
 from jointnas.data import Batch
+from jointnas.losses import Losses, cross_entropy
 from jointnas.metrics import read_metrics
 from jointnas.objective import Infeasible
 from jointnas.precision import Precision, precisions
@@ -152,7 +152,7 @@ def test_losses_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     values = [losses.of(c) for c in choices]
     assert losses.best(choices) == choices[values.index(min(values))]
     assert losses.tokens == 3 * 2 * 2 * 16
-    monkeypatch.setattr("jointnas.baselines.strata.cross_entropy", None)
+    monkeypatch.setattr("jointnas.losses.cross_entropy", None)
     assert [Losses(run, tmp_path / "l.json", 2).of(c) for c in choices] == values
 
 
@@ -375,4 +375,3 @@ def test_bilevel_steps_take_another_loss(tmp_path: Path) -> None:
     optimise(context(tmp_path).run(after=W4A8), loss)
     assert sum(not fixed for fixed in seen) == 12 * 2 + 2 * 3  # both kinds of steps, and the gap's relaxed losses
     assert sum(seen) == 2 * 3
-    assert bilevel.Loss

@@ -290,6 +290,22 @@ def test_all_models_are_measured_in_turns(root: Path, every: Path, monkeypatch: 
     (every / measuring.FILE).unlink()
 
 
+@pytest.mark.slow
+def test_a_table_of_this_machine_is_made_and_models_are_measured(tmp_path: Path) -> None:
+    campaigns.prepare(tmp_path)
+    config = campaigns.config(
+        tmp_path, SMALL, search={"steps": 2}, finetune={"steps": 1},
+        compare={"methods": ["uniform", "no-bits"], "target_shares": [0.9]},
+    )  # fmt: skip
+    latency = {"seq": 8, "seconds_per_operation": 1e-4, "calibrate": 2, "busy": "mark"}
+    out = compare(build(CompareConfig, {**config.model_dump(), "latency": latency}))
+    rows = rows_of(out)
+    assert (out / "latency.jsonl").is_file()
+    assert [row["method"] for row in rows] == ["original", "uniform", "no-bits"]
+    assert all(row["measured_ms"] > 0 for row in rows if row["status"] == "done")
+    assert json.loads((out / "summary.json").read_text())["latency"] == "measured_ms"
+
+
 def row(method: str, seed: int, ms: float, ce: float, acc: float | None = None) -> dict[str, Any]:
     tasks = {} if acc is None else {"a": {"acc": acc}}
     return {"unit": f"{method}/{seed}/{ms}", "method": method, "seed": seed, "status": "done", "predicted_ms": ms,

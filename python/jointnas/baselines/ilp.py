@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from jointnas.baselines.context import Context, Picked
-from jointnas.baselines.strata import Losses
+from jointnas.losses import Losses
 from jointnas.objective import Infeasible, Limits
 from jointnas.run_folder import Run
 from jointnas_kernels.errors import JointNASError

@@ -12,7 +12,8 @@ import torch
 
 from jointnas.baselines.context import Context, Picked
 from jointnas.baselines.sandwich import GRID, sandwich, trained
-from jointnas.baselines.strata import Losses, candidates, strata, structures
+from jointnas.baselines.strata import candidates, strata, structures
+from jointnas.losses import Losses
 from jointnas.run_folder import write_json
 from jointnas_kernels.space import Choice
 

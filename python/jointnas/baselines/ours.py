@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from jointnas import budget
 from jointnas.baselines.context import Context, Picked
-from jointnas.bilevel import Loss, cross_entropy, optimise
+from jointnas.bilevel import optimise
+from jointnas.losses import Loss, cross_entropy
 from jointnas.run_folder import Run
 
 
@@ -22,4 +23,4 @@ def searched(run: Run, loss: Loss = cross_entropy) -> Picked:
     """What the bilevel search of a run ends with."""
     found = optimise(run, loss)
     about = {"converged": found.converged, "steps": found.steps, "repaired": found.repaired}
-    return Picked(run, found.choice, budget.bilevel(run.config, found.steps), about=about)
+    return Picked(run, found.choice, budget.bilevel(run.config, found.steps), found.evaluated, about)

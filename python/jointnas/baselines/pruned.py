@@ -5,7 +5,8 @@ at the precision, the one of least loss before any training."""
 from __future__ import annotations
 
 from jointnas.baselines.context import Context, Picked
-from jointnas.baselines.strata import Losses, candidates, strata, structures
+from jointnas.baselines.strata import candidates, strata, structures
+from jointnas.losses import Losses
 
 
 def pruned(context: Context) -> Picked:

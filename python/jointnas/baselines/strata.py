@@ -1,4 +1,4 @@
-"""Structures of a space by their number of parameters, and their losses.
+"""Structures of a space by their number of parameters.
 
 Most structures of a space are small: of those drawn uniformly hardly any has the size that is wanted. So the range of
 parameters is cut into K equal strata, and each gives as many candidates.
@@ -6,23 +6,18 @@ parameters is cut into K equal strata, and each gives as many candidates.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 
-from jointnas import budget
-from jointnas.bilevel import cross_entropy
-from jointnas.data import Batches
 from jointnas.objective import Infeasible, Limits
 from jointnas.precision import Precision
-from jointnas.run_folder import Run, read_json, write_json
+from jointnas.run_folder import Run
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.space import Choice, structure_params
 
-CANDIDATES, LOSSES = 11, 12  # lanes of random numbers
+CANDIDATES = 11  # lane of random numbers
 
 
 def structures(run: Run, precision: Precision | None = None) -> dict[Choice, float]:
@@ -64,36 +59,3 @@ def candidates(groups: Sequence[Sequence[Choice]], count: int, seed: int) -> lis
         [group[i] for i in torch.randperm(len(group), generator=seeded(seed, CANDIDATES, number))[:count].tolist()]
         for number, group in enumerate(groups)
     ]
-
-
-class Losses:
-    """Cross-entropies, nats per token, of choices of a run's supernet as it is, on the same batches of the
-    architecture's data. What is known stands in a file: a resumed search does not compute it again."""
-
-    def __init__(self, run: Run, path: Path, batches: int) -> None:
-        self.run, self.path, self.count = run, path, batches
-        self.known: dict[str, float] = read_json(path) or {}
-        data = run.config.data
-        seed = run.config.seed * 4 + 1  # windows as the architecture's of a search
-        self._batches = Batches(run.streams.arch, data.batch_size, data.seq_len, seed, run.streams.bos)
-
-    @property
-    def tokens(self) -> int:
-        """That went through the model."""
-        return len(self.known) * self.count * budget.batch(self.run.config)
-
-    @torch.no_grad()
-    def of(self, choice: Choice) -> float:
-        """Of a choice of the supernet's space."""
-        key = json.dumps(choice.to_dict())
-        if key not in self.known:
-            supernet = self.run.supernet.fix(choice)
-            batches = (self._batches.at(i, supernet.device) for i in range(self.count))
-            self.known[key] = sum(cross_entropy(supernet, batch).item() for batch in batches) / self.count
-            supernet.relax()
-            write_json(self.path, self.known)
-        return self.known[key]
-
-    def best(self, choices: Iterable[Choice]) -> Choice:
-        """The one of least loss."""
-        return min(choices, key=self.of)

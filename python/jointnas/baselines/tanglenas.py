@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from jointnas.baselines.context import Context, Picked
 from jointnas.baselines.ours import searched
-from jointnas.bilevel import cross_entropy
 from jointnas.data import IGNORE, Batch
+from jointnas.losses import cross_entropy
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.nn.loss import linear_cross_entropy
 
