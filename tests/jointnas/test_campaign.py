@@ -295,7 +295,7 @@ def test_a_table_of_this_machine_is_made_and_models_are_measured(tmp_path: Path)
     campaigns.prepare(tmp_path)
     config = campaigns.config(
         tmp_path, SMALL, search={"steps": 2}, finetune={"steps": 1},
-        compare={"methods": ["uniform", "no-bits"], "target_shares": [0.9]},
+        compare={"methods": ["uniform", "no-bits"], "target_shares": [0.9], "precisions": ["W4A8"]},
     )  # fmt: skip
     latency = {"seq": 8, "seconds_per_operation": 1e-4, "calibrate": 2, "busy": "mark"}
     out = compare(build(CompareConfig, {**config.model_dump(), "latency": latency}))
