@@ -295,7 +295,7 @@ def test_a_table_of_this_machine_is_made_and_models_are_measured(tmp_path: Path)
     campaigns.prepare(tmp_path)
     config = campaigns.config(
         tmp_path, SMALL, search={"steps": 2}, finetune={"steps": 1},
-        compare={"methods": ["uniform", "no-bits"], "target_shares": [0.9]},
+        compare={"methods": ["uniform", "no-bits"], "target_shares": [0.9], "precisions": ["W4A8"]},
     )  # fmt: skip
     latency = {"seq": 8, "seconds_per_operation": 1e-4, "calibrate": 2, "busy": "mark"}
     out = compare(build(CompareConfig, {**config.model_dump(), "latency": latency}))
@@ -306,10 +306,14 @@ def test_a_table_of_this_machine_is_made_and_models_are_measured(tmp_path: Path)
     assert json.loads((out / "summary.json").read_text())["latency"] == "measured_ms"
 
 
-def row(method: str, seed: int, ms: float, ce: float, acc: float | None = None) -> dict[str, Any]:
+def row(
+    method: str, seed: int, ms: float, ce: float, acc: float | None = None, target: float | None = None
+) -> dict[str, Any]:
     tasks = {} if acc is None else {"a": {"acc": acc}}
-    return {"unit": f"{method}/{seed}/{ms}", "method": method, "seed": seed, "status": "done", "predicted_ms": ms,
-            "measured_ms": ms, "ce": ce, "tasks": tasks}  # fmt: skip
+    return {
+        "unit": f"{method}/{seed}/{ms}", "method": method, "seed": seed, "status": "done", "target_ms": target,
+        "predicted_ms": ms, "measured_ms": ms, "ce": ce, "tasks": tasks,
+    }  # fmt: skip
 
 
 def test_summary() -> None:
@@ -340,6 +344,16 @@ def test_summary_of_accuracy_and_of_predictions() -> None:
     found = summary(rows, [1.0], "a", 0.9)
     assert found["latency"] == "predicted_ms"
     assert found["error"]["methods"]["b"]["at_latency"][0]["it_minus_reference"]["mean"] == 0.25
+
+
+def test_fixed_latencies_are_those_that_the_reference_has() -> None:
+    """Both seeds' models for 1 ms take a little longer."""
+    rows = [row("a", 0, 1.02, 3.0, target=1.0), row("a", 1, 1.05, 3.2, target=1.0), row("b", 0, 1.04, 4.0, target=1.0)]
+    found = summary(rows, [1.0, 0.5], "a", 0.9)
+    assert found["fixed_ms"] == [1.05, 0.5]
+    methods = found["cross_entropy"]["methods"]
+    assert methods["a"]["at_latency"][0]["quality"]["mean"] == pytest.approx(3.1)
+    assert methods["b"]["at_latency"][0]["it_minus_reference"]["mean"] == pytest.approx(1.0)
 
 
 def test_reading_a_front() -> None:

@@ -83,20 +83,37 @@ def _quantizers(method: Method, seed: int) -> list[Shared]:
     return [Shared(QUANTIZERS, seed)] if method.bits else []
 
 
-def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_config: Any) -> list[Unit]:
-    """All units, the original first. `space`: without what the device cannot run.
+def check(config: CompareConfig, space: SearchSpace) -> dict[str, Method]:
+    """The methods, if all that is asked for exists; asked before anything is measured.
 
     Raises:
-        JointNASError: a method, a precision or a target that there is not, or a space too large to be run exhaustively.
+        JointNASError: a method or a precision that there is not, no targets, or a space too large for exhaustive.
     """
     options = config.compare
     for name in options.methods:
         if name not in METHODS:
             raise unknown("method", name, METHODS, where="compare.methods")
     chosen = {name: METHODS[name] for name in options.methods}
-    targets = targets_of(config, space, table)
-    if not targets and any(method.targeted for method in chosen.values()):
+    if not options.targets_ms + options.target_shares and any(method.targeted for method in chosen.values()):
         raise JointNASError("compare.targets_ms and compare.target_shares are both empty: give targets")
+    if any(method.precise for method in chosen.values()):
+        asked_precisions(config, space)
+    if "exhaustive" in chosen and (models := count(space)) > options.exhaustive_most:
+        raise JointNASError(
+            f"compare: the space has {models:,} different models, too many for the method exhaustive; leave it out, "
+            f"make the space smaller, or raise compare.exhaustive_most ({options.exhaustive_most})"
+        )
+    return chosen
+
+
+def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_config: Any) -> list[Unit]:
+    """All units, the original first. `space`: without what the device cannot run.
+
+    Raises:
+        JointNASError: as `check`, or a target that nothing reaches.
+    """
+    options, chosen = config.compare, check(config, space)
+    targets = targets_of(config, space, table)
     for target in targets:
         aimed = config.model_copy(update={"target_latency_ms": target})
         try:
@@ -106,13 +123,7 @@ def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_c
     bits = asked_precisions(config, space) if any(method.precise for method in chosen.values()) else []
     numbers: dict[str, list[int | None]] = {"random": list(range(options.randoms))}
     if "exhaustive" in chosen:
-        models = count(space)
-        if models > options.exhaustive_most:
-            raise JointNASError(
-                f"compare: the space has {models:,} different models, too many for the method exhaustive; leave it "
-                f"out, make the space smaller, or raise compare.exhaustive_most ({options.exhaustive_most})"
-            )
-        numbers["exhaustive"] = list(range(models))
+        numbers["exhaustive"] = list(range(count(space)))
     return [Unit(ORIGINAL, options.seeds[0])] + [
         Unit(name, seed, target, precision, number)
         for name, method in chosen.items()

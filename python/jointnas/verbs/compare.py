@@ -8,7 +8,7 @@ from typing import Any
 
 from jointnas import loading
 from jointnas.campaign import measuring, records, schedule
-from jointnas.campaign.plan import plan, targets_of
+from jointnas.campaign.plan import check, plan, targets_of
 from jointnas.campaign.statistics import summary
 from jointnas.campaign.worker import TABLE, Base, ended
 from jointnas.config import CompareConfig, build, dump
@@ -50,8 +50,9 @@ def compare(config: CompareConfig) -> Path:
     model_config = loading.model_config(config.model)
     loading.check_unquantized(model_config, config.model)
     ready_tasks(config)
+    space, _ = feasible_space(model_config, config.space.build())
+    check(config, space)
     if config.latency.table is None:
-        space, _ = feasible_space(model_config, config.space.build())
         measure_table(config, space, model_config, out / TABLE)
     base = Base.load(config)
     units = plan(config, base.space, base.table, model_config)
@@ -83,7 +84,7 @@ def text(folder: Path) -> str:
             continue
         own = found["reference"]
         header = ["method", "hypervolume", f"{own} - it"]
-        header += [part for ms in found["targets_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
+        header += [part for ms in found["fixed_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
         cells = []
         for name, of in found[kind]["methods"].items():
             cells.append([name, _shown(of["hypervolume"]), _shown(of["reference_minus_it"])])
