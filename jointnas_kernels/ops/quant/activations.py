@@ -218,7 +218,8 @@ def _launch_backward(
     g, flat, config = rows(grad), rows(grad if x is None else x), backward_config(grad.shape[-1])
     count, n = g.shape
     blocks = triton.cdiv(n, config["BLOCK"])
-    programs = max(1, min(triton.cdiv(count, config["ROWS"]), 528 // blocks))  # four per multiprocessor of an H200
+    # four per multiprocessor of an H200; none of no rows, whose partial sums nobody would write
+    programs = min(triton.cdiv(count, config["ROWS"]), max(1, 528 // blocks))
     dx = dense_like(grad) if want_x else None
     dprobs = grad.new_empty(programs * blocks, len(bits), dtype=torch.float32) if want_probs else None
     dmask = grad.new_empty(programs, n, dtype=torch.float32) if want_mask else None
