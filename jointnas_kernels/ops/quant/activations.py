@@ -23,7 +23,7 @@ from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
-from jointnas_kernels.ops.quant.kernels import constants, round_tile, scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
 from jointnas_kernels.ops.quant.spec import ACT_BITS, fake_quant_tokens, straight_through
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dprobs, dmask
@@ -91,8 +91,8 @@ def act_forward_kernel(
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_MASK:
         x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
-    least = tl.minimum(tl.min(x, axis=1), 0.0)
-    most = tl.maximum(tl.max(x, axis=1), 0.0)
+    least = smaller(tl.reduce(x, 1, smaller), 0.0)
+    most = larger(tl.reduce(x, 1, larger), 0.0)
     mixed = tl.zeros([ROWS, BLOCK], tl.float32)
     for q in tl.static_range(Q):
         pi = tl.load(probs_ptr + q).to(tl.float32)
