@@ -20,18 +20,20 @@ inline V round_to(V x) {
 }
 
 struct Range {
-  float low, high;  // of the token, 0 included
+  float low, high;  // of the token, 0 included; NaN if a value is
 };
 
 template <class T, class Load>
 inline Range token_range(int64_t N, const Load& value) {
-  vf low = set(0.0f), high = set(0.0f);
+  vf low = set(0.0f), high = set(0.0f), nan = set(0.0f);
   each(0, N, [&](auto at) {
     const vf v = round_to<T>(value(at));
     low = min(low, v);
     high = max(high, v);
+    nan = fma(v, set(0.0f), nan);  // NaN of NaN and infinity; the extremes would forget the former
   });
-  return {hmin(low), hmax(high)};
+  const float all = sum(nan);
+  return {hmin(low) + all, hmax(high) + all};
 }
 
 // The same of values in memory.
@@ -81,8 +83,9 @@ inline Quantizer quantizer(Range range, int bits, bool symmetric) {
   const auto r = [](float x) { return to_float(from_float<T>(x)); };
   const float steps = static_cast<float>((1 << bits) - 1), low = -static_cast<float>(1 << (bits - 1));
   float s = symmetric ? r(std::max(-range.low, range.high) / (steps / 2.0f)) : r(r(range.high - range.low) / steps);
+  s += s - s;  // of a range that is not finite: NaN, and so are all values of the token
   float z = 0.0f;
-  if (!symmetric && s != 0.0f)
+  if (!symmetric && s > 0.0f)
     z = std::nearbyint(std::min(std::max(r(low - r(range.low / s)), low), -low - 1.0f));
   if (s == 0.0f) s = sizeof(T) == 4 ? 0x1p-23f : 0x1p-7f;  // the dtype's epsilon; an all-zero token stays zero
   Quantizer q = quantizer_of<T>(s, z, bits);

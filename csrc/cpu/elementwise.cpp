@@ -120,10 +120,10 @@ void swiglu_backward_rows(const T* g, const T* gate, const T* up, const float* r
 template <class T>
 void rmsnorm_rows(const T* x, const float* scale, const float* alpha, const Segments& seg, float eps, T* y, float* inv,
                   int64_t rows, int64_t N, bool streamed) {
-  float t[kMaxChoices];
+  float t[kMaxChoices + 1];
   for (int64_t row = 0; row < rows; ++row, x += N, y += N, inv += seg.K) {
     norm_factors(x, alpha, seg, eps, inv, t);
-    each_segment(seg, y, N, [&](int64_t s, int64_t begin, int64_t end) {
+    each_segment(seg, N, [&](int64_t s, int64_t begin, int64_t end) {
       const vf k = set(t[s]);
       pairs(begin, end, streamed && begin % 32 == 0, [=](auto at) {
         at.prefetch(x + N);
@@ -140,10 +140,10 @@ void rmsnorm_backward_rows(const T* g, const T* x, const float* scale, const flo
                            const Segments& seg, T* dx, float* dalpha, float* column, int64_t rows, int64_t N,
                            bool streamed) {
   zero(column, N);
-  float t[kMaxChoices], back[kMaxChoices];
+  float t[kMaxChoices + 1], back[kMaxChoices + 1];
   for (int64_t row = 0; row < rows; ++row, g += N, x += N, dx += N, inv += seg.K) {
     norm_backward_factors(g, x, scale, alpha, inv, seg, t, back, dalpha ? dalpha + row * seg.K : nullptr);
-    each_segment(seg, dx, N, [&](int64_t s, int64_t begin, int64_t end) {
+    each_segment(seg, N, [&](int64_t s, int64_t begin, int64_t end) {
       const vf k = set(t[s]), b = set(back[s]);
       pairs(begin, end, streamed && begin % 32 == 0, [=](auto at) {
         at.prefetch(g + N);

@@ -13,10 +13,10 @@ template <class T>
 void norm_mix_rows(const T* x, const float* scale, const float* alpha, const Segments& seg, float eps,
                    const float* probs, const int* bits, int64_t Q, bool symmetric, T* y, float* inv, float* levels,
                    int64_t rows, int64_t N) {
-  float t[kMaxChoices];
+  float t[kMaxChoices + 1];
   for (int64_t row = 0; row < rows; ++row, x += N, y += N, inv += seg.K, levels += 2 * Q) {
     norm_factors(x, alpha, seg, eps, inv, t);
-    each_segment(seg, y, N, [&](int64_t s, int64_t begin, int64_t end) {
+    each_segment(seg, N, [&](int64_t s, int64_t begin, int64_t end) {
       const vf k = set(t[s]);
       pairs(begin, end, [=](auto at) { at.put(y, at(x) * k * at(scale)); });
     });
@@ -36,7 +36,7 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
                             const Segments& seg, const float* levels, const int* bits, int64_t Q, float total, T* dx,
                             float* dalpha, float* dprobs, float* column, int64_t rows, int64_t N) {
   zero(column, N);
-  float t[kMaxChoices], back[kMaxChoices];
+  float t[kMaxChoices + 1], back[kMaxChoices + 1];
   for (int64_t row = 0; row < rows; ++row, g += N, x += N, dx += N, inv += seg.K, levels += 2 * Q, dprobs += Q) {
     norm_backward_factors(g, x, scale, alpha, inv, seg, t, back, dalpha);
     if (dalpha)
@@ -47,7 +47,7 @@ void norm_mix_backward_rows(const T* g, const T* x, const float* scale, const fl
     vf2 identity = set(0.0f), dot[kMaxPrecisions];
     for (int64_t p = 0; p < all.n; ++p) dot[p] = set(0.0f);
     with_path(all.path, [&](auto path) {
-      each_segment(seg, dx, N, [&](int64_t s, int64_t begin, int64_t end) {
+      each_segment(seg, N, [&](int64_t s, int64_t begin, int64_t end) {
         const vf k = set(t[s]), kt = set(t[s] * total), b = set(back[s] * total);
         pairs(begin, end, [&](auto at) {
           at.prefetch(g + N);

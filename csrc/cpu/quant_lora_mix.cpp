@@ -97,10 +97,15 @@ inline void lora_tile(bool dot, const float* base, const float* a, const float* 
   for (; i < rows; ++i) lora_rows<1>(dot, base + i * ld, a, b + i * K, t + i * ld, K, cols, ld);
 }
 
+// Of values that are not all finite: NaN, which max would forget.
 inline float group_max(const float* t, int64_t g) {
-  vf m = set(0.0f);
-  each(0, g, [&](auto at) { m = max(m, abs(at(t))); });
-  return hmax(m);
+  vf m = set(0.0f), nan = m;
+  each(0, g, [&](auto at) {
+    const vf v = at(t);
+    m = max(m, abs(v));
+    nan = fma(v, set(0.0f), nan);
+  });
+  return hmax(m) + sum(nan);
 }
 
 // absmax [n] -> s and 1/s [n]; clip null or [n]

@@ -18,9 +18,9 @@ struct Segments {
 
 namespace jointnas::JN_ISA {
 
-// t[s] = sum of value_i over kept[i] >= s
+// t[s] = sum of value_i over kept[i] >= s; [S + 1], the last one 0
 inline void spread(const Segments& seg, const float* value, float* t) {
-  std::fill(t, t + seg.S, 0.0f);
+  std::fill(t, t + seg.S + 1, 0.0f);
   for (int64_t i = 0; i < seg.K; ++i)
     for (int64_t s = 0; s <= seg.kept[i]; ++s) t[s] += value[i];
 }
@@ -47,12 +47,15 @@ void prefix_sums(const Segments& seg, float* prefix, const F& term) {
   }
 }
 
-// f(segment, begin, end) for every segment, and zeros into `out` behind the last one. Inlined, as f is a whole loop.
-template <class T, class F>
-inline __attribute__((always_inline)) void each_segment(const Segments& seg, T* out, int64_t N, const F& f) {
+// f(segment, begin, end) for every segment; S is what is behind the last one. Inlined, as f is a whole loop.
+template <class F>
+inline __attribute__((always_inline)) void each_segment(const Segments& seg, int64_t N, const F& f) {
   int64_t start = 0;
-  for (int64_t s = 0; s < seg.S; start = seg.ends[s++]) f(s, start, seg.ends[s]);
-  each(start, N, [=](auto at) { at.put(out, set(0.0f)); });
+  for (int64_t s = 0; s <= seg.S && start < N; ++s) {
+    const int64_t end = s < seg.S ? seg.ends[s] : N;
+    f(s, start, end);
+    start = end;
+  }
 }
 
 // inv[i] = rsqrt(mean of the squares of x before choice i's end + eps), t[s] = sum of alpha_i inv_i over kept[i] >= s

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.lowbit import check
 from jointnas_kernels.ops.lowbit.linear import lowbit_matmul
 from jointnas_kernels.ops.lowbit.weight import LAYOUTS, LowbitWeight
 
@@ -58,6 +59,7 @@ class PackedLinear(nn.Module):
         stored = LowbitWeight.stored(packed, scale, weight_bits, packed.shape[1] * 32 // weight_bits // scale.shape[1])
         self.backend = choose(backend, stored)
         weight = stored.laid_out(self.backend) if self.backend in LAYOUTS else stored
+        check.prepare(weight)
         self._take(weight, bias, act_bits, act_symmetric)
         self.stored_bytes = sum(t.numel() * t.element_size() for t in stored.tensors)  # as a checkpoint stores it
 

@@ -9,3 +9,7 @@ import pytest
 if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.exit("run tests/triton_interpret in its own pytest process: triton was imported without its interpreter", 4)
 os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.interpreter import quick_reductions
+
+quick_reductions()

@@ -33,7 +33,7 @@ def row_tiles(count: int, width: int, reduce: bool, units: int) -> tuple[int, in
     per_program = block_m
     if reduce:
         chunks = max(1, min(-(-count // block_m), 4 * units // column_blocks))
-        per_program = -(-count // (chunks * block_m)) * block_m
+        per_program = max(1, -(-count // (chunks * block_m))) * block_m  # of no rows: an empty grid, whose sums are 0
     grid = -(-count // per_program) * column_blocks
     return grid, column_blocks, per_program, block_m, block_n
 

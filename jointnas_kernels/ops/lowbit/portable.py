@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core.backends import interpreting
-from jointnas_kernels.ops.quant.kernels import scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.kernels import larger, scale_and_zero, smaller, token_levels
 from jointnas_kernels.ops.quant.spec import level_range
 
 
@@ -29,9 +29,10 @@ def quantize_kernel(
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + token * stride + k, mask=k < K, other=0.0).to(tl.float32)
-        least = tl.minimum(least, x)
-        most = tl.maximum(most, x)
-    s, z = scale_and_zero(tl.min(least, 1), tl.max(most, 1), LOW, 0.0, 0.0, TINY, dtype, SYMMETRIC, True)
+        least = smaller(least, x)
+        most = larger(most, x)
+    least, most = tl.reduce(least, 1, smaller), tl.reduce(most, 1, larger)
+    s, z = scale_and_zero(least, most, LOW, 0.0, 0.0, TINY, dtype, SYMMETRIC, True)
     for start in range(0, K, BLOCK):
         k = start + tl.arange(0, BLOCK)[None, :]
         x = tl.load(x_ptr + token * stride + k, mask=k < K, other=0.0).to(tl.float32)
@@ -89,17 +90,18 @@ def run(x: Tensor, packed: Tensor, scale: Tensor, w_bits: int, a_bits: int, grou
     rows = packed.shape[0]
     y = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     operand, row_scale = x, None
-    if a_bits < 16:
-        operand = torch.empty(tokens, inputs, dtype=torch.float16, device=x.device)
-        row_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-        quantize_kernel[(tokens,)](
-            x, operand, row_scale, inputs, x.stride(0), LOW=float(level_range(a_bits)[0]),
-            TINY=torch.finfo(x.dtype).eps, SYMMETRIC=symmetric, BLOCK=min(2048, triton.next_power_of_2(inputs)),
-            num_warps=4,
+    with torch.cuda.device_of(x):
+        if a_bits < 16:
+            operand = torch.empty(tokens, inputs, dtype=torch.float16, device=x.device)
+            row_scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+            quantize_kernel[(tokens,)](
+                x, operand, row_scale, inputs, x.stride(0), LOW=float(level_range(a_bits)[0]),
+                TINY=torch.finfo(x.dtype).eps, SYMMETRIC=symmetric, BLOCK=min(2048, triton.next_power_of_2(inputs)),
+                num_warps=4,
+            )  # fmt: skip
+        bm, bn, bk, whole = blocks(tokens, group)
+        matmul_kernel[(triton.cdiv(tokens, bm), triton.cdiv(rows, bn))](
+            operand, packed, scale, row_scale, y, tokens, rows, inputs, operand.stride(0), group,
+            BITS=w_bits, PER_GROUP=whole, BM=bm, BN=bn, BK=bk, num_warps=4, num_stages=1 if interpreting() else 3,
         )  # fmt: skip
-    bm, bn, bk, whole = blocks(tokens, group)
-    matmul_kernel[(triton.cdiv(tokens, bm), triton.cdiv(rows, bn))](
-        operand, packed, scale, row_scale, y, tokens, rows, inputs, operand.stride(0), group,
-        BITS=w_bits, PER_GROUP=whole, BM=bm, BN=bn, BK=bk, num_warps=4, num_stages=1 if interpreting() else 3,
-    )  # fmt: skip
     return y

@@ -90,10 +90,10 @@ def head_rmsnorm_kernel(
         squares = p1 * p1 + p2 * p2
         t = tl.zeros([HP, HALF], tl.float32)
         for j in tl.static_range(K):
-            member = (d % (2 * half // DIMS[j]) == 0).to(tl.float32)[None, :]
-            inv = tl.rsqrt(tl.sum(squares * member, axis=1) / DIMS[j] + eps)  # [HP]
+            kept = (d % (2 * half // DIMS[j]) == 0)[None, :]  # chosen, not multiplied: NaN elsewhere stays there
+            inv = tl.rsqrt(tl.sum(tl.where(kept, squares, 0.0), axis=1) / DIMS[j] + eps)  # [HP]
             tl.store(inv_ptr + (token * H + head) * K + j, inv, mask=head < heads)
-            t += tl.load(alpha_ptr + j).to(tl.float32) * inv[:, None] * member
+            t += tl.where(kept, (tl.load(alpha_ptr + j).to(tl.float32) * inv)[:, None], 0.0)
         store_halves(y_ptr + token * H * (2 * half), p1 * w1 * t, p2 * w2 * t, heads, half, HP, HALF)
 
 
@@ -126,12 +126,12 @@ def head_rmsnorm_backward_kernel(
         t = tl.zeros([HP, HALF], tl.float32)
         back = tl.zeros([HP, HALF], tl.float32)
         for j in tl.static_range(K):
-            member = (d % (2 * half // DIMS[j]) == 0).to(tl.float32)[None, :]
+            kept = (d % (2 * half // DIMS[j]) == 0)[None, :]  # chosen, not multiplied: NaN elsewhere stays there
             inv = tl.load(inv_ptr + (token * H + head) * K + j, mask=head < heads, other=0.0)  # [HP]
             alpha = tl.load(alpha_ptr + j).to(tl.float32)
-            share = inv * tl.sum(products * member, axis=1)  # [HP], inv_j A_j
-            t += alpha * inv[:, None] * member
-            back += (alpha * share * inv * inv / DIMS[j])[:, None] * member
+            share = inv * tl.sum(tl.where(kept, products, 0.0), axis=1)  # [HP], inv_j A_j
+            t += tl.where(kept, (alpha * inv)[:, None], 0.0)
+            back += tl.where(kept, (alpha * share * inv * inv / DIMS[j])[:, None], 0.0)
             if NEED_ALPHA:
                 dalpha += tl.where(choice == j, tl.sum(share, axis=0), 0.0)
         dp1, dp2 = h1 * t - p1 * back, h2 * t - p2 * back

@@ -23,7 +23,7 @@ from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
-from jointnas_kernels.ops.quant.kernels import constants, round_tile, scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
 from jointnas_kernels.ops.quant.spec import ACT_BITS, fake_quant_tokens, straight_through
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dprobs, dmask
@@ -91,8 +91,8 @@ def act_forward_kernel(
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
     if HAS_MASK:
         x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
-    least = tl.minimum(tl.min(x, axis=1), 0.0)
-    most = tl.maximum(tl.max(x, axis=1), 0.0)
+    least = smaller(tl.reduce(x, 1, smaller), 0.0)
+    most = larger(tl.reduce(x, 1, larger), 0.0)
     mixed = tl.zeros([ROWS, BLOCK], tl.float32)
     for q in tl.static_range(Q):
         pi = tl.load(probs_ptr + q).to(tl.float32)
@@ -218,7 +218,8 @@ def _launch_backward(
     g, flat, config = rows(grad), rows(grad if x is None else x), backward_config(grad.shape[-1])
     count, n = g.shape
     blocks = triton.cdiv(n, config["BLOCK"])
-    programs = max(1, min(triton.cdiv(count, config["ROWS"]), 528 // blocks))  # four per multiprocessor of an H200
+    # four per multiprocessor of an H200; none of no rows, whose partial sums nobody would write
+    programs = min(triton.cdiv(count, config["ROWS"]), max(1, 528 // blocks))
     dx = dense_like(grad) if want_x else None
     dprobs = grad.new_empty(programs * blocks, len(bits), dtype=torch.float32) if want_probs else None
     dmask = grad.new_empty(programs, n, dtype=torch.float32) if want_mask else None

@@ -8,6 +8,9 @@ it. The same bits come cheaper:
   * half types: two quotients are rounded by one packed conversion (a single one runs at an eighth of the rate), and
     z, min and max act on the pair (``level_code``).
   * rint, - z: + MAGIC rounds and one subtraction of MAGIC + z undoes both.
+
+NaN and infinity make a token NaN, as in the reference: extremes keep NaN, and the scale of a range that is not finite
+is NaN. Scales below fp32's normal numbers, for which 1/s could be infinite, become the smallest of these.
 """
 
 import functools
@@ -21,6 +24,7 @@ from jointnas_kernels.ops.quant.spec import TINY_SCALE, divisor, level_range
 
 MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it rounds to an integer, to nearest even, below 2^22
 TINY = tl.constexpr(TINY_SCALE)
+NORMAL = tl.constexpr(2.0**-126)  # fp32's smallest normal number
 
 
 @functools.cache
@@ -52,18 +56,32 @@ def pair_code(half: str, *steps: str) -> tl.constexpr:
         "bf16": "shl.b32 q, p, 16; mov.b32 $0, q; and.b32 q, p, 0xffff0000; mov.b32 $1, q;",
         "f16": "mov.b32 {h, k}, p; cvt.f32.f16 $0, h; cvt.f32.f16 $1, k;",
     }
-    code = (".reg .b32 p, q; .reg .b16 h, k;", f"cvt.rn.{half}x2.f32 p, $3, $2;", *steps, widen[half])
+    code = (".reg .b32 p, q, z; .reg .b16 h, k;", f"cvt.rn.{half}x2.f32 p, $3, $2;", *steps, widen[half])
     return tl.constexpr("{ " + " ".join(code) + " }")
 
 
 def level_code(half: str, one: int) -> tl.constexpr:
-    """The same, then clamp(RN(. + z)): $4 z, $6 the lower, $8 the upper bound, in both halves."""
-    add = f"mov.b32 q, {one}; fma.rn.{half}x2 p, p, q, $4;"  # 1 · p + z: sm_80 has no packed bf16 addition
-    return pair_code(half, add, f"max.{half}x2 p, p, $6;", f"min.{half}x2 p, p, $8;")
+    """The same, then clamp(RN(. + z)): $4 and $5 the values' zero points, which differ where a pair spans two rows, in
+    the lower half; $6 the lower, $8 the upper bound, in both halves."""
+    join = "prmt.b32 z, $4, $5, 0x5410;"
+    add = f"mov.b32 q, {one}; fma.rn.{half}x2 p, p, q, z;"  # 1 · p + z: sm_80 has no packed bf16 addition
+    return pair_code(half, join, add, f"max.NaN.{half}x2 p, p, $6;", f"min.NaN.{half}x2 p, p, $8;")
 
 
 ROUND_BF16, ROUND_F16 = pair_code("bf16"), pair_code("f16")
 LEVEL_BF16, LEVEL_F16 = level_code("bf16", 0x3F803F80), level_code("f16", 0x3C003C00)
+
+
+@triton.jit
+def larger(a, b):
+    """max(a, b), NaN if either is; tl.max and tl.maximum by themselves take the number."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def smaller(a, b):
+    """min(a, b), NaN if either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -90,29 +108,35 @@ def scale_and_zero(
     """(s, z) [R] of rows with extremes least <= 0 <= most; inverse + rest = 1 / (number of steps)."""
     high: tl.constexpr = -low - 1.0
     span: tl.constexpr = (high - low) / 2 if SYMMETRIC else high - low
-    unit = tl.maximum(-least, most) if SYMMETRIC else round_to(most - least, dtype)
+    unit = larger(-least, most) if SYMMETRIC else round_to(most - least, dtype)
     if EXACT:  # the interpreter has no fused multiply-add
         s = tl.div_rn(unit, unit * 0.0 + span)
     else:
         s = tl.fma(unit, inverse, unit * rest)  # = RN(unit / span): the divisor has at most 8 bits
     s = round_to(s, dtype)
-    z = unit * 0.0
+    s = tl.where(s == 0.0, eps, tl.maximum(s, NORMAL) + (s - s))  # infinity becomes NaN
+    z = s * 0.0
     if not SYMMETRIC:
-        # A zero scale gives NaN or inf here; any z is right then, because every level of such a row equals z.
         if EXACT or dtype == tl.float32:
             bottom = tl.div_rn(least, s)
         else:
             r = 1.0 / s
             bottom = tl.fma(least, r, least * (tl.fma(-s, r, 1.0) * r))
         z = round_to(low - round_to(bottom, dtype), dtype)
-        z = (tl.minimum(tl.maximum(z, low), high) + MAGIC) - MAGIC
-    return tl.where(s == 0.0, eps, s), z
+        z = (smaller(larger(z, low), high) + MAGIC) - MAGIC
+    return s, z
+
+
+@triton.jit
+def lower_half(value, dtype: tl.constexpr):
+    """fp32 values that ``dtype`` holds exactly, in the lower half of 32-bit words."""
+    return value.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
 
 
 @triton.jit
 def both_halves(value, dtype: tl.constexpr):
-    """fp32 values that ``dtype`` holds exactly, as pairs in a 32-bit word."""
-    word = value.to(dtype).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    """The same in both halves."""
+    word = lower_half(value, dtype)
     return word | (word << 16)
 
 
@@ -130,7 +154,7 @@ def token_levels(x, s, z, low: tl.constexpr, dtype: tl.constexpr, SYMMETRIC: tl.
             v = tl.fma(tl.fma(-v, s2, x), r, v)
         if not SYMMETRIC:
             v = round_to(v + z[:, None], dtype)
-        v = tl.minimum(tl.maximum(v, low), high)
+        v = smaller(larger(v, low), high)
     else:
         r = 1.0 / s
         v = x * r[:, None]
@@ -142,7 +166,7 @@ def token_levels(x, s, z, low: tl.constexpr, dtype: tl.constexpr, SYMMETRIC: tl.
         upper = both_halves(tl.full(s.shape, high, tl.float32), dtype)
         v = tl.inline_asm_elementwise(
             code, "=f,=f,f,f,r,r,r,r,r,r",
-            [v, tl.broadcast_to(both_halves(z, dtype)[:, None], x.shape),
+            [v, tl.broadcast_to(lower_half(z, dtype)[:, None], x.shape),
              tl.broadcast_to(lower[:, None], x.shape), tl.broadcast_to(upper[:, None], x.shape)],
             dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops.core.op import Implementations, Op
 from jointnas_kernels.ops.core.tensors import bad
-from jointnas_kernels.ops.quant.kernels import MAGIC, TINY
+from jointnas_kernels.ops.quant.kernels import MAGIC, TINY, larger, smaller
 from jointnas_kernels.ops.quant.spec import WEIGHT_BITS, level_range, quantize_groups, straight_through
 
 
@@ -61,11 +61,11 @@ def fake_quant_kernel(
     at = group[:, None] * G + lane[None, :]
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK, G_PAD]
     if SYMMETRIC:
-        unit = tl.max(tl.abs(w), axis=1)  # [BLOCK]
+        unit = tl.reduce(tl.abs(w), 1, larger)  # [BLOCK]
         least = unit
     else:
-        least = tl.minimum(tl.min(w, axis=1), 0.0)
-        unit = tl.maximum(tl.max(w, axis=1), 0.0) - least
+        least = smaller(tl.reduce(w, 1, smaller), 0.0)
+        unit = larger(tl.reduce(w, 1, larger), 0.0) - least
     ratio = unit * 0.0 + 1.0
     if HAS_CLIP:
         ratio = tl.load(clip_ptr + group, mask=group < groups, other=1.0).to(tl.float32)
@@ -78,10 +78,10 @@ def fake_quant_kernel(
     z = s * 0.0
     if not SYMMETRIC:
         z = LOW - tl.div_rn(ratio * least, s)
-        z = (tl.minimum(tl.maximum(z, LOW), high) + MAGIC) - MAGIC
-    t = tl.minimum(tl.maximum(v + z[:, None], LOW - 1.0), high + 1.0)
+        z = (smaller(larger(z, LOW), high) + MAGIC) - MAGIC
+    t = smaller(larger(v + z[:, None], LOW - 1.0), high + 1.0)
     rounded = (t + MAGIC) - MAGIC
-    q = tl.minimum(tl.maximum(rounded, LOW), high)
+    q = smaller(larger(rounded, LOW), high)
     if BACKWARD:
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         inside = rounded == q

@@ -14,7 +14,7 @@ from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums
 from jointnas_kernels.ops.core.tensors import bad, dense, dense_like, in_dtype_of, power_of_two, processors, rows
 from jointnas_kernels.ops.norm.rms.reference import Gradients, Sizes, of_column
-from jointnas_kernels.ops.quant.kernels import constants, round_tile, scale_and_zero, token_levels
+from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
 
 MAX_WIDTH = 32768  # a row is held in the registers of one program: 64 fp32 values per thread at 16 warps
 
@@ -24,7 +24,8 @@ def of_every_row(
     w_ptr, mask_ptr, alpha_ptr, width, SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """(channels, which exist, their w m [S, SEG]; segments, channels up to their ends, the alpha ending there [S])."""
+    """(channels, which exist, their w m [S, SEG]; segments, channels up to their ends, the alpha ending there, whether
+    a size does [S])."""
     segment = tl.arange(0, S)
     col = segment[:, None] * SEG + tl.arange(0, SEG)[None, :]
     ok = col < width
@@ -33,9 +34,18 @@ def of_every_row(
     if HAS_MASK:
         scale *= tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
     at_end = tl.zeros([S], tl.float32)
+    ends = segment < 0
     for i in tl.static_range(K):
-        at_end += tl.where(segment == (SIZES[i] - 1) // SEG, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
-    return col, ok, scale, segment, end, at_end
+        here = segment == (SIZES[i] - 1) // SEG
+        at_end += tl.where(here, tl.load(alpha_ptr + i).to(tl.float32), 0.0)
+        ends = ends | here
+    return col, ok, scale, segment, end, at_end, ends
+
+
+@triton.jit
+def spread(value, ends):
+    """[S]: sums of value over the ends from each segment on; others' values, NaN perhaps, do not count."""
+    return tl.cumsum(tl.where(ends, value, 0.0), axis=0, reverse=True)
 
 
 @triton.jit
@@ -47,18 +57,20 @@ def rmsnorm_forward_kernel(
 ):  # fmt: skip
     """Rows pid, pid + programs, ..; t is the suffix scan of alpha_i inv_i placed where the sizes end."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    col, ok, scale, segment, end, at_end = of_every_row(w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK)
+    col, ok, scale, segment, end, at_end, ends = of_every_row(
+        w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK
+    )
     zero = tl.zeros([S], tl.float32)
     for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
         inv = tl.rsqrt(tl.cumsum(tl.sum(x * x, axis=1), axis=0) / end + norm_eps)  # [S]
-        t = tl.cumsum(at_end * inv, axis=0, reverse=True)
+        t = spread(at_end * inv, ends)
         y = x * scale * t[:, None]
         if Q > 0:
             v = round_tile(y, dtype, EXACT)
-            least = tl.minimum(tl.min(tl.min(v, axis=1), axis=0), 0.0)
-            most = tl.maximum(tl.max(tl.max(v, axis=1), axis=0), 0.0)
+            least = smaller(tl.reduce(tl.reduce(v, 1, smaller), 0, smaller), 0.0)
+            most = larger(tl.reduce(tl.reduce(v, 1, larger), 0, larger), 0.0)
             y = tl.zeros([S, SEG], tl.float32)
             for q in tl.static_range(Q):
                 pi = tl.load(probs_ptr + q).to(tl.float32)
@@ -110,7 +122,9 @@ def rmsnorm_backward_kernel(
     """dx of the rows pid, pid + programs, .., and this program's share of dalpha and dprobs (a row of shares: K columns
     if NEED_ALPHA, then Q <= 4 if NEED_PROBS) and of the column sums of P g x t (NEED_COLUMN), P the sum of probs."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    col, ok, scale, segment, end, at_end = of_every_row(w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK)
+    col, ok, scale, segment, end, at_end, ends = of_every_row(
+        w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK
+    )
     which = tl.zeros([S], tl.int32)  # the size that ends in a segment, for one load of all inv_i; if none, any
     for i in tl.static_range(K):
         which = tl.where(segment == (SIZES[i] - 1) // SEG, i, which)
@@ -124,13 +138,13 @@ def rmsnorm_backward_kernel(
         sum1, sum2, sum3 = sum0, sum0, sum0
     for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
-        inv = tl.load(inv_ptr + row * K + which)  # [S]
+        inv = tl.load(inv_ptr + row * K + which, mask=ends, other=0.0)  # [S]
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + row * g_stride + col, mask=ok, other=0.0).to(tl.float32)
         h = g * scale
         share = tl.cumsum(tl.sum(h * x, axis=1), axis=0) * inv  # [S], inv_i S_i where sizes end, of g in place of P g
         t = tl.cumsum(at_end * inv, axis=0, reverse=True)
-        back = tl.cumsum(at_end * inv * inv * share / end, axis=0, reverse=True) * total
+        back = spread(at_end * inv * inv * share / end, ends) * total
         whole = t * total
         if NEED_ALPHA:
             dalpha += share

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.tensors import in_dtype_of
-from jointnas_kernels.ops.quant.kernels import MAGIC, TINY, bit_constants
+from jointnas_kernels.ops.quant.kernels import MAGIC, TINY, bit_constants, larger, smaller
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
 
 
@@ -45,7 +45,7 @@ def quantize_tile(
     """(levels, quotients) [BLOCK, NG, G] and (s, max|x|) [BLOCK, NG] of x [BLOCK, NG, G]; ratio [BLOCK, NG]."""
     high: tl.constexpr = -low - 1.0
     divisor: tl.constexpr = high + 0.5
-    unit = tl.max(tl.abs(x), axis=2)  # [BLOCK, NG]
+    unit = tl.reduce(tl.abs(x), 2, larger)  # [BLOCK, NG]
     raw = unit
     if HAS_CLIP:
         raw = ratio * unit
@@ -66,9 +66,9 @@ def quantize_tile(
     if EXACT:
         s3 = tl.broadcast_to(s3, x.shape)
     y = divide(x, s3, tl.expand_dims(r, 2), tl.expand_dims(t, 2), EXACT, SHORT)
-    level = tl.minimum(y + MAGIC, MAGIC + high)
+    level = smaller(y + MAGIC, MAGIC + high)
     if HAS_CLIP or dtype == tl.float16:
-        level = tl.maximum(level, MAGIC + low)
+        level = larger(level, MAGIC + low)
     return level - MAGIC, y, s, unit
 
 
