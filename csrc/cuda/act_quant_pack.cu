@@ -16,9 +16,8 @@ constexpr int kStep = 8;
 JN_DEVICE void meet(float& low, float& high) {
 #pragma unroll
   for (int m = 16; m; m /= 2) {
-    const float l = ptx::shuffle_xor(low, m), h = ptx::shuffle_xor(high, m);
-    low = l < low ? l : low;
-    high = h > high ? h : high;
+    low = ptx::smaller(low, ptx::shuffle_xor(low, m));
+    high = ptx::larger(high, ptx::shuffle_xor(high, m));
   }
 }
 
@@ -40,8 +39,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const float f = ptx::to_float(v[j]);
-      low = f < low ? f : low;
-      high = f > high ? f : high;
+      low = ptx::smaller(low, f);
+      high = ptx::larger(high, f);
     }
   }
   meet(low, high);
@@ -59,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const float qmin = -static_cast<float>(1 << (bits - 1)), qmax = -qmin - 1, levels = qmax - qmin;
   float s, z = 0;
   if (symmetric) {
-    s = rounded<T>(ptx::divide(-low > high ? -low : high, levels * 0.5f));
+    s = rounded<T>(ptx::divide(ptx::larger(-low, high), levels * 0.5f));
     if (s == 0) s = tiny;
   } else {
     s = rounded<T>(ptx::divide(rounded<T>(high - low), levels));
@@ -68,8 +67,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     z = ptx::round_even(z < qmin ? qmin : z > qmax ? qmax : z);
   }
   if (threadIdx.x == 0) {
-    scale[token] = s;
-    zero[token] = static_cast<int>(z);
+    scale[token] = s + (s - s);  // of a range that is not finite: NaN, and so is every result of the token
+    zero[token] = ptx::to_int(z);
   }
 
   for (int k = threadIdx.x * kStep; k < inputs; k += threads * kStep) {
@@ -79,7 +78,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int j = 0; j < kStep; ++j) {
       const float q = rounded<T>(rounded<T>(ptx::divide(ptx::to_float(v[j]), s)) + z);
-      level[j] = static_cast<int>(ptx::round_even(q < qmin ? qmin : q > qmax ? qmax : q));
+      level[j] = ptx::to_int(q < qmin ? qmin : q > qmax ? qmax : q);
     }
     if (layout == 3) {  // a byte of every plane
       for (int b = 0; b < bits; ++b) {
@@ -141,7 +140,8 @@ __global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, V
 //   3  bits [M, I / 128, bits, 128] for lowbit_bitplane: plane j holds bit j of the two's complement, input k at bit k
 int act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens, int inputs, int bits, int symmetric,
                    int layout, int dtype, cudaStream_t stream) {
-  if (inputs % kGroup || tokens < 1 || (bits != 2 && bits != 4 && bits != 8)) return kBadArgument;
+  if (inputs % kGroup || inputs < 1 || tokens < 1 || (bits != 2 && bits != 4 && bits != 8)) return kBadArgument;
+  if (!aligned(x, a)) return kMisaligned;
   const int threads = min_of((inputs / kStep + 31) / 32 * 32, kMaxThreads);
   return dispatch([&](auto type) {
     using T = Half<type>;
@@ -156,6 +156,7 @@ JN_EXPORT(act_quant_pack);
 // x[M, I] of a 16-bit type to the order lowbit_wgmma reads.
 int token_layout(const void* x, void* out, int tokens, int inputs, cudaStream_t stream) {
   if (inputs % kGroup || tokens < 1) return kBadArgument;
+  if (!aligned(x, out)) return kMisaligned;
   const long long blocks = static_cast<long long>(tokens) * inputs / 32;
   const auto grid = static_cast<unsigned>((blocks + kThreads - 1) / kThreads);
   return launch(token_layout_kernel, dim3(grid), dim3(kThreads), 0, stream, false, static_cast<const Vec4*>(x),

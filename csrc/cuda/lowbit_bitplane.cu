@@ -45,7 +45,8 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
 // Few tokens, W{2,4} x A{2,4,8} on bit-planes, zero points by row_sum: weight as ops/lowbit lays bit-planes out, x of
 // act_quant_pack(layout 3); warp_rows and splits as for the streaming kernel.
 int lowbit_bitplane(const LowbitArgs& p, cudaStream_t stream) {
-  if (!sound(p) || !p.act_scale || !p.row_sum) return kBadArgument;
+  if (const int error = check(p)) return error;
+  if (!p.act_scale || !p.row_sum) return kBadArgument;
   return dispatch([&](auto type, auto bits, auto a_bits, auto tiles) {
     return run_stream<Half<type>, PlaneMath<bits, a_bits, tiles>, bits, tiles>(p, stream);
   }, Type{p.dtype}, OneOf<2, 4>{p.w_bits}, OneOf<2, 4, 8>{p.a_bits}, OneOf<1, 2, 4>{p.token_tiles});

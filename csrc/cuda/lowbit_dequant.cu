@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kWarps * 32)
 int lowbit_dequant(const void* weight, const void* scale, void* out, int rows, int inputs, int bits, int dtype,
                    cudaStream_t stream) {
   if (inputs % kGroup || rows < 1) return kBadArgument;
+  if (!aligned(weight, out)) return kMisaligned;
   const int groups = inputs / kGroup, tiles = (rows + kTileRows - 1) / kTileRows;
   const auto blocks = static_cast<unsigned>((static_cast<long long>(tiles) * groups + kWarps - 1) / kWarps);
   return dispatch([&](auto type, auto width) {

@@ -110,7 +110,7 @@ template <int BITS, int NT> struct IntMath {
 
 // Few tokens: each warp streams weights of its own, once.
 int lowbit_stream(const LowbitArgs& p, cudaStream_t stream) {
-  if (!sound(p)) return kBadArgument;
+  if (const int error = check(p)) return error;
   return dispatch([&](auto type, auto bits, auto tiles) {
     using T = Half<type>;
     return p.act_scale ? run_stream<T, IntMath<bits, tiles>, bits, tiles>(p, stream)

@@ -44,7 +44,8 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp % 4 * kWarpTiles, warp_token = warp / 4 * NT * 8;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * S::tokens;
+  const Part part = part_of(blockIdx.x, gridDim.x, (p.tokens + S::tokens - 1) / S::tokens);
+  const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * S::tokens;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
   const char* weight = static_cast<const char*>(p.weight);
   const T* scale = static_cast<const T*>(p.scale);
@@ -211,14 +212,15 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
 template <class T, int BITS, int NT, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, NT, QUANTIZED ? 1 : 2>;
   const int block_rows = kBlockTiles * kTileRows;
-  const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + S::tokens - 1) / S::tokens);
+  const dim3 grid((p.rows + block_rows - 1) / block_rows * ((p.tokens + S::tokens - 1) / S::tokens), p.splits);
+  if (p.splits > 1 && grid.x > kLocks) return kBadArgument;
   return launch(tile_kernel<T, BITS, NT, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, p.early != 0, p);
 }
 }  // namespace
 
 // Many tokens: blocks of 128 rows x 64 or 128 tokens.
 int lowbit_tile(const LowbitArgs& p, cudaStream_t stream) {
-  if (!sound(p)) return kBadArgument;
+  if (const int error = check(p)) return error;
   return dispatch([&](auto type, auto bits, auto tiles, auto quantized) {
     return run<Half<type>, bits, tiles / 2, quantized != 0>(p, stream);
   }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<8, 16>{p.token_tiles}, OneOf<0, 1>{p.act_scale != nullptr});

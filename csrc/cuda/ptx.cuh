@@ -105,6 +105,18 @@ JN_DEVICE float reciprocal(float a) {  // within 1 ulp
 }
 JN_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 JN_DEVICE float round_even(float a) { return rintf(a); }
+// NaN if either is; fminf, fmaxf and comparisons would take the number.
+JN_DEVICE float smaller(float a, float b) {
+  float d;
+  asm("min.NaN.f32 %0,%1,%2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+JN_DEVICE float larger(float a, float b) {
+  float d;
+  asm("max.NaN.f32 %0,%1,%2;" : "=f"(d) : "f"(a), "f"(b));
+  return d;
+}
+JN_DEVICE int to_int(float a) { return __float2int_rn(a); }  // 0 of NaN
 
 // ---- memory ----
 // 16 bytes global -> shared, past L1; zeros when !valid (src is then not read)

@@ -265,9 +265,9 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
           float unit = 0;
 #pragma unroll
           for (int j = of * kTilesPerGroup; j < (of + 1) * kTilesPerGroup; ++j)
-            unit = fmaxf(fmaxf(unit, fabsf(x[j][2 * h])), fabsf(x[j][2 * h + 1]));
-          unit = fmaxf(unit, ptx::shuffle_xor(unit, 1));
-          unit = fmaxf(unit, ptx::shuffle_xor(unit, 2));
+            unit = ptx::larger(ptx::larger(unit, fabsf(x[j][2 * h])), fabsf(x[j][2 * h + 1]));
+          unit = ptx::larger(unit, ptx::shuffle_xor(unit, 1));
+          unit = ptx::larger(unit, ptx::shuffle_xor(unit, 2));
           if (CLIP) unit *= ratio[(precision * kGroups + of) * 16 + 8 * h];
           float s = ptx::to_float(ptx::from_float<T>(fmaf(unit, inverse, unit * more)));
           s = s < kTiny ? 1.0f : s;
@@ -278,8 +278,8 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const float v = x[j][2 * h + e];
-              float level = fminf(fmaf(v, r, v * rest) + kMagic, high);
-              if (kBelow) level = fmaxf(level, low);
+              float level = ptx::smaller(fmaf(v, r, v * rest) + kMagic, high);
+              if (kBelow) level = ptx::larger(level, low);
               if (REDUCE) dot[e] = fmaf(level - kMagic, mixed[j][2 * h + e], dot[e]);
               else mixed[j][2 * h + e] = fmaf(level - kMagic, weight, mixed[j][2 * h + e]);
             }
@@ -328,6 +328,7 @@ int quant_lora_mix(const MixArgs& a, cudaStream_t stream) {
   if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 8 || a.rank > 32 || a.rank % 8 || a.inputs % kTile ||
       a.columns < 1 || a.splits < 1 || a.begin < 0 || a.begin >= a.end || a.end > a.rows || a.inputs == 0)
     return kBadArgument;
+  if (!aligned(a.weight, a.lora_a, a.lora_b, a.grad, a.out)) return kMisaligned;
   Params p{a.weight, a.lora_a, a.lora_b, a.grad, a.probs, a.clip, a.out, a.partial, a.rows, a.begin, a.end, a.inputs,
            a.rank, a.precisions, a.columns, 0, a.scaling, 0, {}, {}, {}};
   const int tiles = (a.end - a.begin + kRows - 1) / kRows;

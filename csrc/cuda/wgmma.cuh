@@ -27,10 +27,15 @@ struct Operand {
 JN_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 JN_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> JN_DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
-// Keeps the compiler from moving uses of an accumulator across a wait.
+// Keeps the compiler from moving uses of an accumulator before the wait, on which they do not depend as it sees them:
+// between each wait and the first use.
 template <int N> JN_DEVICE void registers_fence(int (&c)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(c[i])::"memory");
+}
+template <int N> JN_DEVICE void registers_fence(float (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 // ordinary writes to shared memory (cp.async too) become visible to wgmma
 JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -75,8 +80,8 @@ struct Operand {
   Operand after(int bytes) const { return static_cast<const char*>(place) + bytes; }
 };
 
-// A product happens when its group is waited for, on what its registers and shared memory hold then: a result used or an
-// operand changed too early shows.
+// A product happens when its group is waited for, on what its registers and shared memory hold then, and reaches its
+// accumulator at the fence: a result used too early or without a fence, or an operand changed too early, shows.
 inline void wgmma_fence() {}
 inline void fence_async_shared() {}
 inline void wgmma_commit() {
@@ -90,7 +95,13 @@ template <int PENDING> void wgmma_wait() {
     groups.erase(groups.begin());
   }
 }
-template <int N> void registers_fence(int (&)[N]) {}
+template <class C, int N> void registers_fence(C (&c)[N]) {
+  const auto found = fiber().sums.find(c);
+  if (found == fiber().sums.end()) return;
+  emu::require(found->second.size() == sizeof(c), "fence of another accumulator than a product's");
+  std::memcpy(c, found->second.data(), sizeof(c));
+  fiber().sums.erase(found);
+}
 
 // Four mma per 8 columns would do the same; B's bytes are found through the swizzle as the hardware does, on addresses
 // relative to the 1024-byte aligned start of shared memory.
@@ -106,10 +117,14 @@ template <int N, class C, class F> void wgmma(C (&c)[N / 2], Operand operand, bo
   if (!add) std::memset(c, 0x7F, sizeof(c));
   fiber().open_products.push_back([&c, b = operand.place, add, mma] {
     const int lane = emu::block().current % 32, g = lane / 4, t = lane % 4;
+    std::vector<unsigned char>& held = fiber().sums[c];
+    if (held.empty()) held.assign(reinterpret_cast<unsigned char*>(c), reinterpret_cast<unsigned char*>(c) + sizeof(c));
+    C* sums = reinterpret_cast<C*>(held.data());
     for (int n = 0; n < N; n += 8) {
-      C d[4] = {add ? c[n / 2] : 0, add ? c[n / 2 + 1] : 0, add ? c[n / 2 + 2] : 0, add ? c[n / 2 + 3] : 0};
+      C d[4] = {};
+      if (add) std::memcpy(d, sums + n / 2, sizeof(d));
       mma(d, swizzled_word(b, n + g, 4 * t), swizzled_word(b, n + g, 16 + 4 * t));
-      for (int i = 0; i < 4; ++i) c[n / 2 + i] = d[i];
+      std::memcpy(sums + n / 2, d, sizeof(d));
     }
   });
 }

@@ -135,3 +135,12 @@ def test_activation_quantization_is_exact(bits, symmetric, dtype):
         assert torch.equal(stored.permute(0, 1, 3, 2, 4, 6, 5).reshape(tokens, inputs), expected_a)
         assert torch.equal(scale, expected_s.flatten().float())
         assert torch.equal(zero, expected_z.flatten().int())
+
+
+def test_autocast_changes_nothing():
+    """With many tokens the library's product takes its dtype from x, as the kernels do."""
+    packed, scale = make(20, 256, 4, torch.float16)
+    weight, x = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda"), torch.randn(130, 256).half()
+    plain = lowbit_matmul(x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lowbit_matmul(x, weight), plain)

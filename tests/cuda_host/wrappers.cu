@@ -75,6 +75,8 @@ template <class T> __global__ void __launch_bounds__(128) wgmma(const uint32_t* 
   ptx::wgmma_m64k16<T, 64>(d, a, shared + 32, false);
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
+  ptx::registers_fence(c);
+  ptx::registers_fence(d);
   for (int i = 0; i < 32; ++i) {
     out[i] = c[i];
     reinterpret_cast<float*>(out)[32 + i] = d[i];

@@ -119,3 +119,14 @@ def test_plans_are_one_wave_where_possible(tokens, rows, groups, sms, bits):
     tiled = tile_plan(tokens, rows, groups * 128, sms)
     assert tiled.token_tiles in (8, 16)
     assert 1 <= tiled.splits <= groups
+
+
+@pytest.mark.parametrize("a_bits", [16, 4])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_autocast_changes_nothing(backend: str, a_bits: int) -> None:
+    """The result has x's dtype, and the accuracy of the reference."""
+    x, scale = torch.randn(3, 64), torch.rand(5, 2)
+    packed = pack_weight(torch.randint(-8, 8, (5, 64)), 4)
+    plain = lowbit_linear(x, packed, scale, 4, a_bits, 32, backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lowbit_linear(x, packed, scale, 4, a_bits, 32, backend), plain)

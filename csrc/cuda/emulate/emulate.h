@@ -63,6 +63,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
   std::vector<std::function<void()>> open_products;          // the same for wgmma
   std::vector<std::vector<std::function<void()>>> products;
+  std::map<void*, std::vector<unsigned char>> sums;  // of products that were waited for, until a fence of the accumulator
 };
 struct Meeting { unsigned generation = 0; int arrived = 0; };
 struct Warp { Meeting meeting; alignas(16) unsigned char in[32][64], out[32][64]; };
@@ -141,6 +142,7 @@ inline void run_block(const std::function<void()>& body, unsigned threads, size_
     f.groups.clear();
     f.open_products.clear();
     f.products.clear();
+    f.sums.clear();
     if (!f.stack) f.stack.reset(new char[kStack]);
   }
   volatile unsigned live = all, next = 0;
@@ -236,6 +238,9 @@ template <class T> uint32_t pack2(float low, float high) {
 inline float reciprocal(float a) { return 1 / a; }
 inline float divide(float a, float b) { return a / b; }
 inline float round_even(float a) { return std::nearbyint(a); }
+inline float smaller(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmin(a, b); }
+inline float larger(float a, float b) { return std::isnan(a) || std::isnan(b) ? NAN : std::fmax(a, b); }
+inline int to_int(float a) { return std::isnan(a) ? 0 : static_cast<int>(std::nearbyint(a)); }
 template <class T> float half_of(uint32_t v, int i) { return to_float(T{static_cast<uint16_t>(v >> (16 * i))}); }
 template <class T> uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t d = 0;
@@ -325,7 +330,12 @@ template <int PENDING> void cp_async_wait() {
     groups.erase(groups.begin());
   }
 }
-inline Vec4 load_readonly(const void* p) { Vec4 v; std::memcpy(&v, p, 16); return v; }
+inline Vec4 load_readonly(const void* p) {
+  emu::require_aligned(p, "16-byte load from an address that is no multiple of 16");
+  Vec4 v;
+  std::memcpy(&v, p, 16);
+  return v;
+}
 inline Vec4 load16(const void* p) { return load_readonly(p); }
 inline uint32_t load4(const void* p) { uint32_t v; std::memcpy(&v, p, 4); return v; }
 struct RowIn { const unsigned char* row; };

@@ -14,7 +14,7 @@ from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core import cuda as calls
 from jointnas_kernels.ops.core.backends import resolve
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, rows
+from jointnas_kernels.ops.core.tensors import bad, rows, without_autocast
 from jointnas_kernels.ops.lowbit import blocks, check, cuda, portable, tiles
 from jointnas_kernels.ops.lowbit.pack import check_bits
 from jointnas_kernels.ops.lowbit.reference import reference
@@ -34,7 +34,8 @@ def _reference(
     group_size: int, a_bits: int, symmetric: bool,
 ) -> Tensor:  # fmt: skip
     weight = LowbitWeight(tensors, layout, planes, outputs, inputs, w_bits, group_size)
-    return reference(x, *weight.unpack(), w_bits, a_bits, group_size, symmetric)
+    with without_autocast(x):
+        return reference(x, *weight.unpack(), w_bits, a_bits, group_size, symmetric)
 
 
 def _triton(x: Tensor, tensors: Sequence[Tensor], *values: Any) -> Tensor:
@@ -86,10 +87,11 @@ def _cuda(x: Tensor, *rest: Any) -> Tensor:
     weight = weight.laid_out("cuda", weight.planes)
     if x.dtype != weight.tensors[1].dtype:
         raise bad(NAME, f"x is {x.dtype} but the weights' scales are {weight.tensors[1].dtype}")
-    flat, activation = (x if x.dim() == 2 else x.reshape(-1, weight.inputs)).contiguous(), None
+    flat, activation = calls.aligned(x if x.dim() == 2 else x.reshape(-1, weight.inputs)), None
     kernel = kernel_for(flat.shape[0], weight, a_bits)
     if kernel == "dense":
-        y = flat @ cuda.dense(weight).t()
+        with without_autocast(x):
+            y = flat @ cuda.dense(weight).t()
     else:
         if a_bits < 16:
             flat, *activation = cuda.quantize_pack(flat, a_bits, symmetric, cuda.ACT_LAYOUTS[kernel])

@@ -63,8 +63,8 @@ def operands(mix: Mixture) -> Mixture:
     if b.dtype != dtype or not exact:  # else the kernel's own product would round twice
         b, scaling = b.float() * scaling, 1.0
     clip = None if mix.clip is None else mix.clip.float()
-    a, b, probs = mix.lora_a.to(dtype), b.to(dtype), mix.probs.float()
-    return Mixture(weight, a, b, probs, clip, scaling, mix.bits, mix.group_size).dense()
+    weight, a, b = (cuda.aligned(t.to(dtype)) for t in (weight, mix.lora_a, b))
+    return Mixture(weight, a, b, mix.probs.float(), clip, scaling, mix.bits, mix.group_size).dense()
 
 
 def run(
@@ -107,7 +107,7 @@ def probs_gradient(mix: Mixture, upstream: Upstream) -> Tensor:
     rows, inputs = mix.weight.shape
     sums = []
     for tile in tiles(rows, max(256, CHUNK // inputs // 256 * 256)):
-        grad = upstream.rows(tile).to(mix.weight.dtype).contiguous()
+        grad = cuda.aligned(upstream.rows(tile).to(mix.weight.dtype))
         sums.append(run(read, grad=grad, begin=tile.start, end=tile.stop))
     return torch.cat([s for s in sums if s is not None], dim=1).sum(1).to(mix.probs.dtype)
 
