@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.core.backends import resolve
+from jointnas_kernels.ops.lowbit import check
 from jointnas_kernels.ops.lowbit.linear import lowbit_matmul
 from jointnas_kernels.ops.lowbit.weight import LAYOUTS, LowbitWeight
 
@@ -55,6 +56,7 @@ class PackedLinear(nn.Module):
         stored = LowbitWeight.stored(packed, scale, weight_bits, packed.shape[1] * 32 // weight_bits // scale.shape[1])
         self.backend = choose(backend, stored)
         weight = stored.laid_out(self.backend) if self.backend in LAYOUTS else stored
+        check.prepare(weight)
         self.out_features, self.in_features, self.group_size = weight.outputs, weight.inputs, weight.group_size
         self.weight_bits, self.act_bits, self.act_symmetric = weight_bits, act_bits, act_symmetric
         self.stored_bytes = sum(t.numel() * t.element_size() for t in stored.tensors)  # as a checkpoint stores it

@@ -7,6 +7,7 @@ import torch
 
 from jointnas_kernels import _ext
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.nn.packed import PackedLinear
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.core import cuda
 from jointnas_kernels.ops.lowbit import check as lowbit_check
@@ -64,6 +65,29 @@ def test_launch_failure_is_reported_and_not_repeated(monkeypatch):
         assert not lowbit_check.verified("int8", 4, torch.float16, CPU)
     assert len(calls) == 1
     assert "209" in lowbit_check._results[("int8", 4, torch.float16, CPU)]
+
+
+def test_a_captured_call_takes_the_kernel_that_an_eager_one_takes(monkeypatch):
+    _, _, weight = build(300, 128, 4)
+    monkeypatch.setattr(lowbit_check, "capturing", lambda device: True)
+    for tokens in (64, 4096):
+        with pytest.raises(JointNASError, match=r"was not checked on cpu yet.* once before the capture"):
+            kernel_for(tokens, weight, 8)
+    assert kernel_for(1, weight, 8) == "stream"  # runs everywhere
+    monkeypatch.setattr(lowbit_check, "capturing", lambda device: False)
+    monkeypatch.setattr(lowbit_check, "differences", lambda *key: "")
+    lowbit_check.prepare(weight)
+    eager = [kernel_for(tokens, weight, 8) for tokens in (64, 4096)]
+    monkeypatch.setattr(lowbit_check, "capturing", lambda device: True)
+    assert [kernel_for(tokens, weight, 8) for tokens in (64, 4096)] == eager == ["wgmma", "int8"]
+
+
+def test_packed_layers_are_checked_when_they_are_made(monkeypatch):
+    checked = []
+    monkeypatch.setattr(lowbit_check, "differences", lambda *key: checked.append(key[:2]) or "")
+    packed, scale, _ = build(20, 128, 4)
+    PackedLinear(packed, scale, None, 4, 8, backend="cuda")
+    assert sorted(checked) == [("int8", 4), ("wgmma", 4)]
 
 
 @pytest.mark.parametrize("trusted", [True, False])

@@ -1,4 +1,5 @@
-"""Which block of lowbit_int8 computes what: every part once, and the blocks of a cluster share their tokens."""
+"""Which block of a low-bit product computes what: every part once, a cluster shares its tokens, and blocks that share
+weights run beside each other."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 #include "cuda/lowbit_int8.cu"
+#include <map>
 #include <set>
 using namespace jointnas;
 int main() {
@@ -18,17 +20,20 @@ int main() {
         LowbitArgs p{};
         p.rows = rows;
         p.cluster = cluster;
-        const int row_blocks = row_blocks_of(p);
+        const int row_blocks = row_blocks_of(p), blocks = row_blocks * token_blocks;
         if (row_blocks % cluster || (row_blocks - cluster) * kBlockRows >= rows) return 1;
         std::set<std::pair<int, int>> seen;
+        std::map<int, int> first;  // of a row block: the block that comes first
         Part before{};
-        for (int i = 0; i < row_blocks * token_blocks; ++i) {
-          const Part part = part_of(i, row_blocks, token_blocks);
+        for (int i = 0; i < blocks; ++i) {
+          const Part part = part_of(i, blocks, token_blocks);
           if (part.row_block < 0 || part.row_block >= row_blocks) return 2;
           if (part.token_block < 0 || part.token_block >= token_blocks) return 2;
           if (!seen.insert({part.row_block, part.token_block}).second) return 3;
           if (i % cluster && part.token_block != before.token_block) return 4;
           if (i % cluster && part.row_block != before.row_block + 1) return 4;
+          // weights are read from memory once, where 4 passes over the tokens (128 of lowbit_stream) are one wave
+          if (i - first.emplace(part.row_block, i).first->second >= kBand * token_blocks) return 7;
           before = part;
           ++checked;
         }

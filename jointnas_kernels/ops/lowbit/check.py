@@ -2,8 +2,8 @@
 
 Some kernels use instructions of one GPU generation only (wgmma, clusters, bulk copies, b1 products). Each proves itself
 once per process, device, weight width and type on a small random problem; a kernel that fails or cannot be launched is
-left out from then on, and ``report`` says so. A check takes milliseconds, synchronises, and so never runs while a CUDA
-graph is being captured: an unchecked kernel is then not chosen.
+left out from then on, and ``report`` says so. A check takes milliseconds, synchronises, and so cannot run while a CUDA
+graph is being captured: whoever may be captured first calls `prepare` (as packed layers do) or runs once eagerly.
 """
 
 import torch
@@ -48,17 +48,37 @@ def differences(kernel: str, bits: int, dtype: torch.dtype, device: torch.device
     return ""
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether work on ``device`` is being captured in a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def verified(kernel: str, bits: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``kernel`` ("int8", "wgmma" or "bitplane") may be used for weights of ``bits`` bits on ``device``."""
+    """Whether ``kernel`` ("int8", "wgmma" or "bitplane") may be used for weights of ``bits`` bits on ``device``.
+
+    Raises:
+        JointNASError: it was not checked before a capture that goes on.
+    """
     key = (kernel, bits, dtype, device)
     if key not in _results:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False
+        if capturing(device):  # another kernel in its place would stay in the graph for good
+            raise JointNASError(f"the {kernel!r} kernel for W{bits} in {dtype} was not checked on {device} yet, which "
+                                "is impossible while a CUDA graph is captured: run the product once before the capture")
         try:
             _results[key] = differences(kernel, bits, dtype, device)
         except JointNASError as error:  # did not launch
             _results[key] = str(error)
     return not _results[key]
+
+
+def prepare(weight: LowbitWeight) -> None:
+    """Check the kernels that are chosen for products with this weight only once they are verified."""
+    if weight.layout == "cuda" and not weight.planes:
+        for kernel in ("int8", "wgmma"):
+            verified(kernel, weight.w_bits, weight.tensors[1].dtype, weight.tensors[1].device)
 
 
 def report(device: torch.device) -> dict[str, str]:
