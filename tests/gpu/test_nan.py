@@ -12,7 +12,7 @@ from jointnas_kernels.ops.lowbit import linear
 from tests import nan_cases
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-CUDA = pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
+CUDA = pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="_C has no CUDA part")
 
 
 @pytest.fixture(autouse=True)

@@ -29,8 +29,10 @@ def far(tmp_path: Path) -> Tensor:
 
 def test_masked_rope(far: Tensor) -> None:
     cos, mask = torch.randn(1, 2, DIM), torch.rand(HEADS, DIM)
-    for out, near in zip(*(ops.masked_rope(q, q, cos, cos, mask, mask, "triton") for q in (far, far.clone())), strict=True):
-        assert torch.equal(out, near)
+    near = far.clone()
+    pairs = zip(*(ops.masked_rope(q, q, cos, cos, mask, mask, "triton") for q in (far, near)), strict=True)
+    for out, expected in pairs:
+        assert torch.equal(out, expected)
 
 
 def test_head_rmsnorm(far: Tensor) -> None:
