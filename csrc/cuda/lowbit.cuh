@@ -20,7 +20,7 @@ struct LowbitArgs {
                               // bitplane); or null
   void* y;                    // [M, O] dtype
   float* partial;             // [splits, M, O] if splits > 1
-  int* locks;                 // [kLocks], zero before and after, if splits > 1; as many are used as there are blocks
+  int* locks;                 // [kLocks], zero before and after, if splits > 1
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
   int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile, wgmma), 16 or 32 (int8);
@@ -45,17 +45,8 @@ inline int check(const LowbitArgs& p) {
 
 JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
 
-// Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first. So
-// the blocks that read the same weights for other tokens run beside each other, and memory is read once; L2 serves the
-// others. (With all rows before the next tokens, weights larger than L2 were read from memory once per block of tokens.)
-constexpr int kBand = 16;
-struct Part { int row_block, token_block; };
-JN_HOST_DEVICE Part part_of(int index, int blocks, int token_blocks) {
-  if (token_blocks == 1) return {index, 0};  // one token waits for no division
-  const int band = index / (kBand * token_blocks), rest = index - band * kBand * token_blocks;
-  const int width = min_of(kBand, blocks / token_blocks - band * kBand);
-  return {band * kBand + rest % width, rest / width};
-}
+// Whether the blocks of a grid along x and z have a lock each.
+inline bool locked(const LowbitArgs& p, dim3 grid) { return p.splits == 1 || size_t(grid.x) * grid.z <= kLocks; }
 
 // Storage index of a token's input inside its group after quantization (act_quant_pack.cu): lane t's 32 bytes are
 // contiguous, four bytes per (i, s) in the byte order of the weights.

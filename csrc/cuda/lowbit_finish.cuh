@@ -34,7 +34,7 @@ JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int fi
   ptx::sync_threads();
   int* last = static_cast<int*>(shared);
   if (threadIdx.x == 0) {
-    int* lock = p.locks + blockIdx.x;
+    int* lock = p.locks + blockIdx.z * gridDim.x + blockIdx.x;
     *last = ptx::atomic_add(lock, 1) == p.splits - 1;
     if (*last) *lock = 0;
   }

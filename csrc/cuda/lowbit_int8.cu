@@ -22,6 +22,7 @@ constexpr int kThreads = 384;
 constexpr int kBlockTiles = 8;  // 128 rows
 constexpr int kBlockRows = kBlockTiles * kTileRows;
 constexpr int kChunk = 64;            // tokens per product
+constexpr int kBand = 16;             // blocks along the rows that run together, for L2
 constexpr int kPitch = kBlockRows + 4;  // floats per token of the final exchange; + 4 keeps its stores off each other's banks
 constexpr int kMaxStages = 6;
 
@@ -35,6 +36,14 @@ template <int BITS, int N> struct Shape {
   static constexpr int bytes = stages * stage_bytes + 2 * kMaxStages * 8;
   static_assert(stages >= 4 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
 };
+
+// Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first.
+struct Part { int row_block, token_block; };
+[[maybe_unused]] JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
+  const int band = index / (kBand * token_blocks), rest = index - band * kBand * token_blocks;
+  const int width = min_of(kBand, row_blocks - band * kBand);
+  return {band * kBand + rest % width, rest / width};
+}
 
 JN_HOST_DEVICE int row_blocks_of(const LowbitArgs& p) {  // whole clusters
   return ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
@@ -54,7 +63,8 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
   uint64_t* full = reinterpret_cast<uint64_t*>(shared + S::stages * S::stage_bytes);
   uint64_t* empty = full + kMaxStages;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const Part part = part_of(blockIdx.x, gridDim.x, (p.tokens + N - 1) / N);
+  const int row_blocks = row_blocks_of(p);
+  const Part part = part_of(blockIdx.x, row_blocks, (p.tokens + N - 1) / N);
   const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * N;
 
   if (threadIdx.x == 0) {

@@ -42,9 +42,8 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const Lowb
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int warp_row = warp % p.warp_rows, warp_k = warp / p.warp_rows, k_warps = warps / p.warp_rows;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const Part part = part_of(blockIdx.x, gridDim.x, (p.tokens + block_tokens - 1) / block_tokens);
-  const int first_tile = (part.row_block * p.warp_rows + warp_row) * kStrip;
-  const int first_token = part.token_block * block_tokens;
+  const int first_tile = (blockIdx.z * p.warp_rows + warp_row) * kStrip;
+  const int first_token = blockIdx.x * block_tokens;
   const int begin = groups * blockIdx.y / p.splits + warp_k, end = groups * (blockIdx.y + 1) / p.splits;
 
   unsigned char* ring = shared + size_t(warp) * stages * stage_bytes + lane * 16;
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const Lowb
   ptx::sync_threads();
 
   const int block_rows = p.warp_rows * 64;
-  finish_block<T>(p, Math::kUnit, warps * 32, part.row_block * block_rows, block_rows, first_token, block_tokens, shared,
+  finish_block<T>(p, Math::kUnit, warps * 32, blockIdx.z * block_rows, block_rows, first_token, block_tokens, shared,
                   [&](int token, int row) {
     float v = 0;
     for (int i = 0; i < k_warps; ++i)
@@ -146,8 +145,10 @@ template <class T, class Math, int BITS, int NT> int run_stream(const LowbitArgs
   constexpr int block_tokens = NT * 8 / Math::kColumns;
   const int block_rows = 64 * p.warp_rows;
   if (p.warp_rows < 1 || p.warp_rows > 8 || Math::kWarps % p.warp_rows) return kBadArgument;
-  const dim3 grid((p.rows + block_rows - 1) / block_rows * ((p.tokens + block_tokens - 1) / block_tokens), p.splits);
-  if (p.splits > 1 && grid.x > kLocks) return kBadArgument;
+  // Passes over the tokens first: those of the same weights run beside each other, so that memory is read once and L2
+  // serves the others. (Rows first, weights larger than L2 were read from memory once per pass.)
+  const dim3 grid((p.tokens + block_tokens - 1) / block_tokens, p.splits, (p.rows + block_rows - 1) / block_rows);
+  if (!locked(p, grid)) return kBadArgument;
   constexpr size_t bytes = StreamShape<Math, BITS, NT>::bytes;
   return launch(stream_kernel<T, Math, BITS, NT>, grid, dim3(Math::kWarps * 32), bytes, stream, p.early != 0, p);
 }

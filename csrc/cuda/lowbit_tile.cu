@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp % 4 * kWarpTiles, warp_token = warp / 4 * NT * 8;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const Part part = part_of(blockIdx.x, gridDim.x, (p.tokens + S::tokens - 1) / S::tokens);
-  const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * S::tokens;
+  const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * S::tokens;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
   const char* weight = static_cast<const char*>(p.weight);
   const T* scale = static_cast<const T*>(p.scale);
@@ -212,8 +211,8 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
 template <class T, int BITS, int NT, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, NT, QUANTIZED ? 1 : 2>;
   const int block_rows = kBlockTiles * kTileRows;
-  const dim3 grid((p.rows + block_rows - 1) / block_rows * ((p.tokens + S::tokens - 1) / S::tokens), p.splits);
-  if (p.splits > 1 && grid.x > kLocks) return kBadArgument;
+  const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + S::tokens - 1) / S::tokens);
+  if (!locked(p, grid)) return kBadArgument;
   return launch(tile_kernel<T, BITS, NT, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, p.early != 0, p);
 }
 }  // namespace

@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const LowbitArgs p) 
   using Sum = std::conditional_t<QUANTIZED, int, float>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const Part part = part_of(blockIdx.x, gridDim.x, (p.tokens + N - 1) / N);
-  const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * N;
+  const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * N;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
 
   // Rows and tokens past the end are copies of the last one; their results are not stored. Indices count vectors of 16
@@ -152,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, 1) wgmma_kernel(const LowbitArgs p) 
 template <class T, int BITS, int N, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, N, QUANTIZED ? 1 : 2>;
   const int block_rows = kBlockTiles * kTileRows;
-  const dim3 grid((p.rows + block_rows - 1) / block_rows * ((p.tokens + N - 1) / N), p.splits);
-  if (p.splits > 1 && grid.x > kLocks) return kBadArgument;
+  const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + N - 1) / N);
+  if (!locked(p, grid)) return kBadArgument;
   return launch(wgmma_kernel<T, BITS, N, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, false, p);
 }
 }  // namespace

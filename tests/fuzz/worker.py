@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import traceback
 from dataclasses import dataclass, field
@@ -13,8 +14,12 @@ from jointnas_kernels.errors import JointNASError
 from tests.fuzz.cases import OPS
 from tests.fuzz.check import Case, check
 from tests.fuzz.source import LIMITS, Seeded
+from tests.interpreter import quick_reductions
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+if os.environ.get("TRITON_INTERPRET") == "1":
+    quick_reductions()
+
 SECONDS_PER_CASE = 60  # of processor time: a case that takes longer hangs
 
 

@@ -58,7 +58,7 @@ def load_halves(ptr, head_stride, H, half, HP: tl.constexpr, HALF: tl.constexpr)
     """Both halves [HP, HALF] of all heads at ``ptr`` in fp32; zero beyond H heads or half the head dim."""
     head = tl.arange(0, HP)
     d = tl.arange(0, HALF)
-    at = head[:, None] * head_stride + d[None, :]
+    at = head[:, None].to(tl.int64) * head_stride + d[None, :]  # heads of a long cache are more than 2^31 apart
     ok = (head < H)[:, None] & (d < half)[None, :]
     first = tl.load(ptr + at, mask=ok, other=0.0).to(tl.float32)
     return first, tl.load(ptr + at + half, mask=ok, other=0.0).to(tl.float32)

@@ -171,13 +171,13 @@ def mix_backward_kernel(
     base = tl.load(w_ptr + row[:, None] * I + col[None, :], mask=ok, other=0.0).to(tl.float32)
     dw3 = tl.reshape(dw, [BLOCK, NG, G_PAD])
     ratio = tl.full([BLOCK, NG], 1.0, tl.float32)
-    group_at = row[:, None] * groups + group[None, :]
     group_ok = row_ok[:, None] & (group < groups)[None, :]
     rank = tl.arange(0, R_PAD)
     for p in tl.static_range(P):
         w, a, b = lora_tile(base, a_ptr, b_ptr, p, scaling, row, row_ok, col, col_ok, O, I, R, dtype, R_PAD)
+        group_at = (p * O + row)[:, None] * groups + group[None, :]
         if HAS_CLIP:
-            ratio = tl.load(clip_ptr + p * O * groups + group_at, mask=group_ok, other=1.0).to(tl.float32)
+            ratio = tl.load(clip_ptr + group_at, mask=group_ok, other=1.0).to(tl.float32)
         level, y, s, unit = quantize_tile(
             tl.reshape(w, [BLOCK, NG, G_PAD]), ratio, LOW[p], INVERSE[p], REST[p], dtype, HAS_CLIP, EXACT
         )
@@ -195,7 +195,7 @@ def mix_backward_kernel(
                 if WANT_CLIP:
                     slope = tl.sum(dw3 * level - masked * y, axis=2)
                     d = pi * slope * tl.div_rn(unit, unit * 0.0 + (-LOW[p] - 0.5))
-                    tl.store(dclip_ptr + p * O * groups + group_at, d.to(dclip_ptr.dtype.element_ty), mask=group_ok)
+                    tl.store(dclip_ptr + group_at, d.to(dclip_ptr.dtype.element_ty), mask=group_ok)
             if WANT_LORA:
                 flat = tl.reshape(masked, [BLOCK, N]).to(dtype)
                 db = tl.dot(flat, tl.trans(a), input_precision="ieee") * (pi * scaling)  # [BLOCK, R_PAD]
