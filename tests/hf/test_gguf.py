@@ -75,7 +75,9 @@ def test_every_family_in_llama_cpp(tmp_path: Path, change: dict[str, Any]) -> No
     window = change.get("sliding_window")
     assert [r for r in done.remarks if "context length 8" in r] == done.remarks[: window is not None]
     again, ids = read(tmp_path / "m.gguf"), tokens()
-    assert torch.equal(again(ids[None]).logits, model(ids[None]).logits)
+    # Phi-3's is read as a Llama: torch may add up products of fused and of single linears in another order
+    limit = 1e-5 if change.get("family") == "phi3" else 0.0
+    assert float((again(ids[None]).logits - model(ids[None]).logits).abs().max()) <= limit
     got = LlamaCpp(tmp_path / "m.gguf").logprobs(ids, VOCAB, start=3)
     assert (got - model(ids[None]).logits[0, 3:].log_softmax(-1)).abs().max() <= BOUND
 
