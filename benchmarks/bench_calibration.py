@@ -36,7 +36,7 @@ from jointnas_kernels.latency import LatencyTable, Workload, feasible_choices, m
 from jointnas_kernels.latency.measure import fit
 from jointnas_kernels.latency.timing import native_bf16
 from jointnas_kernels.latency.watch import Watch
-from jointnas_kernels.space import Choice, SearchSpace
+from jointnas_kernels.space import BITS, Choice, SearchSpace
 
 SETS = ("random", "bits", "depth", "precision")
 UNIFORM = (4, 8)  # weight and activation bits of models that differ in depth
@@ -74,7 +74,8 @@ def models(table: LatencyTable, space: SearchSpace, args: argparse.Namespace) ->
         return replace(full, blocks=blocks, weight_bits=w, act_bits=a, head_bits=head)
 
     drawn = feasible_choices(table, space, args.fit + args.random, seed=0)
-    mixed = feasible_choices(table, whole(space), args.random + 1, seed=1)[1:]  # the first is no random one
+    others = feasible_choices(table, space, args.random + 1, seed=1)[1:]  # the first is no random one
+    mixed = [replace(full, **{key: getattr(c, key) for key in (*BITS, "head_bits")}) for c in others]
     found = [("fit" if i < args.fit else "random", f"{i}", choice) for i, choice in enumerate(drawn)]
     found += [("bits", f"{i}", choice) for i, choice in enumerate(mixed)]
     found += [("depth", f"{c.blocks} in 16 bit", c) for c in unquantized(space).structures() if c.blocks < full.blocks]

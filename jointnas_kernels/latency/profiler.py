@@ -368,6 +368,6 @@ def _copies(spec: OpSpec, target: Target, weight: Weight | None, model_bytes: in
         return [None] * (copies(size, model_bytes, target.device, 16, private_cache_bytes(target.device)) - 1)
     bits = spec.wbits if spec.wbits < DENSE else 8 * target.dtype.itemsize
     own = model_bytes * bits // (8 * target.dtype.itemsize)  # of a model with these bits: it may stay in a cache
-    limit = 64 if spec.m <= FEW_TOKENS else 8  # more are read from memory once for so many tokens
+    limit = 256 if spec.m <= FEW_TOKENS else 8  # more are read from memory once for so many tokens
     count = copies(spec.n * spec.k * bits // 8, own, target.device, limit)
     return [weight.clone() for _ in range(count - 1)]

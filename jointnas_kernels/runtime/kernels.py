@@ -227,7 +227,8 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm [M, N] of x [M, N], to which y [M, N] is added first, in place."""
     out, width = torch.empty_like(x), x.shape[1]
     block = power_of_two(width)
-    add_norm_kernel[(len(x),)](x, y, weight, out, width, eps, BLOCK=block, num_warps=4 if block <= 2048 else 8)
+    with torch.cuda.device_of(x):
+        add_norm_kernel[(len(x),)](x, y, weight, out, width, eps, BLOCK=block, num_warps=4 if block <= 2048 else 8)
     return out
 
 
@@ -235,9 +236,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, [M, F]; rows may be parts of longer ones."""
     count, width = gate.shape
     out, block = torch.empty(count, width, dtype=gate.dtype, device=gate.device), min(1024, power_of_two(width))
-    swiglu_kernel[(count, -(-width // block))](
-        gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4
-    )
+    with torch.cuda.device_of(gate):
+        swiglu_kernel[(count, -(-width // block))](
+            gate, up, out, width, gate.stride(0), up.stride(0), BLOCK=block, num_warps=4
+        )
     return out
 
 
@@ -257,11 +259,12 @@ def rotate(h: Heads, batch: int) -> Tensor:
     tokens, heads = len(h.q), h.kv_heads * h.share
     count = tokens // batch
     out = torch.empty(batch, heads, count, h.dim, dtype=h.q.dtype, device=h.q.device)
-    rotate_kernel[(tokens, h.kv_heads)](
-        h.q, h.k, h.v, h.q_norm, h.k_norm, h.where, h.positions, out, h.block, count, h.q.stride(0), h.k.stride(0),
-        h.v.stride(0), h.kv_heads, h.eps, SHARE=h.share, ROWS=power_of_two(h.share), D=h.dim, DP=power_of_two(h.dim),
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(h.q):
+        rotate_kernel[(tokens, h.kv_heads)](
+            h.q, h.k, h.v, h.q_norm, h.k_norm, h.where, h.positions, out, h.block, count, h.q.stride(0), h.k.stride(0),
+            h.v.stride(0), h.kv_heads, h.eps, SHARE=h.share, ROWS=power_of_two(h.share), D=h.dim,
+            DP=power_of_two(h.dim), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -287,11 +290,13 @@ def attend(h: Heads, starts: Tensor, window: int, scale: float, parts: int | Non
     if parts > 1:
         part = torch.empty(batch * heads, parts, h.dim, dtype=torch.float32, device=h.q.device)
         stat = torch.empty(batch * heads, parts, 2, dtype=torch.float32, device=h.q.device)
-    attend_kernel[(batch, h.kv_heads, parts)](
-        h.q, h.k, h.v, h.q_norm, h.k_norm, h.where, h.positions, starts, out, part, stat, h.block, h.q.stride(0),
-        h.k.stride(0), h.v.stride(0), h.kv_heads, window, h.eps, scale, PARTS=parts,
-        **attend_shape(h.share, h.dim, h.q.element_size()),
-    )  # fmt: skip
+    with torch.cuda.device_of(h.q):
+        attend_kernel[(batch, h.kv_heads, parts)](
+            h.q, h.k, h.v, h.q_norm, h.k_norm, h.where, h.positions, starts, out, part, stat, h.block, h.q.stride(0),
+            h.k.stride(0), h.v.stride(0), h.kv_heads, window, h.eps, scale, PARTS=parts,
+            **attend_shape(h.share, h.dim, h.q.element_size()),
+        )  # fmt: skip
     if part is not None:
-        merge_kernel[(batch * heads,)](part, stat, out, PARTS=parts, D=h.dim, DP=power_of_two(h.dim), num_warps=4)
+        with torch.cuda.device_of(part):
+            merge_kernel[(batch * heads,)](part, stat, out, PARTS=parts, D=h.dim, DP=power_of_two(h.dim), num_warps=4)
     return out
