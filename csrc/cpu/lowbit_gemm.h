@@ -82,9 +82,7 @@ void gemm_group_short(const uint32_t* w, int64_t entries, const uint32_t* a, con
       for (int m = 0; m < MB; ++m) {
         const vi am = seti(a[m * entries + e + i]);
 #pragma GCC unroll 16
-        for (int v = 0; v < V; ++v) {
-          acc[v][m] = settled(add16(acc[v][m], maddubs(u[v], am)));
-        }
+        for (int v = 0; v < V; ++v) acc[v][m] = settled(add16(acc[v][m], maddubs(u[v], am)));
       }
     });
 #pragma GCC unroll 16
@@ -143,15 +141,13 @@ __attribute__((noinline)) void gemm_tile(const LowbitPlan& plan, Panel p, int64_
     }
     fields<V>([&](auto v) {
       const Meta of(plan, p.meta + v * W);
-      fields<MB>([&](auto m) {
-        sum[v][m] = settled(of.add(settled(acc[v][m]), sum[v][m]));
-      });
+      fields<MB>([&](auto m) { sum[v][m] = settled(of.add(settled(acc[v][m]), sum[v][m])); });
     });
   }
   of_tile([&](int v, int m) { store(total + m * kBlock + v * W, sum[v][m]); });
 }
 
-// The panel [entries][kBlock] of a group: unpacked to scratch, or where nothing is packed the words themselves.
+// The panel [entries][kBlock] of a group, from its words.
 template <class Op>
 void unpack_group(const LowbitLayout& l, const uint32_t* words, bool prefetch, uint32_t* out) {
   for (int64_t c = 0; c < l.words; ++c, words += kBlock) {
@@ -163,7 +159,8 @@ void unpack_group(const LowbitLayout& l, const uint32_t* words, bool prefetch, u
     });
   }
 }
-// scratch: panels of some groups, then the totals of kTokens.
+
+// A block times tokens [plan.begin, plan.end). scratch: panels of some groups, then the totals of kTokens.
 template <class Op>
 void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t* scratch) {
   using Product = typename Op::Product;
@@ -187,7 +184,7 @@ void gemm(const LowbitPlan& plan, const uint32_t* data, int64_t block, uint32_t*
         const Panel p{first, end, meta + lane, (kStored ? words : scratch) + lane, height, kStored ? height : panel};
         const auto tile = [&](auto mb, int64_t m) {
           const auto f = kStored && m == plan.begin ? gemm_tile<Product, kTileVectors, mb(), kStored>
-                                           : gemm_tile<Product, kTileVectors, mb(), false>;
+                                                    : gemm_tile<Product, kTileVectors, mb(), false>;
           f(plan, p, m, totals + (m - from) * kBlock + lane);
           if (end < l.groups) return;
           for (int64_t i = 0; i < mb(); ++i)

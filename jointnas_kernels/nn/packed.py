@@ -6,13 +6,14 @@ wants another layout, it is made once, here, and replaces the stored one.
 Against the fake-quantized layer it was exported from, which multiplies RN(q s) by RN(s_x (a - z)) (RN: rounding to the
 dtype), one output differs by at most
 
-    (2 u + 2 (I + G) e) sum_k |x_k| |w_k| + 3 u (|y| + |bias|)
+    (2 u + 2 (I + G) e) sum_k |x_k| |w_k| + 2 (G + 2) e |s_x z| sum_k |w_k| + 3 u (|y| + |bias|)
 
 where u is the unit roundoff of the dtype, e that of fp32, G the number of groups: the kernels do not round q s and
 s_x (a - z) (2 u, first order), both sides add I products in fp32 in their own order (I e each, G e for the scales), and
-both round the result, the packed layer once more after the bias. The integers a and z are equal bit for bit. Through a
-whole model nothing larger happens while activations have 16 bits; below, a value within that distance of the border
-between two levels may take the other one.
+both round the result, the packed layer once more after the bias. The CPU's kernels add up q a and z q over the groups
+in two sums, each exact within a group, whose difference is taken at the end (the second term). The integers a and z are
+equal bit for bit. Through a whole model nothing larger happens while activations have 16 bits; below, a value within
+that distance of the border between two levels may take the other one.
 """
 
 from __future__ import annotations

@@ -232,7 +232,9 @@ def test_every_picture_is_there() -> None:
     pages = [*render.ROOT.glob("*.md"), *render.ROOT.glob("docs/*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())]
     assert len(links) > 5
-    assert [link for page, link in links if not (page.resolve().parent / link).is_file()] == []
+    files = {(page.resolve().parent / link).resolve() for page, link in links}
+    assert [file for file in files if not file.is_file()] == []
+    assert set((render.ROOT / "docs" / "plots").resolve().iterdir()) <= files, "a plot that no page shows"
 
 
 def test_kernels_that_are_no_longer_chosen_are_not_ours() -> None:

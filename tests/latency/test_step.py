@@ -160,7 +160,7 @@ def test_times_are_those_of_one_operation(tmp_path: Path, monkeypatch: pytest.Mo
     table = profiled(tmp_path / "t.jsonl")
     assert {(row.p10, row.median, row.p90) for row in table.rows} == {(0.5, 1.0, 2.0)}
     assert 64 in seen  # of parts
-    assert len(set(seen)) > 1  # as many products as the model has bytes for
+    assert min(seen) < 64  # of products: as many as the model has bytes for
     # also where the time of the operation is known, and one call takes 64 times as long
     norm, target = OpSpec("norm", 1, 64, 0), Target(torch.device("cpu"), Workload("decode", 1, 24), 2)
     store = profiler.Weights(target, 1 << 20, torch.Generator())

@@ -1,4 +1,4 @@
-"""Several packed linears as one."""
+"""Packed linears: how far they are from what they stand for, and several as one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,24 @@ def linear(rows: int, bits: int = 4, act: int = 8, bias: bool = True, backend: s
     q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (rows, 64), dtype=torch.int8)
     return PackedLinear(pack_weight(q, bits), torch.rand(rows, 2), torch.randn(rows) if bias else None, bits, act,
                         backend=backend)  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 70])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_sums_keep_their_bound(bits: int, tokens: int) -> None:
+    """fp32, against fp64 on the same levels; of inputs far from zero, whose zero point is as large as can be."""
+    torch.manual_seed(bits)
+    outputs, inputs, group, e = 70, 640, 64, 2.0**-24
+    q = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (outputs, inputs), dtype=torch.int8)
+    scale, x = torch.rand(outputs, inputs // group), torch.randn(tokens, inputs).abs() + 5
+    layer = PackedLinear(pack_weight(q, bits), scale, None, bits, 8, backend="cpu")
+    w = q.double() * scale.double().repeat_interleave(group, 1)
+    s = x.amax(1, keepdim=True) / 255  # 0 is in every range
+    levels, s = (x / s).round().double(), s.double()  # a - z, where z is the lowest level
+    want = (s * levels) @ w.T
+    limit = 2 * (inputs + inputs // group) * e * (s * levels) @ w.abs().T + 3 * e * want.abs()
+    limit = limit + 2 * (inputs // group + 2) * e * 128 * s * w.abs().sum(1)
+    assert ((layer(x).double() - want).abs() <= limit).all()
 
 
 @pytest.mark.parametrize("layout", ["storage", "cuda"])

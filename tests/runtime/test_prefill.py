@@ -36,9 +36,13 @@ def read(step: DecodeStep, x: Tensor, keep: int | None = None) -> Tensor:
 
 def close(own: Tensor, stock: Tensor, act: int = 16) -> None:
     """fp32: the order of sums; with quantized activations, now and then a value at the border between two levels, which
-    are 17 times as far apart with 4 bits as with 8."""
+    are 17 times as far apart with 4 bits as with 8: of one token in a hundred that may show more."""
     wrong, largest = (own - stock).abs(), stock.abs().max()
-    assert wrong.max() <= {4: 0.3, 8: 0.06, 16: 2e-5}[act] * largest
+    limit = (2e-5 if act == 16 else 0.06) * largest
+    if act > 4:
+        assert wrong.max() <= limit
+    assert (wrong.amax(-1) > limit).float().mean() <= 0.01
+    assert wrong.max() <= 0.3 * largest
     assert wrong.mean() <= (2e-6 if act == 16 else 2e-3) * largest
 
 
