@@ -105,6 +105,20 @@ def test_resuming_a_finished_campaign_and_asking_for_more(root: Path, every: Pat
     assert [before.get(row["unit"]) == row for row in again] == [True, False, True, True]
 
 
+def test_a_campaign_goes_on_from_its_rows_alone(root: Path, every: Path) -> None:
+    """Folders of units are gone, as on another machine: what has ended is not done again, but measured again."""
+    options = {"methods": METHODS, "target_shares": [0.6], "precisions": ["W4A8"]}
+    config = campaigns.config(root, out="elsewhere", compare=options)
+    (root / "elsewhere").mkdir()
+    for name in ("config.yaml", "results.jsonl"):
+        shutil.copy(every / name, root / "elsewhere")
+    before = rows_of(every)
+    lines = [json.dumps({**row, "measured_ms": 9.0}) + "\n" for row in before]
+    (root / "elsewhere" / "results.jsonl").write_text("".join(lines))
+    assert rows_of(compare(config)) == before
+    assert not list((root / "elsewhere").rglob("final"))
+
+
 def test_another_configuration_is_refused(root: Path, every: Path) -> None:
     options = {"methods": METHODS, "target_shares": [0.6], "precisions": ["W4A8"]}
     with pytest.raises(JointNASError, match=r"holds another campaign: search\.steps was 12, is 13"):

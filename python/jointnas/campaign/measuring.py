@@ -1,11 +1,14 @@
-"""The last stage: every final model's latency, measured in turns, so that what disturbs the machine disturbs all."""
+"""The last stage: every final model's latency, measured in turns, so that what disturbs the machine disturbs all.
+
+What a model computes with does not depend on the values of its weights: they are random, so that models whose folders
+are gone are measured, too.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +16,12 @@ from torch import nn
 
 from jointnas import loading
 from jointnas.campaign.plan import ORIGINAL
-from jointnas.campaign.worker import FINAL, Base
-from jointnas.exporting import reload
+from jointnas.campaign.worker import Base
 from jointnas.pipeline import deployed, is_here
 from jointnas.run_folder import read_json, write_json
+from jointnas_kernels.hf.families import build
 from jointnas_kernels.latency import measure_in_turns
-from jointnas_kernels.space import Choice
+from jointnas_kernels.space import Choice, kept_blocks, subnet_config
 
 log = logging.getLogger(__name__)
 FILE = "measured.json"
@@ -38,12 +41,14 @@ def measured(base: Base, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
         return {}
     log.info("measuring %d models in turns", len(done))
 
+    config = loading.model_config(base.config.model)
+
     def maker(row: Mapping[str, Any]) -> nn.Module:
-        config = base.config.model
         if row["method"] == ORIGINAL:
-            return deployed(loading.load_model(config), None, base.space, table, ())
-        model = reload(Path(base.out, "units", row["unit"], FINAL), dtype=getattr(torch, config.dtype))
-        return deployed(model, Choice.from_dict(row["choice"]), base.space, table, row["block_rank"])
+            return deployed(build(config), None, base.space, table, ())
+        choice, rank = Choice.from_dict(row["choice"]), row["block_rank"]
+        model = build(subnet_config(config, choice, kept_blocks(rank, choice.blocks)))
+        return deployed(model, choice, base.space, table, rank)
 
     itemsize = getattr(torch, table.workload.dtype).itemsize
     makers = [functools.partial(maker, row) for row in done]

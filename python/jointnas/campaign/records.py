@@ -11,9 +11,11 @@ from typing import Any
 
 from jointnas.campaign.plan import Unit, folder_of
 from jointnas.campaign.worker import ROW
-from jointnas.run_folder import read_json, write_text
+from jointnas.run_folder import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
+RESULTS = "results.jsonl"
+MEASURED = ("measured_ms", "contended")  # what the last stage adds to a row
 
 
 def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -21,9 +23,23 @@ def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
     return [row for unit in units if (row := read_json(folder_of(out, unit) / ROW)) is not None]
 
 
+def restore(out: Path, units: Sequence[Unit]) -> None:
+    """Rows of results.jsonl as those of their units, where these are gone: a campaign goes on from config.yaml,
+    latency.jsonl and results.jsonl alone, on another machine, too."""
+    path = out / RESULTS
+    if not path.is_file():
+        return
+    known = {row["unit"]: row for row in map(json.loads, path.read_text().splitlines())}
+    for unit in units:
+        file = folder_of(out, unit) / ROW
+        if unit.name in known and not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, {k: v for k, v in known[unit.name].items() if k not in MEASURED})
+
+
 def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """results.jsonl, and results.parquet where pyarrow is installed; lists and mappings stand in it as JSON."""
-    write_text(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     try:
         import pyarrow
         from pyarrow import parquet

@@ -36,7 +36,7 @@ def compare(config: CompareConfig) -> Path:
     of trained tokens, and measures them all in turns; returns the campaign's folder.
 
     It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, targets or seeds may be
-    asked for.
+    asked for. Of a campaign that goes on elsewhere, config.yaml, latency.jsonl and results.jsonl are enough.
 
     Args:
         config: of a search, and what is compared.
@@ -57,6 +57,7 @@ def compare(config: CompareConfig) -> Path:
     base = Base.load(config)
     units = plan(config, base.space, base.table, model_config)
     write_text(out / "config.yaml", dump(config))
+    records.restore(out, units)
     tasks = schedule.ordered(units)
     left = [task for task in tasks if not ended(base, task)]
     log.info("%d models; %d of %d tasks to do, on %d processes", len(units), len(left), len(tasks), options.processes)
