@@ -1,6 +1,6 @@
 """What the architecture step minimises, and the choice that finally has to satisfy the constraints.
 
-    L = CE + η E[latency] / latency_original + λ(t) (over + under + late) + μ P(infeasible)
+    L = CE + η E[latency] / latency_original + λ(t) (over + under + late) + μ P(infeasible) + κ(t) Σ entropies
     over = E relu(params / B_max - 1)   under = E relu(1 - params / B_min)   late = E relu(latency / target - 1)
 
 All expectations are exact, over all structures under the current probabilities (and, inside the relu, over the bits),
@@ -8,7 +8,9 @@ conditional on what is feasible: structures that the space does not exclude, bit
 The paper's Eq. 2 has the relu outside, relu(E[params] - B_max) (`penalty: expectation`). That one is 0 for a mixture of
 too large and too small models, so the depth of the embedded model stayed undecided between 3 and 6 blocks at its budget
 (seen: entropy 0.9 after 240 steps) and no probable choice obeyed the limit; inside, each choice pays for itself.
-λ(t) grows linearly from 0 to its final value, so that the first steps are led by quality, not by size.
+λ(t) grows linearly from 0 to its final value, so that the first steps are led by quality, not by size. κ(t) is 0 for
+the first half of the steps and grows linearly over the second: what the losses hardly tell apart, as most bits of
+single blocks, drifts with their noise and would still be undecided at the end.
 """
 
 from __future__ import annotations
@@ -97,6 +99,10 @@ class Objective:
         ramp = self.config.lambda_ramp * self.config.steps
         return self.config.lambda_budget * (min(1.0, step / ramp) if ramp else 1.0)
 
+    def entropy_weight(self, step: int) -> float:
+        """κ(t)."""
+        return self.config.entropy_weight * max(0.0, 2 * step / self.config.steps - 1)
+
     def regularizer(self, probs: Probs, step: int) -> tuple[Tensor, dict[str, float]]:
         """Everything but the CE, on the host, and its parts for the log."""
         p, feasible = joint(self.bound.space, probs)
@@ -111,6 +117,9 @@ class Objective:
         weight = self.penalty_weight(step)
         total = self.config.eta * latency / self.latency_original + weight * penalty
         total = total + self.config.mu_infeasible * infeasible
+        decide = self.entropy_weight(step)
+        if decide:
+            total = total + decide * sum(normalised_entropies(probs, self.bound.space, self.bound.rank).values())
         return total, {
             "latency_ms": latency.item(), "latency_share": latency.item() / self.latency_original,
             "params": params.item(), "penalty": penalty.item(), "lambda": weight, "infeasible": infeasible.item(),
@@ -120,18 +129,23 @@ class Objective:
 def entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> dict[str, float]:
     """Normalised entropy (0 decided, 1 uniform) per dimension. Bits count in blocks that are probably kept: those of
     removed blocks get no gradient, so they would never be decided."""
+    return {key: value.item() for key, value in normalised_entropies(probs, space, block_rank).items()}
+
+
+def normalised_entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> dict[str, Tensor]:
+    """As `entropies`, differentiable."""
     keep = keep_probability(space, probs["blocks"].detach(), block_rank)
-    found: dict[str, float] = {}
-    for key, p in probs.items():
-        p = p.detach().double()
+    found: dict[str, Tensor] = {}
+    for key, given in probs.items():
+        p = given.double()
         choices = p.shape[-1]
         if choices == 1:
             continue
         entropy = -(p * p.clamp_min(1e-30).log()).sum(-1) / math.log(choices)
         if p.dim() == 1:
-            found[key] = entropy.item()
+            found[key] = entropy
         else:
-            found.update({f"{key}.{b}": entropy[b].item() for b in range(len(p)) if keep[b] > 0.5})
+            found.update({f"{key}.{b}": entropy[b] for b in range(len(p)) if keep[b] > 0.5})
     return found
 
 

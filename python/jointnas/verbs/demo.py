@@ -1,39 +1,40 @@
-"""`demo`: the whole mission on the embedded model, in minutes on two CPU cores.
+"""`demo`: the whole mission on the embedded model, in minutes on two CPU cores, and whether it pays.
 
-Latency table of this machine → joint search (widths, depth, bits per block) for a latency that no single precision of
-the whole model reaches → pruning, distillation, export, reload → one table with the original, random architectures of
-the same cost, and the original quantized as a whole; a Pareto plot and the heat maps of the search.
+Latency table of this machine, decoding → a target that no single precision of the whole model reaches → the joint
+search (widths, depth, bits per block) for it, and what it should beat there: a sequential pipeline (the same search
+without bits, then one precision), a random choice, and the whole model at single precisions. All are trained on equally
+many tokens, exported, reloaded by stock transformers, and measured in turns: a comparison (`compare`) of one target and
+one seed, which ends with one sentence, one table and one page.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from jointnas import loading
-from jointnas.baselines.random_choices import random_choices
-from jointnas.baselines.single_precision import single_precisions
-from jointnas.bilevel import optimise
-from jointnas.config import RunConfig, build
-from jointnas.pipeline import distilled, evaluated, finish, reloaded
-from jointnas.preparation import measure_table, prepare
+from jointnas.campaign.plan import ORIGINAL
+from jointnas.campaign.records import read
+from jointnas.config import CompareConfig, build
+from jointnas.precision import Precision, precisions
+from jointnas.preparation import measure_table
 from jointnas.results import text_table
-from jointnas.run_folder import Run, found_choice, load_supernet, read_json, write_json
-from jointnas.tasks import load_tasks
+from jointnas.verbs.compare import compare
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError, writable
-from jointnas_kernels.hf import extract, feasible_space
+from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.latency import LatencyTable
-from jointnas_kernels.space import Choice
+from jointnas_kernels.latency.bound import Bound
 
 log = logging.getLogger(__name__)
-TARGET = 0.6  # of the fastest single precision of the whole model
+SHARE = 0.2  # of the way from the fastest single precision of the whole model to the fastest model of the space
+NAMES = {"joint": "joint", "no-bits": "sequential", "random": "random", "uniform": "original at"}
 
 
 def demo(
@@ -42,20 +43,20 @@ def demo(
     """Runs the whole mission on the embedded model and returns the result table.
 
     Args:
-        out: run folder; a finished or interrupted demo in it is continued.
+        out: campaign folder; a finished or interrupted demo in it is continued.
         device: cpu, cuda, or auto: cuda where there is one. The latency table is that device's.
         seed: of everything.
-        randoms: random architectures of the found model's cost, trained for comparison.
+        randoms: random choices at the target, trained for comparison.
         threads: CPU threads for all work; default: what torch uses.
 
     Returns:
-        One row per model (`results.Row`), also written to OUT/eval.json.
+        One row per model, as in OUT/results.jsonl.
 
     Raises:
         JointNASError: there is no such device, or `out` holds something else.
     """
     writable(out)
-    start = loading.resolve(demo_config(out, device, seed))
+    start = loading.resolve(demo_config(out, device, seed, randoms))
     if threads:
         torch.set_num_threads(threads)
     began = time.monotonic()
@@ -64,89 +65,111 @@ def demo(
         log.info("[%4.0f s] %s", time.monotonic() - began, text)
 
     config, table = with_target(start)
-    tasks = load_tasks(config.eval)
-    run = prepare(config, table=table)
+    (target,) = config.compare.targets_ms
     say(f"latency table: {len(table.rows)} measurements on {table.header.device}")
-    say(f"target {config.target_latency_ms:.2f} ms: {TARGET:.0%} of the original at its fastest precision")
-    if (run.folder / "choice.json").is_file():
-        load_supernet(run)
-    else:
-        optimise(run)
-    choice = found_choice(run.folder)
-    say(f"found {choice}")
-    path = run.folder / "eval.json"
-    rows: list[dict[str, Any]] = read_json(path) or []
-    done = {r["name"] for r in rows}
-    for name, of in candidates(run, choice, randoms, seed):
-        if name not in done:
-            rows.append(asdict(evaluated(name, candidate(run, name, of), of, run, tasks)))
-            write_json(path, rows)
-            say(f"{name}: perplexity {rows[-1]['perplexity']:.2f}")
-    say(f"report: {report(out)}, plots in {run.folder / 'plots'}")
-    return rows
+    say(f"target {target:.3f} ms a token: no single precision of the whole model reaches it")
+    folder = compare(config)
+    joint = next((folder / "units" / "joint").rglob("choice.json")).parent
+    say(f"report: {folder / 'report.html'}; of the joint search: {report(str(joint))}")
+    return read(folder)
 
 
-text = text_table
-
-
-def demo_config(out: str, device: str, seed: int) -> RunConfig:
+def demo_config(out: str, device: str, seed: int, randoms: int) -> CompareConfig:
     """Settings for a model of 5.8M parameters: larger learning rates and fewer steps than the defaults."""
     return build(
-        RunConfig,
+        CompareConfig,
         {
-            "out": out, "seed": seed, "resume": "auto", "model": {"device": device},
+            "out": out, "resume": "auto", "tensorboard": False, "model": {"device": device},
+            "compare": {
+                "methods": list(NAMES), "seeds": [seed], "randoms": randoms,
+                "processes": 1 if device == "cuda" or torch.cuda.is_available() else min(2, torch.get_num_threads()),
+            },
             "data": {"batch_size": 4, "seq_len": 128},
-            "latency": {"batch": 4, "seq": 128, "seconds_per_operation": 0.02},
+            "latency": {
+                "workload": "decode", "batch": 1, "seq": 128, "dtype": "bfloat16", "seconds_per_operation": 0.02,
+            },
             "search": {
-                "steps": 200, "min_steps": 100, "lr_arch": 0.05, "lr_weight": 1e-3, "eta": 0.3, "gap_every": 20,
-                "log_every": 5,
+                "steps": 60, "min_steps": 20, "lr_arch": 0.1, "lr_weight": 1e-3, "eta": 0.3, "entropy_weight": 1.0,
+                "gap_every": 20, "log_every": 5,
             },
             "quantizer": {"options": {"samples": 16, "epochs": 2}},
-            "finetune": {"steps": 160, "lr": 1e-3},
+            "finetune": {"steps": 60, "lr": 1e-3},
             "eval": {"tokens": 32768, "task_limit": 40},
         },
     )  # fmt: skip
 
 
-def with_target(config: RunConfig) -> tuple[RunConfig, LatencyTable]:
-    """Measures the run's latency table, if it is not there yet, and sets the target from it."""
+def with_target(config: CompareConfig) -> tuple[CompareConfig, LatencyTable]:
+    """Measures the campaign's latency table, if it is not there yet, and sets the target, and the two precisions of
+    which the whole model is fastest, from it."""
     model_config = loading.model_config(config.model)
     space, _ = feasible_space(model_config, config.space.build())
     table = measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
     bound = table.bind(table.restrict(space)[0])
-    fastest = min([bound.original(), *(bound.predict(choice) for _, choice in single_precisions(bound))])
-    return config.model_copy(update={"target_latency_ms": TARGET * fastest}), table
+    fastest = single_precisions(bound)
+    best = min(fastest.values())
+    options = {"targets_ms": [best - SHARE * (best - least(bound))], "precisions": list(map(str, fastest))[:2]}
+    return config.model_copy(update={"compare": config.compare.model_copy(update=options)}), table
 
 
-def candidates(run: Run, found: Choice, randoms: int, seed: int) -> list[tuple[str, Choice | None]]:
-    """What the table shows, in order."""
-    rows: list[tuple[str, Choice | None]] = [("original", None)]
-    rows += [(f"original {name}", choice) for name, choice in single_precisions(run.bound)]
-    try:
-        others = random_choices(found, run.bound, run.model_config, randoms, seed)
-    except JointNASError as error:
-        log.warning("%s", error)
-        others = []
-    rows += [(f"random {i + 1}", choice) for i, choice in enumerate(others)]
-    return [*rows, ("found", found)]
+def single_precisions(bound: Bound) -> dict[Precision, float]:
+    """Predicted ms of the whole model at the fastest precision with A >= 8 of each number of weight bits, fastest
+    first."""
+    found: dict[int, tuple[float, Precision]] = {}
+    for precision in precisions(bound.space):
+        if (precision.act or 16) < 8:
+            continue
+        try:
+            ms = bound.predict(precision.on(bound.space.full(), bound.space.depth))
+        except JointNASError:  # infeasible bits
+            continue
+        found[precision.weight] = min((ms, precision), found.get(precision.weight, (ms, precision)), key=lambda e: e[0])
+    return {precision: ms for ms, precision in sorted(found.values(), key=lambda entry: entry[0])}
 
 
-def candidate(run: Run, name: str, choice: Choice | None) -> PreTrainedModel:
-    """The model of one table row, ready to be measured."""
-    if choice is None:
-        return loading.load_model(run.config.model)
-    if name.startswith("original"):  # quantized as it was before the search
-        return extract(prepare(run.config, streams=run.streams, table=run.table).supernet, choice)
-    if name != "found":
-        return distilled(run, choice)
-    model, final = finish(run)
-    again = reloaded(run)
-    log.info("exported to %s; reloaded by stock transformers: max|Δlogit| = %g", final, difference(model, again, run))
-    return again
+def least(bound: Bound) -> float:
+    """Predicted ms of the fastest model of the space."""
+    found = []
+    for structure in bound.space.structures():
+        fixed, linear = bound.structure(structure)
+        found.append(fixed + structure.blocks * linear[linear.isfinite()].min().item())
+    return min(ms for ms in found if math.isfinite(ms))
 
 
-@torch.inference_mode()
-def difference(a: PreTrainedModel, b: PreTrainedModel, run: Run) -> float:
-    """The largest |Δlogit| on 256 held-out tokens."""
-    ids = run.streams.held_out[:256][None].to(run.supernet.device)
-    return float((a(input_ids=ids).logits - b(input_ids=ids).logits).abs().max())
+def named(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows with names for people."""
+    return [
+        {**row, "name": " ".join(filter(None, [NAMES.get(row["method"], ORIGINAL), row["precision"]]))}
+        for row in rows if row["status"] == "done"
+    ]  # fmt: skip
+
+
+def sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Who won, by how much, at the target."""
+    (target,) = {row["target_ms"] for row in rows if row["target_ms"] is not None}
+    models = {kind: [r for r in named(rows) if r["method"] == kind] for kind in NAMES}
+    single = min(models["uniform"], key=lambda row: row["predicted_ms"])
+    where = (
+        f"At {target:.3f} ms a token, which no single precision of the whole model reaches (the fastest, "
+        f"{single['precision']}, takes {single['predicted_ms']:.3f})"
+    )
+    ours = min(models["joint"], key=_perplexity)
+    others = sorted(models["no-bits"] + models["random"], key=_perplexity)
+    if not others:
+        return f"{where}, only the joint search found a model: perplexity {_perplexity(ours):.1f}."
+    first, second = sorted([ours, others[0]], key=_perplexity)
+    rest = ", ".join(f"{row['name']} {_perplexity(row):.1f}" for row in others if row not in (first, second))
+    more = _perplexity(second) / _perplexity(first) - 1
+    return (
+        f"{where}, {first['name']} wins: perplexity {_perplexity(first):.1f}, {second['name']} "
+        f"{_perplexity(second):.1f} ({more:.0%} more)" + (f"; {rest}" if rest else "") + ". One seed."
+    )
+
+
+def _perplexity(row: Mapping[str, Any]) -> float:
+    return float(row["perplexity"])
+
+
+def text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the command prints."""
+    return f"{text_table(named(rows))}\n\n{sentence(rows)}"
