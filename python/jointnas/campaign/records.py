@@ -14,6 +14,7 @@ from jointnas.campaign.worker import ROW
 from jointnas.run_folder import read_json, write_text
 
 log = logging.getLogger(__name__)
+RESULTS = "results.jsonl"
 
 
 def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
@@ -21,9 +22,15 @@ def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
     return [row for unit in units if (row := read_json(folder_of(out, unit) / ROW)) is not None]
 
 
+def read(out: Path) -> list[dict[str, Any]]:
+    """What `write` left; nothing where it was not there yet."""
+    path = out / RESULTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """results.jsonl, and results.parquet where pyarrow is installed; lists and mappings stand in it as JSON."""
-    write_text(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / RESULTS, "".join(json.dumps(row) + "\n" for row in rows))
     try:
         import pyarrow
         from pyarrow import parquet
