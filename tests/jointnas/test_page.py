@@ -216,7 +216,7 @@ def test_a_quality_that_is_not_finite(tmp_path: Path) -> None:
     rows = [row(unit) for unit in units(2)]
     rows[1] |= {"perplexity": math.inf, "ce": math.inf}
     page = parsed(campaign(tmp_path / "one", rows=rows))
-    assert "which are not drawn: 1." in page.text
+    assert "Not drawn, as their perplexity is not finite: joint/0.6ms/seed-0 ." in page.text
     assert "inf" in page.text[page.text.index("Models") :]
     assert "nan" not in page.text[: page.text.index("Models")]
     for one in rows:

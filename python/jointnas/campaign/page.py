@@ -157,10 +157,11 @@ def opening(campaign: Campaign) -> Iterator[str]:
     for kind in KINDS:
         if kind in found:
             yield f"<p><b>{'So far: ' if unfinished else ''}{verdict(found, kind)}</b></p>"
-    of = "" if planned is None else f" of {planned}"
+    count = f"{ended}" if planned is None else f"{ended} of {planned}"
+    count = f'<a href="#rows">{count}</a>' if ended else count
     column = "measured, all models in turns" if found["latency"] == "measured_ms" else "predicted by the latency table"
     models = f": {found['models']} models, {found['infeasible']} infeasible. Latencies are {column}" if ended else ""
-    yield f"<p>{ended}{of} units have ended{models}.</p>"
+    yield f"<p>{count} units have ended{models}.</p>"
     for caveat in dict.fromkeys(row["caveat"] for row in campaign.rows if row.get("caveat")):
         yield f"<p>Note: {html.escape(caveat)}</p>"
     if any(row.get("contended") for row in campaign.rows):
@@ -198,7 +199,7 @@ def fronts(campaign: Campaign) -> Iterator[str]:
     for row in campaign.done:
         if math.isfinite(row["ce"]):
             groups[row["method"], row["pipeline"], row["target_ms"], row["number"]].append(row)
-    left = sum(not math.isfinite(row["ce"]) for row in campaign.done)
+    left = [linked(row["unit"], row) for row in campaign.done if not math.isfinite(row["ce"])]
     if not groups:
         return
     measured = column == "measured_ms"
@@ -219,7 +220,7 @@ def fronts(campaign: Campaign) -> Iterator[str]:
         f"grey.{' Hollow: predicted latency.' if measured else ''}</p>"
     )
     if left:
-        yield f"<p>Models whose perplexity is not finite, and which are not drawn: {left}.</p>"
+        yield f"<p>Not drawn, as their perplexity is not finite: {', '.join(left)}.</p>"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
