@@ -35,7 +35,7 @@ VERBS = {
     "export": "copy the finished model of a run, or write it for llama.cpp",
     "generate": "text from a model, and how fast it comes",
     "eval": "perplexity and tasks of a model, or of a run's models",
-    "report": "draw a run's plots and report.html",
+    "report": "draw a run, or a comparison, as plots and report.html",
     "compare": "the joint search against sequential pipelines and other baselines, at one budget",
 }
 CONFIGURED = ("search", "compare")  # verbs that take a whole configuration

@@ -15,6 +15,8 @@ from jointnas_kernels.latency.spec import LINEARS
 from jointnas_kernels.space import BITS, Choice, SearchSpace, kept_blocks
 
 DENSE = (16, 16)
+NARROW, READABLE = 4.2, 10  # inches and points: 12 pixels of text where a page is 400 wide
+DECADE = 10  # highest over lowest value from which an axis is logarithmic
 BLUE, RED, GREY, GREEN = "#1f5fa8", "#c0392b", "#9aa0a6", "#2e8b57"
 TITLES = {
     "hidden": "hidden size", "heads": "query heads", "head_dim": "head dim", "intermediate": "MLP size",
@@ -210,3 +212,61 @@ def bits_per_block(choice: Choice, block_rank: Sequence[int], path: Path) -> Pat
     axis.set_ylabel("bits (blue W, green A)", fontsize=8)
     axis.set_xlabel("original block, importance rank", fontsize=8)
     return _save(figure, path)
+
+
+def fronts(
+    models: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]], path: Path, titles: tuple[str, str]
+) -> Path:
+    """Models with `method`, `x` and `y`, each (lowest, middle, highest) of its seeds, optional `x_predicted` (hollow).
+
+    A method's models that no other of it dominates are joined, the others are grey. `styles`: color and marker of each
+    method, in the order of the legend. Drawn for a width of 400 pixels."""
+    figure, (axis,) = _figure(width=NARROW, height=5.2)
+    for method, (color, marker) in styles.items():
+        own = [model for model in models if model["method"] == method]
+        places = [(model["x"][1], model["y"][1]) for model in own]
+        line = pareto(places)
+        if not line:
+            continue
+        rest = [place for i, place in enumerate(places) if i not in line]
+        if rest:
+            axis.scatter(*zip(*rest, strict=True), color=GREY, marker=marker, s=12, zorder=1)
+        axis.plot(*zip(*(places[i] for i in line), strict=True), color=color, lw=1.2, zorder=2)
+        for i in line:
+            (x_low, x, x_high), (y_low, y, y_high) = own[i]["x"], own[i]["y"]
+            bars = {"xerr": [[x - x_low], [x_high - x]], "yerr": [[y - y_low], [y_high - y]]}
+            label = method if i == line[0] else None
+            axis.errorbar([x], [y], **bars, color=color, fmt=marker, ms=6, lw=1, label=label, zorder=3)
+            predicted = own[i].get("x_predicted")
+            if predicted is not None:
+                axis.scatter([predicted], [y], edgecolors=color, facecolors="none", marker=marker, s=36, zorder=2)
+    for axes, key in ((axis.xaxis, "x"), (axis.yaxis, "y")):
+        values = [model[key][1] for model in models]
+        if max(values) > DECADE * min(values):
+            getattr(axis, f"set_{key}scale")("log")
+            axes.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.set_major_formatter("{x:g}")
+            axes.set_minor_formatter("")
+    _label(axis, titles)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=READABLE, frameon=False)
+    return _save(figure, path)
+
+
+def agreement(models: Sequence[Mapping[str, Any]], styles: Mapping[str, tuple[str, str]], path: Path) -> Path:
+    """Predicted against measured latency: models with `method`, `measured` and `predicted`; `styles` as in `fronts`."""
+    figure, (axis,) = _figure(width=NARROW, height=4.8)
+    top = 1.1 * max(value for model in models for value in (model["measured"], model["predicted"]))
+    axis.plot([0, top], [0, top], color=GREY, lw=1)
+    for method, (color, marker) in styles.items():
+        own = [(model["measured"], model["predicted"]) for model in models if model["method"] == method]
+        if own:
+            axis.scatter(*zip(*own, strict=True), color=color, marker=marker, s=26, label=method, zorder=2)
+    _label(axis, ("measured (ms)", "predicted (ms)"))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=READABLE, frameon=False)
+    return _save(figure, path)
+
+
+def _label(axis: Any, titles: tuple[str, str]) -> None:
+    axis.set_xlabel(titles[0], fontsize=READABLE)
+    axis.set_ylabel(titles[1], fontsize=READABLE)
+    axis.tick_params(which="both", labelsize=READABLE)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jointnas.markup import table
+
 BUSY = "measured while the machine was not in the state that its latency table was made in; do not rely on it"
 APART = "measurement and prediction differ by more than the latency table's calibration allows; one of them is wrong"
 
@@ -88,11 +90,7 @@ def html_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as an HTML table, and one of their tasks."""
     below = "".join(f"<p>{html.escape(note)}</p>" for note in notes(rows))
     tables = [columns(rows), *([task_columns(rows)] if any(row["tasks"] for row in rows) else [])]
-    found = []
-    for header, cells in tables:
-        head = "".join(f"<th>{html.escape(h)}" for h in header)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(v)}" for v in row) for row in cells)
-        found.append(f"<table><tr>{head}{body}</table>")
+    found = [table(header, [[html.escape(v) for v in row] for row in cells]) for header, cells in tables]
     return below.join([found[0], "".join(found[1:])])
 
 

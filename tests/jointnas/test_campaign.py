@@ -25,6 +25,7 @@ from jointnas import budget, cli, loading
 from jointnas.baselines import methods
 from jointnas.campaign import measuring
 from jointnas.campaign.clock import EVERY, Clock, seconds
+from jointnas.campaign.page import Campaign
 from jointnas.campaign.plan import Shared, Unit, asked_precisions, plan, targets_of
 from jointnas.campaign.schedule import ordered
 from jointnas.campaign.statistics import at, interval, summary
@@ -79,6 +80,15 @@ def test_every_method_ends_in_a_model_within_the_target(every: Path) -> None:
             assert set(choice.weight_bits or ()) == {4}
             assert set(choice.act_bits or ()) == {8}
     assert len(parquet.read_table(every / "results.parquet")) == len(rows)
+
+
+def test_the_page_says_what_the_summary_says(every: Path) -> None:
+    page, rows = (every / "report.html").read_text(), rows_of(every)
+    assert f"{len(rows)} of {len(rows)} units have ended" in page
+    assert "predicted by the latency table" in page
+    assert all(f"units/{row['unit']}/row.json" in page for row in rows)
+    found = json.loads(json.dumps(Campaign.load(every).found))
+    assert found == json.loads((every / "summary.json").read_text())
 
 
 def test_budgets_are_equal(root: Path, every: Path) -> None:
@@ -358,6 +368,14 @@ def test_summary_of_accuracy_and_of_predictions() -> None:
     found = summary(rows, [1.0], "a", 0.9)
     assert found["latency"] == "predicted_ms"
     assert found["error"]["methods"]["b"]["at_latency"][0]["it_minus_reference"]["mean"] == 0.25
+
+
+def test_a_quality_that_is_not_finite_is_on_no_front() -> None:
+    """And moves no corner."""
+    rows = [row("a", 0, 1.0, 3.0), row("b", 0, 1.5, 4.0)]
+    broken = [row("a", 0, 2.0, math.inf), row("c", 0, 9.0, math.inf)]
+    found, before = (summary(of, [1.0], "a", 0.9)["cross_entropy"] for of in (rows + broken, rows))
+    assert found == before
 
 
 def test_fixed_latencies_are_those_that_the_reference_has() -> None:

@@ -1,15 +1,18 @@
 """What a campaign consists of: units, each of which ends in one model, and what units of a seed share.
 
 OUT/config.yaml, latency.jsonl                    the configuration, the latency table if none was given
+OUT/plan.json                                     targets in ms, and the names of all units
 OUT/shared/NAME/seed-0/                           quantizers, and what methods do once for all targets
 OUT/units/METHOD[+PRECISION]/TARGET/seed-0[-3]/   picked.json, final/, row.json, in this order
 OUT/units/original/                               row.json of the model itself
 OUT/measured.json                                 latency of all models, measured in turns
 OUT/results.jsonl, results.parquet, summary.json  rows, and what follows from them
+OUT/report.html                                   all of it as a page
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,8 @@ from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import SearchSpace
 
-ORIGINAL, QUANTIZERS = "original", "quantizers"
+ORIGINAL, QUANTIZERS, JOINT = "original", "quantizers", "joint"
+PLAN = "plan.json"
 PAPER = ("W4A4", "W4A16", "W8A8", "W8A16")  # precisions of the paper's sequential pipelines
 
 
@@ -138,6 +142,11 @@ def targets_of(config: CompareConfig, space: SearchSpace, table: LatencyTable) -
     """In ms, largest first."""
     original, options = table.bind(space).original(), config.compare
     return sorted(options.targets_ms or [share * original for share in options.target_shares], reverse=True)
+
+
+def reference_of(methods: Sequence[str]) -> str:
+    """The method that all others are compared with: the joint search, or else the first."""
+    return JOINT if JOINT in methods else methods[0]
 
 
 def asked_precisions(config: CompareConfig, space: SearchSpace) -> list[Precision]:

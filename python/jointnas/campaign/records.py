@@ -23,13 +23,16 @@ def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
     return [row for unit in units if (row := read_json(folder_of(out, unit) / ROW)) is not None]
 
 
+def read(out: Path) -> list[dict[str, Any]]:
+    """What `write` left; nothing where it was not there yet."""
+    path = out / RESULTS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def restore(out: Path, units: Sequence[Unit]) -> None:
     """Rows of results.jsonl as those of their units, where these are gone: a campaign goes on from config.yaml,
     latency.jsonl and results.jsonl alone, on another machine, too."""
-    path = out / RESULTS
-    if not path.is_file():
-        return
-    known = {row["unit"]: row for row in map(json.loads, path.read_text().splitlines())}
+    known = {row["unit"]: row for row in read(out)}
     for unit in units:
         file = folder_of(out, unit) / ROW
         if unit.name in known and not file.is_file():

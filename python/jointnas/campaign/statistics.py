@@ -7,7 +7,8 @@ differences and ratios are taken between models of the same seed.
 Fixed latencies are those of the reference's models for the targets, of the slowest seed: when measured, a model may be
 a little slower than its target.
 
-Quality is what is to be small: cross-entropy in nats per token, or the error, 1 - mean accuracy of the tasks.
+Quality is what is to be small: cross-entropy in nats per token, or the error, 1 - mean accuracy of the tasks. A model
+whose quality is not finite is on no front.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ def error(row: Row) -> float | None:
     return 1 - statistics.mean(found) if found else None
 
 
+KINDS: dict[str, Callable[[Row], float | None]] = {"cross_entropy": lambda row: row["ce"], "error": error}
+
+
 def summary(rows: Sequence[Row], targets: Sequence[float], reference: str, confidence: float) -> dict[str, Any]:
     """Everything, by quality and method; `reference`: the method that all others are compared with."""
     done = [row for row in rows if row["status"] == "done"]
@@ -53,12 +57,33 @@ def summary(rows: Sequence[Row], targets: Sequence[float], reference: str, confi
         "confidence": confidence,
         "models": len(done), "infeasible": sum(row["status"] == "infeasible" for row in rows),
     }  # fmt: skip
-    kinds: dict[str, Callable[[Row], float | None]] = {"cross_entropy": lambda row: row["ce"], "error": error}
-    for kind, quality in kinds.items():
-        points = [(row, (row[column], value)) for row in done if (value := quality(row)) is not None]
+    for kind, quality in KINDS.items():
+        values = [(row, quality(row)) for row in done]
+        points = [(row, (float(row[column]), value)) for row, value in values if value is not None]
+        points = [(row, point) for row, point in points if math.isfinite(point[1])]
         if points:
-            found[kind] = _of_quality([(row, (float(x), float(y))) for row, (x, y) in points], found)
+            found[kind] = _of_quality(points, found)
     return found
+
+
+def comparison(found: Mapping[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
+    """(header, cells) of a summary's quality, a line per method."""
+    own = found["reference"]
+    header = ["method", "hypervolume", f"{own} - it"]
+    header += [part for ms in found["fixed_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
+    cells = []
+    for name, of in found[kind]["methods"].items():
+        cells.append([name, shown(of["hypervolume"]), shown(of["reference_minus_it"])])
+        for quality, speed in zip(of["at_latency"], of["at_quality"], strict=True):
+            cells[-1] += [shown(quality["quality"]), shown(speed["speed_up"])]
+    return header, cells
+
+
+def shown(of: Mapping[str, Any]) -> str:
+    """A mean and its interval."""
+    if of["mean"] is None:
+        return "–"
+    return f"{of['mean']:.3f}" + ("" if of["low"] is None else f" [{of['low']:.3f}, {of['high']:.3f}]")
 
 
 def _of_quality(points: Sequence[tuple[Row, Point]], facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from jointnas import loading
-from jointnas.campaign import measuring, records, schedule
-from jointnas.campaign.plan import check, plan, targets_of
-from jointnas.campaign.statistics import summary
+from jointnas.campaign import measuring, page, records, schedule
+from jointnas.campaign.plan import PLAN, check, plan, reference_of, targets_of
+from jointnas.campaign.statistics import KINDS, comparison, summary
 from jointnas.campaign.worker import TABLE, Base, ended
 from jointnas.config import CompareConfig, build, dump
 from jointnas.metrics import flat
@@ -23,7 +23,6 @@ from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import read_yaml
 
 log = logging.getLogger(__name__)
-JOINT = "joint"
 GROWS = ("methods", "targets_ms", "target_shares", "seeds", "precisions", "randoms")  # what more may be asked for later
 FREE: Any = {
     "out": True, "resume": True, "progress": True, "tensorboard": True,
@@ -56,7 +55,9 @@ def compare(config: CompareConfig) -> Path:
         measure_table(config, space, model_config, out / TABLE)
     base = Base.load(config)
     units = plan(config, base.space, base.table, model_config)
+    targets = targets_of(config, base.space, base.table)
     write_text(out / "config.yaml", dump(config))
+    write_json(out / PLAN, {"targets_ms": targets, "units": [unit.name for unit in units]})
     records.restore(out, units)
     tasks = schedule.ordered(units)
     left = [task for task in tasks if not ended(base, task)]
@@ -70,9 +71,8 @@ def compare(config: CompareConfig) -> Path:
     found = measuring.measured(base, rows)
     rows = [{**row, **found.get(row["unit"], {})} for row in rows]
     records.write(out, rows)
-    reference = JOINT if JOINT in options.methods else options.methods[0]
-    targets = targets_of(config, base.space, base.table)
-    write_json(out / "summary.json", summary(rows, targets, reference, options.confidence))
+    write_json(out / "summary.json", summary(rows, targets, reference_of(options.methods), options.confidence))
+    page.write(out)
     return out
 
 
@@ -80,25 +80,10 @@ def text(folder: Path) -> str:
     """What the command prints."""
     found = read_json(folder / "summary.json")
     lines = [f"{found['models']} models, {found['infeasible']} infeasible; {found['latency'].replace('_', ' in ')}"]
-    for kind in ("cross_entropy", "error"):
-        if kind not in found:
-            continue
-        own = found["reference"]
-        header = ["method", "hypervolume", f"{own} - it"]
-        header += [part for ms in found["fixed_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
-        cells = []
-        for name, of in found[kind]["methods"].items():
-            cells.append([name, _shown(of["hypervolume"]), _shown(of["reference_minus_it"])])
-            for quality, speed in zip(of["at_latency"], of["at_quality"], strict=True):
-                cells[-1] += [_shown(quality["quality"]), _shown(speed["speed_up"])]
-        lines += ["", *aligned(header, cells)]
-    return "\n".join([*lines, "", f"rows: {folder / 'results.jsonl'}"])
-
-
-def _shown(of: dict[str, Any]) -> str:
-    if of["mean"] is None:
-        return "–"
-    return f"{of['mean']:.3f}" + ("" if of["low"] is None else f" [{of['low']:.3f}, {of['high']:.3f}]")
+    for kind in KINDS:
+        if kind in found:
+            lines += ["", *aligned(*comparison(found, kind))]
+    return "\n".join([*lines, "", f"rows: {folder / 'results.jsonl'}", f"report: {folder / 'report.html'}"])
 
 
 def _check_folder(config: CompareConfig) -> None:

@@ -1,15 +1,16 @@
-"""`report`: a run folder as tables and pictures in one static HTML file."""
+"""`report`: a run folder, or that of a comparison, as tables and pictures in one static HTML file."""
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from pathlib import Path
 from typing import Any
 
 from jointnas import plots
+from jointnas.campaign import page
 from jointnas.convergence import sentences
+from jointnas.markup import document, image, preformatted
 from jointnas.metrics import read_metrics
 from jointnas.objective import absolute
 from jointnas.results import html_table, pareto_points
@@ -18,21 +19,24 @@ from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0}td,th{border-bottom:1px solid #ddd;padding:.3em .8em;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1em;overflow:auto}"""
-
 
 def report(run: str) -> Path:
     """Draws RUN/plots and writes RUN/report.html, with what is there so far.
 
     Args:
-        run: run folder of a search.
+        run: run folder of a search, or campaign folder of a comparison.
 
     Raises:
-        JointNASError: it is no run folder.
+        JointNASError: it is neither.
     """
     folder = writable(run, what="run")
+    if not (folder / "config.yaml").is_file():
+        raise JointNASError(
+            f"{folder} is no run folder and no campaign folder: it has no config.yaml; make one with "
+            f"`jointnas search --out {folder}` or `jointnas compare --out {folder}`"
+        )
+    if page.is_campaign(folder):
+        return page.write(folder)
     config, environment = read_config(folder), read_json(folder / "env.json") or {}
     pictures = folder / "plots"
     sections: list[str] = []
@@ -63,9 +67,8 @@ def report(run: str) -> Path:
     sections += latency_section(Path(config.latency.table or folder / "latency.jsonl"), pictures)
     sections.append(f"<h2>Configuration</h2>{preformatted((folder / 'config.yaml').read_text())}")
     sections.append(f"<h2>Environment</h2>{preformatted(json.dumps(environment, indent=1))}")
-    name, out = html.escape(folder.name), folder / "report.html"
-    head = f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"
-    out.write_text(head + "\n".join(sections))
+    out = folder / "report.html"
+    out.write_text(document(folder.name, sections))
     return out
 
 
@@ -93,14 +96,3 @@ def latency_section(path: Path, pictures: Path) -> list[str]:
     if table.calibration is not None:
         lines.append(image(plots.calibration(table.calibration, pictures / "calibration.png")))
     return lines
-
-
-def image(path: Path) -> str:
-    """A picture inside the page."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
-
-
-def preformatted(text: str) -> str:
-    """Text as it is."""
-    return f"<pre>{html.escape(text)}</pre>"
