@@ -134,7 +134,13 @@ class SearchConfig(Section):
     lr_arch: float = Field(default=3e-3, gt=0)
     clip_weight: float = Field(default=1.0, gt=0)
     clip_arch: float = Field(default=10.0, gt=0)
-    relaxation: Literal["dirichlet", "reinmax", "gumbel"] = "dirichlet"
+    lora_pairs: Literal["per-precision", "shared"] = Field(
+        default="per-precision", description="of a linear whose weight bits are searched; shared: not with reconstruct"
+    )
+    relaxation: Literal["dirichlet", "reinmax", "gumbel"] = Field(default="dirichlet", description="of the widths")
+    bit_relaxation: Literal["softmax", "dirichlet", "reinmax", "gumbel"] = Field(
+        default="softmax", description="of the bits; softmax: their expected mixture, without a draw"
+    )
     alpha_init: float = Field(default=0.0, description="added to the logits of the full sizes")
     importance: bool = Field(default=True, description="reorder channels, heads and blocks by importance first")
     importance_batches: int = Field(default=8, ge=1)
@@ -150,7 +156,10 @@ class SearchConfig(Section):
     lambda_budget: float = Field(default=20.0, ge=0, description="final weight of budget and target-latency penalties")
     lambda_ramp: float = Field(default=0.5, ge=0, le=1, description="share of the steps over which it grows from 0")
     mu_infeasible: float = Field(default=1.0, ge=0, description="weight of the probability of infeasible bits")
-    entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when all normalised entropies are lower")
+    entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when the normalised entropies are lower")
+    entropy_stop_on: Literal["max", "mean"] = Field(
+        default="max", description="all of them, or their mean over the dimensions (the paper's Eq. 4)"
+    )
     compared: int = Field(
         default=4, ge=1, description="with a target latency: how many of the likeliest choices within it are compared; "
         "what the best one leaves of it is spent where the loss falls most per ms. 1: the likeliest as it is",
@@ -272,6 +281,15 @@ class RunConfig(Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _has_a_pair_for_what_is_learned(self) -> RunConfig:
+        if self.search.lora_pairs == "shared" and self.quantizer.init == "reconstruct":
+            raise ValueError(
+                "search.lora_pairs: shared does not go with quantizer.init: reconstruct, which learns a pair per "
+                "precision; take rtn, clip or omniquant"
+            )
+        return self
 
 
 class CompareOptions(Section):

@@ -14,6 +14,7 @@ too large and too small models, so the depth of the embedded model stayed undeci
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,6 +134,12 @@ def entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[int]) -> di
         else:
             found.update({f"{key}.{b}": entropy[b].item() for b in range(len(p)) if keep[b] > 0.5})
     return found
+
+
+def stopping_entropy(found: Mapping[str, float], on: str) -> float:
+    """What `search.entropy_stop` is compared with, of `entropies`: the largest ("max"), or their mean."""
+    values = list(found.values()) or [0.0]
+    return max(values) if on == "max" else statistics.fmean(values)
 
 
 # ---- the final choice -----------------------------------------------------------------------------------------------
