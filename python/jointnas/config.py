@@ -293,13 +293,16 @@ class RunConfig(Section):
 
 
 class CompareOptions(Section):
-    """Which models a comparison is made of: methods × targets × precisions × seeds."""
+    """Which models a comparison is made of: methods and variants of the joint one × targets × precisions × seeds."""
 
     methods: list[str] = Field(
         default=["joint", "no-bits", "subnet-selection", "pruned", "ilp", "uniform", "random"], min_length=1,
         description="of jointnas.baselines: joint, no-bits, subnet-selection, lonas, tanglenas, pruned, ilp, uniform, "
         "random, exhaustive",
     )  # fmt: skip
+    variants: dict[str, dict[str, Any]] = Field(
+        default={}, description="more methods: the joint search with other values, as {no-latency: {search.eta: 0}}"
+    )
     targets_ms: list[float] = Field(default=[], description="hard limits on the latency, in ms")
     target_shares: list[float] = Field(
         default=[], description="instead: as shares of the latency that the original is predicted at 16 bits"

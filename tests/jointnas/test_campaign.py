@@ -114,6 +114,49 @@ def test_another_configuration_is_refused(root: Path, every: Path) -> None:
         compare(config)
 
 
+def test_variants_are_methods_of_their_own(root: Path, every: Path) -> None:
+    """Added to a finished campaign: what was there stays, quantizers are shared where they are the same, and the tokens
+    are the campaign's whatever a variant's search takes."""
+    shutil.copytree(every, root / "variants")
+    options = {"methods": METHODS, "target_shares": [0.6], "precisions": ["W4A8"], "variants": {
+        "no-latency": {"search.eta": 0}, "one-pair": {"search": {"lora_pairs": "shared"}, "finetune.kd": 0.5},
+        "short": {"search.steps": 4, "search.entropy_stop_on": "mean"}, "rtn": {"quantizer.init": "rtn"},
+    }}  # fmt: skip
+    config = campaigns.config(root, out="variants", compare=options)
+    rows = rows_of(compare(config))
+    assert rows[: 1 + len(METHODS)] == rows_of(every)
+    new = rows[1 + len(METHODS) :]
+    assert [row["method"] for row in new] == [row["pipeline"] for row in new] == list(options["variants"])
+    for row in new:
+        assert row["status"] == "done"
+        assert row["predicted_ms"] <= row["target_ms"]
+        assert row["unit"] == f"{row['method']}/{row['target_ms']:.6g}ms/seed-0"
+        tokens = row["tokens"]
+        assert tokens["search"] == budget.bilevel(config, 4 if row["method"] == "short" else 12)
+        left = budget.total(config) - tokens["search"]
+        assert left - budget.finetune_step(config) < tokens["finetune"] <= left
+    assert sorted(f.name for f in (root / "variants" / "shared").glob("quantizers*")) == [
+        "quantizers", "quantizers-one-pair", "quantizers-rtn"
+    ]  # fmt: skip
+    summed = json.loads((root / "variants" / "summary.json").read_text())
+    assert summed["reference"] == "joint"
+    assert set(options["variants"]) < set(summed["cross_entropy"]["methods"])
+    used = {f.parts[-4]: read_yaml(f, "") for f in (root / "variants").glob("units/*/*/*/config.yaml")}
+    assert (used["no-latency"]["search"]["eta"], used["joint"]["search"]["eta"]) == (0, 1)
+    assert (used["one-pair"]["search"]["lora_pairs"], used["one-pair"]["finetune"]["kd"]) == ("shared", 0.5)
+
+    without = {**options, "variants": {}}
+    assert [row["method"] for row in rows_of(compare(campaigns.config(root, out="variants", compare=without)))] == [
+        "original", *METHODS
+    ]  # fmt: skip
+    options["variants"]["no-latency"] = {"search": {"eta": 0.0}}  # the same
+    again = campaigns.config(root, out="variants", compare=options)
+    assert untimed(compare(again)) == [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    options["variants"]["no-latency"] = {"search.eta": 0.5}
+    with pytest.raises(JointNASError, match=r"no-latency was {'search\.eta': 0\.0}, is {'search\.eta': 0\.5}"):
+        compare(campaigns.config(root, out="variants", compare=options))
+
+
 def test_infeasible_units_say_why(root: Path) -> None:
     options = {"methods": ["uniform", "ilp", "no-bits"], "target_shares": [0.055], "precisions": ["W8A16"]}
     out = compare(campaigns.config(root, out="infeasible", compare=options))
@@ -152,7 +195,32 @@ BAD = {
     "negative": ({"target_shares": [-1.0]}, "targets must be positive"),
     "exhaustive": ({"methods": ["exhaustive"]}, "too many for the method exhaustive"),
     "key": ({"method": ["joint"]}, "Did you mean 'compare.methods'?"),
-}
+    "variant key": (
+        {"variants": {"a": {"search.etaa": 0}}},
+        "unknown key 'search.etaa' in compare.variants.a. Did you mean 'search.eta'",
+    ),
+    "variant section": (
+        {"variants": {"a": {"serach": {"eta": 0}}}},
+        "unknown key 'serach' in compare.variants.a. Did you mean 'search'",
+    ),
+    "variant value": ({"variants": {"a": {"search": {"eta": "x"}}}}, "compare.variants.a: search.eta: Input should be"),
+    "variant part": ({"variants": {"a": {"search.eta.x": 1}}}, "compare.variants.a: search.eta: Input should be"),
+    "variant data": ({"variants": {"a": {"data.seq_len": 8}}}, "compare.variants.a: data.seq_len is the same for all"),
+    "variant seed": ({"variants": {"a": {"seed": 3}}}, "compare.variants.a: seed is the same for all"),
+    "variant tokens": ({"variants": {"a": {"finetune.steps": 8}}}, "compare.variants.a: finetune.steps is the same"),
+    "variant longer": ({"variants": {"a": {"search.steps": 99}}}, "compare.variants.a: its search alone takes more"),
+    "variant gptq": ({"variants": {"a": {"quantizer.init": "gptq"}}}, "quantizer.init gptq is for plain models"),
+    "variant nothing": ({"variants": {"a": {}}}, "compare.variants.a changes nothing"),
+    "variant method": ({"variants": {"ilp": {"search.eta": 0}}}, "compare.variants: 'ilp' is a method"),
+    "variant name": ({"variants": {"a/b": {"search.eta": 0}}}, "compare.variants: 'a/b' names folders"),
+    "variant together": (
+        {"variants": {"a": {"search.lora_pairs": "shared", "quantizer.init": "reconstruct"}}},
+        "compare.variants.a: Value error, search.lora_pairs: shared does not go with",
+    ),
+    "variant target": (
+        {"methods": ["uniform"], "target_shares": [], "variants": {"a": {"search.eta": 0}}}, "are both empty: give"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -197,6 +265,8 @@ def test_plan(root: Path) -> None:
     assert [t for t in tasks if isinstance(t, Shared)] == [Shared("quantizers", 0), Shared("quantizers", 3)]
     assert all(tasks.index(need) < tasks.index(task) for task in tasks for need in task.needs)
     assert Unit("subnet-selection", 1).needs == [Shared("subnet-selection", 1)]
+    assert Unit("joint", 1, variant="a").needs == [Shared("quantizers", 1)]
+    assert Unit("joint", 1, variant="a", quantizers="a").needs == [Shared("quantizers", 1, "a")]
 
 
 @pytest.mark.slow

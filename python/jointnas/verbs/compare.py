@@ -8,8 +8,9 @@ from typing import Any
 
 from jointnas import loading
 from jointnas.campaign import measuring, records, schedule
-from jointnas.campaign.plan import check, plan, targets_of
+from jointnas.campaign.plan import JOINT, check, plan, targets_of
 from jointnas.campaign.statistics import summary
+from jointnas.campaign.variants import check_kept, keep
 from jointnas.campaign.worker import TABLE, Base, ended
 from jointnas.config import CompareConfig, build, dump
 from jointnas.metrics import flat
@@ -23,8 +24,8 @@ from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import read_yaml
 
 log = logging.getLogger(__name__)
-JOINT = "joint"
-GROWS = ("methods", "targets_ms", "target_shares", "seeds", "precisions", "randoms")  # what more may be asked for later
+# what more may be asked for later
+GROWS = ("methods", "variants", "targets_ms", "target_shares", "seeds", "precisions", "randoms")
 FREE: Any = {
     "out": True, "resume": True, "progress": True, "tensorboard": True,
     "compare": {*GROWS, "processes", "exhaustive_most", "confidence"}, "data": {"cache"},
@@ -33,10 +34,11 @@ FREE: Any = {
 
 def compare(config: CompareConfig) -> Path:
     """Finds, fine-tunes, exports and evaluates a model per method, target, precision and seed, all with the same number
-    of trained tokens, and measures them all in turns; returns the campaign's folder.
+    of trained tokens, and measures them all in turns; returns the campaign's folder. Variants of the joint search
+    (`compare.variants`) are methods, too: `examples/ablations`.
 
-    It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, targets or seeds may be
-    asked for.
+    It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, variants, targets or
+    seeds may be asked for.
 
     Args:
         config: of a search, and what is compared.
@@ -57,6 +59,7 @@ def compare(config: CompareConfig) -> Path:
     base = Base.load(config)
     units = plan(config, base.space, base.table, model_config)
     write_text(out / "config.yaml", dump(config))
+    keep(config)
     tasks = schedule.ordered(units)
     left = [task for task in tasks if not ended(base, task)]
     log.info("%d models; %d of %d tasks to do, on %d processes", len(units), len(left), len(tasks), options.processes)
@@ -108,6 +111,7 @@ def _check_folder(config: CompareConfig) -> None:
     if config.resume == "never":
         raise JointNASError(f"{config.out} already holds a campaign; pass --resume to continue it, or another --out")
     old = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
+    check_kept(config)
     before, now = (dict(flat(loading.resolve(c).model_dump(mode="json", exclude=FREE))) for c in (old, config))
     for key in sorted(before):
         if before[key] != now[key]:
