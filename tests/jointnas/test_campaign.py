@@ -25,9 +25,10 @@ from jointnas import budget, cli, loading
 from jointnas.baselines import methods
 from jointnas.campaign import measuring
 from jointnas.campaign.clock import EVERY, Clock, seconds
-from jointnas.campaign.plan import Shared, Unit, asked_precisions, plan, targets_of
+from jointnas.campaign.plan import Shared, Unit, asked_precisions, check, plan, targets_of
 from jointnas.campaign.schedule import ordered
 from jointnas.campaign.statistics import at, interval, summary
+from jointnas.campaign.variants import starts_alike, variant
 from jointnas.campaign.worker import Base
 from jointnas.config import CompareConfig, build, dump
 from jointnas.verbs.compare import compare, text
@@ -241,11 +242,31 @@ def test_bad_input_is_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+EXAMPLES = [path for name in ("compare", "ablations") for path in sorted((ROOT / "examples" / name).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_examples_name_what_exists(path: Path) -> None:
     config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
-    assert set(config.compare.methods) <= set(methods.METHODS)
-    assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions or ())
+    assert set(check(config, config.space.build())) == set(config.compare.methods) <= set(methods.METHODS)
+    if config.compare.precisions is not None:
+        assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions)
+
+
+def test_the_ablations_ask_every_question() -> None:
+    path = ROOT / "examples" / "ablations" / "embedded.yaml"
+    config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
+    found = {name: variant(config, name) for name in config.compare.variants}
+    for key, values in {
+        "depth": {"last"}, "importance": {False}, "relaxation": {"reinmax", "gumbel"}, "eta": {0},
+        "bit_relaxation": {"dirichlet", "reinmax", "gumbel"}, "penalty": {"expectation"}, "entropy_stop_on": {"mean"},
+        "lora_pairs": {"shared"},
+    }.items():  # fmt: skip
+        usual = getattr(config.search, key)
+        assert {getattr(v.search, key) for v in found.values()} == values | {usual}, key
+    assert {v.quantizer.init for v in found.values()} == {"reconstruct", "rtn", "clip", "omniquant"}
+    apart = {name for name, v in found.items() if not starts_alike(config, v)}
+    assert apart == {"last-blocks", "no-importance"} | {n for n in found if n.startswith(("init-", "one-pair"))}
 
 
 # ---- plans and processes --------------------------------------------------------------------------------------------
