@@ -171,6 +171,8 @@ def depth(rows: list[Row], device: str) -> str:
     for model in dict.fromkeys(r["params"]["model"] for r in rows):
         own = pick(rows, model=model)
         steps, last = sorted({r["params"]["steps"] for r in own}), own[-1]
+        batches = {f"{r['params']['batch']} × {r['params']['seq']} tokens" for r in own if r["params"]["steps"]}
+        training = f"; steps of distillation on {', '.join(sorted(batches))}" if batches else ""
         body = []
         for dropped in sorted({r["params"]["dropped"] for r in own}):
             found = [pick(own, order, dropped=dropped, steps=n) for n in steps for order in ("importance", "last")]
@@ -180,7 +182,7 @@ def depth(rows: list[Row], device: str) -> str:
         caveat = f". {last['extra']['caveat']}" if last["extra"]["caveat"] else ""
         parts.append(
             f"**Blocks of {model} dropped by importance or from the end: nats per token on "
-            f"{last['params']['tokens']:,} held-out tokens** ({where(last)}; steps of distillation){caveat}\n\n"
+            f"{last['params']['tokens']:,} held-out tokens** ({where(last)}{training}){caveat}\n\n"
             f"{table(head, body)}\n\n![nats per token over blocks dropped](plots/{depth_plot(device, model)})"
         )
     return "\n\n".join(parts)
