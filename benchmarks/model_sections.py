@@ -1,11 +1,11 @@
-"""The tables of docs/results.md on whole models: decoding, searches, quantization, llama.cpp."""
+"""The tables of docs/results.md on whole models: decoding, searches, quantization, llama.cpp, depth."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 
-from benchmarks.rows import Row, pick, seconds, table, where
+from benchmarks.rows import Row, pick, seconds, slug, table, where
 
 
 def decode(rows: list[Row], device: str) -> str:
@@ -163,3 +163,30 @@ def gguf(rows: list[Row], device: str) -> str:
         "quantized products to 8 bits does, and what torch with the same rounding leaves of it, both medians)\n\n"
         f"{table(head, body)}"
     )
+
+
+def depth(rows: list[Row], device: str) -> str:
+    """The paper's Fig. 2, right: cross-entropy over the number of blocks dropped, in both orders."""
+    parts = []
+    for model in dict.fromkeys(r["params"]["model"] for r in rows):
+        own = pick(rows, model=model)
+        steps, last = sorted({r["params"]["steps"] for r in own}), own[-1]
+        batches = {f"{r['params']['batch']} × {r['params']['seq']} tokens" for r in own if r["params"]["steps"]}
+        training = f"; steps of distillation on {', '.join(sorted(batches))}" if batches else ""
+        body = []
+        for dropped in sorted({r["params"]["dropped"] for r in own}):
+            found = [pick(own, order, dropped=dropped, steps=n) for n in steps for order in ("importance", "last")]
+            body.append([str(dropped), *(f"{of[-1]['median']:.3f}" if of else "" for of in found)])
+        whens = ["untrained" if n == 0 else f"{n} steps" for n in steps]
+        head = ["blocks dropped", *(f"{order}, {when}" for when in whens for order in ("by importance", "the last"))]
+        caveat = f". {last['extra']['caveat']}" if last["extra"]["caveat"] else ""
+        parts.append(
+            f"**Blocks of {model} dropped by importance or from the end: nats per token on "
+            f"{last['params']['tokens']:,} held-out tokens** ({where(last)}{training}){caveat}\n\n"
+            f"{table(head, body)}\n\n![nats per token over blocks dropped](plots/{depth_plot(device, model)})"
+        )
+    return "\n\n".join(parts)
+
+
+def depth_plot(device: str, model: str) -> str:
+    return f"depth-{slug(device)}-{slug(model)}.png"

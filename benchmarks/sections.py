@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-from benchmarks.model_sections import decode, gguf, ptq, search
+from benchmarks.model_sections import decode, depth, depth_plot, gguf, ptq, search
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
@@ -231,6 +232,7 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "calibration": calibration,
     "search": search,
     "ptq": ptq,
+    "depth": depth,
     "gguf": gguf,
     "kernels": kernels,
     "ceilings": ceilings,
@@ -297,4 +299,32 @@ def plot_calibration(rows: list[Row], device: str) -> None:
         plots.calibration(fit, PLOTS / calibration_plot(device, model, mode))
 
 
-DRAWN: dict[str, Callable[[list[Row], str], None]] = {"masks": plot_masks, "calibration": plot_calibration}
+def plot_depth(rows: list[Row], device: str) -> None:
+    """Cross-entropy over blocks dropped in both orders: the paper's Fig. 2, right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    orders = {"importance": ("by importance", "tab:blue", "o"), "last": ("the last", "tab:red", "s")}
+    for model in dict.fromkeys(r["params"]["model"] for r in rows):
+        own = pick(rows, model=model)
+        figure, axis = pyplot.subplots(figsize=(5.2, 3.6), layout="constrained")
+        for steps, style in zip(sorted({r["params"]["steps"] for r in own}), itertools.cycle(("-", "--", ":"))):
+            for order, (name, color, marker) in orders.items():
+                here = sorted(pick(own, order, steps=steps), key=lambda r: r["params"]["dropped"])
+                label = f"{name}, {f'{steps} steps' if steps else 'untrained'}"
+                x, y = [r["params"]["dropped"] for r in here], [r["median"] for r in here]
+                axis.plot(x, y, style, color=color, marker=marker, markersize=4, label=label)
+        axis.set_xlabel(f"blocks of {model} dropped")
+        axis.set_ylabel("nats per token")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+        PLOTS.mkdir(parents=True, exist_ok=True)
+        figure.savefig(PLOTS / depth_plot(device, model), dpi=130)
+        pyplot.close(figure)
+
+
+DRAWN: dict[str, Callable[[list[Row], str], None]] = {
+    "masks": plot_masks, "calibration": plot_calibration, "depth": plot_depth,
+}  # fmt: skip

@@ -1,7 +1,7 @@
 """The supernet's LoRA pairs as PEFT adapters of the original model, and PEFT's configuration as its options.
 
-One adapter per searched weight precision, `w2`, `w4`, `w8`; `default` where bits are not searched. Each is a folder
-that stock PEFT loads onto the original model, whose channels are in their original order:
+One adapter per searched weight precision, `w2`, `w4`, `w8`; `default` where there are none, or all share one. Each is a
+folder that stock PEFT loads onto the original model, whose channels are in their original order:
 
     PeftModel.from_pretrained(model, "adapters/w4", adapter_name="w4").load_adapter("adapters/w2", adapter_name="w2")
 
@@ -81,9 +81,9 @@ def lora_options(config: LoraConfig, layout: Block) -> dict[str, Any]:
 
 
 def adapter_names(supernet: Supernet) -> tuple[str, ...]:
-    """One per weight precision, ascending; `default` where none is searched."""
-    bits = supernet.space.weight_bits
-    return ("default",) if bits is None else tuple(f"w{b}" for b in bits)
+    """One per weight precision, ascending; `default` where none is searched, or all share a pair."""
+    bits, (_, first) = supernet.space.weight_bits, next(supernet.linears())
+    return ("default",) if bits is None or first.lora_pairs == "shared" else tuple(f"w{b}" for b in bits)
 
 
 def save_adapters(supernet: Supernet, folder: str | Path) -> list[Path]:

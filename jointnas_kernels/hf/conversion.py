@@ -32,8 +32,9 @@ def convert(
     lora: LoraConfig | None = None, importance: Importance | None = None,
     calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None, relaxation: str = "dirichlet",
     bit_relaxation: str = "softmax", tau: float = 1.0, alpha_init: float = 0.0, ste: str = "identity",
-    act_symmetric: bool = False, lora_dtype: torch.dtype | None = None, backend: str | None = None,
-) -> Supernet:
+    act_symmetric: bool = False, lora_dtype: torch.dtype | None = None, lora_pairs: str = "per-precision",
+    backend: str | None = None,
+) -> Supernet:  # fmt: skip
     """A supernet on the weights of a causal language model: not copied, and reordered in place, so let go of the model.
 
     Args:
@@ -48,6 +49,7 @@ def convert(
         ste: straight-through estimator of the weight quantizers, "identity" or "clip".
         act_symmetric: activation quantizers without zero point.
         lora_dtype: of the trained parameters, default fp32.
+        lora_pairs: where weight bits are searched: of every linear a pair "per-precision", or one "shared" by all.
         backend: forces one backend of every op; None: by device.
 
     Raises:
@@ -68,8 +70,8 @@ def convert(
     arch = {"relaxation": relaxation, "bit_relaxation": bit_relaxation, "tau": tau, "alpha_init": alpha_init}
     return Supernet(**supernet_parts(
         model, space, order, groups={linear.name: space.group(linear) for linear in layout.linears},
-        linear={**pairs, "ste": ste, "lora_dtype": lora_dtype}, arch=arch, act_symmetric=act_symmetric,
-        backend=backend,
+        linear={**pairs, "ste": ste, "lora_dtype": lora_dtype, "lora_pairs": lora_pairs}, arch=arch,
+        act_symmetric=act_symmetric, backend=backend,
     ))  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Linear layers of the supernet: a frozen base weight with LoRA, one pair per weight precision when bits are searched.
+"""Linear layers of the supernet: a frozen base weight with LoRA; when bits are searched, one pair per weight precision,
+or one that all of them share.
 
 Width masks are not applied here. They are rank 1, so they commute with the linear and with group quantization whose
 groups they do not cut, and sit in the elementwise kernels around it:
@@ -25,10 +26,11 @@ from jointnas_kernels.ops.width.linear import mixed_linear
 
 MODES = ("weight", "arch", "full")
 INITS = ("kaiming", "gaussian")
+LORA_PAIRS = ("per-precision", "shared")
 
 
 class SupernetLinear(nn.Module):
-    """W [O, I] and bias frozen; lora_a [r, I], lora_b [O, r], or with bits [P, r, I], [P, O, r].
+    """W [O, I] and bias frozen; lora_a [r, I], lora_b [O, r], or with bits [P, r, I], [P, O, r] (shared: P is 1).
 
     Args:
         weight, bias: [O, I] and [O] of the original layer; shared with it, not copied.
@@ -38,9 +40,10 @@ class SupernetLinear(nn.Module):
         group_size: quantization group along the input.
         ste: straight-through estimator, "identity" or "clip".
         lora_dtype: of the trained parameters; fp32 keeps AdamW's small steps that bf16 would round away.
+        lora_pairs: with bits, "per-precision", or "shared": one pair in the quantizers of all precisions.
 
     Raises:
-        JointNASError: a rank below 1, or an unknown `init` or `ste`.
+        JointNASError: a rank below 1, or an unknown `init`, `ste` or `lora_pairs`.
     """
 
     clip: Tensor | None  # [P, O, I / group]: ratio in (0, 1] of each group's absmax; set by `set_clip`
@@ -49,7 +52,8 @@ class SupernetLinear(nn.Module):
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, *, rank: int = 32, alpha: float = 16,
         bits: Sequence[int] | None = None, group_size: int = 128, ste: str = "identity",
-        lora_dtype: torch.dtype | None = None, rslora: bool = False, init: str = "kaiming", backend: str | None = None,
+        lora_dtype: torch.dtype | None = None, rslora: bool = False, init: str = "kaiming",
+        lora_pairs: str = "per-precision", backend: str | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -58,14 +62,17 @@ class SupernetLinear(nn.Module):
             raise unknown("LoRA initialisation", init, INITS)
         if ste not in ("identity", "clip"):
             raise unknown("straight-through estimator", ste, ("identity", "clip"))
+        if lora_pairs not in LORA_PAIRS:
+            raise unknown("LoRA pairs", lora_pairs, LORA_PAIRS)
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.rank, self.alpha, self.rslora, self.ste, self.backend = rank, alpha, rslora, ste, backend
+        self.lora_pairs = lora_pairs
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.bits = None if bits is None else tuple(bits)
         self.group_size = group_size
-        pairs = () if self.bits is None else (len(self.bits),)
+        pairs = () if self.bits is None else (1 if lora_pairs == "shared" else len(self.bits),)
         dtype = lora_dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
         self.lora_a = nn.Parameter(torch.empty(*pairs, rank, self.in_features, device=weight.device, dtype=dtype))
         self.lora_b = nn.Parameter(torch.zeros(*pairs, self.out_features, rank, device=weight.device, dtype=dtype))
@@ -120,8 +127,10 @@ class SupernetLinear(nn.Module):
         """
         if self.bits is None or bits not in self.bits:
             raise unknown("precision", bits, self.bits or (), where="keep")
-        one = slice(self.bits.index(bits), self.bits.index(bits) + 1)
-        self.lora_a, self.lora_b = nn.Parameter(self.lora_a[one].clone()), nn.Parameter(self.lora_b[one].clone())
+        index = self.bits.index(bits)
+        one = slice(index, index + 1)
+        a, b = self.pair(index)
+        self.lora_a, self.lora_b = nn.Parameter(a[None].clone()), nn.Parameter(b[None].clone())
         self.clip = None if self.clip is None else self.clip[one].clone()
         if self.clip_logits is not None:
             self.clip_logits = nn.Parameter(self.clip_logits[one].clone())
@@ -145,8 +154,11 @@ class SupernetLinear(nn.Module):
     # ---- forward ----------------------------------------------------------------------------------------------------
 
     def lora(self, mode: str) -> tuple[Tensor, Tensor]:
-        """The LoRA pair(s), detached in "arch" mode: arch steps need neither dA nor dB."""
-        return (self.lora_a.detach(), self.lora_b.detach()) if mode == "arch" else (self.lora_a, self.lora_b)
+        """The LoRA pair(s), with bits one per precision; detached in "arch" mode: arch steps need neither dA nor dB."""
+        a, b = (self.lora_a.detach(), self.lora_b.detach()) if mode == "arch" else (self.lora_a, self.lora_b)
+        if self.bits is not None and len(a) < len(self.bits):  # a shared pair: its gradients add up
+            a, b = a.expand(len(self.bits), -1, -1), b.expand(len(self.bits), -1, -1)
+        return a, b
 
     def forward(self, x: Tensor, mode: str = "full", probs: Tensor | None = None, index: int | None = None) -> Tensor:
         """x [..., I] -> [..., O]. With bits: `probs` [P] mixes the precisions, `index` computes one of them only.
@@ -203,6 +215,7 @@ class SupernetLinear(nn.Module):
             return self.lora_a, self.lora_b
         if index is None:
             raise JointNASError("a linear with searched bits needs the index of one precision to be merged.")
+        index = 0 if self.lora_pairs == "shared" else index
         return self.lora_a[index], self.lora_b[index]
 
     @torch.no_grad()
@@ -215,9 +228,9 @@ class SupernetLinear(nn.Module):
         if self.bits is None or index is None:
             return self.adapted(index)
         one = slice(index, index + 1)
-        clip = self.clip_ratio()
+        (a, b), clip = self.pair(index), self.clip_ratio()
         return quant_lora_mix(
-            self.weight, self.lora_a[one], self.lora_b[one], self.scaling, self.bits[one],
+            self.weight, a[None], b[None], self.scaling, self.bits[one],
             self.lora_a.new_ones(1, dtype=torch.float32), self.group_size,
             clip=None if clip is None else clip[one], ste=self.ste, backend=self.backend,
         )
@@ -228,7 +241,7 @@ class SupernetLinear(nn.Module):
         small = SupernetLinear(
             self.weight[rows][:, columns], None if self.bias is None else self.bias[rows], rank=self.rank,
             alpha=self.alpha, bits=self.bits, group_size=self.group_size, ste=self.ste,
-            lora_dtype=self.lora_a.dtype, rslora=self.rslora, backend=self.backend,
+            lora_dtype=self.lora_a.dtype, rslora=self.rslora, lora_pairs=self.lora_pairs, backend=self.backend,
         )
         small.lora_a.copy_(self.lora_a[..., columns])
         small.lora_b.copy_(self.lora_b[..., rows, :])

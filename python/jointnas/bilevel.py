@@ -24,7 +24,7 @@ from jointnas import convergence
 from jointnas.data import Batches
 from jointnas.losses import Loss, Losses, cross_entropy
 from jointnas.metrics import Metrics
-from jointnas.objective import Feasibility, Objective, entropies, original_params
+from jointnas.objective import Feasibility, Objective, entropies, original_params, stopping_entropy
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
 from jointnas.spending import spend
 from jointnas_kernels.nn.choices import seeded
@@ -68,7 +68,8 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
         probs = supernet.arch.probs()
         entropy = entropies(probs, run.space, supernet.block_rank)
         largest = max(entropy.values(), default=0.0)
-        converged = step >= options.min_steps and largest < options.entropy_stop
+        stopping = stopping_entropy(entropy, options.entropy_stop_on)
+        converged = step >= options.min_steps and stopping < options.entropy_stop
         last = converged or step == options.steps
         shown: dict[str, float | str] = {}
         if step % options.log_every == 0 or last:
@@ -158,7 +159,7 @@ def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds:
     part = convergence.record(
         run.folder, "search", steps=step, tokens=step * run.config.data.batch_size * run.config.data.seq_len,
         trained=sum(p.numel() for p in run.supernet.lora_parameters()), total=original_params(run.model_config),
-        undecided={k: v for k, v in entropy.items() if not converged and v >= run.config.search.entropy_stop},
+        undecided={k: v for k, v in entropy.items() if v >= run.config.search.entropy_stop},
     )  # fmt: skip
     log.log(logging.WARNING if part["advice"] else logging.INFO, "%s", convergence.sentence(part))
     check = Feasibility(run.model_config, run.bound, objective.limits)

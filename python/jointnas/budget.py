@@ -29,6 +29,6 @@ def total(config: RunConfig) -> int:
     return bilevel(config, config.search.steps) + config.finetune.steps * finetune_step(config)
 
 
-def finetune_steps(config: RunConfig, spent: int) -> int:
-    """Steps of the distillation that the total leaves to a search that has spent so many tokens."""
-    return max(0, total(config) - spent) // finetune_step(config)
+def finetune_steps(config: RunConfig, left: int) -> int:
+    """Steps of the distillation for what a search has left of the tokens of all training."""
+    return max(0, left) // finetune_step(config)

@@ -134,7 +134,13 @@ class SearchConfig(Section):
     lr_arch: float = Field(default=3e-3, gt=0)
     clip_weight: float = Field(default=1.0, gt=0)
     clip_arch: float = Field(default=10.0, gt=0)
-    relaxation: Literal["dirichlet", "reinmax", "gumbel"] = "dirichlet"
+    lora_pairs: Literal["per-precision", "shared"] = Field(
+        default="per-precision", description="of a linear whose weight bits are searched; shared: not with reconstruct"
+    )
+    relaxation: Literal["dirichlet", "reinmax", "gumbel"] = Field(default="dirichlet", description="of the widths")
+    bit_relaxation: Literal["softmax", "dirichlet", "reinmax", "gumbel"] = Field(
+        default="softmax", description="of the bits; softmax: their expected mixture, without a draw"
+    )
     alpha_init: float = Field(default=0.0, description="added to the logits of the full sizes")
     importance: bool = Field(default=True, description="reorder channels, heads and blocks by importance first")
     importance_batches: int = Field(default=8, ge=1)
@@ -154,7 +160,10 @@ class SearchConfig(Section):
         default=0.0, ge=0, description="final weight of the sum of normalised entropies, which grows from 0 over the "
         "second half of the steps, so that every dimension is decided at their end"
     )  # fmt: skip
-    entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when all normalised entropies are lower")
+    entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when the normalised entropies are lower")
+    entropy_stop_on: Literal["max", "mean"] = Field(
+        default="max", description="all of them, or their mean over the dimensions (the paper's Eq. 4)"
+    )
     compared: int = Field(
         default=4, ge=1, description="with a target latency: how many of the likeliest choices within it are compared; "
         "what the best one leaves of it is spent where the loss falls most per ms. 1: the likeliest as it is",
@@ -277,15 +286,27 @@ class RunConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     eval: EvalConfig = EvalConfig()
 
+    @model_validator(mode="after")
+    def _has_a_pair_for_what_is_learned(self) -> RunConfig:
+        if self.search.lora_pairs == "shared" and self.quantizer.init == "reconstruct":
+            raise ValueError(
+                "search.lora_pairs: shared does not go with quantizer.init: reconstruct, which learns a pair per "
+                "precision; take rtn, clip or omniquant"
+            )
+        return self
+
 
 class CompareOptions(Section):
-    """Which models a comparison is made of: methods × targets × precisions × seeds."""
+    """Which models a comparison is made of: methods and variants of the joint one × targets × precisions × seeds."""
 
     methods: list[str] = Field(
         default=["joint", "no-bits", "subnet-selection", "pruned", "ilp", "uniform", "random"], min_length=1,
         description="of jointnas.baselines: joint, no-bits, subnet-selection, lonas, tanglenas, pruned, ilp, uniform, "
         "random, exhaustive",
     )  # fmt: skip
+    variants: dict[str, dict[str, Any]] = Field(
+        default={}, description="more methods: the joint search with other values, as {no-latency: {search.eta: 0}}"
+    )
     targets_ms: list[float] = Field(default=[], description="hard limits on the latency, in ms")
     target_shares: list[float] = Field(
         default=[], description="instead: as shares of the latency that the original is predicted at 16 bits"

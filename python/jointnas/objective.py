@@ -16,6 +16,7 @@ single blocks, drifts with their noise and would still be undecided at the end.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,6 +148,12 @@ def normalised_entropies(probs: Probs, space: SearchSpace, block_rank: Sequence[
         else:
             found.update({f"{key}.{b}": entropy[b] for b in range(len(p)) if keep[b] > 0.5})
     return found
+
+
+def stopping_entropy(found: Mapping[str, float], on: str) -> float:
+    """What `search.entropy_stop` is compared with, of `entropies`: the largest ("max"), or their mean."""
+    values = list(found.values()) or [0.0]
+    return max(values) if on == "max" else statistics.fmean(values)
 
 
 # ---- the final choice -----------------------------------------------------------------------------------------------

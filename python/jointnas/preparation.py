@@ -66,7 +66,8 @@ def prepare(
             importance = replace(importance, blocks=-torch.arange(len(importance.blocks)).float())
     supernet = convert(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
-        relaxation=options.relaxation, alpha_init=options.alpha_init,
+        relaxation=options.relaxation, bit_relaxation=options.bit_relaxation, alpha_init=options.alpha_init,
+        lora_pairs=options.lora_pairs,
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
     initialise_quantizers(config, supernet, streams, quantizers or Path(config.out) / "quantizers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks import (
     bench_calibration,
     bench_ceilings,
     bench_decode,
+    bench_depth,
     bench_gguf,
     bench_kernels,
     bench_masks,
@@ -139,6 +141,32 @@ def test_choices_in_llama_cpp(
     assert row["extra"]["reloaded"] == 0
     monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
     assert "| embedded | 1 |" in render.sections()
+
+
+def test_depth_by_importance_and_from_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The embedded model whole and without all blocks but one, untrained and after a step; what is known stays."""
+    folder = tmp_path / "results" / "machine"
+    for _ in range(2):
+        bench_depth.main(["--device", "cpu", "--tiny", "--out", str(folder)])
+    rows = rows_of(folder, "depth")
+    assert len(rows) == 2 * 2 * 2
+    for row in rows:
+        p, extra = row["params"], row["extra"]
+        assert len(extra["kept"]) == 6 - p["dropped"]
+        assert row["median"] == pytest.approx(math.log(extra["perplexity"]))
+    whole = pick(rows, dropped=0, steps=0)
+    assert whole[0]["median"] == pytest.approx(whole[1]["median"], rel=1e-5)
+    assert pick(rows, "last", dropped=5, steps=0)[0]["extra"]["kept"] == [0]
+    cut = pick(rows, "importance", dropped=5, steps=0)[0]
+    assert cut["median"] > whole[0]["median"]
+    assert pick(rows, "importance", dropped=5, steps=1)[0]["median"] != cut["median"]
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(sections, "PLOTS", tmp_path / "plots")
+    assert "| blocks dropped | by importance, untrained | the last, untrained | by imp" in render.sections()
+    render.draw()
+    assert len(list((tmp_path / "plots").glob("depth-*-embedded.png"))) == 1
 
 
 def test_tokens_of_whole_models(

@@ -124,7 +124,7 @@ def literal_logits(supernet: Supernet, alphas: Mapping[str, Tensor], input_ids: 
         if probs is None:
             base = base + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
         else:
-            lora = (layer.lora_a, layer.lora_b)
+            lora = (p.expand(len(layer.bits), -1, -1) for p in (layer.lora_a, layer.lora_b))  # it may be shared
             mix = (probs, layer.clip_ratio(), layer.scaling, layer.bits, layer.group_size, layer.ste)
             base = forward(Mixture(layer.weight, *lora, *mix))
         mixed, bias = torch.zeros_like(base), torch.zeros(base.shape[0], dtype=torch.float64)

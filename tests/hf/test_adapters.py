@@ -60,6 +60,20 @@ def test_stock_peft_merges_what_the_supernet_merges(tmp_path: Path, family: str,
     assert_merged(merged, supernet, 1)
 
 
+@torch.no_grad()
+def test_a_shared_pair_is_one_adapter(tmp_path: Path) -> None:
+    model, supernet = pair(lora_pairs="shared")
+    assert [f.name for f in save_adapters(supernet, tmp_path)] == ["default"]
+    merged = PeftModel.from_pretrained(model, tmp_path / "default").merge_and_unload()
+    for index in range(3):
+        assert_merged(merged, supernet, index)
+    _, other = pair(lora_pairs="shared", lora_alpha=16)
+    for parameter in other.lora_parameters():
+        parameter.zero_()
+    load_adapters(other, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(supernet.lora_parameters(), other.lora_parameters(), strict=True))
+
+
 def _bare(wrapped: Any) -> Any:
     """The base model with its merged linears in their places."""
     model = copy.deepcopy(wrapped.base_model.model)

@@ -22,6 +22,7 @@ CASES: dict[str, tuple[dict[str, Any], SearchSpace, dict[str, Any]]] = {
     "llama-tied": ({"tie_word_embeddings": True, "rope_parameters": LLAMA3_ROPE}, SPACE, {"relaxation": "gumbel"}),
     "llama-bits": ({}, QUANT_SPACE, {"act_symmetric": True, "bit_relaxation": "reinmax", "tau": 0.7}),
     "phi3": ({"family": "phi3", "sliding_window": 4}, WEIGHTS_ONLY, {"ste": "clip"}),
+    "shared-pair": ({}, QUANT_SPACE, {"lora_pairs": "shared"}),
     "qwen3": ({"family": "qwen3", "tie_word_embeddings": True, "attention_bias": True}, QUANT_SPACE, {}),
     "qwen2": ({"family": "qwen2"}, SPACE, {"lora_alpha": 3.0}),
 }  # fmt: skip

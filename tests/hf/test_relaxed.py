@@ -24,9 +24,12 @@ from tests.hf.hf_models import (
 WEIGHTS_ONLY = SearchSpace.from_dict({**QUANT_SPACE.to_dict(), "act_bits": None})
 
 
-def build(space: SearchSpace = SPACE, dtype: torch.dtype = torch.float32, **change) -> Supernet:
+def build(
+    space: SearchSpace = SPACE, dtype: torch.dtype = torch.float32, lora_pairs: str = "per-precision", **change
+) -> Supernet:
     model = tiny_model(dtype, **change)
-    return randomize_lora(convert(model, space, lora_rank=4, importance=random_importance(model.config)))
+    importance = random_importance(model.config)
+    return randomize_lora(convert(model, space, lora_rank=4, importance=importance, lora_pairs=lora_pairs))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -44,8 +47,11 @@ def clear(supernet: Supernet) -> None:
 
 @pytest.mark.parametrize(
     "space, change",
-    [(SPACE, {}), (SPACE, {"attention_bias": True, "mlp_bias": True}), (WEIGHTS_ONLY, {}), (QUANT_SPACE, {})],
-    ids=["widths", "biased", "weight-bits", "all-bits"],
+    [
+        (SPACE, {}), (SPACE, {"attention_bias": True, "mlp_bias": True}), (WEIGHTS_ONLY, {}), (QUANT_SPACE, {}),
+        (QUANT_SPACE, {"lora_pairs": "shared"}),
+    ],
+    ids=["widths", "biased", "weight-bits", "all-bits", "shared-pair"],
 )
 def test_relaxed_forward_and_gradients_are_the_definition(space: SearchSpace, change: dict) -> None:
     supernet, x = build(space, torch.float64, **change), ids()

@@ -59,7 +59,7 @@ KILLED: dict[str, Any] = {
     "search": {"steps": 8, "save_every": 2}, "finetune": {"steps": 4, "save_every": 2},
     "compare": {
         "methods": ["joint", "no-bits", "subnet-selection", "ilp", "uniform"], "target_shares": [0.6],
-        "precisions": ["W4A8"],
+        "precisions": ["W4A8"], "variants": {"rtn": {"quantizer.init": "rtn"}},
     },
 }  # fmt: skip
 

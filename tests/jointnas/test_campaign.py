@@ -26,9 +26,10 @@ from jointnas.baselines import methods
 from jointnas.campaign import measuring
 from jointnas.campaign.clock import EVERY, Clock, seconds
 from jointnas.campaign.page import Campaign
-from jointnas.campaign.plan import Shared, Unit, asked_precisions, plan, targets_of
+from jointnas.campaign.plan import Shared, Unit, asked_precisions, check, plan, targets_of
 from jointnas.campaign.schedule import ordered
 from jointnas.campaign.statistics import at, interval, summary
+from jointnas.campaign.variants import starts_alike, variant
 from jointnas.campaign.worker import Base
 from jointnas.config import CompareConfig, build, dump
 from jointnas.verbs.compare import compare, text
@@ -138,6 +139,49 @@ def test_another_configuration_is_refused(root: Path, every: Path) -> None:
         compare(config)
 
 
+def test_variants_are_methods_of_their_own(root: Path, every: Path) -> None:
+    """Added to a finished campaign: what was there stays, quantizers are shared where they are the same, and the tokens
+    are the campaign's whatever a variant's search takes."""
+    shutil.copytree(every, root / "variants")
+    options = {"methods": METHODS, "target_shares": [0.6], "precisions": ["W4A8"], "variants": {
+        "no-latency": {"search.eta": 0}, "one-pair": {"search": {"lora_pairs": "shared"}, "finetune.kd": 0.5},
+        "short": {"search.steps": 4, "search.entropy_stop_on": "mean"}, "rtn": {"quantizer.init": "rtn"},
+    }}  # fmt: skip
+    config = campaigns.config(root, out="variants", compare=options)
+    rows = rows_of(compare(config))
+    assert rows[: 1 + len(METHODS)] == rows_of(every)
+    new = rows[1 + len(METHODS) :]
+    assert [row["method"] for row in new] == [row["pipeline"] for row in new] == list(options["variants"])
+    for row in new:
+        assert row["status"] == "done"
+        assert row["predicted_ms"] <= row["target_ms"]
+        assert row["unit"] == f"{row['method']}/{row['target_ms']:.6g}ms/seed-0"
+        tokens = row["tokens"]
+        assert tokens["search"] == budget.bilevel(config, 4 if row["method"] == "short" else 12)
+        left = budget.total(config) - tokens["search"]
+        assert left - budget.finetune_step(config) < tokens["finetune"] <= left
+    assert sorted(f.name for f in (root / "variants" / "shared").glob("quantizers*")) == [
+        "quantizers", "quantizers-one-pair", "quantizers-rtn"
+    ]  # fmt: skip
+    summed = json.loads((root / "variants" / "summary.json").read_text())
+    assert summed["reference"] == "joint"
+    assert set(options["variants"]) < set(summed["cross_entropy"]["methods"])
+    used = {f.parts[-4]: read_yaml(f, "") for f in (root / "variants").glob("units/*/*/*/config.yaml")}
+    assert (used["no-latency"]["search"]["eta"], used["joint"]["search"]["eta"]) == (0, 1)
+    assert (used["one-pair"]["search"]["lora_pairs"], used["one-pair"]["finetune"]["kd"]) == ("shared", 0.5)
+
+    without = {**options, "variants": {}}
+    assert [row["method"] for row in rows_of(compare(campaigns.config(root, out="variants", compare=without)))] == [
+        "original", *METHODS
+    ]  # fmt: skip
+    options["variants"]["no-latency"] = {"search": {"eta": 0.0}}  # the same
+    again = campaigns.config(root, out="variants", compare=options)
+    assert untimed(compare(again)) == [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+    options["variants"]["no-latency"] = {"search.eta": 0.5}
+    with pytest.raises(JointNASError, match=r"no-latency was {'search\.eta': 0\.0}, is {'search\.eta': 0\.5}"):
+        compare(campaigns.config(root, out="variants", compare=options))
+
+
 def test_infeasible_units_say_why(root: Path) -> None:
     options = {"methods": ["uniform", "ilp", "no-bits"], "target_shares": [0.055], "precisions": ["W8A16"]}
     out = compare(campaigns.config(root, out="infeasible", compare=options))
@@ -176,7 +220,32 @@ BAD = {
     "negative": ({"target_shares": [-1.0]}, "targets must be positive"),
     "exhaustive": ({"methods": ["exhaustive"]}, "too many for the method exhaustive"),
     "key": ({"method": ["joint"]}, "Did you mean 'compare.methods'?"),
-}
+    "variant key": (
+        {"variants": {"a": {"search.etaa": 0}}},
+        "unknown key 'search.etaa' in compare.variants.a. Did you mean 'search.eta'",
+    ),
+    "variant section": (
+        {"variants": {"a": {"serach": {"eta": 0}}}},
+        "unknown key 'serach' in compare.variants.a. Did you mean 'search'",
+    ),
+    "variant value": ({"variants": {"a": {"search": {"eta": "x"}}}}, "compare.variants.a: search.eta: Input should be"),
+    "variant part": ({"variants": {"a": {"search.eta.x": 1}}}, "compare.variants.a: search.eta: Input should be"),
+    "variant data": ({"variants": {"a": {"data.seq_len": 8}}}, "compare.variants.a: data.seq_len is the same for all"),
+    "variant seed": ({"variants": {"a": {"seed": 3}}}, "compare.variants.a: seed is the same for all"),
+    "variant tokens": ({"variants": {"a": {"finetune.steps": 8}}}, "compare.variants.a: finetune.steps is the same"),
+    "variant longer": ({"variants": {"a": {"search.steps": 99}}}, "compare.variants.a: its search alone takes more"),
+    "variant gptq": ({"variants": {"a": {"quantizer.init": "gptq"}}}, "quantizer.init gptq is for plain models"),
+    "variant nothing": ({"variants": {"a": {}}}, "compare.variants.a changes nothing"),
+    "variant method": ({"variants": {"ilp": {"search.eta": 0}}}, "compare.variants: 'ilp' is a method"),
+    "variant name": ({"variants": {"a/b": {"search.eta": 0}}}, "compare.variants: 'a/b' names folders"),
+    "variant together": (
+        {"variants": {"a": {"search.lora_pairs": "shared", "quantizer.init": "reconstruct"}}},
+        "compare.variants.a: Value error, search.lora_pairs: shared does not go with",
+    ),
+    "variant target": (
+        {"methods": ["uniform"], "target_shares": [], "variants": {"a": {"search.eta": 0}}}, "are both empty: give"
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -197,11 +266,31 @@ def test_bad_input_is_one_line_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples" / "compare").glob("*.yaml")), ids=lambda p: p.stem)
+EXAMPLES = [path for name in ("compare", "ablations") for path in sorted((ROOT / "examples" / name).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_examples_name_what_exists(path: Path) -> None:
     config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
-    assert set(config.compare.methods) <= set(methods.METHODS)
-    assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions or ())
+    assert set(check(config, config.space.build())) == set(config.compare.methods) <= set(methods.METHODS)
+    if config.compare.precisions is not None:
+        assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions)
+
+
+def test_the_ablations_ask_every_question() -> None:
+    path = ROOT / "examples" / "ablations" / "embedded.yaml"
+    config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
+    found = {name: variant(config, name) for name in config.compare.variants}
+    for key, values in {
+        "depth": {"last"}, "importance": {False}, "relaxation": {"reinmax", "gumbel"}, "eta": {0},
+        "bit_relaxation": {"dirichlet", "reinmax", "gumbel"}, "penalty": {"expectation"}, "entropy_stop_on": {"mean"},
+        "lora_pairs": {"shared"},
+    }.items():  # fmt: skip
+        usual = getattr(config.search, key)
+        assert {getattr(v.search, key) for v in found.values()} == values | {usual}, key
+    assert {v.quantizer.init for v in found.values()} == {"reconstruct", "rtn", "clip", "omniquant"}
+    apart = {name for name, v in found.items() if not starts_alike(config, v)}
+    assert apart == {"last-blocks", "no-importance"} | {n for n in found if n.startswith(("init-", "one-pair"))}
 
 
 # ---- plans and processes --------------------------------------------------------------------------------------------
@@ -221,6 +310,8 @@ def test_plan(root: Path) -> None:
     assert [t for t in tasks if isinstance(t, Shared)] == [Shared("quantizers", 0), Shared("quantizers", 3)]
     assert all(tasks.index(need) < tasks.index(task) for task in tasks for need in task.needs)
     assert Unit("subnet-selection", 1).needs == [Shared("subnet-selection", 1)]
+    assert Unit("joint", 1, variant="a").needs == [Shared("quantizers", 1)]
+    assert Unit("joint", 1, variant="a", quantizers="a").needs == [Shared("quantizers", 1, "a")]
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from jointnas import checkpoint
+from jointnas.distillation import bake, student_of
+from jointnas.initialise import initialise
 from jointnas.metrics import read_metrics
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.space import Choice, count_params
@@ -155,6 +157,51 @@ def test_impossible_limits_fail_before_the_search(tmp_path: Path, sections: dict
 def test_relaxations_and_warm_up(tmp_path: Path) -> None:
     for kind in ("reinmax", "gumbel"):
         run, found = tiny.search(
-            tiny.config(tmp_path / kind, search={"steps": 3, "relaxation": kind, "weight_warmup": 2})
+            tiny.config(
+                tmp_path / kind, search={"steps": 3, "relaxation": kind, "bit_relaxation": kind, "weight_warmup": 2}
+            )
         )
+        assert run.supernet.arch.bit_relaxation == kind
         run.space.check(found.choice)
+
+
+def test_the_mean_entropy_ends_a_search_earlier_than_the_largest(tmp_path: Path) -> None:
+    steps = {}
+    for on in ("max", "mean"):
+        options = {"steps": 60, "budget_max": 0.4, "eta": 5.0, "entropy_stop": 0.6, "entropy_stop_on": on}
+        _, found = tiny.search(tiny.config(tmp_path / on, tiny.NO_BITS, search=options))
+        assert found.converged
+        steps[on] = found.steps
+        last = read_metrics(tmp_path / on)[-1]["entropy"]
+        judged = {"max": max(last.values()), "mean": sum(last.values()) / len(last)}
+        assert judged[on] < 0.6
+        part = json.loads((tmp_path / on / "convergence.json").read_text())["search"]
+        assert part["decided"] == (judged["max"] < 0.6)
+    assert steps["mean"] < steps["max"]
+
+
+def test_a_shared_pair_is_searched_resumed_and_distilled(tmp_path: Path) -> None:
+    """The pair that all precisions share has one optimizer state; a search in two parts ends as one in one."""
+    whole, _ = tiny.search(tiny.config(tmp_path / "whole", search={"steps": 4, "lora_pairs": "shared"}))
+    config = tiny.config(tmp_path / "parts", resume="auto", search={"steps": 4, "lora_pairs": "shared"})
+    tiny.search(config)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-4")
+    resumed, found = tiny.search(config)
+    _, linear = next(whole.supernet.linears())
+    assert linear.lora_a.shape == (1, 4, linear.in_features)
+    assert linear.lora_b.any()
+    own, other = (run.supernet.search_state() for run in (whole, resumed))
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    fixed = resumed.supernet.fix(found.choice)
+    ids = resumed.streams.held_out[None, :16]
+    for train in ("full", "lora"):
+        student = student_of(resumed.supernet, found.choice, train)
+        torch.testing.assert_close(bake(student)(ids).logits, fixed(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_pair_is_not_learned_per_precision(tmp_path: Path) -> None:
+    with pytest.raises(JointNASError, match=r"lora_pairs: shared does not go with quantizer\.init: reconstruct"):
+        tiny.config(tmp_path, search={"lora_pairs": "shared"}, quantizer={"init": "reconstruct"})
+    run = tiny.start(tiny.config(tmp_path, search={"lora_pairs": "shared"}))
+    with pytest.raises(JointNASError, match=r"precisions share one\. Allowed: rtn, clip, omniquant"):
+        initialise(run.supernet, "reconstruct", run.streams.weight[None, :16])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn import SupernetLinear, linear_cross_entropy
 from jointnas_kernels.nn import loss as loss_module
@@ -52,11 +53,44 @@ def test_only_lora_trains_and_arch_mode_leaves_it() -> None:
     assert linear.weight.grad is None
 
 
+@pytest.mark.parametrize("ste", ["identity", "clip"])
+def test_a_shared_pair_is_the_same_pair_for_every_precision(ste: str) -> None:
+    """Values and gradients of the reference on copies of it, whose gradients add up; and what becomes of the layer."""
+    linear, x, probs = layer(bits=(2, 4, 8), lora_pairs="shared", ste=ste), torch.randn(5, 32), torch.rand(3)
+    clip = torch.rand(3, 24, 4) * 0.5 + 0.5
+    linear.set_clip(clip)
+    assert (linear.lora_a.shape, linear.lora_b.shape) == ((1, 4, 32), (1, 24, 4))
+    a, b = (p.detach().repeat(3, 1, 1).requires_grad_() for p in (linear.lora_a, linear.lora_b))
+    weight = ops.quant_lora_mix(
+        linear.weight, a, b, linear.scaling, (2, 4, 8), probs, 8, clip=clip, ste=ste, backend="reference"
+    )
+    wanted = nn.functional.linear(x, weight, linear.bias)
+    own = linear(x, probs=probs)
+    torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-4)
+    toward = torch.randn_like(own)
+    for out in (own, wanted):
+        (out * toward).sum().backward()
+    for shared, copies in ((linear.lora_a, a), (linear.lora_b, b)):
+        torch.testing.assert_close(shared.grad, copies.grad.sum(0, keepdim=True), rtol=1e-4, atol=1e-3)
+    linear(x, "arch", probs.requires_grad_()).sum().backward()
+    assert probs.grad is not None
+    rows, columns = torch.tensor([3, 0, 17]), torch.arange(8, 24)
+    for index, bits in enumerate((2, 4, 8)):
+        merged = linear.merged(index)
+        assert torch.equal(linear(x, index=index), nn.functional.linear(x, merged, linear.bias))
+        small = linear.sliced(rows, columns)
+        assert torch.equal(small.merged(index), merged[rows][:, columns])
+        small.keep(bits)
+        assert torch.equal(small.merged(0), merged[rows][:, columns])
+
+
 def test_bad_layers_are_refused() -> None:
     with pytest.raises(JointNASError, match="rank is 0"):
         layer(rank=0)
     with pytest.raises(JointNASError, match="unknown straight-through estimator 'lsq'"):
         layer(ste="lsq")
+    with pytest.raises(JointNASError, match="unknown LoRA pairs 'share'"):
+        layer(bits=(2, 4), lora_pairs="share")
     with pytest.raises(JointNASError, match=r"needs \(2, 24, 4\)"):
         layer(bits=(2, 4)).set_clip(torch.ones(2, 24, 3))
     with pytest.raises(JointNASError, match="learn_clip"):

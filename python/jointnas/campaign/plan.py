@@ -3,8 +3,9 @@
 OUT/config.yaml, latency.jsonl                    the configuration, the latency table if none was given
 OUT/plan.json                                     targets in ms, and the names of all units
 OUT/shared/NAME/seed-0/                           quantizers, and what methods do once for all targets
-OUT/units/METHOD[+PRECISION]/TARGET/seed-0[-3]/   picked.json, final/, row.json, in this order
+OUT/units/METHOD[+PRECISION]/TARGET/seed-0[-3]/   picked.json, final/, row.json, in this order; likewise of a variant
 OUT/units/original/                               row.json of the model itself
+OUT/variants.json                                 what variants of the joint search change
 OUT/measured.json                                 latency of all models, measured in turns
 OUT/results.jsonl, results.parquet, summary.json  rows, and what follows from them
 OUT/report.html                                   all of it as a page
@@ -19,6 +20,7 @@ from typing import Any
 
 from jointnas.baselines.exhaustive import count
 from jointnas.baselines.methods import METHODS, Method
+from jointnas.campaign.variants import starts_alike, variant
 from jointnas.config import CompareConfig
 from jointnas.objective import Infeasible
 from jointnas.precision import Precision, precisions
@@ -41,11 +43,13 @@ class Unit:
     target_ms: float | None = None
     precision: Precision | None = None
     number: int | None = None  # of several at the same
+    variant: str | None = None  # of the method joint
+    quantizers: str | None = None  # the variant whose initialised quantizers it has; None: those of all others
 
     @property
     def pipeline(self) -> str:
-        """The method, and the precision that it is followed by."""
-        return self.method if self.precision is None else f"{self.method}+{self.precision}"
+        """The method or variant, and the precision that it is followed by."""
+        return self.variant or (self.method if self.precision is None else f"{self.method}+{self.precision}")
 
     @property
     def name(self) -> str:
@@ -62,7 +66,7 @@ class Unit:
         if self.method == ORIGINAL:
             return []
         method, own = METHODS[self.method], Shared(self.method, self.seed)
-        return _quantizers(method, self.seed) + ([] if method.share is None else [own])
+        return _quantizers(method, self.seed, self.quantizers) + ([] if method.share is None else [own])
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,12 @@ class Shared:
 
     what: str
     seed: int
+    variant: str | None = None  # whose alone it is
 
     @property
     def name(self) -> str:
         """Its folder below shared/."""
-        return f"{self.what}/seed-{self.seed}"
+        return f"{self.what}{f'-{self.variant}' if self.variant else ''}/seed-{self.seed}"
 
     @property
     def needs(self) -> list[Shared]:
@@ -83,22 +88,26 @@ class Shared:
         return [] if self.what == QUANTIZERS else _quantizers(METHODS[self.what], self.seed)
 
 
-def _quantizers(method: Method, seed: int) -> list[Shared]:
-    return [Shared(QUANTIZERS, seed)] if method.bits else []
+def _quantizers(method: Method, seed: int, variant: str | None = None) -> list[Shared]:
+    return [Shared(QUANTIZERS, seed, variant)] if method.bits else []
 
 
 def check(config: CompareConfig, space: SearchSpace) -> dict[str, Method]:
     """The methods, if all that is asked for exists; asked before anything is measured.
 
     Raises:
-        JointNASError: a method or a precision that there is not, no targets, or a space too large for exhaustive.
+        JointNASError: a method, a precision or a key of a variant that there is not, no targets, or a space too large
+            for exhaustive.
     """
     options = config.compare
     for name in options.methods:
         if name not in METHODS:
             raise unknown("method", name, METHODS, where="compare.methods")
     chosen = {name: METHODS[name] for name in options.methods}
-    if not options.targets_ms + options.target_shares and any(method.targeted for method in chosen.values()):
+    for name in options.variants:
+        variant(config, name)
+    targeted = [METHODS[JOINT]] * len(options.variants) + list(chosen.values())
+    if not options.targets_ms + options.target_shares and any(method.targeted for method in targeted):
         raise JointNASError("compare.targets_ms and compare.target_shares are both empty: give targets")
     if any(method.precise for method in chosen.values()):
         asked_precisions(config, space)
@@ -135,7 +144,12 @@ def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_c
         for target in (targets if method.targeted else [None])
         for seed in options.seeds
         for number in numbers.get(name, [None])
-    ]
+    ] + [
+        Unit(JOINT, seed, target, variant=name, quantizers=None if starts_alike(config, changed) else name)
+        for name, changed in ((name, variant(config, name)) for name in options.variants)
+        for target in targets
+        for seed in options.seeds
+    ]  # fmt: skip
 
 
 def targets_of(config: CompareConfig, space: SearchSpace, table: LatencyTable) -> list[float]:

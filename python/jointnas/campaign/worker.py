@@ -19,6 +19,7 @@ from jointnas.baselines.methods import METHODS
 from jointnas.baselines.ptq import quantized
 from jointnas.campaign.clock import Clock, seconds
 from jointnas.campaign.plan import ORIGINAL, QUANTIZERS, Shared, Unit, asked_precisions, folder_of
+from jointnas.campaign.variants import variant
 from jointnas.config import CompareConfig, RunConfig
 from jointnas.data import Streams
 from jointnas.distillation import bake, distil, original_logits, student_of
@@ -96,6 +97,8 @@ def work(base: Base, task: Unit | Shared) -> None:
 def context(base: Base, task: Unit | Shared) -> Context:
     """What the method of a task works with."""
     folder, own = folder_of(base.out, task), base.config
+    if task.variant is not None:
+        own = variant(own, task.variant)
     target = task.target_ms if isinstance(task, Unit) else None
     values = {name: getattr(own, name) for name in RunConfig.model_fields}
     values |= {"out": str(folder), "seed": task.seed, "target_latency_ms": target, "resume": "auto"}
@@ -105,10 +108,10 @@ def context(base: Base, task: Unit | Shared) -> Context:
     else:  # it trains without bits, and needs one only to say that
         precise = method in METHODS and METHODS[method].precise
         precision, number = (asked_precisions(own, base.space)[0] if precise else None), 0
+    quantizers = Shared(QUANTIZERS, task.seed, task.quantizers if isinstance(task, Unit) else task.variant)
     return Context(
         RunConfig.model_construct(**values), own.compare, base.model, base.streams(task.seed), base.table,
-        folder_of(base.out, Shared(method, task.seed)), folder_of(base.out, Shared(QUANTIZERS, task.seed)), precision,
-        number,
+        folder_of(base.out, Shared(method, task.seed)), folder_of(base.out, quantizers), precision, number,
     )  # fmt: skip
 
 
@@ -123,9 +126,9 @@ def _share(base: Base, task: Shared) -> None:
 
 def _row(base: Base, unit: Unit, folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "unit": unit.name, "method": unit.method, "pipeline": unit.pipeline, "target_ms": unit.target_ms,
-        "precision": None if unit.precision is None else str(unit.precision), "seed": unit.seed, "number": unit.number,
-        "caveat": loading.caveat(base.config.model),
+        "unit": unit.name, "method": unit.variant or unit.method, "pipeline": unit.pipeline,
+        "target_ms": unit.target_ms, "precision": None if unit.precision is None else str(unit.precision),
+        "seed": unit.seed, "number": unit.number, "caveat": loading.caveat(base.config.model),
     }  # fmt: skip
     if unit.method == ORIGINAL:
         return {**facts, "status": "done", **_original(base)}
@@ -134,7 +137,7 @@ def _row(base: Base, unit: Unit, folder: Path) -> dict[str, Any]:
             picked = METHODS[unit.method].pick(context(base, unit))
         except Infeasible as error:
             return {**facts, "status": "infeasible", "reason": str(error)}
-        _finish(picked, folder)
+        _finish(picked, folder, budget.total(base.config))
     found = read_json(folder / PICKED)
     model = reload(folder / FINAL, base.config.model.device, getattr(torch, base.config.model.dtype))
     choice, rank = Choice.from_dict(found["choice"]), found["block_rank"]
@@ -146,11 +149,11 @@ def _row(base: Base, unit: Unit, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _finish(picked: Picked, folder: Path) -> None:
-    """Quantizes what has no bits yet, fine-tunes with the tokens that are left, and exports."""
+def _finish(picked: Picked, folder: Path, total: int) -> None:
+    """Quantizes what has no bits yet, fine-tunes with the tokens that are left of the total, and exports."""
     run, choice = picked.run, picked.choice
     config, rank = run.config, run.supernet.block_rank
-    steps = budget.finetune_steps(config, picked.tokens)
+    steps = budget.finetune_steps(config, total - picked.tokens)
     tokens = {
         "search": picked.tokens, "finetune": steps * budget.finetune_step(config), "evaluated": picked.evaluated,
     }  # fmt: skip

@@ -93,6 +93,11 @@ def initialise(
                 "step. Allowed for supernets: rtn, clip, omniquant, reconstruct; gptq is for the plain model that "
                 "`extract` returns"
             )
+        if method == "reconstruct" and next(model.linears())[1].lora_pairs == "shared":
+            raise JointNASError(
+                "initialise: reconstruct learns a LoRA pair per precision, and this supernet's precisions share one. "
+                "Allowed: rtn, clip, omniquant"
+            )
         job = Supernets(model, method, options, seed)
         store = None if folder is None else Store(Path(folder), job.settings(calibration))
         if model.space.quantizes_head and method != "rtn":

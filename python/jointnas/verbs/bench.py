@@ -22,6 +22,7 @@ TOPICS = {
     "decode": "a token of whole models, written and read: ours, llama.cpp, torch, torch.compile",
     "calibration": "predictions of a latency table against whole models that it was not fitted to",
     "search": "the search against random architectures and against every choice of a small space",
+    "depth": "loss over blocks dropped by importance or from the end, untrained and distilled",
     "gguf": "random choices of a real model: supernet, extracted, reloaded, and as GGUF in llama.cpp",
     "ptq": "perplexity of the small model after RTN, clip search, GPTQ and OmniQuant",
 }

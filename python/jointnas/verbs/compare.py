@@ -10,6 +10,7 @@ from jointnas import loading
 from jointnas.campaign import measuring, page, records, schedule
 from jointnas.campaign.plan import PLAN, check, plan, reference_of, targets_of
 from jointnas.campaign.statistics import KINDS, comparison, summary
+from jointnas.campaign.variants import check_kept, keep
 from jointnas.campaign.worker import TABLE, Base, ended
 from jointnas.config import CompareConfig, build, dump
 from jointnas.metrics import flat
@@ -23,7 +24,8 @@ from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import read_yaml
 
 log = logging.getLogger(__name__)
-GROWS = ("methods", "targets_ms", "target_shares", "seeds", "precisions", "randoms")  # what more may be asked for later
+# what more may be asked for later
+GROWS = ("methods", "variants", "targets_ms", "target_shares", "seeds", "precisions", "randoms")
 FREE: Any = {
     "out": True, "resume": True, "progress": True, "tensorboard": True,
     "compare": {*GROWS, "processes", "exhaustive_most", "confidence"}, "data": {"cache"},
@@ -32,10 +34,11 @@ FREE: Any = {
 
 def compare(config: CompareConfig) -> Path:
     """Finds, fine-tunes, exports and evaluates a model per method, target, precision and seed, all with the same number
-    of trained tokens, and measures them all in turns; returns the campaign's folder.
+    of trained tokens, and measures them all in turns; returns the campaign's folder. Variants of the joint search
+    (`compare.variants`) are methods, too: `examples/ablations`.
 
-    It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, targets or seeds may be
-    asked for. Of a campaign that goes on elsewhere, config.yaml, latency.jsonl and results.jsonl are enough.
+    It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, variants, targets or
+    seeds may be asked for. To go on elsewhere config.yaml, variants.json, latency.jsonl and results.jsonl are enough.
 
     Args:
         config: of a search, and what is compared.
@@ -57,6 +60,7 @@ def compare(config: CompareConfig) -> Path:
     units = plan(config, base.space, base.table, model_config)
     targets = targets_of(config, base.space, base.table)
     write_text(out / "config.yaml", dump(config))
+    keep(config)
     write_json(out / PLAN, {"targets_ms": targets, "units": [unit.name for unit in units]})
     records.restore(out, units)
     tasks = schedule.ordered(units)
@@ -94,6 +98,7 @@ def _check_folder(config: CompareConfig) -> None:
     if config.resume == "never":
         raise JointNASError(f"{config.out} already holds a campaign; pass --resume to continue it, or another --out")
     old = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
+    check_kept(config)
     before, now = (dict(flat(loading.resolve(c).model_dump(mode="json", exclude=FREE))) for c in (old, config))
     for key in sorted(before):
         if before[key] != now[key]:
