@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -64,24 +65,22 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(folder: Path, width: int = 400) -> Iterator[Browser]:
-    """A browser whose profile and log are in an empty folder."""
+def browser(width: int = 400) -> Iterator[Browser]:
+    """A browser that keeps its files in a folder of its own, whose path is short enough for its sockets."""
     assert DRIVER is not None
-    folder.mkdir()
-    log = folder / "driver.log"
-    with log.open("w") as out:
-        driver = subprocess.Popen(
-            [DRIVER, "--port=0"], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, "HOME": str(folder)}
-        )
-    try:
-        page = Browser(f"http://127.0.0.1:{_port(log)}", folder / "profile", width)
+    with tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True) as folder:
+        log, environment = Path(folder, "driver.log"), {**os.environ, "HOME": folder, "TMPDIR": folder}
+        with log.open("w") as out:
+            driver = subprocess.Popen([DRIVER, "--port=0"], stdout=out, stderr=subprocess.STDOUT, env=environment)
         try:
-            yield page
+            page = Browser(f"http://127.0.0.1:{_port(log)}", Path(folder, "profile"), width)
+            try:
+                yield page
+            finally:
+                page.close()
         finally:
-            page.close()
-    finally:
-        driver.terminate()
-        driver.wait(SECONDS)
+            driver.terminate()
+            driver.wait(SECONDS)
 
 
 def _port(log: Path) -> int:

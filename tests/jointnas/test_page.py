@@ -266,7 +266,7 @@ OPENED = "return [location.hash.length > 1, document.querySelector(':target').cl
 @pytest.mark.skipif(None in (browser.CHROMIUM, browser.DRIVER), reason=browser.MISSING)
 def test_in_a_browser_as_wide_as_a_telephone(tmp_path: Path) -> None:
     path = report(str(campaign(tmp_path / "a", seeds=3)))
-    with browser.browser(tmp_path / "browser", width=400) as window:
+    with browser.browser(width=400) as window:
         window.open(path.as_uri())
         width, scrolled, *pictures = window.evaluate(WIDTHS)
         assert width == 400
