@@ -49,34 +49,6 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def pareto_front(points: Sequence[Mapping[str, Any]], path: Path, titles: tuple[str, str]) -> Path:
-    """Points with `name`, `x` and `y`, optional `y_error` and `x_predicted` (hollow); small is good on both axes."""
-    figure, (axis,) = _figure()
-    places = [(p["x"], p["y"]) for p in points]
-    line = [places[i] for i in pareto(places)]
-    axis.plot(*zip(*line, strict=True), color=GREY, lw=1, ls="--", zorder=1, label="Pareto front")
-    seen: set[str] = set()
-    for p, (x, y) in zip(points, places, strict=True):
-        name = p["name"]
-        kind = name if name in ("found", "original") else "random" if name.startswith("random") else "baseline"
-        color = {"found": RED, "original": BLUE, "random": GREY}.get(kind, GREEN)
-        marker = {"found": "*", "original": "s"}.get(kind, "o")
-        label = kind if kind not in seen else None
-        seen.add(kind)
-        axis.scatter([x], [y], color=color, marker=marker, s=130 if kind == "found" else 36, zorder=3, label=label)
-        predicted = p.get("x_predicted")
-        if predicted is not None:
-            axis.scatter([predicted], [y], edgecolors=color, facecolors="none", marker=marker, s=30, zorder=2)
-            axis.plot([predicted, x], [y, y], color=color, lw=0.6, zorder=2)
-        if p.get("y_error"):
-            axis.errorbar([x], [y], yerr=[p["y_error"]], color=color, lw=1, capsize=2)
-        axis.annotate(name, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=7)
-    axis.set(xlabel=titles[0], ylabel=titles[1])
-    axis.legend(fontsize=7, frameon=False)
-    axis.margins(0.12)
-    return _save(figure, path)
-
-
 def probabilities(rows: Sequence[Mapping[str, Any]], space: SearchSpace, path: Path) -> Path:
     """Heat maps of every dimension's probabilities over the steps; for bits of blocks, their means."""
     steps = [r["step"] for r in rows]

@@ -104,16 +104,6 @@ def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 # ---- Pareto fronts --------------------------------------------------------------------------------------------------
 
 
-def pareto_points(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """Points (x, y) of measured latency and perplexity, and what x is; predicted latency where it was not measured."""
-    measured = all(r["measured_ms"] is not None for r in rows)
-    points = [{"name": r["name"], "x": r["predicted_ms"], "y": r["perplexity"], "x_predicted": None} for r in rows]
-    if not measured:
-        return points, "predicted latency (ms)"
-    points = [{**p, "x": r["measured_ms"], "x_predicted": r["predicted_ms"]} for p, r in zip(points, rows, strict=True)]
-    return points, "latency (ms), measured; hollow: predicted"
-
-
 def pareto(points: Iterable[tuple[float, float]]) -> list[int]:
     """Indices of the non-dominated points, both coordinates to be small, sorted by the first."""
     values = list(points)

@@ -139,6 +139,23 @@ def test_entropy_ignores_bits_of_removed_blocks() -> None:
     assert entropies(certain, SPACE, (2, 0, 1))["heads"] == pytest.approx(0.0, abs=1e-9)
 
 
+def test_the_entropy_term_decides_in_the_second_half(tmp_path: Path) -> None:
+    """κ(t) Σ entropies, against its formula; its gradient makes the likelier size likelier."""
+    space = SearchSpace.from_dict({k: v for k, v in tiny.SPACE.items() if v != "none"})
+    probs = {k: v.clone() for k, v in uniform(space).items()}
+    probs["heads"] = torch.tensor([0.4, 0.6], requires_grad=True)
+    config = tiny.config(tmp_path, tiny.SPACE, search={"steps": 100, "entropy_weight": 2.0})
+    objective = Objective(config, CONFIG, synthetic(space).bind(space))
+    plain = Objective(tiny.config(tmp_path, tiny.SPACE, search={"steps": 100}), CONFIG, objective.bound)
+    assert [objective.entropy_weight(step) for step in (0, 50, 75, 100)] == [0, 0, 1, 2]
+    total = sum(entropies(probs, space, (0, 1, 2)).values())
+    for step, weight in ((50, 0.0), (75, 1.0), (100, 2.0)):
+        with_it, without = objective.regularizer(probs, step)[0], plain.regularizer(probs, step)[0]
+        assert (with_it - without).item() == pytest.approx(weight * total, abs=1e-6)
+    slope = [torch.autograd.grad(o.regularizer(probs, 100)[0], probs["heads"])[0] for o in (objective, plain)]
+    assert (slope[0] - slope[1])[0] > (slope[0] - slope[1])[1]
+
+
 def log_probability(probs: dict[str, torch.Tensor], space: SearchSpace, choice: Choice) -> float:
     total = sum(probs[k][space.sizes(k).index(getattr(choice, k))].double().log() for k in (*WIDTHS, "blocks"))
     for key in ("weight_bits", "act_bits"):

@@ -47,7 +47,7 @@ def text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_everything_is_there(run: Path) -> None:
     names = {p.name for p in run.iterdir()}
     assert {"config.yaml", "env.json", "choice.json", "metrics.jsonl", "eval.json", "report.html", "final"} <= names
-    assert {p.name for p in (run / "plots").iterdir()} >= {"pareto.png", "probabilities.png", "curves.png"}
+    assert {p.name for p in (run / "plots").iterdir()} >= {"probabilities.png", "curves.png"}
     rows = json.loads((run / "eval.json").read_text())
     assert [r["name"] for r in rows] == ["original", "found"]
     assert rows[1]["params"] <= 0.7 * rows[0]["params"]

@@ -13,7 +13,7 @@ from jointnas.convergence import sentences
 from jointnas.markup import document, image, preformatted
 from jointnas.metrics import read_metrics
 from jointnas.objective import absolute
-from jointnas.results import html_table, pareto_points
+from jointnas.results import html_table
 from jointnas.run_folder import read_config, read_json
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.latency import LatencyTable
@@ -42,9 +42,7 @@ def report(run: str) -> Path:
     sections: list[str] = []
     rows = read_json(folder / "eval.json")
     if rows:
-        points, what = pareto_points(rows)
-        path = plots.pareto_front(points, pictures / "pareto.png", (what, "held-out perplexity"))
-        sections += ["<h2>Result</h2>", html_table(rows), image(path)]
+        sections += ["<h2>Result</h2>", html_table(rows)]
     ends = sentences(folder)
     if ends:
         sections += ["<h2>Convergence</h2>", *(f"<p>{html.escape(line)}</p>" for line in ends)]
