@@ -117,7 +117,7 @@ def test_penalty_is_the_relative_violation(tmp_path: Path) -> None:
         "expectation": None,
     }
     for kind, want in excess.items():
-        search = {"budget_max": 0.2, "lambda_ramp": 0.5, "steps": 100, "penalty": kind}
+        search = {"budget_max": 0.2, "lambda_budget": 20, "lambda_ramp": 0.5, "steps": 100, "penalty": kind}
         config = tiny.config(tmp_path, tiny.NO_BITS, search=search, target_latency_ms=target)
         objective = Objective(config, CONFIG, bound)
         total, parts = objective.regularizer(probs, step=25)
@@ -146,13 +146,14 @@ def test_the_entropy_term_decides_in_the_second_half(tmp_path: Path) -> None:
     probs["heads"] = torch.tensor([0.4, 0.6], requires_grad=True)
     config = tiny.config(tmp_path, tiny.SPACE, search={"steps": 100, "entropy_weight": 2.0})
     objective = Objective(config, CONFIG, synthetic(space).bind(space))
-    plain = Objective(tiny.config(tmp_path, tiny.SPACE, search={"steps": 100}), CONFIG, objective.bound)
+    plain = tiny.config(tmp_path, tiny.SPACE, search={"steps": 100, "entropy_weight": 0})
+    without_it = Objective(plain, CONFIG, objective.bound)
     assert [objective.entropy_weight(step) for step in (0, 50, 75, 100)] == [0, 0, 1, 2]
     total = sum(entropies(probs, space, (0, 1, 2)).values())
     for step, weight in ((50, 0.0), (75, 1.0), (100, 2.0)):
-        with_it, without = objective.regularizer(probs, step)[0], plain.regularizer(probs, step)[0]
+        with_it, without = objective.regularizer(probs, step)[0], without_it.regularizer(probs, step)[0]
         assert (with_it - without).item() == pytest.approx(weight * total, abs=1e-6)
-    slope = [torch.autograd.grad(o.regularizer(probs, 100)[0], probs["heads"])[0] for o in (objective, plain)]
+    slope = [torch.autograd.grad(o.regularizer(probs, 100)[0], probs["heads"])[0] for o in (objective, without_it)]
     assert (slope[0] - slope[1])[0] > (slope[0] - slope[1])[1]
 
 

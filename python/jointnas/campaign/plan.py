@@ -120,7 +120,8 @@ def check(config: CompareConfig, space: SearchSpace) -> dict[str, Method]:
 
 
 def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_config: Any) -> list[Unit]:
-    """All units, the original first. `space`: without what the device cannot run.
+    """All units, the original first, then seed by seed: what has ended of a campaign that was cut off can be compared.
+    `space`: without what the device cannot run.
 
     Raises:
         JointNASError: as `check`, or a target that nothing reaches.
@@ -137,19 +138,22 @@ def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_c
     numbers: dict[str, list[int | None]] = {"random": list(range(options.randoms))}
     if "exhaustive" in chosen:
         numbers["exhaustive"] = list(range(count(space)))
-    return [Unit(ORIGINAL, options.seeds[0])] + [
-        Unit(name, seed, target, precision, number)
-        for name, method in chosen.items()
-        for precision in (bits if method.precise else [None])
-        for target in (targets if method.targeted else [None])
-        for seed in options.seeds
-        for number in numbers.get(name, [None])
-    ] + [
-        Unit(JOINT, seed, target, variant=name, quantizers=None if starts_alike(config, changed) else name)
-        for name, changed in ((name, variant(config, name)) for name in options.variants)
-        for target in targets
-        for seed in options.seeds
-    ]  # fmt: skip
+    variants = {name: variant(config, name) for name in options.variants}
+    units = [Unit(ORIGINAL, options.seeds[0])]
+    for seed in options.seeds:
+        units += [
+            Unit(name, seed, target, precision, number)
+            for name, method in chosen.items()
+            for precision in (bits if method.precise else [None])
+            for target in (targets if method.targeted else [None])
+            for number in numbers.get(name, [None])
+        ]  # fmt: skip
+        units += [
+            Unit(JOINT, seed, target, variant=name, quantizers=None if starts_alike(config, changed) else name)
+            for name, changed in variants.items()
+            for target in targets
+        ]
+    return units
 
 
 def targets_of(config: CompareConfig, space: SearchSpace, table: LatencyTable) -> list[float]:
