@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import campaigns
 from benchmarks.headline import headline
 from benchmarks.overview import overview
 from benchmarks.rows import Row, slug, table
@@ -73,7 +74,7 @@ def devices() -> dict[str, dict[str, list[Row]]]:
 
 def summary() -> str:
     """What README shows."""
-    parts = []
+    parts = [campaigns.headline()]
     for device, topics in devices().items():
         rows = [r for topic in topics.values() for r in topic]
         dates, torches = sorted({r["date"][:10] for r in rows}), sorted({r["torch"] for r in rows})
@@ -81,16 +82,16 @@ def summary() -> str:
         if lines:
             body = table(["what", "ours", "peer, same run", "ours / peer"], lines)
             parts.append(f"### {device}\n\ntorch {', '.join(torches)}; {' to '.join(dates)}\n\n{body}")
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def sections() -> str:
     """All tables of all devices."""
-    parts = []
+    parts = [campaigns.section()]
     for device, topics in devices().items():
         texts = [render(topics[t], device) for t, render in SECTIONS.items() if t in topics]
         parts.append(f"## {device}\n\n" + "\n\n".join(t for t in texts if t))
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def draw() -> None:
