@@ -2,9 +2,9 @@
 
 Every step is one weight step (CE on the weight data, architecture drawn, LoRA trained) and one architecture step (CE on
 the architecture data + objective, LoRA frozen, logits trained). It ends when every dimension is decided, or at the hard
-cap. Then the most probable choice is checked against the hard limits and, if need be, replaced by the most probable one
-that satisfies them. Under a target latency the likeliest choices within it are compared by their losses, and what the
-best one leaves of it is spent (`spending`).
+cap. Then the most probable choice is checked against the hard limits. Where it takes longer than a target latency, the
+steps down that cost least bring it there, and what it leaves of the target is spent (`spending`); where it breaks
+another limit, the most probable one that satisfies all is taken.
 
 All randomness of a step is a function of (seed, step), so a killed run resumes bit-identically on the CPU.
 """
@@ -26,7 +26,7 @@ from jointnas.losses import Loss, Losses, cross_entropy
 from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies, original_params, stopping_entropy
 from jointnas.run_folder import Found, Run, restore, save, write_json, write_start
-from jointnas.spending import spend
+from jointnas.spending import fit, spend
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import count_params
@@ -166,16 +166,16 @@ def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds:
     argmax = run.as_deployed(run.supernet.argmax())
     violations = check.violations(argmax)
     choice = argmax
-    if violations:
-        choice = check.repair(probs)
-        log.warning(
-            "the most probable choice breaks the limits (%s); nearest feasible: %s", "; ".join(violations), choice
-        )
     evaluated = 0
-    if objective.limits.latency_max < math.inf and run.config.search.compared > 1:
+    if objective.limits.latency_max < math.inf:
         losses = Losses(run, run.folder / f"losses-{step}.json", run.config.search.gap_batches)
-        choice = spend(run, check, check.likeliest(probs, run.config.search.compared), losses)
+        choice = fit(run, check, argmax, losses) or check.repair(probs)
+        choice = spend(run, check, choice, losses)
         evaluated = losses.tokens
+    elif violations:
+        choice = check.repair(probs)
+    if violations:
+        log.warning("the most probable choice breaks the limits (%s); instead: %s", "; ".join(violations), choice)
     found = Found(
         choice, argmax, violations, converged, step, run.bound.predict(choice), count_params(run.model_config, choice),
         seconds, evaluated,

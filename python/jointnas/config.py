@@ -164,10 +164,6 @@ class SearchConfig(Section):
     entropy_stop_on: Literal["max", "mean"] = Field(
         default="max", description="all of them, or their mean over the dimensions (the paper's Eq. 4)"
     )
-    compared: int = Field(
-        default=4, ge=1, description="with a target latency: how many of the likeliest choices within it are compared; "
-        "what the best one leaves of it is spent where the loss falls most per ms. 1: the likeliest as it is",
-    )  # fmt: skip
     log_every: int = Field(default=10, ge=1)
     gap_every: int = Field(default=50, ge=1, description="how often the discretisation gap is measured")
     gap_batches: int = Field(default=2, ge=1)

@@ -183,18 +183,13 @@ class Feasibility:
         return found
 
     def repair(self, probs: Probs) -> Choice:
-        """The most probable choice that satisfies every limit."""
-        return self.likeliest(probs, 1)[0]
-
-    def likeliest(self, probs: Probs, count: int) -> list[Choice]:
-        """The most probable choices that satisfy every limit, at most `count` of them, of different structures or
-        precisions of the head, most probable first.
+        """The most probable choice that satisfies every limit.
 
         Structures (widths and depth), each with every precision of the head, are tried from the most probable on, until
-        none that is left can be among them. Each takes the most probable bits that fit into its latency (`knapsack`).
+        none that is left can be it. Each takes the most probable bits that fit into its latency (`knapsack`).
 
         Raises:
-            Infeasible: there are none.
+            Infeasible: there is none.
         """
         p = {k: v.detach().double().clamp_min(1e-12).log() for k, v in probs.items()}
         total = p["hidden"]
@@ -205,22 +200,21 @@ class Feasibility:
         none = torch.zeros(self.space.depth, 1, dtype=torch.float64)
         bits = p.get("weight_bits", none)[:, :, None] + p.get("act_bits", none)[:, None, :]  # [blocks, W, A]
         most = bits.flatten(1).amax(1).sum().item()  # of any bits
-        best: list[tuple[float, Choice]] = []
+        best: tuple[float, Choice] | None = None
         values, order = total[self.space.allowed].flatten().sort(descending=True)  # as `structures`
         for score, index in zip(values.tolist(), order.tolist(), strict=True):
-            if len(best) == count and score + most <= best[-1][0]:
+            if best is not None and score + most <= best[0]:
                 break
             structure = replace(self.structures[index // len(heads)], head_bits=heads[index % len(heads)])
             params = count_params(self.model_config, structure)
             if not self.limits.params_min <= params <= self.limits.params_max:
                 continue
             found = self._fit_bits(structure, bits)
-            if found is not None:
-                best.append((score + found[0], found[1]))
-                best = sorted(best, key=lambda entry: -entry[0])[:count]
-        if not best:
+            if found is not None and (best is None or score + found[0] > best[0]):
+                best = (score + found[0], found[1])
+        if best is None:
             raise Infeasible(self._nothing())
-        return [choice for _, choice in best]
+        return best[1]
 
     def _nothing(self) -> str:
         sizes = {structure: count_params(self.model_config, structure) for structure in self.structures}

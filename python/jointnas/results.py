@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from jointnas.markup import table
 
 BUSY = "measured while the machine was not in the state that its latency table was made in; do not rely on it"
+MANY = 4  # models: text has their mean accuracies alone, not a column of each for every task
 APART = "measurement and prediction differ by more than the latency table's calibration allows; one of them is wrong"
 
 
@@ -40,6 +42,8 @@ def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     decodes = any(row.get("decode_ms") is not None for row in rows)
     header = ["model", "parameters", "MB", "measured ms", "predicted ms", *["decode ms"] * decodes]
     header += [f"perplexity{context}", *["without BOS"] * both]
+    accuracies = len(rows) >= MANY and any(row["tasks"] for row in rows)
+    header += ["accuracy %"] * accuracies
     cells = []
     for row in rows:
         values = [row["name"], f"{row['params']:,}", f"{row['bytes'] / 1e6:.2f}"]
@@ -49,7 +53,9 @@ def columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
         values += ["–" if decode is None else f"{decode:.3f}"] * decodes
         values.append(f"{row['perplexity']:.2f}")
         without = row.get("perplexity_without_bos")
-        cells.append([*values, *["–" if without is None else f"{without:.2f}"] * both])
+        values += ["–" if without is None else f"{without:.2f}"] * both
+        found = [100 * task["acc"] for task in row["tasks"].values()]
+        cells.append([*values, *[f"{statistics.mean(found):.1f}" if found else "–"] * accuracies])
     return header, cells
 
 
@@ -72,7 +78,7 @@ def task_columns(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[s
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as text, and their tasks below."""
     lines = aligned(*columns(rows)) + notes(rows)
-    if any(row["tasks"] for row in rows):
+    if len(rows) < MANY and any(row["tasks"] for row in rows):
         lines += ["", *aligned(*task_columns(rows))]
     return "\n".join(lines)
 

@@ -1,11 +1,17 @@
-"""The choice that a search under a target ends with: the best feasible one, not the most probable one, and with nothing
-left of the target that would lower the loss.
+"""The choice that a search under a target ends with: within it, and nothing left of it that would lower the loss.
 
-The likeliest choices within the target are compared by their losses on the architecture's data, without training. From
-the best one on, every step up in one place that the target leaves room for is tried alone: the weight or the activation
-bits of one block, the bits of the head, a width, the number of blocks. Those that lower the loss are made, the largest
-fall per millisecond first, as long as there is room; or the best one alone, where that is better. So again, until
-nothing helps.
+From the most probable choice on, as long as it takes longer than the target, every step down in one place is tried
+alone: the weight or the activation bits of one block, the bits of the head, a width, the number of blocks. Of those
+that are enough the one of least loss is made; where none is, those that raise the loss least per millisecond, and
+again. (The most probable choice within the target can be far: where everything is decided, one block's bits are as
+improbable as another architecture.)
+
+Then every step up that the target leaves room for is tried alone. Those that lower the loss are made, the largest fall
+per millisecond first, as long as there is room; or the best one alone, where that is better. So again, until nothing
+helps.
+
+Losses are those of the architecture's data, without training. Between far choices they would mislead: low bits, which
+training through the quantizers mends, weigh too much in them against missing channels and blocks, which it does not.
 """
 
 from __future__ import annotations
@@ -17,26 +23,60 @@ from dataclasses import replace
 from jointnas.losses import Losses
 from jointnas.objective import Feasibility
 from jointnas.run_folder import Run
-from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, kept_blocks
+from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, count_params, kept_blocks
 
 log = logging.getLogger(__name__)
 ROUNDS = 4
-LEAST = 1e-9  # ms that a step counts as at least: one may even be faster
+LEAST = 1e-9  # ms that a step up counts as at least: one may even be faster
 Step = tuple[str, int | None, int]  # dimension, block (None: no bits of one), new size
 
 
-def spend(run: Run, check: Feasibility, likeliest: Sequence[Choice], losses: Losses) -> Choice:
-    """The best of feasible choices, and what the target leaves spent on it."""
-    first = choice = min(likeliest, key=losses.of_deployed)
+def fit(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> Choice | None:
+    """A choice after as few steps down as bring it within the target, None: they do not, or it breaks another limit."""
+    params, limits = count_params(run.model_config, choice), check.limits
+    while check.violations(choice):
+        if not limits.params_min <= params <= limits.params_max:
+            return None
+        try:
+            ms = run.bound.predict(choice)
+        except JointNASError:  # infeasible bits
+            return None
+        loss = losses.of_deployed(choice)
+        faster: list[tuple[float, Step]] = []
+        enough: list[Choice] = []
+        for step in steps(run.deployed, choice, run.supernet.block_rank, up=False):
+            one = after(choice, step)
+            try:
+                saved = ms - run.bound.predict(one)
+            except JointNASError:  # infeasible bits
+                continue
+            if saved > 0:
+                faster.append(((losses.of_deployed(one) - loss) / saved, step))
+                enough += [] if check.violations(one) else [one]
+        if enough:
+            return min(enough, key=losses.of_deployed)
+        if not faster:
+            return None
+        for _, step in sorted(faster, key=lambda entry: entry[0]):
+            more = after(choice, step)
+            if not check.violations(more):
+                break  # the last step is one of those that are enough
+            choice = more
+    return choice
+
+
+def spend(run: Run, check: Feasibility, first: Choice, losses: Losses) -> Choice:
+    """A feasible choice, and what the target leaves spent on it."""
+    choice = first
     for _ in range(ROUNDS):
         better = _round(run, check, choice, losses)
         if better is None:
             break
         choice = better
     log.info(
-        "the best of %d choices has loss %.4f at %.3f ms; what it leaves of the target brings it to %.4f at %.3f ms",
-        len(likeliest), losses.of_deployed(first), run.bound.predict(first), losses.of_deployed(choice),
-        run.bound.predict(choice),
+        "loss %.4f at %.3f ms; what that leaves of the target brings it to %.4f at %.3f ms",
+        losses.of_deployed(first), run.bound.predict(first), losses.of_deployed(choice), run.bound.predict(choice),
     )  # fmt: skip
     return choice
 
@@ -63,14 +103,14 @@ def _round(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> Choi
     return min((together, alone), key=losses.of_deployed)
 
 
-def steps(space: SearchSpace, choice: Choice, block_rank: Sequence[int]) -> Iterator[Step]:
-    """To the next size of every dimension, of bits for each block that is kept."""
+def steps(space: SearchSpace, choice: Choice, block_rank: Sequence[int], up: bool = True) -> Iterator[Step]:
+    """To the next size of every dimension, of bits for each block that is kept; or to the one before it."""
     for key in BITS:
         bits = getattr(choice, key)
         for block in kept_blocks(block_rank, choice.blocks) if bits else ():
-            yield from ((key, block, size) for size in _next(space, key, bits[block]))
+            yield from ((key, block, size) for size in _next(space, key, bits[block], up))
     for key in ("head_bits", *STRUCTURE):
-        yield from ((key, None, size) for size in _next(space, key, getattr(choice, key)))
+        yield from ((key, None, size) for size in _next(space, key, getattr(choice, key), up))
 
 
 def after(choice: Choice, step: Step) -> Choice:
@@ -83,6 +123,8 @@ def after(choice: Choice, step: Step) -> Choice:
     return replace(choice, **{key: value})  # type: ignore[arg-type]
 
 
-def _next(space: SearchSpace, key: str, size: int | None) -> tuple[int, ...]:
-    larger = tuple(s for s in space.sizes(key) if size is not None and s > size)
-    return larger[:1]
+def _next(space: SearchSpace, key: str, size: int | None, up: bool) -> tuple[int, ...]:
+    if size is None:
+        return ()
+    larger, smaller = (tuple(s for s in space.sizes(key) if s > size), tuple(s for s in space.sizes(key) if s < size))
+    return larger[:1] if up else smaller[-1:]

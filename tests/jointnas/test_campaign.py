@@ -85,7 +85,7 @@ def test_every_method_ends_in_a_model_within_the_target(every: Path) -> None:
 
 def test_the_page_says_what_the_summary_says(every: Path) -> None:
     page, rows = (every / "report.html").read_text(), rows_of(every)
-    assert f"{len(rows)} of {len(rows)} units have ended" in page
+    assert f"{len(rows)} of {len(rows)}</a> units have ended" in page
     assert "predicted by the latency table" in page
     assert all(f"units/{row['unit']}/row.json" in page for row in rows)
     found = json.loads(json.dumps(Campaign.load(every).found))

@@ -7,32 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from jointnas.losses import Losses
-from jointnas.objective import Feasibility, Infeasible, Limits
+from jointnas.objective import Feasibility, Limits
 from jointnas.precision import Precision
 from jointnas.preparation import prepare
-from jointnas.spending import after, spend, steps
+from jointnas.spending import after, fit, spend, steps
 from jointnas_kernels.space import Choice, SearchSpace, kept_blocks
 from tests.jointnas import tiny
-from tests.jointnas.test_parts import log_probability, uniform
-from tests.latency.tables import CONFIG, synthetic
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_likeliest_feasible_choices(seed: int) -> None:
-    space = SearchSpace((64, 128), (2, 4), (16, 32), (64, 128, 192), (1, 2, 3))
-    bound = synthetic(space).bind(space, (1, 2, 0))
-    torch.manual_seed(seed)
-    probs = {k: (2 * torch.randn_like(v)).softmax(-1) for k, v in uniform(space).items()}
-    check = Feasibility(CONFIG, bound, Limits(latency_max=sorted(bound.predict(c) for c in space)[30]))
-    found = check.likeliest(probs, 5)
-    feasible = [c for c in space if not check.violations(c)]
-    assert found == sorted(feasible, key=lambda c: -log_probability(probs, space, c))[:5]
-    assert check.likeliest(probs, 1000) == sorted(feasible, key=lambda c: -log_probability(probs, space, c))
-    with pytest.raises(Infeasible):
-        Feasibility(CONFIG, bound, Limits(latency_max=1e-6)).likeliest(probs, 3)
+from tests.latency.tables import synthetic
 
 
 def test_steps_go_to_the_next_size_of_kept_blocks() -> None:
@@ -66,27 +49,53 @@ def test_nothing_that_would_help_is_left(tmp_path: Path, target: float) -> None:
     config = tiny.config(tmp_path, target_latency_ms=target)
     run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
     check, losses = Feasibility(run.model_config, run.bound, Limits(latency_max=target)), Made(run)
-    start = [Choice(64, 2, 16, 64, 2, (4, 4, 4), (8, 8, 8)), Choice(64, 2, 16, 64, 1, (8, 4, 4), (8, 8, 8))]
+    start = Choice(64, 2, 16, 64, 2, (4, 4, 4), (8, 8, 8))
     found = spend(run, check, start, losses)
     assert not check.violations(found)
-    assert losses.of(found) <= min(losses.of(c) for c in start)
+    assert losses.of(found) <= losses.of(start)
     rest = [after(found, step) for step in steps(run.space, found, run.supernet.block_rank)]
     assert all(check.violations(c) or losses.of(c) >= losses.of(found) for c in rest)
     if target == 9.0:
         assert losses.of(found) == losses.of(run.space.full())
 
 
+@pytest.mark.parametrize("target", [0.15, 0.2, 0.3, 0.5])
+def test_steps_down_reach_the_target(tmp_path: Path, target: float) -> None:
+    """No more than needed; the one of least loss where one is enough."""
+    config = tiny.config(tmp_path, target_latency_ms=target)
+    run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
+    check, losses = Feasibility(run.model_config, run.bound, Limits(latency_max=target)), Made(run)
+    full = run.space.full()
+    found = fit(run, check, full, losses)
+    assert found is not None
+    assert not check.violations(found)
+    last = [after(found, step) for step in steps(run.space, found, run.supernet.block_rank)]
+    assert any(check.violations(choice) for choice in last), "one step less would not do"
+    down = [after(full, step) for step in steps(run.space, full, run.supernet.block_rank, up=False)]
+    for limit in sorted(map(run.bound.predict, down)):
+        check = Feasibility(run.model_config, run.bound, Limits(latency_max=limit))
+        enough = [choice for choice in down if not check.violations(choice)]
+        assert fit(run, check, full, losses) == min(enough, key=losses.of)
+
+
+def test_other_limits_are_not_met_by_steps_down(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path, target_latency_ms=0.3)
+    run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
+    full, losses = run.space.full(), Made(run)
+    for limits in (Limits(params_max=10, latency_max=0.3), Limits(latency_max=1e-6)):
+        assert fit(run, Feasibility(run.model_config, run.bound, limits), full, losses) is None
+
+
 def test_the_search_ends_with_it(tmp_path: Path) -> None:
-    """No worse than the likeliest choice; without a target nothing changes; a search without bits spends on sizes."""
-    ends = {}
-    for compared in (1, 4):
-        search = {"compared": compared}
-        run, found = tiny.search(tiny.config(tmp_path / str(compared), target_latency_ms=0.4, search=search))
-        losses = Losses(run, tmp_path / f"{compared}.json", run.config.search.gap_batches)
-        ends[compared] = losses.of(found.choice)
-        assert found.predicted_ms <= 0.4
-        assert (found.evaluated > 0) == (compared > 1)
-    assert ends[4] <= ends[1]
+    """Without a target nothing changes; a search without bits spends on sizes."""
+    run, found = tiny.search(tiny.config(tmp_path / "aimed", target_latency_ms=0.4))
+    check = Feasibility(run.model_config, run.bound, Limits(latency_max=0.4))
+    losses = Losses(run, tmp_path / "losses.json", run.config.search.gap_batches)
+    assert found.predicted_ms <= 0.4
+    assert found.evaluated > 0
+    fitted = fit(run, check, found.argmax, losses)
+    assert fitted is not None
+    assert losses.of(found.choice) <= losses.of(fitted)
     _, free = tiny.search(tiny.config(tmp_path / "free"))
     assert free.choice == free.argmax
     assert free.evaluated == 0
@@ -94,6 +103,6 @@ def test_the_search_ends_with_it(tmp_path: Path) -> None:
     run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()), after=Precision(4, 8))
     check = Feasibility(run.model_config, run.bound, Limits(latency_max=0.4))
     start = run.as_deployed(run.space.structures()[0])
-    found = spend(run, check, [start], Made(run))
+    found = spend(run, check, start, Made(run))
     assert set(found.weight_bits or ()) == {4}
     assert run.bound.predict(found) > 1.5 * run.bound.predict(start)

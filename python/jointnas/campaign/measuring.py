@@ -28,7 +28,8 @@ FILE = "measured.json"
 
 
 def measured(base: Base, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`measured_ms` and `contended` by unit, of rows that ended in a model; empty on another device than the table's.
+    """`measured_ms`, `contended` and `apart` (`results.Row`) by unit, of rows that ended in a model; empty on another
+    device than the table's.
 
     Known ones are kept if they are those of all rows: models measured at different times are not compared."""
     path, done = base.out / FILE, [row for row in rows if row["status"] == "done"]
@@ -54,8 +55,11 @@ def measured(base: Base, rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[st
     makers = [functools.partial(maker, row) for row in done]
     found = measure_in_turns(makers, [row["params"] * itemsize for row in done], table)
     values = {
-        row["unit"]: {"measured_ms": one.value, "contended": bool(one.contended)}
+        row["unit"]: {
+            "measured_ms": one.value, "contended": bool(one.contended),
+            "apart": abs(row["predicted_ms"] / one.value - 1) > table.tolerance,
+        }
         for row, one in zip(done, found, strict=True)
-    }
+    }  # fmt: skip
     write_json(path, values)
     return values

@@ -25,6 +25,7 @@ from jointnas.campaign.statistics import KINDS, comparison, latency_of, shown, s
 from jointnas.campaign.worker import ROW
 from jointnas.config import CompareConfig, build
 from jointnas.markup import document, image, preformatted, table
+from jointnas.results import notes
 from jointnas.run_folder import read_json, write_text
 from jointnas_kernels.space import STRUCTURE, Choice, kept_blocks, read_yaml
 
@@ -143,8 +144,8 @@ def miss(row: Row) -> float:
 
 
 def latency(row: Row) -> str:
-    """Measured latency; marked where something disturbed it."""
-    return number(row.get("measured_ms")) + (" *" if row.get("contended") else "")
+    """Measured latency; marked where it cannot be relied on."""
+    return number(row.get("measured_ms")) + (" *" if row.get("contended") or row.get("apart") else "")
 
 
 # ---- parts: each yields HTML, nothing where there is nothing to say --------------------------------------------------
@@ -162,10 +163,7 @@ def opening(campaign: Campaign) -> Iterator[str]:
     column = "measured, all models in turns" if found["latency"] == "measured_ms" else "predicted by the latency table"
     models = f": {found['models']} models, {found['infeasible']} infeasible. Latencies are {column}" if ended else ""
     yield f"<p>{count} units have ended{models}.</p>"
-    for caveat in dict.fromkeys(row["caveat"] for row in campaign.rows if row.get("caveat")):
-        yield f"<p>Note: {html.escape(caveat)}</p>"
-    if any(row.get("contended") for row in campaign.rows):
-        yield "<p>* measured while something else disturbed the machine.</p>"
+    yield from (f"<p>{html.escape(note)}</p>" for note in notes(campaign.rows))
 
 
 def verdict(found: Mapping[str, Any], kind: str) -> str:

@@ -15,7 +15,7 @@ from jointnas.run_folder import read_json, write_json, write_text
 
 log = logging.getLogger(__name__)
 RESULTS = "results.jsonl"
-MEASURED = ("measured_ms", "contended")  # what the last stage adds to a row
+MEASURED = ("measured_ms", "contended", "apart")  # what the last stage adds to a row
 
 
 def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait as wait_for
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from jointnas.campaign.plan import Shared, Unit
 from jointnas.campaign.worker import Base, work
@@ -60,7 +61,7 @@ def run(base: Base, tasks: Sequence[Task]) -> Iterator[Task]:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, spawn, _begin, (threads,)) as pool:
         try:
-            yield from _spread(pool, base.config, tasks)
+            yield from _spread(pool, base.config.model_copy(update={"progress": False}), tasks)
         except BrokenProcessPool:
             why = "compare: a worker process was killed (too little memory?); continue with --resume"
             raise JointNASError(why) from None
@@ -85,8 +86,9 @@ def _spread(pool: ProcessPoolExecutor, config: CompareConfig, tasks: Sequence[Ta
 
 
 def _begin(threads: int) -> None:
-    """Of a worker: its threads, and that it ends with its parent."""
+    """Of a worker: its threads, no bars beside the parent's, and that it ends with its parent."""
     torch.set_num_threads(threads)
+    disable_progress_bar()
     parent = multiprocessing.parent_process()
     assert parent is not None
     sentinel = parent.sentinel
