@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.rows import table
+from benchmarks.rows import PLOTS, table
+from jointnas.campaign.page import Campaign, draw
 from jointnas.campaign.plan import ORIGINAL, reference_of
 from jointnas.campaign.statistics import comparison, latency_of, summary
 from jointnas.config import CompareConfig, build
@@ -108,11 +109,21 @@ def opening(of: Rows) -> str:
     )
 
 
+def picture(of: Rows, folder: str) -> str:
+    return f"![Latency and perplexity of the models of {of.name}]({folder}/{of.name}.png)"
+
+
+def draw_all() -> None:
+    """A plot of every comparison."""
+    for of in campaigns():
+        draw(Campaign.load(CAMPAIGNS / of.name), PLOTS / f"{of.name}.png")
+
+
 def headline() -> str:
     """What README shows: every comparison at its targets."""
     parts = [
         f"**{opening(of)}**; best model within each latency, ratio: {of.reference}'s perplexity over the peer's\n\n"
-        f"{at_targets(of)}"
+        f"{at_targets(of)}\n\n{picture(of, 'docs/plots')}"
         for of in campaigns()
     ]
     return "\n\n".join(["### Joint search against sequential pipelines, at one budget", *parts]) if parts else ""
@@ -127,6 +138,6 @@ def section() -> str:
         many = sum(row["method"] != ORIGINAL for row in of.done)
         parts.append(
             f"**{opening(of)}**; {many} models, {column} latency, intervals of {found['confidence']:.0%} over "
-            f"seeds\n\n{at_targets(of)}\n\n{table(*comparison(found, 'cross_entropy'))}"
+            f"seeds\n\n{at_targets(of)}\n\n{table(*comparison(found, 'cross_entropy'))}\n\n{picture(of, 'plots')}"
         )
     return "\n\n".join(["## Comparisons of methods", *parts]) if parts else ""

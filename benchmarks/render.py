@@ -102,6 +102,7 @@ def draw() -> None:
             if topic in topics:
                 plot(topics[topic], device)
     overview(found)
+    campaigns.draw_all()
 
 
 def texts() -> dict[Path, str]:

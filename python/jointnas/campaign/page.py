@@ -192,14 +192,30 @@ def verdict(found: Mapping[str, Any], kind: str) -> str:
 
 def fronts(campaign: Campaign) -> Iterator[str]:
     """One picture of all models, a point per method, precision and target."""
+    path = draw(campaign, campaign.folder / "plots" / "fronts.png")
+    if path is None:
+        return
+    yield f"<h2>Fronts</h2>{image(path)}"
+    hollow = " Hollow: predicted latency." if latency_of(campaign.done) == "measured_ms" else ""
+    yield (
+        "<p>A point per method, precision and target: the mean over its seeds (of perplexity, the geometric one), bars "
+        "from the lowest to the highest. A line joins a method's points that no other of it dominates; the others are "
+        f"grey.{hollow}</p>"
+    )
+    left = [linked(row["unit"], row) for row in campaign.done if not math.isfinite(row["ce"])]
+    if left:
+        yield f"<p>Not drawn, as their perplexity is not finite: {', '.join(left)}.</p>"
+
+
+def draw(campaign: Campaign, path: Path) -> Path | None:
+    """The picture of `fronts`; None: there is no model to draw."""
     column = latency_of(campaign.done)
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in campaign.done:
         if math.isfinite(row["ce"]):
             groups[row["method"], row["pipeline"], row["target_ms"], row["number"]].append(row)
-    left = [linked(row["unit"], row) for row in campaign.done if not math.isfinite(row["ce"])]
     if not groups:
-        return
+        return None
     measured = column == "measured_ms"
     points = [
         {
@@ -210,15 +226,7 @@ def fronts(campaign: Campaign) -> Iterator[str]:
         for (method, *_), rows in groups.items()
     ]  # fmt: skip
     titles = (f"{'measured' if measured else 'predicted'} latency (ms)", "held-out perplexity")
-    yield "<h2>Fronts</h2>"
-    yield image(plots.fronts(points, styles(campaign), campaign.folder / "plots" / "fronts.png", titles))
-    yield (
-        "<p>A point per method, precision and target: the mean over its seeds (of perplexity, the geometric one), bars "
-        "from the lowest to the highest. A line joins a method's points that no other of it dominates; the others are "
-        f"grey.{' Hollow: predicted latency.' if measured else ''}</p>"
-    )
-    if left:
-        yield f"<p>Not drawn, as their perplexity is not finite: {', '.join(left)}.</p>"
+    return plots.fronts(points, styles(campaign), path, titles)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
