@@ -32,7 +32,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "build" / "gpu-package.tar.gz"
-SITE, CACHE = ROOT / "build" / "site", ROOT / "build" / "triton"  # packages, Triton's cache
+SITE = ROOT / "build" / f"site-{sys.implementation.cache_tag}"  # packages
+CACHE = ROOT / "build" / "triton"  # compiled kernels
 MANIFEST, MODULE = "manifest.json", "jointnas_kernels"
 MOST = 64 << 20  # bytes of a package: what is copied to such a machine at once
 ASK = """import json, sysconfig
@@ -145,11 +146,11 @@ def load(file: Path, root: Path = ROOT) -> list[str]:
             there, found = Path(scratch), ["extension"]
             (there / MODULE / f"_C{suffix}").replace(root / MODULE / f"_C{suffix}")
             if (there / "site").is_dir():
-                shutil.copytree(there / "site", root / "build" / "site", dirs_exist_ok=True)
+                shutil.copytree(there / "site", root / "build" / SITE.name, dirs_exist_ok=True)
                 found.append("packages")
             if (there / "triton").is_dir() and manifest["triton"] == triton_version():
-                shutil.copytree(there / "triton", root / "build" / "triton", dirs_exist_ok=True)
-                relocate(root / "build" / "triton")
+                shutil.copytree(there / "triton", root / "build" / CACHE.name, dirs_exist_ok=True)
+                relocate(root / "build" / CACHE.name)
                 found.append("Triton's cache")
             elif (there / "triton").is_dir():
                 print(f"its cache is of Triton {manifest['triton']}, here is {triton_version() or 'none'}: left out")

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -42,9 +43,11 @@ PR_SET_PDEATHSIG = 1
 Plan = Callable[[Path, argparse.Namespace], list[Stage]]
 
 
-def die_with_parent() -> None:
-    """Runs in a stage before it starts: where only this run is killed, nobody would end its stage."""
+def die_with(parent: int) -> None:
+    """Runs in a stage before it starts: where only this run is killed, nobody else would end its stage."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before it was asked for
+        os._exit(1)
 
 
 def shares(stages: Sequence[Stage], seconds: float) -> list[float]:
@@ -117,7 +120,7 @@ class Run:
             try:
                 process = subprocess.Popen(
                     command, cwd=ROOT, env=env | stage.env, stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=subprocess.STDOUT, process_group=0, preexec_fn=die_with_parent,
+                    stderr=subprocess.STDOUT, process_group=0, preexec_fn=partial(die_with, os.getpid()),
                 )  # fmt: skip
             except OSError as error:
                 log.write(f"FAILED to start: {error}\n".encode())

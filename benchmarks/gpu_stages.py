@@ -25,7 +25,8 @@ CAPS = {
 ASKED = {"ceilings": 40, "masks": 90, "sweep": 90, "search": 90, "compiled": 150}  # seconds; only with --stages
 # first those that no GPU has run since they changed; then the others, by name
 NEVER_RUN = ("test_runtime", "test_nan", "test_load", "test_backends", "test_quant", "test_lowbit")
-CONFIGURED = ("pydantic", "jsonargparse")  # what `jointnas` reads its configurations with
+MEASURES = ("pydantic",)  # tables and configurations are read with it
+CONFIGURED = (*MEASURES, "jsonargparse")  # of the command line
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,14 @@ def plan(out: Path, args: argparse.Namespace) -> list[Stage]:
         stage("test", [*pytest, *workers]),
         # without the cache of memory an overrun lands outside of the allocator's own big block
         stage("sanitize", [*memcheck, *ops], resumes=False, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        stage("gemm", bench("gemm")),
-        stage("kernels", bench("kernels", "--no-compile")),
-        stage("step", bench("step")),
+        stage("gemm", bench("gemm"), needs=MEASURES),
+        stage("kernels", bench("kernels", "--no-compile"), needs=MEASURES),
+        stage("step", bench("step"), needs=MEASURES),
         stage("table", [*profile, "--out", str(table), "--resume", "true"], needs=CONFIGURED),
-        stage("decode", bench("decode", "--model", "blocks", "--no-compile"), needs=CONFIGURED),
+        stage("decode", bench("decode", "--model", "blocks", "--no-compile"), needs=MEASURES),
         stage("smollm2", search, needs=CONFIGURED, without="" if args.model else "no --model FOLDER of SmolLM2"),
-        stage("ceilings", bench("ceilings")),
-        stage("masks", bench("masks")),
+        stage("ceilings", bench("ceilings"), needs=MEASURES),
+        stage("masks", bench("masks"), needs=MEASURES),
         stage("sweep", bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16", "64", "512")),
         stage(
             "search", bench("search", "--table", args.table or "", "--workers", "8"), needs=CONFIGURED,

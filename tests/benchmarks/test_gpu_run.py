@@ -20,8 +20,6 @@ from benchmarks.rows import append, read, same
 from tests.benchmarks import stub_device
 
 PYTHON = [sys.executable, "-S", "-c"]
-ALL = sorted(same(row) for stage in stub_device.STAGES for c in range(1 + (stage == "gemm"))
-             for row in stub_device.rows(stage, c))  # fmt: skip
 
 
 def states(out: Path) -> dict[str, str]:
@@ -39,7 +37,7 @@ def start(out: Path) -> subprocess.Popen:
 
 def complete(out: Path) -> None:
     assert start(out).wait() == 0
-    assert sorted(map(same, read(out / "rows.jsonl"))) == ALL, "a row is lost, or there twice"
+    assert sorted(map(same, read(out / "rows.jsonl"))) == sorted(stub_device.rows()), "a row is lost, or there twice"
     assert states(out) == dict.fromkeys(stub_device.STAGES, "done")
 
 
@@ -55,7 +53,7 @@ def test_cut_at_random_seconds(how: str, tmp_path: Path) -> None:
         before = file.read_bytes() if file.exists() else b""
         process = start(out)
         try:
-            process.wait(dice.uniform(0, longest / 2))
+            process.wait(dice.uniform(0, 0.8 * longest))
             complete(out)
             number += 1
             continue
