@@ -7,13 +7,15 @@ STAGE  := .ci/stage build/test
 SETUP  := .ci/stage build/setup
 PYTEST := $(BIN)/python -m pytest
 NO_GPU := CUDA_VISIBLE_DEVICES=
+# of the machine with a GPU
+GPU_PYTHON ?= python3.12
 # Two processes of one thread each: most tests are too small to share between threads.
 TWO    := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu clean
+.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package clean
 
 help:
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 setup: $(STAMP) ## virtual environment in .venv with everything, extension built
 	@$(SETUP) extension sh -c '$(BIN)/python setup.py -q build_ext --inplace && echo "built in build/"'
@@ -70,8 +72,18 @@ bench: setup ## benchmarks on this machine, raw rows into benchmarks/results, ta
 	$(BIN)/jointnas bench all
 	$(BIN)/python benchmarks/render.py
 
-gpu: ## on a machine with a GPU: build, correctness, sanitizer, benchmarks, in under 9 minutes; uses $(PYTHON)'s own torch
-	$(PYTHON) benchmarks/gpu_run.py
+# They use $(PYTHON)'s own torch. GPU holds further options, e.g. make gpu-2 GPU=--resume
+gpu: ## on a machine with a GPU, in under 9 minutes: the two parts in one
+	$(PYTHON) -m benchmarks.gpu_run $(GPU)
+
+gpu-1: ## correctness, in 5 minutes: load and smoke, tests, memory checker
+	$(PYTHON) -m benchmarks.gpu_run --part 1 $(GPU)
+
+gpu-2: ## speed, in 8 minutes: GEMMs against peers, kernels, steps, a latency table, decoding, a search
+	$(PYTHON) -m benchmarks.gpu_run --part 2 $(GPU)
+
+gpu-package: setup ## what these need not build: the extension for $(GPU_PYTHON), into build/
+	$(BIN)/python -m benchmarks.gpu_package build --python $(GPU_PYTHON) --with pydantic jsonargparse
 
 clean: ## remove build products (keeps .venv)
 	rm -rf build dist site *.egg-info jointnas_kernels/*.so .mypy_cache .ruff_cache .cache

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = parser.parse_args(argv)
     if args.tiny:
         args.random, args.fit, args.rounds = 2, 4, 2
-    rec = Recorder("calibration", args.device, Path(args.out) if args.out else None, args.commit)
+    rec = Recorder.of("calibration", args)
     for model, mode in itertools.product(args.model, args.modes):
         dtype = args.dtype or ("bfloat16" if model != "embedded" and native_bf16() else "float32")
         workload = Workload(mode, *getattr(args, mode), dtype)

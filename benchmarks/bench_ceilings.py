@@ -24,13 +24,14 @@ def tensor_cores(rec: Recorder) -> None:
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args = arguments(argparse.ArgumentParser(description=__doc__)).parse_args(argv)
-    rec = Recorder("ceilings", args.device, args.out, args.commit)
+    rec = Recorder.of("ceilings", args)
     ceilings(rec)
     for m in (1024, 16384) if args.device == "cuda" else (1024,):  # the GEMMs of one 8B block
         for n, k in ((4096, 4096), (14336, 4096), (4096, 14336)):
-            rate = gemm_rate(args.device, torch.bfloat16, m, n, k)
-            rec.row("gemm_bf16", rate, "FLOP/s", m=m, n=n, k=k)
-    if args.device == "cuda":
+            if not rec.has("gemm_bf16", m=m, n=n, k=k):
+                rate = gemm_rate(args.device, torch.bfloat16, m, n, k)
+                rec.row("gemm_bf16", rate, "FLOP/s", m=m, n=n, k=k)
+    if args.device == "cuda" and not rec.has("tensor_core"):
         guarded("tensor cores", partial(tensor_cores, rec))
     return rec.rows
 

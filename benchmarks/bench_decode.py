@@ -252,6 +252,8 @@ def panel(recorder: Recorder, model: str, args: argparse.Namespace) -> None:
         runs = contenders(args, source, ids, folder)
         check(runs, min(context for _, context in cases))
         for what, context in cases:
+            if all(recorder.has(name, what=what, context=context, model=shown(model)) for name in runs):
+                continue
             for run in runs.values():
                 run.open(context)
             seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -295,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.tiny:
         args.contexts, args.prompt, args.decode, args.rounds, args.bits = [8], 16, 4, 2, [4]
-    recorder = Recorder("decode", args.device, Path(args.out) if args.out else None, args.commit)
+    recorder = Recorder.of("decode", args)
     for model in args.model:
         guarded(model, partial(panel, recorder, model, args))
     return 0

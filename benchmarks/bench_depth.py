@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Recorder, arguments
+from benchmarks.rows import read
 from jointnas import loading
 from jointnas.config import DataConfig, EvalConfig, FinetuneConfig, ModelConfig
 from jointnas.data import Batches, Streams
@@ -69,7 +70,7 @@ def settings(args: argparse.Namespace, dropped: int, steps: int) -> dict[str, An
 
 def known(file: Path) -> set[str]:
     """Rows that are there."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    rows = [row for row in read(file) if row["topic"] == "depth"]
     return {json.dumps([row["name"], row["params"]], sort_keys=True) for row in rows}
 
 
@@ -90,9 +91,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.tiny:
         dropped, args.finetune, args.batch, args.seq, args.tokens = [0, depth - 1], [0, 1], 1, 16, 512
     streams = loading.load_streams(DataConfig(batch_size=args.batch, seq_len=args.seq), source, 0)
-    recorder = Recorder("depth", args.device, Path(args.out) if args.out else None, args.commit)
-    assert recorder.folder is not None
-    present = known(recorder.folder / "depth.jsonl")
+    recorder = Recorder.of("depth", args)
+    present = known(recorder.file)
     for order in ORDERS:
         wanted = [(d, n) for n in args.finetune for d in dropped]
         wanted = [w for w in wanted if json.dumps([order, settings(args, *w)], sort_keys=True) not in present]

@@ -100,7 +100,10 @@ def contenders(case: Case, a_bits: int, peers: bool) -> dict[str, tuple[Callable
 
 def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, peers: bool) -> None:
     a_bits = scheme_bits(scheme)[1]
+    shape: dict[str, Any] = {"scheme": scheme, "n": case.rows, "k": case.inputs, "dtype": str(case.dtype)[6:]}
     for name, (make, product, symmetric) in contenders(case, a_bits, peers).items():
+        if peers and all(rec.has(name, m=tokens, **shape) for tokens in args.tokens):
+            continue  # before their weights are packed and their kernels compiled
         try:
             weights = rotation(make, case.nbytes, "cuda")
         except Exception as error:
@@ -118,7 +121,8 @@ def measure(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str, pe
                 calls |= variants(x, a_bits)
             for label, call in calls.items():
                 one = partial(check_and_time, rec, args, case, scheme, label, call, weights, x, reference)
-                guarded(f"{label} {scheme} m={tokens}", one)
+                if not rec.has(label, m=tokens, **shape):
+                    guarded(f"{label} {scheme} m={tokens}", one)
         del weights
         torch.cuda.empty_cache()
 
@@ -183,6 +187,8 @@ def dense(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
     nbytes = args.rows * args.inputs * 2
     weights = rotation(lambda: torch.randn(args.rows, args.inputs, device="cuda").to(dtype), nbytes, "cuda")
     for tokens in args.tokens:
+        if rec.has("torch", scheme="16", m=tokens, n=args.rows, k=args.inputs, dtype=str(dtype)[6:]):
+            continue
         x = torch.randn(tokens, args.inputs, device="cuda").to(dtype)
         time = time_rotated(partial(torch.nn.functional.linear, x), weights, "cuda", calls=per_graph(tokens))
         share = (nbytes + 2 * tokens * (args.inputs + args.rows)) / time.median / args.peak
@@ -220,6 +226,8 @@ def dense8(rec: Recorder, args: argparse.Namespace, dtype: torch.dtype) -> None:
     for name, (draw, product) in kinds.items():
         weights = rotation(partial(draw, rows, inputs), rows * inputs, "cuda")
         for tokens in [t for t in args.tokens if t >= 64]:  # both want more than 16 tokens
+            if rec.has(name, scheme="w8a8", m=tokens, n=rows, k=inputs, dtype=str(dtype)[6:]):
+                continue
             time = time_rotated(partial(product, draw(tokens, inputs)), weights, "cuda", calls=per_graph(tokens))
             extra = {"rate": 2 * tokens * rows * inputs / time.median}
             rec.row(name, time, extra=extra, scheme="w8a8", m=tokens, n=rows, k=inputs, dtype=str(dtype)[6:])
@@ -233,7 +241,10 @@ def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> N
     for tokens in args.tokens:
         x = torch.randn(tokens, case.inputs, device="cuda").to(case.dtype)
         reference = case.reference(x, a_bits)
+        shape = {"scheme": scheme, "m": tokens, "n": case.rows, "k": case.inputs}
         for (kernel, plan, early), call in planned(x, case, a_bits, sms).items():
+            if rec.has("plan", **shape, kernel=kernel, plan=str(plan), early=early):
+                continue
             try:
                 error = gate("plan", {"y": (call(weights[0]), reference)}, 1e-2)
             except Exception as failure:
@@ -241,7 +252,6 @@ def sweep(rec: Recorder, args: argparse.Namespace, case: Case, scheme: str) -> N
                 continue
             time = time_rotated(call, weights, "cuda", calls=per_graph(tokens))
             extra = {"share": case.nbytes / time.median / args.peak, "error": error}
-            shape = {"scheme": scheme, "m": tokens, "n": case.rows, "k": case.inputs}
             rec.row("plan", time, extra=extra, **shape, kernel=kernel, plan=str(plan), early=early)
 
 
@@ -291,7 +301,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--no-peers", action="store_true", help="leave the peers out, whatever --contenders says")
     parser.add_argument("--peak", type=float, default=None, help="bytes per second that shares refer to")
     args = parser.parse_args(argv)
-    rec = Recorder("gemm", args.device, args.out, args.commit)
+    rec = Recorder.of("gemm", args)
     if args.device != "cuda":
         args.rows, args.inputs, args.tokens = args.rows or 4096, args.inputs or 4096, args.tokens or [1, 16, 256]
         if args.tiny:

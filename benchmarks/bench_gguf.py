@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import rows
 from benchmarks.harness import Recorder, WrongResult, arguments
 from benchmarks.llama_cpp import LlamaCpp, eight_bit_inputs
 from jointnas import loading
@@ -144,11 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     space = SearchSpace.from_dict({**space.to_dict(), "weight_bits": bits, "act_bits": None, "head_bits": None})
     model, tokenizer = loading.load_model(config), loading.load_tokenizer(config)
     ids = torch.tensor(tokenizer(TEXT).input_ids[: 12 if args.tiny else args.tokens])
-    recorder = Recorder("gguf", "cpu", Path(args.out) if args.out else None, args.commit)
-    assert recorder.folder is not None
-    file = recorder.folder / "gguf.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    present = {json.dumps(row["params"], sort_keys=True) for row in rows}
+    recorder = Recorder("gguf", "cpu", args.out, args.commit)
+    present = {json.dumps(row["params"], sort_keys=True) for row in rows.read(recorder.file) if row["topic"] == "gguf"}
     supernet = convert(model, space, lora_rank=1)
     name = Path(config.source).name
     for choice in choices(space, 0 if args.tiny else args.choices):

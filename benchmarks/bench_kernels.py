@@ -343,25 +343,28 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     counts = [int(t) for t in (args.tokens or default).split(",")]
     only = {name for name in args.only.split(",") if name}
     dtype = torch.bfloat16
-    rec = Recorder("kernels", args.device, args.out, args.commit)
+    rec = Recorder.of("kernels", args)
     copy = 1e9 if args.tiny else ceilings(rec)["copy"]
     keep = lambda name: not only or name in only  # noqa: E731
     shapes = [(128, 256)] if args.tiny else [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096)]
     for tokens in counts:
         for case in elementwise_cases(tokens, args.device, dtype):
-            if keep(case.name):
+            if keep(case.name) and not rec.has(case.name, what="backward, arch step", tokens=tokens):
                 guarded(case.name, partial(run_case, rec, case, tokens, copy))
     for o, i in shapes:
         for backend in ("cpu",) if args.device == "cpu" else ("triton", "cuda"):
-            if keep("quant_lora_mix"):
+            if keep("quant_lora_mix") and not rec.has("quant_lora_mix", shape=f"{o}x{i}", backend=backend):
                 guarded("quant_lora_mix", partial(run_mix, rec, copy, dtype, o, i, backend))
         for tokens in counts:
             if keep("quant_lora_linear"):
                 for mode in ("weight", "arch"):
-                    guarded("quant_lora_linear", partial(run_mix_linear, rec, tokens, dtype, o, i, mode))
-            if keep("mixed_linear"):
+                    at = {"what": f"backward, {mode} step", "tokens": tokens, "shape": f"{o}x{i}"}
+                    if not rec.has("quant_lora_linear", **at):
+                        guarded("quant_lora_linear", partial(run_mix_linear, rec, tokens, dtype, o, i, mode))
+            at = {"contender": "mixed_linear", "tokens": tokens, "shape": f"{o}x{i}"}
+            if keep("mixed_linear") and not rec.has("mixed_linear", **at):
                 guarded("mixed_linear", partial(run_linear, rec, tokens, dtype, o, i))
-    if keep("peers"):
+    if keep("peers") and not rec.has("quant_lora_mix_peers", contender="eager" if args.no_compile else "torch.compile"):
         guarded("peers", partial(run_mix_peers, rec, dtype, *shapes[0], compiled=not args.no_compile))
     return rec.rows
 

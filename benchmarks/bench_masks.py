@@ -202,6 +202,8 @@ class Masks:
         """All contenders at one space. The slow ones get fewer rounds; each is timed beside LoRA and ours."""
         count = candidates(space, 32 if not self.args.tiny else 2)
         for name in [*self.own, *self.args.variants.split(",")]:
+            if self.rec.has(name, candidates=count):
+                continue
             wanted, there = self.stored_bytes(name, space), free_memory(self.device)
             if wanted > there:
                 print(f"LEFT OUT {name} at {count} candidates: {wanted / 1e9:.0f} GB of {there / 1e9:.0f}", flush=True)
@@ -264,7 +266,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--variants", default=",".join(PEERS))
     parser.add_argument("--budget", type=float, default=40, help="seconds of timed rounds per contender")
     args = parser.parse_args(argv)
-    rec = Recorder("masks", args.device, args.out, args.commit)
+    rec = Recorder.of("masks", args)
     check_variants()
     bench = Masks(args, rec)
     for space in bench.spaces:

@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.tiny:
         args.samples, args.epochs, args.tokens = 4, 1, 4 * CONTEXT
-    recorder = Recorder("ptq", args.device, Path(args.out) if args.out else None, args.commit)
+    recorder = Recorder.of("ptq", args)
     source = ModelConfig(source=args.model, dtype="float32")
     held_out = loading.load_streams(DataConfig(batch_size=1, seq_len=2), source, 0).held_out[: args.tokens]
     for scheme in args.schemes:

@@ -32,7 +32,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, environment, slug
+from benchmarks.harness import RESULTS, environment, rows_file
+from benchmarks.rows import append, read, slug
 from jointnas import loading
 from jointnas.baselines.random_choices import random_choices
 from jointnas.bilevel import optimise
@@ -42,7 +43,6 @@ from jointnas.pipeline import score
 from jointnas.preparation import prepare
 from jointnas.results import hypervolume, pareto
 from jointnas.run_folder import Run
-from jointnas_kernels.errors import writable
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice
 
@@ -155,8 +155,7 @@ class Bench:
 
     def known(self) -> dict[str, dict[str, Any]]:
         """Rows that are already there, by what they answer."""
-        lines = self.out.read_text().splitlines() if self.out.exists() else []
-        rows = [row for row in map(json.loads, lines) if row["kind"] != "summary"]
+        rows = [row for row in read(self.out) if row["topic"] == "search" and row["kind"] != "summary"]
         return {self.question(row, row["settings"], row["choice"]): row for row in rows}
 
     @staticmethod
@@ -193,9 +192,7 @@ class Bench:
         return rows
 
     def write(self, row: dict[str, Any]) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.out, "a") as file:
-            file.write(json.dumps({**row, **self.env}) + "\n")
+        append(self.out, {**row, **self.env})
 
 
 def joint(bench: Bench, seeds: int, randoms: int, budget: float, etas: list[float]) -> dict[str, Any]:
@@ -268,7 +265,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--table", required=True, help="latency table of the target device")
     parser.add_argument("--device", default="cpu", help="where to train")
     parser.add_argument("--model", default="embedded", help="'embedded' or a transformers folder")
-    parser.add_argument("--out", type=Path, help="folder of search.jsonl; default: benchmarks/results/<device>")
+    parser.add_argument("--out", help="folder of search.jsonl, or file.jsonl; default: benchmarks/results/<device>")
+    parser.add_argument("--resume", action="store_true", help="nothing to ask for: what is there is never run again")
     parser.add_argument("--commit", help="for trees without history")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads per worker")
@@ -285,12 +283,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seq", type=int, default=128)
     args = parser.parse_args(argv)
     env = environment(args.device.partition(":")[0], args.commit)
-    folder = writable(args.out or RESULTS / slug(env["device"]))
+    out = rows_file(args.out or RESULTS / slug(env["device"]), "search")
     settings = Settings(
         args.device, str(Path(args.table).resolve()), args.model, args.search_steps, args.finetune_steps, args.batch,
         args.seq, args.threads,
     )  # fmt: skip
-    bench = Bench(settings, args.workers, folder / "search.jsonl", env, args.seconds)
+    bench = Bench(settings, args.workers, out, env, args.seconds)
     summary: dict[str, Any] = {}
     try:
         if args.only != "exhaustive":

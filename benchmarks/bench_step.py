@@ -53,6 +53,14 @@ from jointnas_kernels.space import SearchSpace
 
 PANELS = ("main", "graph", "long", "checkpoint", "embedded", "compiled")
 CONTENDERS = 15  # of a panel, in LoRA steps: about ten, of which arch and quantized ones take longer
+LAST = {  # of a panel, the contender whose row is written last
+    "main": "qllama3 arch step",
+    "graph": "qllama3 arch step, graph",
+    "long": "qllama3 arch step",
+    "checkpoint": "qllama3 weight step",
+    "embedded": "demo arch step, reference ops",
+    "compiled": "ours: qllama3 arch step",
+}
 Step = Callable[[], Any]
 
 
@@ -350,7 +358,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for panel in panels:
         if panel not in PANELS:
             parser.error(f"unknown panel {panel!r}; allowed: {', '.join(PANELS)}")
-    rec = Recorder("step", args.device, args.out, args.commit)
+    rec = Recorder.of("step", args)
+    panels = [panel for panel in panels if not rec.has(LAST[panel], panel=panel)]
+    if not panels:
+        return rec.rows
     probed = models.llama_tiny() if args.tiny else models.llama_8b(args.layers or 1)
     plan = probe.plan(args, models.linear_weights(probed))
     args.batch, args.tokens, args.dtype = plan.batch, plan.tokens, _short(plan.dtype)

@@ -210,7 +210,7 @@ class Bench:
 
 def run(rec: Recorder, args: argparse.Namespace) -> None:
     bench = Bench(rec, args)
-    ceilings = Recorder("ceilings", "cpu", rec.folder, rec.commit)
+    ceilings = Recorder("ceilings", "cpu", rec.folder, rec.commit, rec.resume)
     ceilings.row("read", read_bandwidth(), "B/s")
     for bits in (8, 4, 2):
         guarded(f"ours w{bits}", partial(bench.low_bits, bits))

@@ -1,134 +1,175 @@
-"""Everything that needs a GPU, one command, under nine minutes: build, correctness, sanitizer, ceilings, benchmarks.
+"""Everything that needs a GPU, one command, under nine minutes; whatever it is cut at stays, and can be continued.
 
-    python -m benchmarks.gpu_run [--out DIR] [--stages build,test,...] [--limit 540] [--tests PATH ...] [--commit HASH]
+    python -m benchmarks.gpu_run [--out DIR] [--part 1|2] [--stages NAME,...] [--limit SECONDS] [--resume]
 
-Each stage is a process of its own with its own time cap; a stage that fails or is cut off never stops the next one.
-DIR gets rows.jsonl (all measurements), log.txt (all output), junit.xml and summary.txt; the summary is printed last. It
-needs no virtual environment: the interpreter that runs it runs everything.
-``python -m benchmarks.render --add DIR/rows.jsonl`` files the rows under benchmarks/results.
+Part 1 says whether results are right: load and smoke, tests, memory checker. Part 2 what they are: GEMMs against peers,
+kernels, steps, a latency table with calibration, decoding, a search (gpu_stages.py). Each stage is a process group with
+its own share of the time; one that fails or is cut never stops the next. A cut one goes on at the end if time is left.
+
+DIR gets, as it is known: rows.jsonl (all measurements), tests.jsonl (the outcome of each test), log.txt (all output),
+state.json (stages: done, failed, cut or left out), at the end summary.txt, which is printed last. ``--resume`` leaves
+out finished stages, and in the others what has its row; take DIR along where it continues on another machine. The
+interpreter that runs this runs everything. ``python benchmarks/render.py --add DIR/rows.jsonl`` files the rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ET
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-PYTHON = [sys.executable, "-u"]
-# seconds; together more than the limit, because most stages end early and the last ones get what is left
-CAPS = {
-    **{"build": 120, "test": 170, "sanitize": 70, "ceilings": 40, "kernels": 90, "step": 160, "masks": 90},
-    **{"gemm": 150, "search": 90, "compiled": 150},
-}
-DEFAULT = "build,test,sanitize,ceilings,kernels,step,masks,gemm,search"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import gpu_stages
+from benchmarks.gpu_package import CACHE, SITE
+from benchmarks.gpu_stages import ROOT, Stage
+from benchmarks.rows import Row, read
 
-
-@dataclass
-class Result:
-    stage: str
-    code: int | None  # None: cut off at its cap
-    seconds: float
-    tail: str
+RESERVE = 4.0  # seconds at the end, for the summary
+LEAST = 5.0  # seconds with which a stage is still started
+FINISHED = ("done", "failed")
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+Plan = Callable[[Path, argparse.Namespace], list[Stage]]
 
 
-def commands(out: Path, rows: Path, args: argparse.Namespace) -> dict[str, list[list[str]]]:
-    """The processes of each stage, one after the other."""
-    more = dict(m.split("=", 1) for m in args.more)
-    bench = lambda name, *options: [  # noqa: E731
-        *PYTHON, "-m", f"benchmarks.bench_{name}", "--device", "cuda", "--out", str(rows), *options,
-        *(["--commit", args.commit] if args.commit else []),
-    ]  # fmt: skip
-    pytest = [*PYTHON, "-m", "pytest", *args.tests, "-q", "--tb=short", "-p", "no:cacheprovider", "--durations=8"]
-    workers = ["-n", str(args.workers), "--dist", "load"] if args.workers > 1 else []
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    check = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", "--print-limit", "5"]
-    plan = {
-        "build": [[*PYTHON, "setup.py", "-q", "build_ext", "--inplace"]],
-        "test": [[*pytest, *workers, f"--junitxml={out / 'junit.xml'}"]],
-        "sanitize": [[*check, *PYTHON, "tests/gpu/every_op_once.py"]],
-        "ceilings": [bench("ceilings")],
-        "kernels": [bench("kernels", "--no-compile")],
-        "step": [bench("step")],
-        "masks": [bench("masks")],
-        "gemm": [
-            bench("gemm", "--contenders", "ours"),
-            bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16", "64", "512"),
-            bench("gemm", "--contenders", "peers", "--schemes", "w4a16", "w2a8", "w8a16", "--tokens", "1", "16", "512"),
-        ],
-        "search": [bench("search", "--table", args.table, "--workers", "8")] if args.table else [],
-        "compiled": [bench("step", "--panels", "compiled"), bench("kernels", "--only", "peers")],
-    }
-    for stage, options in more.items():
-        plan[stage] = [[*command, *shlex.split(options)] for command in plan[stage]]
-    return plan
+def die_with(parent: int) -> None:
+    """Runs in a stage before it starts: where only this run is killed, nobody else would end its stage."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # killed before it was asked for
+        os._exit(1)
 
 
-def run_stage(stage: str, plan: list[list[str]], cap: float, log: Path) -> Result:
-    """Run the stage's processes; their output goes to the log and is echoed as it comes."""
-    env = dict(os.environ, PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false")
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), env.get("PYTHONPATH", "")])
-    if stage == "sanitize":
-        env["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # else an overrun lands inside the allocator's own big block
-    started, code, first = time.monotonic(), 0, log.stat().st_size if log.exists() else 0
-    for command in plan:
-        with open(log, "ab") as file:
-            file.write(f"\n===== {stage}: {' '.join(command)}\n".encode())
-            file.flush()
-            left = cap - (time.monotonic() - started)
+def shares(stages: Sequence[Stage], seconds: float) -> list[float]:
+    """What each stage may take of so many seconds, in proportion to its cap; their sum is no more."""
+    total = sum(stage.cap for stage in stages)
+    return [seconds * stage.cap / total for stage in stages]
+
+
+class Run:
+    """The folder of a run, and what became of its stages."""
+
+    def __init__(self, out: Path, limit: float) -> None:
+        self.out, self.deadline = out, time.monotonic() + limit - RESERVE
+        self.log, self.file = out / "log.txt", out / "state.json"
+        self.state: dict[str, dict[str, Any]] = {}
+        if self.file.is_file():
+            self.state = json.loads(self.file.read_text())
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def note(self, stage: str, **values: Any) -> None:
+        """Replaces state.json as a whole, so that a cut leaves the old or the new one."""
+        self.state[stage] = self.state.get(stage, {}) | values
+        new = self.file.with_suffix(".new")
+        new.write_text(json.dumps(self.state, indent=1))
+        new.replace(self.file)
+
+    def all(self, stages: Sequence[Stage], at_most: dict[str, float]) -> None:
+        """In order; those that were cut go on if time is left."""
+        self.each(stages, at_most)
+        self.each([s for s in stages if s.resumes and self.state[s.name]["state"] == "cut"], at_most)
+
+    def each(self, stages: Sequence[Stage], at_most: dict[str, float]) -> None:
+        for i, stage in enumerate(stages):
+            cap = shares(stages[i:], self.left())[0]
+            if cap < LEAST:
+                self.note(stage.name, state="cut", reason="no time left")
+            else:
+                self.one(stage, min(cap, at_most.get(stage.name, cap)))
+
+    def one(self, stage: Stage, cap: float) -> None:
+        """One stage, from the command that it was cut at; cut when its time is over."""
+        reason, before = stage.reason(), self.state.get(stage.name, {})
+        if reason:
+            self.note(stage.name, state="left out", reason=reason)
+            return
+        print(f"--- {stage.name}, up to {cap:.0f} s ({self.left():.0f} s left)", flush=True)
+        began, spent, first = time.monotonic(), before.get("seconds", 0.0), self.log_size()
+        code, done = (0, 0) if stage.always else (before.get("code", 0), before.get("commands", 0))
+        self.note(stage.name, state="cut", commands=done, code=code, reason="", seconds=spent)  # until it is not
+        try:
+            for command in stage.commands[done:]:
+                found = self.process(stage, command, began + cap - time.monotonic())
+                if found is None:
+                    return
+                code, done = found or code, done + 1
+                self.note(stage.name, commands=done, code=code)
+            self.note(stage.name, state="failed" if code else "done")
+        finally:
+            more = {"seconds": spent + time.monotonic() - began, "problems": failures(self.since(first))}
+            self.note(stage.name, **more)
+
+    def process(self, stage: Stage, command: list[str], seconds: float) -> int | None:
+        """Its exit status, or None if it was cut. A group of its own, but no session: that would outlive more cuts."""
+        env = dict(os.environ, PYTHONUNBUFFERED="1", TOKENIZERS_PARALLELISM="false", TRITON_CACHE_DIR=str(CACHE))
+        env["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "python", SITE, env.get("PYTHONPATH", ""))))
+        with open(self.log, "ab", buffering=0) as log:
+            log.write(f"\n===== {stage.name}: {' '.join(command)}\n".encode())
             try:
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-                )
+                    command, cwd=ROOT, env=env | stage.env, stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=subprocess.STDOUT, process_group=0, preexec_fn=partial(die_with, os.getpid()),
+                )  # fmt: skip
             except OSError as error:
-                file.write(f"FAILED to start: {error}\n".encode())
-                code = 127
-                continue
+                log.write(f"FAILED to start: {error}\n".encode())
+                return 127
             try:
-                code = process.wait(timeout=max(1.0, left)) or code
+                return process.wait(max(0.1, seconds))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-                return Result(stage, None, time.monotonic() - started, _since(log, first))
-    return Result(stage, code, time.monotonic() - started, _since(log, first))
+                return None
+            finally:  # also what the command left behind
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:  # stuck in the driver: not waited for
+                    log.write(b"FAILED to end\n")
+
+    def log_size(self) -> int:
+        return self.log.stat().st_size if self.log.exists() else 0
+
+    def since(self, first: int) -> str:
+        if not self.log.exists():
+            return ""
+        with open(self.log, "rb") as file:
+            file.seek(first)
+            return file.read().decode(errors="replace")
+
+    def summary(self, stages: Sequence[Stage]) -> str:
+        lines = []
+        for stage in stages:
+            found = self.state[stage.name]
+            says = f"exit {found['code']}" if found["state"] == "failed" else found["state"]
+            reason = f": {found['reason']}" if found.get("reason") else ""
+            lines.append(f"[{stage.name}] {says} {found.get('seconds', 0):.0f} s{reason}")
+            lines += outcomes_summary(read(self.out / "tests.jsonl")) if stage.name == "test" else []
+            lines += [f"  {line}" for line in found.get("problems", [])]
+        return "\n".join(lines + rows_summary(read(self.out / "rows.jsonl")))[:9800]
 
 
-def _since(log: Path, first: int) -> str:
-    with open(log, "rb") as file:
-        file.seek(first)
-        return file.read().decode(errors="replace")
+def outcomes_summary(outcomes: list[Row], most: int = 15) -> list[str]:
+    """Counts, then one line per failed test."""
+    last = {row["test"]: row for row in outcomes}.values()
+    counts = {kind: sum(row["outcome"] == kind for row in last) for kind in ("passed", "failed", "skipped")}
+    failed = [f"  {row['test']}: {row['message'].strip()[:200]}" for row in last if row["outcome"] == "failed"]
+    return [" ".join(f"{kind}={n}" for kind, n in counts.items()), *failed[:most]]
 
 
-def pytest_summary(junit: Path, most: int = 15) -> list[str]:
-    """Counts, then one line per failed test with the last line of its message."""
-    if not junit.exists():
-        return ["no junit.xml"]
-    root = ET.parse(junit).getroot()
-    suite = root if root.tag == "testsuite" else root[0]
-    counts = {k: int(suite.get(k, 0)) for k in ("tests", "failures", "errors", "skipped")}
-    lines = [" ".join(f"{k}={v}" for k, v in counts.items())]
-    for case in suite.iter("testcase"):
-        for kind in ("failure", "error"):
-            node = case.find(kind)
-            if node is not None and len(lines) <= most:
-                message = (node.get("message") or node.text or "").strip().splitlines() or [""]
-                lines.append(f"  {case.get('classname', '').split('.')[-1]}::{case.get('name')}: {message[0][:200]}")
-    return lines
-
-
-def rows_summary(rows: list[dict], most: int = 110) -> list[str]:
+def rows_summary(rows: list[Row], most: int = 110) -> list[str]:
     """One short line per row."""
-    lines = []
+    rows, lines = [row for row in rows if "name" in row], []
     for row in rows[:most]:
         params = " ".join(f"{v}" for v in row["params"].values())
         extra = {k: v for k, v in row["extra"].items() if k in ("ratio", "share", "peak", "loop_over")}
@@ -145,61 +186,55 @@ def failures(output: str, most: int = 6) -> list[str]:
     return list(dict.fromkeys(found))[:most]
 
 
-def main(argv: list[str] | None = None) -> int:
+def heed_signals() -> None:
+    """So that what is asked to end takes its stage along, and says where it was."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, stop)
+
+
+def main(argv: list[str] | None = None, plan: Plan = gpu_stages.plan) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", default=None, help="folder for the files (default: build/gpu)")
-    parser.add_argument("--stages", default=DEFAULT, help=f"comma-separated, of {','.join(CAPS)}")
-    parser.add_argument("--limit", type=float, default=530, help="seconds for all stages together")
-    parser.add_argument("--cap", action="append", default=[], help="STAGE=SECONDS, more than once")
-    parser.add_argument("--tests", nargs="+", default=["tests/gpu"], help="what the test stage runs")
+    parser.add_argument("--out", default=str(ROOT / "build" / "gpu"), help="folder for the files")
+    parser.add_argument("--part", type=int, choices=(0, 1, 2), default=0, help="1: correctness, 2: speed, 0: both")
+    parser.add_argument("--stages", help="comma-separated, instead of a part's")
+    parser.add_argument("--limit", type=float, help="seconds for all stages together")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
+    parser.add_argument("--cap", action="append", default=[], help="STAGE=SECONDS at most, more than once")
+    parser.add_argument("--package", help="what `python -m benchmarks.gpu_package build` made, where it is elsewhere")
+    parser.add_argument(
+        "--tests", nargs="+", help="what the test stage runs (default: tests/gpu, never-run ones first)"
+    )
     parser.add_argument("--workers", type=int, default=8, help="pytest processes: compiling kernels is host work")
-    parser.add_argument("--table", default=None, help="latency table for the search stage, which is left out without")
-    parser.add_argument("--more", action="append", default=[], help="STAGE='further options of its command'")
-    parser.add_argument("--commit", default=None, help="recorded in the rows when the tree has no git history")
+    parser.add_argument("--model", help="folder of SmolLM2, for its search")
+    parser.add_argument("--table", help="latency table for the stage `search`")
+    parser.add_argument("--more", action="append", default=[], help="STAGE='further options of its commands'")
+    parser.add_argument("--commit", help="recorded in the rows when the tree has no git history")
     args = parser.parse_args(argv)
-    stages = [s for s in args.stages.split(",") if s]
-    for stage in stages:
-        if stage not in CAPS:
-            parser.error(f"unknown stage {stage!r}; allowed: {', '.join(CAPS)}")
-    caps = CAPS | {k: float(v) for k, v in (c.split("=") for c in args.cap)}
-    out = Path(args.out).resolve() if args.out else ROOT / "build" / "gpu"
+    out, started = Path(args.out).resolve(), time.monotonic()
+    stages = {stage.name: stage for stage in plan(out, args)}
+    asked = [s for s in args.stages.split(",") if s] if args.stages else gpu_stages.names(args.part)
+    for name in asked:
+        if name not in stages:
+            parser.error(f"unknown stage {name!r}; allowed: {', '.join(stages)}")
     out.mkdir(parents=True, exist_ok=True)
-    log, started = out / "log.txt", time.monotonic()
-    log.write_text("")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        plan = commands(out, folder, args)
-        results = []
-        for stage in stages:
-            left = args.limit - (time.monotonic() - started)
-            if left < 5:
-                results.append(Result(stage, None, 0.0, "no time left"))
-                continue
-            print(f"--- {stage} (at {time.monotonic() - started:.0f} s)", flush=True)
-            results.append(run_stage(stage, plan[stage], min(caps[stage], left), log))
-        rows = [json.loads(line) for f in sorted(folder.glob("*.jsonl")) for line in f.read_text().splitlines()]
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = []
-    for r in results:
-        state = (
-            "nothing to run"
-            if not plan[r.stage]
-            else "cut off"
-            if r.code is None
-            else "ok"
-            if r.code == 0
-            else f"exit {r.code}"
-        )
-        lines.append(f"[{r.stage}] {state} {r.seconds:.0f} s")
-        if r.stage == "test":
-            lines += pytest_summary(out / "junit.xml")
-        if r.code != 0 or "FAILED" in r.tail:
-            lines += [f"  {line}" for line in failures(r.tail)]
-    text = "\n".join(lines + rows_summary(rows))[:9800]
+    run = Run(out, args.limit or gpu_stages.LIMITS[args.part])
+    chosen = [stages[name] for name in stages if name in asked]
+    there = [s.name for s in chosen if s.name in run.state and not s.always]
+    if there and not args.resume:
+        parser.error(f"{out} holds {', '.join(there)} of a run: --resume continues it, another --out begins a new one")
+    run.all([s for s in chosen if s.always or run.state.get(s.name, {}).get("state") not in FINISHED], {
+        name: float(seconds) for name, seconds in (c.split("=") for c in args.cap)
+    })  # fmt: skip
+    text = run.summary(chosen)
     (out / "summary.txt").write_text(text + "\n")
     print(f"=== summary ({time.monotonic() - started:.0f} s)\n{text}", flush=True)
-    return 0 if all(r.code == 0 for r in results) else 1
+    return 0 if all(run.state[s.name]["state"] in ("done", "left out") for s in chosen) else 1
 
 
 if __name__ == "__main__":
+    heed_signals()
     sys.exit(main())

@@ -11,7 +11,8 @@ Memory
     resident before it, after the C library returned its free pages. It counts everything, scratch of C++ code too.
 Rows
     one JSON object per measurement: topic, name, params, median, p10, p90, n, unit, extra, and the environment
-    (device, driver, torch, triton, python, commit, date). A row is written only after the caller's check passed.
+    (device, driver, torch, triton, python, commit, date). A row is written only after the caller's check passed, and at
+    once. With ``--resume`` what has a row of the same name and parameters in ``--out`` is not measured again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import ctypes
 import datetime
 import gc
 import importlib.util
-import json
 import math
 import os
 import platform
@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.rows import append, pick, read, same, slug
 from jointnas_kernels.errors import writable
 from jointnas_kernels.latency.timing import cache_bytes, cpu_name
 from jointnas_kernels.progress import Progress
@@ -82,10 +83,6 @@ def device_name(device: str) -> str:
     return f"{cpu_name()} {os.cpu_count()} cores"
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def environment(device: str, commit: str | None = None) -> dict[str, str]:
     """What a reader needs to judge or repeat a row; ``commit`` overrides git, for trees without history."""
     triton = importlib.util.find_spec("triton")
@@ -104,18 +101,37 @@ def environment(device: str, commit: str | None = None) -> dict[str, str]:
 
 @dataclass
 class Recorder:
-    """Appends rows of one topic to ``folder/<topic>.jsonl`` (default: benchmarks/results/<device>) and prints them."""
+    """Appends rows of one topic to ``folder/<topic>.jsonl`` (default: benchmarks/results/<device>) and prints them.
+
+    A ``folder`` that is named like a file, ``*.jsonl``, is one, of all topics. With ``resume`` its rows are known:
+    `has` finds them, so that they need not be measured again, and they are not written twice.
+    """
 
     topic: str
     device: str
-    folder: Path | None = None
+    folder: Path | str | None = None
     commit: str | None = None
+    resume: bool = False
     env: dict[str, str] = field(init=False)
     rows: list[dict[str, Any]] = field(init=False, default_factory=list)
+    file: Path = field(init=False)
 
     def __post_init__(self) -> None:
         self.env = environment(self.device, self.commit)
-        self.folder = writable(self.folder or RESULTS / slug(self.env["device"]))
+        self.file = rows_file(self.folder or RESULTS / slug(self.env["device"]), self.topic)
+        self.known = [r for r in read(self.file) if r["topic"] == self.topic and "name" in r] if self.resume else []
+
+    @classmethod
+    def of(cls, topic: str, args: argparse.Namespace) -> Recorder:
+        """Writes where the options of `arguments` say."""
+        return cls(topic, args.device, args.out, args.commit, args.resume)
+
+    def has(self, name: str, **params: Any) -> bool:
+        """Whether a row of this name, with these parameters among its own, was there before (only with ``resume``)."""
+        found = bool(pick(self.known, name, **params))
+        if found:
+            print(f"{self.topic:9s} {name:28s} {' '.join(f'{k}={v}' for k, v in params.items())}  is there", flush=True)
+        return found
 
     def row(
         self, name: str, value: Timing | float, unit: str = "s", extra: Mapping[str, Any] | None = None, **params: Any
@@ -125,13 +141,18 @@ class Recorder:
         row = {"topic": self.topic, "name": name, "params": params, "median": timing.median, "p10": timing.p10}
         row |= {"p90": timing.p90, "n": timing.n, "unit": unit, "extra": dict(extra or {}), **self.env}
         self.rows.append(row)
-        assert self.folder is not None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"{self.topic}.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.known and same(row) in map(same, self.known):
+            return
+        append(self.file, row)
         shown = " ".join(f"{k}={v}" for k, v in params.items())
         more = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in (extra or {}).items())
         print(f"{self.topic:9s} {name:28s} {shown}  {_human(timing.median, unit)}  {more}", flush=True)
+
+
+def rows_file(out: Path | str, topic: str) -> Path:
+    """The file that rows of a topic are appended to; see `Recorder`."""
+    path = Path(out)
+    return writable(path, "file") if path.suffix == ".jsonl" else writable(path) / f"{topic}.jsonl"
 
 
 def _human(value: float, unit: str) -> str:
@@ -157,7 +178,8 @@ def guarded(what: str, call: Callable[[], None]) -> None:
 def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Options every benchmark has."""
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
-    parser.add_argument("--out", default=None, help="folder for the rows (default: benchmarks/results/<device>)")
+    parser.add_argument("--out", help="folder, or file.jsonl, for the rows (default: benchmarks/results/<device>)")
+    parser.add_argument("--resume", action="store_true", help="leave out what has its row in --out already")
     parser.add_argument("--commit", default=None, help="recorded when the tree has no git history")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes: only whether everything runs")
     return parser
@@ -358,7 +380,7 @@ def gemm_rate(device: str, dtype: torch.dtype, m: int, n: int, k: int) -> Timing
 def ceilings(recorder: Recorder) -> dict[str, float]:
     """Record and return {"copy": B/s, "bf16": FLOP/s, "fp32": FLOP/s (CPU only)} of this machine."""
     device = recorder.device
-    found = {"copy": copy_bandwidth(device)}
+    found = {"copy": copy_bandwidth(device)}  # measured by every process: rows refer to it
     recorder.row("copy", found["copy"], "B/s")
     size = 8192 if device == "cuda" else 2048
     dtypes = {"bf16": torch.bfloat16} | ({} if device == "cuda" else {"fp32": torch.float32})

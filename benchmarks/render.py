@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import campaigns
 from benchmarks.headline import headline
 from benchmarks.overview import overview
-from benchmarks.rows import Row, slug, table
+from benchmarks.rows import Row, read, slug, table
 from benchmarks.sections import DRAWN, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +35,8 @@ def add(files: Iterable[Path]) -> int:
     """Append rows to the file of their device and topic; returns how many were new."""
     count = 0
     for file in files:
-        for line in file.read_text().splitlines():
-            row = json.loads(line)
+        for row in read(file):
+            line = json.dumps(row)
             target = RESULTS / slug(row["device"]) / f"{row['topic']}.jsonl"
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.exists() and line in target.read_text().splitlines():

@@ -22,7 +22,6 @@ from benchmarks import (
     bench_ptq,
     bench_step,
     blocks,
-    gpu_run,
     harness,
     mma_rate,
     models,
@@ -30,7 +29,7 @@ from benchmarks import (
     sections,
 )
 from benchmarks.harness import Recorder, Timing, WrongResult
-from benchmarks.rows import pick
+from benchmarks.rows import pick, read
 from jointnas.verbs import bench
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.timing import cache_bytes
@@ -51,6 +50,21 @@ def test_row_has_everything(tmp_path: Path) -> None:
     assert (row["name"], row["params"], row["extra"]["share"], row["commit"]) == ("op", {"m": 4}, 0.5, "abc")
     keys = ("median", "p10", "p90", "n", "unit", "device", "driver", "torch", "triton", "python", "commit", "date")
     assert all(key in row for key in keys)
+
+
+def test_what_has_its_row_is_left_out_on_resuming(tmp_path: Path) -> None:
+    """One file of several topics; a line that was cut is no row, and takes none along."""
+    file = tmp_path / "rows.jsonl"
+    for topic in ("a", "b"):
+        Recorder(topic, "cpu", file).row("op", 1.0, m=4, kind="x")
+    file.write_text(file.read_text() + '{"topic": "a", "na')
+    again = Recorder("a", "cpu", file, resume=True)
+    assert again.has("op", m=4)
+    assert not again.has("op", m=5)
+    again.row("op", 2.0, m=4, kind="x")
+    again.row("op", 3.0, m=5, kind="x")
+    assert [(row["topic"], row["median"]) for row in read(file)] == [("a", 1), ("b", 1), ("a", 3)]
+    assert not Recorder("a", "cpu", file).has("op", m=4)
 
 
 def test_gate_refuses_wrong_and_nan() -> None:
@@ -295,23 +309,6 @@ def test_rows_of_processors_of_one_name_stay_apart(tmp_path: Path, monkeypatch: 
     assert render.add([tmp_path / "rows.jsonl"]) == 0
     assert [line for line in render.summary().splitlines() if line.startswith("#")] == [f"### {n}" for n in names]
     assert set(render.devices()) == set(names)
-
-
-def test_gpu_run_reports_a_failing_stage_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = gpu_run.PYTHON
-    plan = {
-        "build": [[*python, "-c", "raise SystemExit('error: no compiler')"]],
-        "test": [[*python, "-c", "import time; time.sleep(60)"]],
-        "sanitize": [["no-such-program"]],
-        "masks": [[*python, "-c", "print('fine')"]],
-    }
-    monkeypatch.setattr(gpu_run, "commands", lambda *_: plan)
-    stages = ["--stages", ",".join(plan), "--cap", "test=1"]
-    assert gpu_run.main(["--out", str(tmp_path), *stages]) == 1
-    summary = (tmp_path / "summary.txt").read_text()
-    for line in ("[build] exit 1", "no compiler", "[test] cut off", "[sanitize] exit 127", "[masks] ok"):
-        assert line in summary
-    assert {f.name for f in tmp_path.iterdir()} == {"rows.jsonl", "log.txt", "summary.txt"}
 
 
 def test_tensor_core_program_is_generated_for_both_generations() -> None:
