@@ -446,11 +446,29 @@ def test_summary() -> None:
     twice = {"mean": 2.0, "low": 2.0, "high": 2.0, "seeds": 2}
     assert methods["b"]["at_quality"][0] == {"quality": 2.0, "speed_up": twice}
     assert methods["b"]["at_latency"][1]["quality"]["mean"] is None  # slower than the target
-    assert methods["a"]["reference_minus_it"]["mean"] == 0
+    assert methods["a"]["of_all"]["reference_minus_it"]["mean"] == 0
     x, y = 9.0 * 1.01, 3.0 * 1.01
     assert found["cross_entropy"]["corner"] == pytest.approx((x, y))
     area = (x - 1) * (y - 3) + (x - 2) * (3 - 2) + (x - 3) * (2 - 1.5)
-    assert methods["a"]["hypervolume"]["mean"] == pytest.approx(area / ((x - 1.0) * (y - 1.0)))
+    assert methods["a"]["of_all"]["hypervolume"]["mean"] == pytest.approx(area / ((x - 1.0) * (y - 1.0)))
+    # over the targets: a reaches 3 within 1 ms and 2 within 2, b 2.5 within 2; its model at 3 ms counts nowhere
+    x, whole = 2 * 1.01, (2 * 1.01 - 1) * (y - 1)
+    over = {"a": ((x - 1) * (y - 3) + (x - 2) * (3 - 2)) / whole, "b": (x - 2) * (y - 2.5) / whole}
+    for name, volume in over.items():
+        assert methods[name]["over_targets"]["hypervolume"]["mean"] == pytest.approx(volume)
+    assert methods["b"]["over_targets"]["reference_minus_it"]["mean"] == pytest.approx(over["a"] - over["b"])
+
+
+def test_hypervolumes_that_there_are_not() -> None:
+    """Without targets, within none of them, and where nobody errs."""
+    rows = [row("a", 0, 1.0, 3.0, 1.0), row("b", 0, 2.0, 2.0, 1.0)]
+    found = summary(rows, [], "a", 0.9)
+    none = {"mean": None, "low": None, "high": None, "seeds": 0}
+    assert found["cross_entropy"]["methods"]["a"]["over_targets"]["hypervolume"] == none
+    assert found["error"]["methods"]["b"]["of_all"]["hypervolume"] == none
+    found = summary(rows, [1.5], "a", 0.9)
+    assert found["cross_entropy"]["methods"]["b"]["over_targets"]["hypervolume"] == none
+    assert found["cross_entropy"]["methods"]["a"]["over_targets"]["hypervolume"]["mean"] > 0
 
 
 def test_summary_of_accuracy_and_of_predictions() -> None:

@@ -173,11 +173,13 @@ def verdict(found: Mapping[str, Any], kind: str) -> str:
     if own not in methods or not others:
         missing = "another method than " * (own in methods) + html.escape(own)
         return f"Nothing to compare in {name}: there is no model of {missing}."
-    rival = max(others, key=lambda method: methods[method]["hypervolume"]["mean"])
-    gap, volumes = methods[rival]["reference_minus_it"], [methods[m]["hypervolume"] for m in (own, rival)]
+    known = [method for method in others if methods[method]["over_targets"]["hypervolume"]["mean"] is not None]
+    part, what = ("over_targets", "over the targets") if known else ("of_all", "of all models")
+    rival = max(known or others, key=lambda method: methods[method][part]["hypervolume"]["mean"])
+    gap, volumes = methods[rival][part]["reference_minus_it"], [methods[m][part]["hypervolume"] for m in (own, rival)]
     both = " against ".join(of_method(number(of["mean"]), m) for of, m in zip(volumes, (own, rival), strict=True))
     names = f"{html.escape(own)} and {html.escape(rival)}, the strongest other method"
-    where = f"hypervolume in latency and {name}, {both}"
+    where = f"hypervolume in latency and {name} {what}, {both}"
     if gap["mean"] is None:
         return f"Undecided between {names}: no seed has models of both ({where})."
     by = of_method(shown(gap), rival)

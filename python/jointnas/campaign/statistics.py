@@ -4,6 +4,9 @@ A method's models are those of all its precisions and targets; per seed they hav
 front quality is read off by straight lines. Intervals are bootstrapped over seeds, and there are none of a single seed;
 differences and ratios are taken between models of the same seed.
 
+Over the targets: a front of the best quality within each target, at the target. All methods have as many points there;
+among all models a method of several precisions has more, and steps between more points enclose more area.
+
 Fixed latencies are those of the reference's models for the targets, of the slowest seed: when measured, a model may be
 a little slower than its target.
 
@@ -69,11 +72,12 @@ def summary(rows: Sequence[Row], targets: Sequence[float], reference: str, confi
 def comparison(found: Mapping[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
     """(header, cells) of a summary's quality, a line per method."""
     own = found["reference"]
-    header = ["method", "hypervolume", f"{own} - it"]
+    header = ["method", "hypervolume over the targets", f"{own} - it", "of all models", f"{own} - it"]
     header += [part for ms in found["fixed_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
     cells = []
     for name, of in found[kind]["methods"].items():
-        cells.append([name, shown(of["hypervolume"]), shown(of["reference_minus_it"])])
+        volumes = (of["over_targets"], of["of_all"])
+        cells.append([name, *(shown(part[k]) for part in volumes for k in ("hypervolume", "reference_minus_it"))])
         for quality, speed in zip(of["at_latency"], of["at_quality"], strict=True):
             cells[-1] += [shown(quality["quality"]), shown(speed["speed_up"])]
     return header, cells
@@ -90,25 +94,51 @@ def _of_quality(points: Sequence[tuple[Row, Point]], facts: Mapping[str, Any]) -
     places = [point for _, point in points]
     corner = tuple(max(p[i] for p in places) * 1.01 for i in (0, 1))
     best = tuple(min(p[i] for p in places) for i in (0, 1))
-    area = math.prod(far - near for far, near in zip(corner, best, strict=True))
     fronts = _fronts(points)
     own = fronts.get(facts["reference"], {})
     levels = [statistics.mean(known) if (known := _known(at(front, ms) for front in own.values())) else None
               for ms in facts["fixed_ms"]]  # fmt: skip
-    confidence = facts["confidence"]
-    methods = {}
+    confidence, methods = facts["confidence"], {}
+    grid = _within(points, facts["targets_ms"])
+    near = (min(facts["targets_ms"], default=0.0), best[1])
+    far = (1.01 * max(facts["targets_ms"], default=0.0), corner[1])
     for name, front in fronts.items():
-        volumes = {seed: hypervolume(of, (corner[0], corner[1])) / area for seed, of in front.items()}
         both = sorted(own.keys() & front.keys())
-        others = {seed: hypervolume(own[seed], (corner[0], corner[1])) / area for seed in both}
         methods[name] = {
-            "hypervolume": interval(list(volumes.values()), confidence),
-            "reference_minus_it": interval([others[seed] - volumes[seed] for seed in both], confidence),
+            "over_targets": _volumes(grid.get(facts["reference"], {}), grid.get(name, {}), near, far, confidence),
+            "of_all": _volumes(own, front, (best[0], best[1]), (corner[0], corner[1]), confidence),
             "at_latency": [_at_latency(own, front, both, ms, confidence) for ms in facts["fixed_ms"]],
             "at_quality": [_at_quality(own, front, both, level, confidence) for level in levels],
             "front": [row["unit"] for row, point in points if row["method"] == name and point in front[row["seed"]]],
         }
     return {"corner": corner, "methods": methods}
+
+
+def _volumes(own: Fronts, front: Fronts, near: Point, far: Point, confidence: float) -> dict[str, Any]:
+    """Hypervolumes of fronts below `far`, as shares of the area between `near` and it, and how much larger the
+    reference's are, of the same seeds."""
+    area = math.prod(f - n for n, f in zip(near, far, strict=True))
+    of_seeds = ({seed: hypervolume(p, far) / area for seed, p in of.items() if area > 0} for of in (front, own))
+    volumes, others = of_seeds
+    both = sorted(volumes.keys() & others.keys())
+    return {
+        "hypervolume": interval(list(volumes.values()), confidence),
+        "reference_minus_it": interval([others[seed] - volumes[seed] for seed in both], confidence),
+    }
+
+
+def _within(points: Sequence[tuple[Row, Point]], targets: Sequence[float]) -> dict[str, Fronts]:
+    """Of every method and seed the best quality of its models that are predicted to take no longer than each target."""
+    found: dict[str, Fronts] = defaultdict(dict)
+    for ms in targets:
+        best: dict[tuple[str, int], float] = {}
+        for row, (_, quality) in points:
+            if row["method"] != ORIGINAL and row["predicted_ms"] <= ms:
+                key = row["method"], row["seed"]
+                best[key] = min(quality, best.get(key, math.inf))
+        for (method, seed), quality in best.items():
+            found[method].setdefault(seed, []).append((ms, quality))
+    return found
 
 
 def _fronts(points: Sequence[tuple[Row, Point]]) -> dict[str, Fronts]:
