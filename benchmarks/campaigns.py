@@ -22,7 +22,6 @@ from jointnas.config import CompareConfig, build
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import read_yaml
 
-CAMPAIGNS = Path(__file__).resolve().parent / "results" / "campaigns"
 SEQUENTIAL = ("no-bits", "subnet-selection", "lonas", "tanglenas")
 Row = dict[str, Any]
 
@@ -69,9 +68,9 @@ class Rows:
         return min(found, default=None)
 
 
-def campaigns() -> list[Rows]:
+def campaigns(folder: Path) -> list[Rows]:
     """All that are there."""
-    return [Rows.read(path.parent) for path in sorted(CAMPAIGNS.glob("*/results.jsonl"))]
+    return [Rows.read(path.parent) for path in sorted(folder.glob("*/results.jsonl"))]
 
 
 def at_targets(of: Rows) -> str:
@@ -113,26 +112,26 @@ def picture(of: Rows, folder: str) -> str:
     return f"![Latency and perplexity of the models of {of.name}]({folder}/{of.name}.png)"
 
 
-def draw_all() -> None:
+def draw_all(folder: Path) -> None:
     """A plot of every comparison."""
-    for of in campaigns():
-        draw(Campaign.load(CAMPAIGNS / of.name), PLOTS / f"{of.name}.png")
+    for of in campaigns(folder):
+        draw(Campaign.load(folder / of.name), PLOTS / f"{of.name}.png")
 
 
-def headline() -> str:
+def headline(folder: Path) -> str:
     """What README shows: every comparison at its targets."""
     parts = [
         f"**{opening(of)}**; best model within each latency, ratio: {of.reference}'s perplexity over the peer's\n\n"
         f"{at_targets(of)}\n\n{picture(of, 'docs/plots')}"
-        for of in campaigns()
+        for of in campaigns(folder)
     ]
     return "\n\n".join(["### Joint search against sequential pipelines, at one budget", *parts]) if parts else ""
 
 
-def section() -> str:
+def section(folder: Path) -> str:
     """All of them, with hypervolumes and intervals."""
     parts = []
-    for of in campaigns():
+    for of in campaigns(folder):
         found = summary(of.rows, of.targets, of.reference, of.config.compare.confidence)
         column = latency_of(of.done).replace("_ms", "")
         many = sum(row["method"] != ORIGINAL for row in of.done)

@@ -74,7 +74,7 @@ def devices() -> dict[str, dict[str, list[Row]]]:
 
 def summary() -> str:
     """What README shows."""
-    parts = [campaigns.headline()]
+    parts = [campaigns.headline(RESULTS / "campaigns")]
     for device, topics in devices().items():
         rows = [r for topic in topics.values() for r in topic]
         dates, torches = sorted({r["date"][:10] for r in rows}), sorted({r["torch"] for r in rows})
@@ -87,7 +87,7 @@ def summary() -> str:
 
 def sections() -> str:
     """All tables of all devices."""
-    parts = [campaigns.section()]
+    parts = [campaigns.section(RESULTS / "campaigns")]
     for device, topics in devices().items():
         texts = [render(topics[t], device) for t, render in SECTIONS.items() if t in topics]
         parts.append(f"## {device}\n\n" + "\n\n".join(t for t in texts if t))
@@ -102,7 +102,7 @@ def draw() -> None:
             if topic in topics:
                 plot(topics[topic], device)
     overview(found)
-    campaigns.draw_all()
+    campaigns.draw_all(RESULTS / "campaigns")
 
 
 def texts() -> dict[Path, str]:
