@@ -27,13 +27,11 @@ TITLES = {
 
 def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float = 4.4) -> tuple[Any, Any]:
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot, whose state (a notebook's backend) is its user's
     except ImportError:
         raise JointNASError("plots need the `matplotlib` package: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -41,11 +39,8 @@ def _figure(rows: int = 1, columns: int = 1, width: float = 6.4, height: float =
 
 
 def _save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot
-
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
 
 

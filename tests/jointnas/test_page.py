@@ -10,9 +10,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
+from matplotlib import pyplot
 
-from jointnas import cli
+from jointnas import cli, plots
 from jointnas.campaign.page import Campaign
 from jointnas.campaign.plan import Unit
 from jointnas.campaign.statistics import summary
@@ -282,3 +284,14 @@ def test_in_a_browser_as_wide_as_a_telephone(tmp_path: Path) -> None:
         assert window.console() == []
         window.evaluate("console.error('seen')")
         assert "seen" in " ".join(window.console())  # the log is that of this page
+
+
+def test_drawing_leaves_the_users_pyplot_as_it_is(tmp_path: Path) -> None:
+    before = matplotlib.get_backend()
+    matplotlib.use("svg")
+    try:
+        plots.agreement([{"method": "a", "measured": 1.0, "predicted": 2.0}], {"a": ("red", "o")}, tmp_path / "a.png")
+        assert (matplotlib.get_backend(), pyplot.get_fignums()) == ("svg", [])
+    finally:
+        matplotlib.use(before)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
