@@ -49,7 +49,7 @@ def test_folder_of_benchmark_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness.os, "cpu_count", lambda: 2)
     recorder = harness.Recorder("topic", "cpu", commit="abc")
     assert recorder.env["device"] == "AMD EPYC (family 25, model 17) 2 cores"
-    assert recorder.folder == harness.RESULTS / "amd-epyc-family-25-model-17-2-cores"
+    assert recorder.file == harness.RESULTS / "amd-epyc-family-25-model-17-2-cores" / "topic.jsonl"
 
 
 @pytest.fixture
