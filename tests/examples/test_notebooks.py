@@ -24,7 +24,6 @@ from tests.jointnas.campaigns import WORDS
 from tests.jointnas.tiny_tokenizers import of_words
 
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
-LEFT = {"compress_smollm2"}  # to be executed: half an hour of two quiet cores
 SPACE = {**tiny.SPACE, "act_bits": [8]}
 TINY: dict[str, dict[str, Any]] = {
     "compress_smollm2": {
@@ -53,7 +52,7 @@ def test_all_are_known() -> None:
     assert [path.stem for path in NOTEBOOKS] == sorted(TINY)
 
 
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in LEFT], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_is_stored_as_it_ran(path: Path) -> None:
     notebook = read(path)
     assert notebook.nbformat == 4
