@@ -4,14 +4,12 @@
 
 Cross-entropy in nats per token on held-out text over the number of blocks that are dropped, in both orders, after each
 number of distillation steps that --finetune asks for (0: untrained). Every model starts from the original's weights,
-sees the same batches, and keeps all widths. A row is appended as soon as it is known; rows of the same settings that
-are there already are not computed again.
+sees the same batches, and keeps all widths.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Recorder, arguments
-from benchmarks.rows import read
 from jointnas import loading
 from jointnas.config import DataConfig, EvalConfig, FinetuneConfig, ModelConfig
 from jointnas.data import Batches, Streams
@@ -68,12 +65,6 @@ def settings(args: argparse.Namespace, dropped: int, steps: int) -> dict[str, An
     return {"model": Path(args.model).name, "dropped": dropped, "steps": steps, "tokens": args.tokens, **training}
 
 
-def known(file: Path) -> set[str]:
-    """Rows that are there."""
-    rows = [row for row in read(file) if row["topic"] == "depth"]
-    return {json.dumps([row["name"], row["params"]], sort_keys=True) for row in rows}
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter))
     parser.add_argument("--model", default="embedded", help="'embedded', or folder, GGUF file or hub name")
@@ -92,10 +83,9 @@ def main(argv: list[str] | None = None) -> None:
         dropped, args.finetune, args.batch, args.seq, args.tokens = [0, depth - 1], [0, 1], 1, 16, 512
     streams = loading.load_streams(DataConfig(batch_size=args.batch, seq_len=args.seq), source, 0)
     recorder = Recorder.of("depth", args)
-    present = known(recorder.file)
     for order in ORDERS:
         wanted = [(d, n) for n in args.finetune for d in dropped]
-        wanted = [w for w in wanted if json.dumps([order, settings(args, *w)], sort_keys=True) not in present]
+        wanted = [w for w in wanted if not recorder.has(order, **settings(args, *w))]
         if not wanted:
             continue
         batches = Batches(streams.weight, args.batch, args.seq, 0, streams.bos)

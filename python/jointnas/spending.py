@@ -34,10 +34,10 @@ Step = tuple[str, int | None, int]  # dimension, block (None: no bits of one), n
 
 def fit(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> Choice | None:
     """A choice after as few steps down as bring it within the target, None: they do not, or it breaks another limit."""
-    params, limits = count_params(run.model_config, choice), check.limits
+    limits = check.limits
+    if not limits.params_min <= count_params(run.model_config, choice) <= limits.params_max:
+        return None
     while check.violations(choice):
-        if not limits.params_min <= params <= limits.params_max:
-            return None
         try:
             ms = run.bound.predict(choice)
         except JointNASError:  # infeasible bits

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.campaigns import Rows, at_targets
+from benchmarks.campaigns import at_targets, best
+from jointnas.campaign.page import Campaign
 from jointnas.config import CompareConfig, dump
 from jointnas_kernels.space import SearchSpace
 from tests.latency.tables import synthetic
@@ -19,12 +20,13 @@ def row(method: str, perplexity: float, ms: float, seed: int = 0, **more: Any) -
     precision = more.get("precision")
     return {
         "method": method, "pipeline": method + (f"+{precision}" if precision else ""), "seed": seed, "status": "done",
-        "predicted_ms": ms, "target_ms": ms + 0.01, "ce": math.log(perplexity), "perplexity": perplexity, **more,
+        "predicted_ms": ms, "measured_ms": None, "tasks": {}, "unit": f"{method}/{ms}/{seed}", "target_ms": ms + 0.01,
+        "ce": math.log(perplexity), "perplexity": perplexity, **more,
     }  # fmt: skip
 
 
 @pytest.fixture
-def rows(tmp_path: Path) -> Rows:
+def rows(tmp_path: Path) -> Campaign:
     made = [
         row("original", 20.0, 1.0, target_ms=None), row("joint", 30.0, 0.59), row("joint", 40.0, 0.49),
         row("no-bits", 33.0, 0.58, precision="W4A8"), row("no-bits", 31.0, 0.57, precision="W2A8"),
@@ -35,19 +37,19 @@ def rows(tmp_path: Path) -> Rows:
     (tmp_path / "config.yaml").write_text(dump(CompareConfig()))
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
     synthetic(SearchSpace((64, 128), (2, 4), (16, 32), (64, 192), (1, 2, 3))).save(tmp_path / "latency.jsonl")
-    return Rows.read(tmp_path)
+    return Campaign.load(tmp_path)
 
 
-def test_the_best_within_a_latency(rows: Rows) -> None:
+def test_the_best_within_a_latency(rows: Campaign) -> None:
     """A pipeline's seeds are averaged; a model for a lower target counts at a higher one, too."""
-    assert rows.targets == pytest.approx([0.6, 0.59, 0.58, 0.5, 0.49])
-    assert rows.best(["no-bits"], 0.6) == (pytest.approx(33.0), "no-bits+W4A8", 1)
-    assert rows.best(["no-bits"], 0.575) == (pytest.approx(31.0), "no-bits+W2A8", 1)
-    assert rows.best(["uniform", "ilp"], 0.6) == (pytest.approx(29.0), "uniform+W2A8", 1)
-    assert rows.best(["uniform", "ilp"], 0.5) is None
+    assert rows.found["targets_ms"] == pytest.approx([0.6, 0.59, 0.58, 0.5, 0.49])
+    assert best(rows, ["no-bits"], 0.6) == (pytest.approx(33.0), "no-bits+W4A8", 1)
+    assert best(rows, ["no-bits"], 0.575) == (pytest.approx(31.0), "no-bits+W2A8", 1)
+    assert best(rows, ["uniform", "ilp"], 0.6) == (pytest.approx(29.0), "uniform+W2A8", 1)
+    assert best(rows, ["uniform", "ilp"], 0.5) is None
 
 
-def test_a_line_per_target(rows: Rows) -> None:
+def test_a_line_per_target(rows: Campaign) -> None:
     lines = at_targets(rows).splitlines()
     assert lines[2] == (
         "| 0.600 ms (60% of 16 bit) | 30.0 (1 seed) | no-bits+W4A8 33.0 (1 seed): 0.91× | "

@@ -163,7 +163,7 @@ def test_depth_by_importance_and_from_the_end(
     """The embedded model whole and without all blocks but one, untrained and after a step; what is known stays."""
     folder = tmp_path / "results" / "machine"
     for _ in range(2):
-        bench_depth.main(["--device", "cpu", "--tiny", "--out", str(folder)])
+        bench_depth.main(["--device", "cpu", "--tiny", "--resume", "--out", str(folder)])
     rows = rows_of(folder, "depth")
     assert len(rows) == 2 * 2 * 2
     for row in rows:

@@ -69,9 +69,10 @@ def demo(
     say(f"latency table: {len(table.rows)} measurements on {table.header.device}")
     say(f"target {target:.3f} ms a token: no single precision of the whole model reaches it")
     folder = compare(config)
-    joint = next((folder / "units" / "joint").rglob("choice.json")).parent
+    rows = read(folder)
+    joint = next(folder / "units" / row["unit"] for row in rows if row["method"] == "joint")
     say(f"report: {folder / 'report.html'}; of the joint search: {report(str(joint))}")
-    return read(folder)
+    return rows
 
 
 def demo_config(out: str, device: str, seed: int, randoms: int) -> CompareConfig:
@@ -101,13 +102,19 @@ def demo_config(out: str, device: str, seed: int, randoms: int) -> CompareConfig
 
 def with_target(config: CompareConfig) -> tuple[CompareConfig, LatencyTable]:
     """Measures the campaign's latency table, if it is not there yet, and sets the target, and the two precisions of
-    which the whole model is fastest, from it."""
+    which the whole model is fastest, from it.
+
+    Raises:
+        JointNASError: the device runs the whole model at no precision of the space.
+    """
     model_config = loading.model_config(config.model)
     space, _ = feasible_space(model_config, config.space.build())
     table = measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
     bound = table.bind(table.restrict(space)[0])
     fastest = single_precisions(bound)
-    best = min(fastest.values())
+    if not fastest:
+        raise JointNASError(f"{table.header.device} runs the whole model at no precision of the space")
+    best = min([bound.original(), *fastest.values()])  # 16 bits are a single precision, too
     options = {"targets_ms": [best - SHARE * (best - least(bound))], "precisions": list(map(str, fastest))[:2]}
     return config.model_copy(update={"compare": config.compare.model_copy(update=options)}), table
 
