@@ -21,6 +21,7 @@ from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample,
 from jointnas_kernels.nn.head import HeadQuantizer
 from jointnas_kernels.nn.linear import MODES, SupernetLinear
 from jointnas_kernels.nn.loss import IGNORE, linear_cross_entropy
+from jointnas_kernels.ops.core.tensors import autocast_dtype
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.space import Choice, SearchSpace
 
@@ -327,10 +328,8 @@ class Supernet(Pretrained):
         return x, self._step(x, sample.masks, attention_mask, position_ids)
 
     def _tokens(self, input_ids: Tensor, masks: Masks, embedding: Tensor) -> Tensor:
-        kind = self.device.type
         x = nn.functional.embedding(input_ids, embedding)
-        if torch.is_autocast_enabled(kind):  # the whole residual stream runs in the autocast dtype
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = x.to(autocast_dtype(x) or x.dtype)  # the whole residual stream runs in the autocast dtype
         return channel_mask(x, masks.hidden, backend=self.backend)
 
     def _step(self, x: Tensor, masks: Masks, attention_mask: Tensor | None, position_ids: Tensor | None) -> Step:

@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 _VERBS = (
-    "bench", "compare", "demo", "doctor", "evaluate", "export", "fetch", "finetune", "generate", "quantize",
+    "bench", "compare", "demo", "doctor", "dry_run", "evaluate", "export", "fetch", "finetune", "generate", "quantize",
     "report", "search",
 )  # fmt: skip
 _WHERE = {

@@ -89,6 +89,7 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     progress.close()
     metrics.close()
     supernet.release()
+    supernet.zero_grad(set_to_none=True)  # distillation needs the room
     return _finish(run, objective, step, converged, time.monotonic() - began)
 
 

@@ -40,6 +40,7 @@ VERBS = {
 }
 CONFIGURED = ("search", "compare")  # verbs that take a whole configuration
 SHORT = {"--space": "--space.base", "--metric": "--latency.metric", "--processes": "--compare.processes"}
+FLAGS = ("--resume", "--force", "--adapters", "--dry_run")  # may stand without a value
 SECTION_FILES = (".yaml", ".yml", ".json")  # what may stand for a whole section
 # arguments that need no option's name: how many, and what they are
 POSITIONAL: dict[str, tuple[str | None, str]] = {
@@ -107,6 +108,13 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
 
     disable_progress_bar()  # one bar at a time: ours
     function = function_of(verb)
+    on = values.pop("on", None)
+    if values.pop("dry_run", False):
+        plan = jointnas.dry_run(build(schema_of(verb), values), on)
+        print(sys.modules[jointnas.dry_run.__module__].text(plan))
+        if not plan.fits:
+            raise JointNASError("the search was planned, and does not fit (see above)")
+        return
     result = function(build(schema_of(verb), values)) if verb in CONFIGURED else function(**values)
     print(getattr(sys.modules[function.__module__], "text", str)(result))
 
@@ -127,6 +135,11 @@ def parser_of(verb: str) -> Any:
     parser.add_argument("--config", action="config", help="YAML file; flags after it override it")
     if verb in CONFIGURED:
         parser.add_class_arguments(schema_of(verb), as_group=False)
+        if verb == "search":
+            what = "print what the search would need, and whether that fits, and end"
+            parser.add_argument("--dry_run", type=bool, default=False, help=what)
+            what = "the device of a dry run: here, a100, h100, h200 or rtx-4090"
+            parser.add_argument("--on", type=str, default="here", help=what)
         return parser
     names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
     for name in names:
@@ -171,15 +184,15 @@ def parse(verb: str, arguments: list[str]) -> dict[str, Any] | None:
 
 
 def normalise(arguments: list[str], resume: str = "true") -> list[str]:
-    """Dashes in names are underscores, names of SHORT stand for longer ones, `--force` and `--adapters` alone are true,
-    and `--resume` alone is what the verb calls that; `~` is the home folder behind `=`, too."""
+    """Dashes in names are underscores, names of SHORT stand for longer ones, a FLAG alone is true, and `--resume` alone
+    is what the verb calls that; `~` is the home folder behind `=`, too."""
     found: list[str] = []
     for argument, after in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--"):
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
             name = SHORT.get(name, name)
-            if name in ("--resume", "--force", "--adapters") and not equals and after.startswith("--"):
+            if name in FLAGS and not equals and after.startswith("--"):
                 equals, value = "=", resume if name == "--resume" else "true"
             argument = name + equals + os.path.expanduser(value)
         found.append(os.path.expanduser(argument))

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from jointnas import checkpoint
 from jointnas.config import FinetuneConfig
-from jointnas.data import IGNORE, Batches
+from jointnas.data import IGNORE, Batch, Batches
 from jointnas.metrics import Metrics
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, extract, shrink
@@ -258,16 +258,9 @@ def distil(
     losses: list[Tensor] = []
     with checkpointing(student, config.gradient_checkpointing):
         for step in range(start, config.steps):
-            ids, labels = batches.at(step, device)
-            loss, parts = distillation_loss(student, teacher, ids, config, labels)
-            student.zero_grad(set_to_none=True)
-            loss.backward()
-            trained.collect()
-            torch.nn.utils.clip_grad_norm_(list(trained.masters.values()), config.clip)
-            optimizer.step()
-            trained.round()
+            loss, parts = distillation_step(student, teacher, batches.at(step, device), config, trained, optimizer)
             schedule.step()
-            losses.append(loss.detach())
+            losses.append(loss)
             done = step + 1
             if metrics is not None and (done % config.log_every == 0 or done == config.steps):
                 values = {k: v.item() for k, v in parts.items()}
@@ -282,6 +275,22 @@ def distil(
     if metrics is not None:
         metrics.close()
     return student.eval()
+
+
+def distillation_step(
+    student: nn.Module, teacher: Teacher, batch: Batch, config: FinetuneConfig, trained: Trained,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Trains the student on one batch; what `distillation_loss` returns, without its graph. The optimizer is of the
+    trained parameters' masters."""
+    loss, parts = distillation_loss(student, teacher, batch.ids, config, batch.labels)
+    student.zero_grad(set_to_none=True)
+    loss.backward()
+    trained.collect()
+    torch.nn.utils.clip_grad_norm_(list(trained.masters.values()), config.clip)
+    optimizer.step()
+    trained.round()
+    return loss.detach(), parts
 
 
 @contextlib.contextmanager
@@ -318,7 +327,8 @@ def distillation_loss(
     learned = target_ids != IGNORE
     target_ids = target_ids[learned]
     count = max(1, len(target_ids))  # a batch may have none: its loss is 0
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=config.bf16):
+    halves = config.bf16 and not ids.is_meta  # meta has no autocast
+    with torch.autocast(ids.device.type, torch.bfloat16) if halves else contextlib.nullcontext():
         options = {} if isinstance(student, Supernet) else {"use_cache": False}
         logits = student(input_ids=ids, **options).logits[:, :-1].flatten(0, 1)[learned].float()
     ce = F.cross_entropy(logits, target_ids, reduction="sum") / count

@@ -20,10 +20,15 @@ _NOTHING = contextlib.nullcontext()
 
 def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Autocast off inside an op. Where it is off already nothing is entered: the context costs as much as a launch."""
+    return _NOTHING if autocast_dtype(tensor) is None else torch.autocast(tensor.device.type, enabled=False)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast computes in on the tensor's device; None: it is off, or it is the meta device, which has none."""
     kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta has no autocast, and asking is an error
-        return _NOTHING
-    return torch.autocast(kind, enabled=False)
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # asking about meta is an error
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def bad(op: str, message: str) -> JointNASError:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, rows
+from jointnas_kernels.ops.core.tensors import autocast_dtype, bad, rows
 from jointnas_kernels.ops.width import channel
 
 
@@ -67,9 +67,8 @@ def _bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
 
 def _in_one_dtype(op: str, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Both in the dtype a linear runs in here: autocast's where it is on, else x's, which must be the weights', too."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
         return x.to(dtype), [w.to(dtype) for w in weights]
     for weight in weights:
         if weight.dtype != x.dtype:

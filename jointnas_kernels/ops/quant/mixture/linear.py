@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jointnas_kernels.ops.core.op import Op
-from jointnas_kernels.ops.core.tensors import bad, compute_dtype, without_autocast
+from jointnas_kernels.ops.core.tensors import autocast_dtype, bad, compute_dtype, without_autocast
 from jointnas_kernels.ops.quant.mixture.op import IMPLEMENTATIONS, checked, choose
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
 
@@ -112,6 +112,4 @@ def quant_lora_linear(
     mix = checked("quant_lora_linear", mix, mode)
     if x.shape[-1] != weight.shape[1]:
         raise bad("quant_lora_linear", f"x has {x.shape[-1]} channels, the weight takes {weight.shape[1]}")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _op(x, bias, *mix, recompute, backend)[0]
+    return _op(x.to(autocast_dtype(x) or x.dtype), bias, *mix, recompute, backend)[0]

@@ -1,0 +1,276 @@
+"""What a search and its distillation keep in memory, from steps on the meta device: of models that fit nowhere, too.
+
+The steps are those of the search itself; nothing is computed, but every tensor has its size. A dispatch mode counts the
+bytes of those that are alive, by what they are, and keeps the counts of the moment when their sum was largest. Steps of
+models with one and with two blocks give those of any number, because memory is linear in it.
+
+Not seen: what kernels need while they run, and what an allocator wastes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental import _config as assumed
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+import jointnas.flops  # noqa: F401  formulas of this package's ops
+from jointnas.bilevel import update
+from jointnas.config import RunConfig
+from jointnas.data import Batch
+from jointnas.distillation import Trained, distillation_step, original_logits, student_of
+from jointnas.losses import cross_entropy
+from jointnas_kernels.hf import Supernet, convert
+from jointnas_kernels.hf.families import family
+from jointnas_kernels.nn.choices import seeded
+from jointnas_kernels.space import SearchSpace
+
+META = torch.device("meta")
+PHASES = ("weight step", "architecture step", "distillation")
+WEIGHTS, ADAPTERS, COPIES, GRADIENTS = "weights", "adapters", "trained weights", "gradients"
+OPTIMIZER, MIXED, LOSS, ACTIVATIONS = "optimizer", "mixed weights", "logits and loss", "activations"
+KINDS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, MIXED, LOSS, ACTIVATIONS)
+Bytes = Mapping[str, float]
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of meta tensors that are alive, by kind, and the operations of products; `FlopCounterMode` beside
+    it would keep alive what checkpoints compute again.
+
+    Attributes:
+        peak: the counts when their sum was largest.
+        flops: operations so far.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.kinds: dict[int, str] = {}  # of a storage
+        self.now: Counter[str] = Counter()
+        self.total = self.largest = 0
+        self.peak: dict[str, int] = {}
+        self.flops = 0
+        self.inside: list[str] = []  # kinds of whatever is made in a context
+
+    @contextlib.contextmanager
+    def making(self, kind: str) -> Iterator[None]:
+        """Tensors that are made inside are of this kind."""
+        self.inside.append(kind)
+        yield
+        self.inside.pop()
+
+    def add(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+        """Counts tensors from now on; those counted already become of this kind."""
+        for tensor in tensors:
+            if tensor is None or not tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key in self.kinds:
+                self.now[self.kinds[key]] -= size
+            else:
+                self.total += size
+                weakref.finalize(storage, self._gone, key, size)
+            self.kinds[key] = kind
+            self.now[kind] += size
+        if self.total > self.largest:
+            self.largest, self.peak = self.total, dict(self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now[self.kinds.pop(key)] -= size
+        self.total -= size
+
+    def restart(self) -> None:
+        """From now on."""
+        self.largest, self.peak, self.flops = self.total, dict(self.now), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and device is not None and device.type == "cpu":
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # gradients to the host
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return args[0].dtype == torch.bool  # "is this batch a plain one?" is all that models ask
+        outputs = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=outputs)
+        made = [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+        fresh = [t for t in made if t.is_meta and t.untyped_storage()._cdata not in self.kinds]
+        if self.inside:
+            self.add(fresh, self.inside[-1])
+            return outputs
+        mixes = str(func).startswith("jointnas.quant_lora")
+        for tensor in fresh:
+            kind = LOSS if tensor.shape[-1:] == (self.vocabulary,) else ACTIVATIONS
+            if mixes and tensor is not made[0]:  # besides its result a mixture keeps the weight that it mixed
+                kind = MIXED
+            self.add((tensor,), kind)
+        return outputs
+
+
+@contextlib.contextmanager
+def _flash_attention() -> Iterator[None]:
+    """Attention as its kernels do it, without the matrix of scores that it has on the meta device. A function mode
+    would not reach what checkpoints compute again."""
+    plain = nn.functional.scaled_dot_product_attention
+    nn.functional.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    if k.shape[1] != q.shape[1]:
+        k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y: Tensor = flash(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return y
+
+
+def _repeated(t: Tensor, heads: int) -> Tensor:
+    return t.repeat_interleave(heads // t.shape[1], 1)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One step of a phase.
+
+    Attributes:
+        kinds: bytes of what is alive when most is, by kind.
+        flops: floating-point operations of products, two for a multiplication and an addition.
+    """
+
+    kinds: Bytes
+    flops: float
+
+    @property
+    def total(self) -> float:
+        """Bytes."""
+        return sum(self.kinds.values())
+
+
+def footprint(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str, Phase]:
+    """The largest steps of a run by phase: every block active, and the full model distilled at its most bits.
+
+    Args:
+        config: resolved; batch, LoRA, distillation and checkpointing count.
+        model_config: transformers' config of the model.
+        space: what is searched.
+    """
+    few = [_steps(config, *_shallow(model_config, space, blocks)) for blocks in (1, 2)]
+    found = {}
+    for name in few[0]:
+        one, two = few[0][name], few[1][name]
+        kinds = {k: _line(one.kinds.get(k, 0), two.kinds.get(k, 0), space.depth) for k in KINDS}
+        found[name] = Phase(kinds, _line(one.flops, two.flops, space.depth))
+    return found
+
+
+def _line(one: float, two: float, blocks: int) -> float:
+    return one + (two - one) * (blocks - 1)
+
+
+def _shallow(model_config: Any, space: SearchSpace, blocks: int) -> tuple[Any, SearchSpace]:
+    """The same with so many blocks."""
+    config = copy.deepcopy(model_config)
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
+    return config, replace(space, blocks=tuple(range(1, blocks + 1)) if len(space.blocks) > 1 else (blocks,))
+
+
+def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str, Phase]:
+    """The phases of a model as it is given."""
+    options = config.search
+    with META:
+        model = family(model_config).model._from_config(model_config, dtype=getattr(torch, config.model.dtype))
+    supernet = convert(
+        model, space, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, relaxation=options.relaxation,
+        bit_relaxation=options.bit_relaxation, lora_pairs=options.lora_pairs,
+    )  # fmt: skip
+    del model
+    supernet.gradient_checkpointing = options.gradient_checkpointing
+    supernet.train()
+    if "blocks" in supernet.arch.logits:  # all blocks are drawn
+        with torch.no_grad():
+            supernet.arch.logits["blocks"][-1] = 1e3
+    alive = Alive(model_config.vocab_size)
+    alive.add((*supernet.parameters(), *supernet.buffers()), WEIGHTS)
+    alive.add(supernet.lora_parameters(), ADAPTERS)
+    with assumed.patch(meta_nonzero_assume_all_nonzero=True), _flash_attention(), alive:
+        return _search(supernet, config, alive) | {PHASES[2]: _distillation(supernet, config, alive)}
+
+
+def _search(supernet: Supernet, config: RunConfig, alive: Alive) -> dict[str, Phase]:
+    batch = _batch(config.data.batch_size, config.data.seq_len)
+    trained = {"weight": supernet.lora_parameters(), "arch": supernet.arch_parameters()}
+    optimizers = {mode: torch.optim.AdamW(of, lr=1e-3) for mode, of in trained.items()}
+    found: list[Phase] = []
+    with _gradients(trained["weight"], alive):
+        for mode in ("weight", "arch", "weight", "arch"):  # in the second round optimizers have their state
+
+            def step(mode: str = mode) -> None:
+                supernet.mode(mode).relax()
+                supernet.draw(seeded(0, 0, 0))
+                update(optimizers[mode], cross_entropy(supernet, batch), trained[mode], 1.0)
+
+            found.append(_largest(step, optimizers[mode], alive))
+    supernet.zero_grad(set_to_none=True)
+    return dict(zip(PHASES, found[2:], strict=False))
+
+
+def _distillation(supernet: Supernet, config: RunConfig, alive: Alive) -> Phase:
+    with alive.making(COPIES):
+        student = student_of(supernet, supernet.space.full(), config.finetune.train).train()
+        if not isinstance(student, Supernet):
+            student.requires_grad_(True)
+        trained = Trained(student)
+    optimizer = torch.optim.AdamW(trained.masters.values(), lr=1e-3)
+    teacher = original_logits(supernet)
+    batch = _batch(config.finetune.batch_size or config.data.batch_size, config.data.seq_len)
+
+    def step() -> None:
+        distillation_step(student, teacher, batch, config.finetune, trained, optimizer)
+
+    with _gradients(trained.parameters.values(), alive):
+        _largest(step, optimizer, alive)
+        return _largest(step, optimizer, alive)
+
+
+@contextlib.contextmanager
+def _gradients(parameters: Iterable[nn.Parameter], alive: Alive) -> Iterator[None]:
+    """Gradients are known as such inside."""
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: alive.add((p.grad,), GRADIENTS)) for p in parameters]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def _largest(step: Callable[[], None], optimizer: torch.optim.Optimizer, alive: Alive) -> Phase:
+    """What a step needs."""
+    before = optimizer.register_step_pre_hook(lambda *_: alive.inside.append(OPTIMIZER))
+    after = optimizer.register_step_post_hook(lambda *_: alive.inside.pop() and None)
+    alive.restart()
+    step()
+    before.remove()
+    after.remove()
+    return Phase(alive.peak, alive.flops)
+
+
+def _batch(sequences: int, tokens: int) -> Batch:
+    ids = torch.zeros(sequences, tokens, dtype=torch.int64, device=META)
+    return Batch(ids, ids)

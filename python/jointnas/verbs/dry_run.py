@@ -1,0 +1,204 @@
+"""`search --dry-run`: what a search would need on a device, before anything of it is loaded or measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from jointnas import loading
+from jointnas.config import RunConfig
+from jointnas.footprint import KINDS, PHASES, Phase, footprint
+from jointnas_kernels.errors import unknown
+from jointnas_kernels.hf import feasible_space
+from jointnas_kernels.space import count_params
+
+HERE = "here"
+SPARE = 0.95  # of a device's memory: the rest is its driver's, kernels' and allocator's
+
+
+@dataclass(frozen=True)
+class Device:
+    """Memory in bytes, and dense products in operations per second: of bfloat16, as the vendor's data sheet says, or of
+    the model's dtype, as measured."""
+
+    name: str
+    memory: float
+    flops: float
+
+
+DEVICES = {
+    "a100": Device("NVIDIA A100 80 GB", 80e9, 312e12),
+    "h100": Device("NVIDIA H100 SXM", 80e9, 989e12),
+    "h200": Device("NVIDIA H200", 141e9, 989e12),
+    "rtx-4090": Device("NVIDIA RTX 4090", 24e9, 165e12),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+        params: of the model.
+        choices: in the search space.
+        tokens: of a step, search and distillation.
+        phases: the largest steps, by name.
+        fits: whether all do.
+        instead: changes of the configuration that would fit, each as (options, largest bytes).
+    """
+
+    device: Device
+    params: int
+    choices: int
+    tokens: tuple[int, int]
+    phases: dict[str, Phase]
+    fits: bool
+    instead: list[tuple[str, float]]
+
+    def seconds(self, phase: str) -> float:
+        """At least, of a step: its products at the device's full speed."""
+        return self.phases[phase].flops / self.device.flops
+
+
+def dry_run(config: RunConfig, on: str = HERE) -> Plan:
+    """Plans a search: memory by kind, the least time of its steps, and what to change where it does not fit. Nothing is
+    loaded or measured but the model's config, and on this machine the speed of one product.
+
+    Args:
+        config: the whole configuration.
+        on: a device of DEVICES, or "here": that of the configuration.
+
+    Raises:
+        JointNASError: no such device or model.
+    """
+    if on != HERE and on not in DEVICES:
+        raise unknown("device", on, [HERE, *DEVICES])
+    if on == HERE:
+        config = loading.resolve(config)
+    known = loading.model_config(config.model)
+    if config.model.dtype == "auto":
+        dtype = "bfloat16" if getattr(known, "dtype", None) == torch.bfloat16 else "float32"
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    space, _ = feasible_space(known, config.space.build())
+    device = here(config) if on == HERE else DEVICES[on]
+    phases = footprint(config, known, space)
+    instead = []
+    fits = most(phases) <= SPARE * device.memory
+    if not fits:
+        for what, other in changes(config):
+            needed = most(footprint(other, known, space))
+            if needed <= SPARE * device.memory:
+                instead.append((what, needed))
+                break
+    batch = config.data.batch_size, config.finetune.batch_size or config.data.batch_size
+    tokens = batch[0] * config.data.seq_len, batch[1] * config.data.seq_len
+    return Plan(device, count_params(known, space.full()), space.size(), tokens, phases, fits, instead)
+
+
+def most(phases: dict[str, Phase]) -> float:
+    """Bytes of the largest phase."""
+    return max(phase.total for phase in phases.values())
+
+
+def here(config: RunConfig) -> Device:
+    """The device of a resolved configuration, its speed measured by one product."""
+    device = torch.device(config.model.device)
+    if device.type == "cuda":
+        memory: float = torch.cuda.mem_get_info(device)[0]
+        name = torch.cuda.get_device_name(device)
+    else:
+        memory, name = psutil.virtual_memory().available, f"this CPU, {torch.get_num_threads()} threads"
+    return Device(name, memory, _speed(getattr(torch, config.model.dtype), device))
+
+
+def _speed(dtype: torch.dtype, device: torch.device) -> float:
+    size, best = (4096 if device.type == "cuda" else 768), float("inf")
+    a = torch.randn(size, size, device=device).to(dtype)
+    for _ in range(5):
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for it
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """Ways to less memory, the cheapest first: each one is added to those before it."""
+    made: list[str] = []
+
+    def add(name: str, search: dict[str, object], tuned: dict[str, object], data: dict[str, object]) -> RunConfig:
+        made.append(name)
+        return config.model_copy(
+            update={
+                "search": config.search.model_copy(update=search),
+                "finetune": config.finetune.model_copy(update=tuned),
+                "data": config.data.model_copy(update=data),
+            }
+        )
+
+    if config.finetune.train != "lora":
+        config = add("--finetune.train lora", {}, {"train": "lora"}, {})
+        yield " ".join(made), config
+    checkpointed = {"gradient_checkpointing": True}
+    if not (config.search.gradient_checkpointing and config.finetune.gradient_checkpointing):
+        name = "--search.gradient_checkpointing true --finetune.gradient_checkpointing true"
+        config = add(name, checkpointed, checkpointed, {})
+        yield " ".join(made), config
+    size = config.data.batch_size
+    while size > 1:
+        size //= 2
+        made = [m for m in made if "batch_size" not in m]
+        config = add(
+            f"--data.batch_size {size} --finetune.batch_size {size}", {}, {"batch_size": size}, {"batch_size": size}
+        )
+        yield " ".join(made), config
+
+
+def text(plan: Plan) -> str:
+    """What the command prints."""
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:,.2f}"
+
+    width = max(map(len, KINDS))
+    lines = [
+        f"{plan.device.name}: {gb(plan.device.memory)} GB of memory; {plan.params:,} parameters; "
+        f"{plan.choices:.2g} choices",
+        "",
+        f"{'GB when most is in use':<{width + 8}}" + "".join(f"{name:>20}" for name in PHASES),
+    ]
+    for kind in KINDS:
+        values = [plan.phases[name].kinds.get(kind, 0.0) for name in PHASES]
+        if any(values):
+            lines.append(f"  {kind:<{width + 6}}" + "".join(f"{gb(v):>20}" for v in values))
+    lines.append(f"  {'all':<{width + 6}}" + "".join(f"{gb(plan.phases[name].total):>20}" for name in PHASES))
+    times = [plan.seconds(name) for name in PHASES]
+    tokens = (plan.tokens[0], plan.tokens[0], plan.tokens[1])
+    lines += [
+        "",
+        f"{'seconds of a step, at least':<{width + 8}}" + "".join(f"{t:>20.3g}" for t in times),
+        f"{'tokens per second, at most':<{width + 8}}"
+        + "".join(f"{n / t:>20,.0f}" for n, t in zip(tokens, times, strict=True)),
+        "",
+        verdict(plan),
+    ]
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan) -> str:
+    """One sentence."""
+    room = SPARE * plan.device.memory
+    needed = f"{most(plan.phases) / 1e9:,.1f} GB"
+    if plan.fits:
+        return f"It fits: {needed} of the {room / 1e9:,.1f} GB that can be used."
+    if plan.instead:
+        options, size = plan.instead[0]
+        return f"It does not fit: {needed} of {room / 1e9:,.1f} GB. With {options} it would: {size / 1e9:,.1f} GB."
+    return (
+        f"It does not fit: {needed} of {room / 1e9:,.1f} GB, and neither do smaller batches; use a device with more "
+        "memory, shorter windows (--data.seq_len) or a smaller --search.lora_rank."
+    )

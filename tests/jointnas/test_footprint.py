@@ -1,0 +1,94 @@
+"""What a search needs, planned on the meta device: exact where it can be, and close to what a process really takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from jointnas import footprint
+from jointnas.config import RunConfig
+from jointnas_kernels.hf import convert
+from jointnas_kernels.hf.families import family
+from jointnas_kernels.space import SearchSpace
+from tests.hf.hf_models import QUANT_SPACE, tiny_config
+
+SPACE = QUANT_SPACE
+WITHOUT_BITS = replace(SPACE, weight_bits=None, act_bits=None)
+
+
+def config(**options: Any) -> RunConfig:
+    values = {"data": {"batch_size": 2, "seq_len": 24}, "search": {"lora_rank": 4}, "model": {"dtype": "float32"}}
+    return RunConfig(**values | options)
+
+
+@pytest.fixture(scope="module")
+def phases() -> dict[str, footprint.Phase]:
+    return footprint.footprint(config(), tiny_config(), SPACE)
+
+
+@pytest.mark.parametrize("space", [SPACE, WITHOUT_BITS], ids=["bits", "sizes"])
+def test_what_stays_is_exact(space: SearchSpace) -> None:
+    found = footprint.footprint(config(), tiny_config(), space)["weight step"].kinds
+    model = family(tiny_config()).model._from_config(tiny_config(), dtype=torch.float32)
+    net = convert(model, space, lora_rank=4)
+    adapters = sum(p.nbytes for p in net.lora_parameters())
+    tensors = {t.untyped_storage().data_ptr(): t.nbytes for t in (*net.parameters(), *net.buffers())}
+    assert found["adapters"] == adapters
+    assert adapters <= found["gradients"] <= 1.3 * adapters  # some are views of a larger sum
+    assert adapters * 2 <= found["optimizer"] <= adapters * 2 + 4096  # with its step counters
+    assert found["weights"] == pytest.approx(sum(tensors.values()) - adapters, rel=0.02)
+
+
+def test_blocks_are_alike(phases: dict[str, footprint.Phase]) -> None:
+    """Steps of one and of two blocks give those of three."""
+    for name, direct in footprint._steps(config(), tiny_config(), SPACE).items():
+        assert phases[name].total == pytest.approx(direct.total, rel=0.01)
+        assert phases[name].flops == direct.flops
+
+
+def _multiplied(space: SearchSpace) -> int:
+    """Weights of the blocks' linears, and of the head."""
+    of, full = tiny_config(), space.full()
+    attention = full.hidden * full.head_dim * (2 * full.heads + 2 * of.num_key_value_heads)
+    return full.blocks * (attention + 3 * full.hidden * full.intermediate) + full.hidden * of.vocab_size
+
+
+@pytest.mark.parametrize("space", [SPACE, WITHOUT_BITS], ids=["bits", "sizes"])
+def test_operations_are_those_of_the_products(space: SearchSpace) -> None:
+    """Forward and backward of a frozen model 4 per weight and token, of a trained one 6, of its teacher 2 more; and a
+    tenth for attention, which is small here, and LoRA of rank 1."""
+    found = footprint.footprint(config(search={"lora_rank": 1}), tiny_config(), space)
+    tokens, weights = 2 * 24, _multiplied(space)
+    lora = 1.25  # of three precisions, their gradients, and their products
+    assert 4 * tokens * weights <= found["weight step"].flops <= 4 * lora * tokens * weights
+    assert 8 * tokens * weights <= found["distillation"].flops <= 8 * 1.1 * tokens * weights
+    more = 6 if space.weight_bits else 4  # probabilities of bits read the gradient of the mixed weight
+    assert more * tokens * weights * 0.9 <= found["architecture step"].flops <= more * lora * tokens * weights
+
+
+def test_operations_of_a_product_with_lora() -> None:
+    from jointnas_kernels.ops.width.linear import mixed_linear
+
+    with FlopCounterMode(display=False) as flops:
+        mixed_linear(torch.ones(5, 7), torch.ones(3, 7), lora_a=torch.ones(2, 7), lora_b=torch.ones(3, 2), scaling=1.0)
+    assert flops.get_total_flops() == 2 * 5 * (3 * 7 + 2 * 7 + 3 * 2)
+
+
+def test_less_is_kept_with_checkpoints_and_lora() -> None:
+    long = {"batch_size": 4, "seq_len": 64}
+    plain = footprint.footprint(config(data=long), tiny_config(), SPACE)
+    options = {"search": {"lora_rank": 4, "gradient_checkpointing": True}, "finetune": {"train": "lora"}}
+    less = footprint.footprint(config(data=long, **options), tiny_config(), SPACE)
+    for name in footprint.PHASES[:2]:
+        assert less[name].kinds["activations"] < plain[name].kinds["activations"]
+        assert less[name].flops > plain[name].flops
+    assert less["distillation"].kinds["optimizer"] < plain["distillation"].kinds["optimizer"]
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+def test_every_family(family: str) -> None:
+    assert all(p.total > 0 for p in footprint.footprint(config(), tiny_config(family), SPACE).values())
