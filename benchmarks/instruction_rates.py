@@ -130,7 +130,8 @@ class Scalar(NamedTuple):
     constant: tuple[int, int] = (0xFFFFFFFF, 1)
 
 
-# name: PTX, and SASS of sm_80 and sm_90. HFMA2 and HFMA2.MMA take turns there as in compiled kernels: one pipe each.
+# name: PTX, and SASS of sm_80 and sm_90. The assembler takes HFMA2 and HFMA2.MMA in turns,
+# as it does in kernels.
 SCALAR = {
     "I2FP s32 to fp32": (Scalar("cvt.rn.f32.s32 %0, %0;"), "I2F", "I2FP.F32.S32"),
     "FP16x2 FMA": (

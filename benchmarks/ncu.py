@@ -143,8 +143,8 @@ def parse(text: str) -> list[Measured]:
         return []
     kernels: dict[tuple[str, str], Measured] = {}
     for row in csv.DictReader(line for line in lines[head:] if line.startswith('"')):
-        sizes = [re.sub(r"[() ]", "", row[key]).replace(",", "×") for key in ("Grid Size", "Block Size")]
-        kernel = kernels.setdefault((row["Process ID"], row["ID"]), Measured(short(row["Kernel Name"]), *sizes))
+        grid, block = (re.sub(r"[() ]", "", row[key]).replace(",", "×") for key in ("Grid Size", "Block Size"))
+        kernel = kernels.setdefault((row["Process ID"], row["ID"]), Measured(short(row["Kernel Name"]), grid, block))
         try:
             value = float(row["Metric Value"].replace(",", ""))
         except ValueError:  # "n/a": this GPU does not have it
