@@ -76,7 +76,7 @@ bench: setup ## benchmarks on this machine, raw rows into benchmarks/results, ta
 gpu: ## on a machine with a GPU, in under 9 minutes: the two parts in one
 	$(PYTHON) -m benchmarks.gpu_run $(GPU)
 
-gpu-1: ## correctness, in 5 minutes: load and smoke, tests, memory checker
+gpu-1: ## correctness, in 5 minutes: load and smoke, tests, memory checker, launches of a step
 	$(PYTHON) -m benchmarks.gpu_run --part 1 $(GPU)
 
 gpu-2: ## speed, in 8 minutes: GEMMs against peers, kernels, steps, a latency table, decoding, a search

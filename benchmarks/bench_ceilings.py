@@ -1,4 +1,4 @@
-"""What this machine can do at most: copy bandwidth, library GEMM rates, and on a GPU the tensor cores by instruction.
+"""What this machine can do at most: copy bandwidth, library GEMM rates, and on a GPU its instructions, one by one.
 
 python -m benchmarks.bench_ceilings [--device cuda|cpu]
 """
@@ -12,14 +12,23 @@ from typing import Any
 
 import torch
 
-from benchmarks import mma_rate
+from benchmarks import instruction_rates
 from benchmarks.harness import Recorder, arguments, ceilings, gemm_rate, guarded
 
 
-def tensor_cores(rec: Recorder) -> None:
+def instructions(rec: Recorder) -> None:
+    """A row each, as it is measured: tensor cores, and what quantizers and dequantization are made of."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    for name, rate in mma_rate.measure(nvcc, torch.cuda.get_device_capability()).items():
-        rec.row("tensor_core", rate, "OP/s", instruction=name)
+    capability = torch.cuda.get_device_capability()
+    known = instruction_rates.instructions(capability == (9, 0))
+    there = [name for name, i in known.items() if rec.has(row_name(i), instruction=name)]
+    for instruction, rate in instruction_rates.measure(nvcc, capability, there):
+        extra = {"per_clock": rate.clock, "sms": rate.sms}
+        rec.row(row_name(instruction), rate.second, instruction.unit, extra, instruction=instruction.name)
+
+
+def row_name(instruction: instruction_rates.Instruction) -> str:
+    return "tensor_core" if instruction.unit == "OP/s" else "instruction"
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
@@ -31,8 +40,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             if not rec.has("gemm_bf16", m=m, n=n, k=k):
                 rate = gemm_rate(args.device, torch.bfloat16, m, n, k)
                 rec.row("gemm_bf16", rate, "FLOP/s", m=m, n=n, k=k)
-    if args.device == "cuda" and not rec.has("tensor_core"):
-        guarded("tensor cores", partial(tensor_cores, rec))
+    if args.device == "cuda":
+        guarded("instructions", partial(instructions, rec))
     return rec.rows
 
 

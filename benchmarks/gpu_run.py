@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_run [--out DIR] [--part 1|2] [--stages NAME,...] [--limit SECONDS] [--resume]
 
-Part 1 says whether results are right: load and smoke, tests, memory checker. Part 2 what they are: GEMMs against peers,
-kernels, steps, a latency table with calibration, decoding, a search (gpu_stages.py). Each stage is a process group with
-its own share of the time; one that fails or is cut never stops the next. A cut one goes on at the end if time is left.
+Part 1 says whether results are right: load and smoke, tests, memory checker, and lists the launches of a step. Part 2
+what they are: GEMMs against peers, kernels, steps, a latency table with calibration, decoding, a search
+(gpu_stages.py). Each stage is a process group with its own share of the time; one that fails or is cut never stops the
+next. A cut one goes on at the end if time is left.
 
 DIR gets, as it is known: rows.jsonl (all measurements), tests.jsonl (the outcome of each test), log.txt (all output),
 state.json (stages: done, failed, cut or left out), at the end summary.txt, which is printed last. ``--resume`` leaves
@@ -169,7 +170,8 @@ def outcomes_summary(outcomes: list[Row], most: int = 15) -> list[str]:
 
 def rows_summary(rows: list[Row], most: int = 110) -> list[str]:
     """One short line per row."""
-    rows, lines = [row for row in rows if "name" in row], []
+    rows = [row for row in rows if "name" in row and "kernel" not in row["params"]]  # of the kernels a step has dozens
+    lines = []
     for row in rows[:most]:
         params = " ".join(f"{v}" for v in row["params"].values())
         extra = {k: v for k, v in row["extra"].items() if k in ("ratio", "share", "peak", "loop_over")}

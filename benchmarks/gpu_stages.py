@@ -19,12 +19,13 @@ LIMITS = {0: 530.0, 1: 290.0, 2: 470.0}  # seconds; part 0 is both
 # seconds. Of the first part what says whether results are right, of the second what they are; both load the extension.
 # Together less than the limit, so that no stage starves those behind it; what one leaves over goes to the next ones.
 CAPS = {
-    1: {"load": 60, "smoke": 25, "test": 85, "sanitize": 45},
-    2: {"load": 60, "gemm": 90, "kernels": 45, "step": 75, "table": 45, "decode": 30, "smollm2": 25},
+    1: {"load": 50, "smoke": 25, "test": 85, "sanitize": 45, "launches": 30},
+    2: {"load": 50, "gemm": 80, "kernels": 45, "step": 65, "table": 45, "decode": 30, "smollm2": 25},
 }
-ASKED = {"ceilings": 40, "masks": 90, "sweep": 90, "search": 90, "compiled": 150}  # seconds; only with --stages
+# seconds; only with --stages
+ASKED = {"ceilings": 60, "ncu": 90, "masks": 90, "sweep": 90, "search": 90, "compiled": 150}
 # first those that no GPU has run since they changed; then the others, by name
-NEVER_RUN = ("test_runtime", "test_nan", "test_load", "test_backends", "test_quant", "test_lowbit")
+NEVER_RUN = ("test_instruments", "test_runtime", "test_nan", "test_load", "test_backends", "test_quant", "test_lowbit")
 MEASURES = ("pydantic",)  # tables and configurations are read with it
 CONFIGURED = (*MEASURES, "jsonargparse")  # of the command line
 
@@ -93,6 +94,7 @@ def plan(out: Path, args: argparse.Namespace) -> list[Stage]:
         stage("test", [*pytest, *workers]),
         # without the cache of memory an overrun lands outside of the allocator's own big block
         stage("sanitize", [*memcheck, *ops], resumes=False, env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        stage("launches", bench("launches", "--layers", "8"), needs=MEASURES),
         stage("gemm", bench("gemm"), needs=MEASURES),
         stage("kernels", bench("kernels", "--no-compile"), needs=MEASURES),
         stage("step", bench("step"), needs=MEASURES),
@@ -100,6 +102,7 @@ def plan(out: Path, args: argparse.Namespace) -> list[Stage]:
         stage("decode", bench("decode", "--model", "blocks", "--no-compile"), needs=MEASURES),
         stage("smollm2", search, needs=CONFIGURED, without="" if args.model else "no --model FOLDER of SmolLM2"),
         stage("ceilings", bench("ceilings"), needs=MEASURES),
+        stage("ncu", bench("ncu"), needs=MEASURES),
         stage("masks", bench("masks"), needs=MEASURES),
         stage("sweep", bench("gemm", "--sweep", "--schemes", "w4a16", "w2a8", "--tokens", "1", "16", "64", "512")),
         stage(

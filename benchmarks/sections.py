@@ -7,6 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
+from benchmarks.instrument_sections import ceilings, launches, ncu
 from benchmarks.model_sections import decode, depth, depth_plot, gguf, ptq, search
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
@@ -163,15 +164,6 @@ def kernels(rows: list[Row], device: str) -> str:
     return "\n\n".join(parts)
 
 
-def ceilings(rows: list[Row], device: str) -> str:
-    body = [
-        [r["params"]["instruction"] if "instruction" in r["params"] else
-         f"{r['name']} " + "×".join(str(v) for v in r["params"].values()), f"{r['median'] / 1e12:.3g} T{r['unit']}"]
-        for r in rows
-    ]  # fmt: skip
-    return f"**Ceilings** ({where(rows[-1])})\n\n{table(['what', 'rate'], body)}" if body else ""
-
-
 KINDS = {
     "random": "random choices", "bits": "random bits, whole architecture", "depth": "number of blocks, 16 bit and W4A8",
     "precision": "one precision, whole architecture",
@@ -235,6 +227,8 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "depth": depth,
     "gguf": gguf,
     "kernels": kernels,
+    "launches": launches,
+    "ncu": ncu,
     "ceilings": ceilings,
 }
 

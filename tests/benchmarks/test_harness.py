@@ -13,7 +13,6 @@ import torch
 
 from benchmarks import (
     bench_calibration,
-    bench_ceilings,
     bench_decode,
     bench_depth,
     bench_gguf,
@@ -23,7 +22,6 @@ from benchmarks import (
     bench_step,
     blocks,
     harness,
-    mma_rate,
     models,
     render,
     sections,
@@ -309,12 +307,6 @@ def test_rows_of_processors_of_one_name_stay_apart(tmp_path: Path, monkeypatch: 
     assert render.add([tmp_path / "rows.jsonl"]) == 0
     assert [line for line in render.summary().splitlines() if line.startswith("#")] == [f"### {n}" for n in names]
     assert set(render.devices()) == set(names)
-
-
-def test_tensor_core_program_is_generated_for_both_generations() -> None:
-    assert "wgmma.mma_async" in mma_rate.source(wgmma=True)
-    assert "wgmma" not in mma_rate.source(wgmma=False)
-    assert bench_ceilings.main is not None
 
 
 def test_command_names_the_nearest_topic() -> None:
