@@ -13,9 +13,9 @@ A plan changes how long a product takes and, by rounding, its result: kernels an
 """
 
 from jointnas_kernels.tuned.files import Device, Made, Row, Shape, Tuned, file_name, read, user_folder, write
-from jointnas_kernels.tuned.lookup import Plans, describe, forget, load, misfit, plans
+from jointnas_kernels.tuned.lookup import Plans, describe, forget, kernels_here, load, misfit, plans
 
 __all__ = [
-    "Device", "Made", "Plans", "Row", "Shape", "Tuned", "describe", "file_name", "forget", "load", "misfit", "plans",
-    "read", "user_folder", "write",
+    "Device", "Made", "Plans", "Row", "Shape", "Tuned", "describe", "file_name", "forget", "kernels_here", "load",
+    "misfit", "plans", "read", "user_folder", "write",
 ]  # fmt: skip

@@ -24,6 +24,15 @@ def describe(device: torch.device) -> Device:
     return Device(found.name, f"{found.major}.{found.minor}", found.multi_processor_count)
 
 
+def kernels_here() -> str:
+    """The hash of the kernels that products run on.
+
+    Raises:
+        JointNASError: the extension was built without CUDA, or not at all.
+    """
+    return _ext.lowbit_kernels()
+
+
 class Plans:
     """What files say, the first one that says something."""
 
@@ -71,7 +80,7 @@ def plans(device: torch.device) -> Plans | None:
     """The plans of a device; None where there are none. Its files are read at the first call."""
     if device.type != "cuda" or os.environ.get(FOLDER_VARIABLE) == "":
         return None
-    return load(describe(device), _ext.lowbit_kernels(), (user_folder(), SHIPPED))
+    return load(describe(device), kernels_here(), (user_folder(), SHIPPED))
 
 
 def forget() -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Product:
     def __init__(self, shape: Shape, tokens: int, device: torch.device, generator: torch.Generator) -> None:
         self.shape, self.device, self.dtype = shape, device, getattr(torch, shape.dtype)
         low, high = level_range(shape.w_bits)
-        draw = {"device": device, "generator": generator}
+        draw: dict[str, Any] = {"device": device, "generator": generator}
         q = torch.randint(low, high + 1, (shape.outputs, shape.inputs), dtype=torch.int8, **draw)
         scale = (torch.rand(shape.outputs, shape.inputs // INPUTS, **draw) * 0.01 + 0.005).to(self.dtype)
         stored = LowbitWeight.pack(q, scale, shape.w_bits, INPUTS, layout="storage")
@@ -54,7 +55,7 @@ class Product:
         self.weights = [weight, *(weight.clone() for _ in range(count - 1))]
         self.usual = usual(tokens, weight, shape.a_bits)
         possible = candidates(tokens, shape, calls.multiprocessors(self.x))
-        self.candidates = [candidate for candidate in possible if runs(candidate.kernel, weight)]
+        self.candidates: Sequence[Candidate] = [c for c in possible if runs(c.kernel, weight)]
         self._samples: dict[Candidate, Callable[[], float]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 

@@ -69,7 +69,7 @@ def tune(
         contest: makes the product of a shape at so many tokens.
         out: the file; replaced as a whole after each job.
         device: that is measured.
-        kernels: the hash of the kernels that are measured (`_ext.lowbit_kernels`).
+        kernels: the hash of the kernels that are measured (`tuned.kernels_here`).
         seconds: no job is begun after that.
         resume: add to what is in `out`.
         progress: show a bar.

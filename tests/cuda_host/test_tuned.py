@@ -32,7 +32,6 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowbit, "copies", lambda *_: 1)
-    monkeypatch.setattr(lowbit_check, "_results", {})
 
 
 @pytest.mark.parametrize("tokens", [3, 21])
@@ -119,6 +118,7 @@ def test_a_product_follows_its_row(
 def test_a_kernel_that_fails_its_check_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = make(SHAPES[0])
     follow(monkeypatch, row(**SHAPES[0]._asdict(), kernel="wgmma", plan=(8, 2, 1, 1)))
+    monkeypatch.setattr(lowbit_check, "_results", {})
     monkeypatch.setattr(lowbit_check, "differences", lambda *key: "wrong")
     assert chosen(9, weight, 16) == ("stream", None)
     follow(monkeypatch, row(**SHAPES[0]._asdict(), kernel="bitplane", plan=(1, 1, 1, 1)))

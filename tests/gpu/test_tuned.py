@@ -64,7 +64,7 @@ def test_times_are_of_the_call(here: torch.device) -> None:
 def test_what_is_measured_is_followed(here: torch.device, folder: Path) -> None:
     shape, out = Shape(4, 16, 4096, 4096), folder / tuned.file_name(torch.cuda.get_device_name(here))
     jobs = [Job(shape, 1, 8), Job(shape, 129, 256)]
-    described, kernels = tuned.describe(here), _ext.lowbit_kernels()
+    described, kernels = tuned.describe(here), tuned.kernels_here()
     file = tune(jobs, Products(here), out, described, kernels, progress=False)
     assert tuned.read(out) == file
     assert {row.tokens for row in file.rows} == {8, 256}
@@ -89,7 +89,7 @@ def test_graphs_follow_a_plan(kernel: str, plan: tuple[int, ...] | None, here: t
         pytest.skip("wgmma is Hopper's")
     described = tuned.describe(here)
     rows = (row(**shape._asdict(), kernel=kernel, plan=plan),)
-    tuned.write(folder / tuned.file_name(described.name), tuned.Tuned(described, _ext.lowbit_kernels(), MADE, rows))
+    tuned.write(folder / tuned.file_name(described.name), tuned.Tuned(described, tuned.kernels_here(), MADE, rows))
     tuned.forget()
     assert chosen(9, weight, 16) == (kernel, None if plan is None else Plan(*plan))
     eager = lowbit_matmul(x, weight)

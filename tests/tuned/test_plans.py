@@ -143,12 +143,12 @@ def test_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest
     assert tuned.user_folder() == tmp_path / "own"
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(lookup, "describe", lambda device: H200)
-    monkeypatch.setattr(lookup._ext, "lowbit_kernels", lambda: "f" * 16)
+    monkeypatch.setattr(lookup, "kernels_here", lambda: "f" * 16)
     tuned.write(tmp_path / "own" / tuned.file_name(H200.name), samples.tuned(row()))
     tuned.forget()
     assert [tuned.plans(gpu) for _ in range(3)] == [None] * 3
     assert len(caplog.records) == 1, "one warning for a stale file"
-    monkeypatch.setattr(lookup._ext, "lowbit_kernels", lambda: KERNELS)
+    monkeypatch.setattr(lookup, "kernels_here", lambda: KERNELS)
     tuned.forget()
     assert tuned.plans(gpu) is tuned.plans(gpu) is not None
     monkeypatch.setenv("JOINTNAS_TUNED", "")

@@ -9,7 +9,7 @@ import torch
 
 from jointnas import loading
 from jointnas.config import ModelConfig, SpaceConfig
-from jointnas_kernels import _ext, tuned, tuning
+from jointnas_kernels import tuned, tuning
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.tuned import Tuned
@@ -53,7 +53,7 @@ def tune(
     if found.type != "cuda":
         raise JointNASError(f"tune measures kernels of NVIDIA GPUs, not of device {device!r}; allowed: cuda, cuda:N")
     where = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
-    kernels, here = _ext.lowbit_kernels(), tuned.describe(where)
+    kernels, here = tuned.kernels_here(), tuned.describe(where)
     config = loading.model_config(loading.sized(space, model))
     built, removed = feasible_space(config, space.build())
     for line in removed:
