@@ -6,7 +6,9 @@ seconds, and ninja recompiles only what changed. Everything else about the packa
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +48,15 @@ def sources(nvcc: str | None) -> list[Path]:
     return [folder / "bindings.cpp", *sorted((folder / "cpu").glob("*.cpp")), *cuda]
 
 
+def lowbit_kernels() -> str:
+    """A hash of the CUDA low-bit kernels' code, for plans that were measured with it (jointnas_kernels/tuned): of what
+    the compiler reads, so that a comment does not make plans stale."""
+    cuda = ROOT / "csrc" / "cuda"
+    files = [*cuda.glob("*.cuh"), *cuda.glob("lowbit_*.cu"), cuda / "act_quant_pack.cu"]
+    code = [re.sub(r"//.*|\s+", " ", file.read_text()) for file in sorted(files)]
+    return hashlib.sha256("\0".join(" ".join(text.split()) for text in code).encode()).hexdigest()[:16]
+
+
 def ninja_file(target: Path, build_dir: Path) -> str:
     """The text of build.ninja: one rule for C++, one for CUDA, one link."""
     nvcc = find_nvcc()
@@ -64,7 +75,8 @@ def ninja_file(target: Path, build_dir: Path) -> str:
         obj = build_dir / f"{source.parent.name}_{source.name}.o"
         objects.append(str(obj))
         lines.append(f"build {obj}: {'cuda' if source.suffix == '.cu' else 'cxx'} {source}")
-        lines += [f"  glue = {glue}"] if source.stem == "bindings" else []
+        own = {"bindings": glue, "fingerprint": f"-DJN_LOWBIT_KERNELS=0x{lowbit_kernels()}ull"}.get(source.stem)
+        lines += [f"  glue = {own}"] if own else []
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 

@@ -26,7 +26,7 @@ from jointnas_kernels.latency import OpSpec, Target, Workload
 from jointnas_kernels.latency.backends import Gemlite, Humming, Marlin
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import INT8_TOKENS, STREAM_TOKENS, kernel_for
+from jointnas_kernels.ops.lowbit.choice import INT8_TOKENS, STREAM_TOKENS, chosen
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 GROUP = 128
@@ -170,7 +170,7 @@ def check_and_time(
     share = (case.nbytes + 2 * tokens * (case.inputs + case.rows)) / time.median / args.peak
     extra: dict[str, Any] = {"share": share, "error": error, "copies": len(weights)}
     if label == "ours":
-        extra["kernel"] = kernel_for(tokens, weights[0], scheme_bits(scheme)[1])
+        extra["kernel"] = chosen(tokens, weights[0], scheme_bits(scheme)[1])[0]
     rec.row(
         label,
         time,

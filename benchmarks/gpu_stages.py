@@ -23,9 +23,12 @@ CAPS = {
     2: {"load": 50, "gemm": 80, "kernels": 45, "step": 65, "table": 45, "decode": 30, "smollm2": 25},
 }
 # seconds; only with --stages
-ASKED = {"ceilings": 60, "ncu": 90, "masks": 90, "sweep": 90, "search": 90, "compiled": 150}
+ASKED = {"ceilings": 60, "ncu": 90, "masks": 90, "sweep": 90, "search": 90, "compiled": 150, "tune": 240}
 # first those that no GPU has run since they changed; then the others, by name
-NEVER_RUN = ("test_instruments", "test_runtime", "test_nan", "test_load", "test_backends", "test_quant", "test_lowbit")
+NEVER_RUN = (
+    "test_instruments", "test_runtime", "test_nan", "test_load", "test_backends", "test_quant", "test_lowbit",
+    "test_tuned",
+)  # fmt: skip
 MEASURES = ("pydantic",)  # tables and configurations are read with it
 CONFIGURED = (*MEASURES, "jsonargparse")  # of the command line
 
@@ -86,6 +89,7 @@ def plan(out: Path, args: argparse.Namespace) -> list[Stage]:
     jointnas = [*PYTHON, "-m", "jointnas.cli"]
     decoding = ["--latency.workload", "decode", "--latency.dtype", "bfloat16", "--latency.busy", "mark"]
     profile = [*jointnas, "profile", "--space", "qllama3", *decoding, "--device", "cuda", "--progress", "false"]
+    tune = [*jointnas, "tune", "--space", "qllama3", "--out", str(out / "tuned"), "--resume", "--progress", "false"]
     search = [*jointnas, "search", "--config", "examples/smollm2.yaml", "--model.device", "cuda", "--resume", "auto"]
     search += ["--out", str(out / "smollm2"), *(["--model.source", args.model] if args.model else [])]
     return [
@@ -109,5 +113,6 @@ def plan(out: Path, args: argparse.Namespace) -> list[Stage]:
             "search", bench("search", "--table", args.table or "", "--workers", "8"), needs=CONFIGURED,
             without="" if args.table else "no --table FILE of its latencies",
         ),
+        stage("tune", [*tune, "--seconds", "100000"], needs=CONFIGURED),  # until it is cut
         stage("compiled", bench("step", "--panels", "compiled"), bench("kernels", "--only", "peers")),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from benchmarks.model_sections import decode, depth, depth_plot, gguf, ptq, sear
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.ops.lowbit.linear import STREAM_TOKENS
+from jointnas_kernels.ops.lowbit.choice import STREAM_TOKENS
 
 
 def masks(rows: list[Row], device: str) -> str:

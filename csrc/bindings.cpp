@@ -14,6 +14,7 @@ using namespace jointnas;
 
 namespace jointnas {
 const char* cuda_error_name(int code);  // cuda/error_name.cu
+uint64_t lowbit_kernels();              // cuda/fingerprint.cu
 }
 
 namespace {
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
 #ifdef JN_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("cuda_error_name", &cuda_error_name, "Of a cudaError_t.");
+  m.def("lowbit_kernels", &lowbit_kernels, "A hash of the low-bit kernels' sources.");
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -37,6 +37,11 @@ def load(cuda: bool = False) -> ModuleType:
     return module
 
 
+def lowbit_kernels() -> str:
+    """A hash of the CUDA low-bit kernels that were compiled."""
+    return f"{load(cuda=True).lowbit_kernels():016x}"
+
+
 def check(code: int, what: str) -> None:
     """Raise unless a function of the module returned 0, but a key of ``_C.ERRORS`` (negative) or a cudaError_t."""
     if code:

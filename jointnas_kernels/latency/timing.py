@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -167,7 +168,7 @@ def measure(
         Busy: by the watch.
     """
     if device.type == "cuda":
-        sample = _graph_sample(runs, device) if captured else _cuda_sample(runs, device)
+        sample = graph_sample(runs, device) if captured else _cuda_sample(runs, device)
     else:
         retain_memory()
         runs[0]()
@@ -219,8 +220,9 @@ def _cuda_sample(runs: Sequence[Run], device: torch.device) -> Callable[[], floa
     return sample
 
 
-def _graph_sample(runs: Sequence[Run], device: torch.device) -> Callable[[], float]:
-    """The same of a captured graph."""
+def graph_sample(runs: Sequence[Run], device: torch.device, pool: Any = None) -> Callable[[], float]:
+    """The same of a captured graph, of at least ten calls that walk through `runs`; its memory is that of other graphs
+    of the same `pool`."""
     calls = max(CALLS, len(runs))
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -230,7 +232,7 @@ def _graph_sample(runs: Sequence[Run], device: torch.device) -> Callable[[], flo
     torch.cuda.current_stream(device).wait_stream(stream)
     torch.cuda.synchronize(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for i in range(calls):
             runs[i % len(runs)]()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -11,7 +11,7 @@ from typing import Any
 
 _VERBS = (
     "bench", "compare", "demo", "doctor", "dry_run", "evaluate", "export", "fetch", "finetune", "generate", "quantize",
-    "report", "search",
+    "report", "search", "tune",
 )  # fmt: skip
 _WHERE = {
     **dict.fromkeys(("SearchSpace", "Choice", "count_params", "expected_params"), "jointnas_kernels.space"),

@@ -28,6 +28,7 @@ VERBS = {
     "table diff": "what changed from one table to another",
     "table fill": "interpolate sizes between measured ones",
     "table draw": "speed-ups over 16 bit, as a picture",
+    "tune": "measure which low-bit kernel plans are the fastest on this GPU",
     "fetch": "a small public model to work with: smollm2",
     "search": "search, prune, distil, export, evaluate, report",
     "quantize": "quantize a model after training, at one precision, and export it",

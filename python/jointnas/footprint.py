@@ -44,8 +44,8 @@ Bytes = Mapping[str, float]
 
 
 class Alive(TorchDispatchMode):
-    """Counts the bytes of meta tensors that are alive, by kind, and the operations of products; `FlopCounterMode` beside
-    it would keep alive what checkpoints compute again.
+    """Counts the bytes of meta tensors that are alive, by kind, and the operations of products. `FlopCounterMode`
+    beside it would keep alive what checkpoints compute again.
 
     Attributes:
         peak: the counts when their sum was largest.

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from jointnas import assets, catalogue, data, weights
-from jointnas.config import DataConfig, ModelConfig, RunConfig
+from jointnas.config import DataConfig, ModelConfig, RunConfig, SpaceConfig
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf.families import family
 from jointnas_kernels.hf.gguf import read as gguf
@@ -70,6 +70,12 @@ def is_gguf(config: ModelConfig) -> bool:
 def device_type(config: ModelConfig) -> str:
     """cpu or cuda, of a resolved configuration."""
     return config.device.partition(":")[0]
+
+
+def sized(space: SpaceConfig, model: ModelConfig) -> ModelConfig:
+    """The model whose sizes a space is about: the embedded one stands for Llama-3.1-8B where the space is of that."""
+    eight_billion = space.base in ("llama3", "qllama3") and model.source == "embedded"
+    return model.model_copy(update={"source": "llama-3.1-8b"} if eight_billion else {})
 
 
 def resolve(config: R) -> R:

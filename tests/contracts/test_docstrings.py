@@ -20,6 +20,7 @@ from tests.contracts.sources import modules
 
 PUBLIC = [
     *(f"jointnas_kernels.{name}" for name in ("ops", "hf", "latency", "nn", "layout", "space", "testing")),
+    *(f"jointnas_kernels.{name}" for name in ("tuned", "tuning")),
     "jointnas",
 ]
 # a shape, a dtype, a unit, or that of another argument

@@ -10,8 +10,8 @@ from torch import Tensor
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.core import cuda as calls
+from jointnas_kernels.ops.lowbit import choice
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit import linear
 from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.quant.mixture import cuda
 from jointnas_kernels.ops.quant.mixture.reference import Mixture, Upstream
@@ -38,7 +38,7 @@ def weight(rows: int, inputs: int, bits: int = 4, planes: bool = False) -> Lowbi
 def test_activations_at_an_odd_address(kernel, a_bits, monkeypatch):
     if (kernel in ("int8", "bitplane") and a_bits == 16) or (kernel == "dense" and a_bits < 16):
         pytest.skip("not this kernel's activations")
-    monkeypatch.setattr(linear, "kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(choice, "kernel_for", lambda *_: kernel)
     w, x = weight(40, 256, planes=kernel == "bitplane"), torch.randn(9, 256).half()
     assert torch.equal(lowbit_matmul(odd(x), w, a_bits), lowbit_matmul(x, w, a_bits))
 

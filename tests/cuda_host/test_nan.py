@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from jointnas_kernels.ops.lowbit import linear
+from jointnas_kernels.ops.lowbit import choice
 from jointnas_kernels.ops.quant.mixture import op
 from tests import nan_cases
 
@@ -23,5 +23,5 @@ def test_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kernel", ["stream", "tile", "wgmma", "int8"])
 def test_lowbit(kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "kernel_for", lambda tokens, weight, a_bits: "stream" if a_bits == 16 else kernel)
+    monkeypatch.setattr(choice, "kernel_for", lambda tokens, weight, a_bits: "stream" if a_bits == 16 else kernel)
     nan_cases.lowbit("cuda", dtype, 128, "cuda")

@@ -9,7 +9,7 @@ from jointnas_kernels import _ext
 from jointnas_kernels.ops import LowbitWeight, lowbit_linear, lowbit_matmul
 from jointnas_kernels.ops.lowbit import check as lowbit_check
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.linear import kernel_for
+from jointnas_kernels.ops.lowbit.choice import kernel_for
 from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.lowbit.reference import dequantize, reference
 from jointnas_kernels.ops.quant.spec import quantize_tokens

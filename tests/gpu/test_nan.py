@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from jointnas_kernels import _ext, ops
-from jointnas_kernels.ops.lowbit import linear
+from jointnas_kernels.ops.lowbit import choice
 from tests import nan_cases
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -39,7 +39,7 @@ def test_cuda_weights(dtype: torch.dtype) -> None:
 def test_cuda_lowbit(kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel in ("wgmma", "int8") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs wgmma")
-    monkeypatch.setattr(linear, "kernel_for", lambda tokens, weight, a_bits: "stream" if a_bits == 16 else kernel)
+    monkeypatch.setattr(choice, "kernel_for", lambda tokens, weight, a_bits: "stream" if a_bits == 16 else kernel)
     nan_cases.lowbit("cuda", dtype, 128, "cuda")
 
 

@@ -82,6 +82,9 @@ CASES = {
                   "eval.task_files: folder 'none' does not exist"),
     "export-no-run": (lambda f: ["export", "--run", str(f), "--out", str(f / "x")], "is no run folder: it has no"),
     "table-exists": (lambda f: ["profile", "--out", str(f / "good.jsonl")], "exists; pass --resume true"),
+    "tune": (lambda f: ["tune", "--space=qllama3"], "tune measures kernels of NVIDIA GPUs, and torch sees no CUDA"),
+    "tune-dtype": (lambda f: ["tune", "--dtype=float32"], "unknown dtype 'float32'"),
+    "tune-seconds": (lambda f: ["tune", "--seconds=0"], "seconds must be positive, got 0"),
     "required": (lambda f: ["profile"], "out"),
 }  # fmt: skip
 

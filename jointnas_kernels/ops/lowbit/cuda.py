@@ -1,4 +1,4 @@
-"""The CUDA low-bit kernels (csrc/cuda/lowbit_*.cu): plans and launches, without choosing among them."""
+"""The CUDA low-bit kernels (csrc/cuda/lowbit_*.cu): plans and launches, without choosing among them (choice.py)."""
 
 import functools
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from jointnas_kernels.ops.core import cuda
 from jointnas_kernels.ops.core.cuda import DTYPES
+from jointnas_kernels.ops.core.tensors import without_autocast
 from jointnas_kernels.ops.lowbit.tiles import INPUTS
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 
@@ -35,11 +36,18 @@ class Plan(NamedTuple):
         return row_blocks * self.splits * -(-tokens // (8 * self.token_tiles))
 
 
+def stream_warps(kernel: str, bits: int, token_tiles: int) -> int:
+    """Warps of a block, as in lowbit_stream.cu and lowbit_bitplane.cu."""
+    if kernel == "bitplane":
+        return 16 if token_tiles < 4 else 8
+    return 8 if bits == 8 or token_tiles > 1 else 16
+
+
 @functools.cache
 def stream_plan(tokens: int, rows: int, inputs: int, bits: int, sms: int) -> Plan:
     """One wave of blocks: as few strips per block as fit the chip at once, then as many splits as are left over."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
-    block_warps = 8 if bits == 8 or token_tiles > 1 else 16  # as in lowbit_stream.cu
+    block_warps = stream_warps("stream", bits, token_tiles)
     passes = -(-tokens // (8 * token_tiles))
     strips = -(-rows // STRIP_ROWS)
     warp_rows = next((w for w in (1, 2, 4, 8) if -(-strips // w) * passes <= sms), 8)
@@ -62,6 +70,13 @@ def int8_plan(tokens: int, rows: int, sms: int) -> Plan:
     cluster = 2 if rows > STRIP_ROWS * BLOCK_STRIPS else 1
     wide, narrow = Plan(32, cluster=cluster), Plan(16, cluster=cluster)
     return wide if 2 * -(-wide.blocks(tokens, rows) // sms) <= 1.1 * -(-narrow.blocks(tokens, rows) // sms) else narrow
+
+
+def usual_plan(kernel: str, tokens: int, rows: int, inputs: int, w_bits: int, a_bits: int, sms: int) -> Plan:
+    """The plan that a kernel takes where none is given."""
+    if kernel in ("stream", "bitplane"):
+        return stream_plan(tokens * (a_bits if kernel == "bitplane" else 1), rows, inputs, w_bits, sms)
+    return int8_plan(tokens, rows, sms) if kernel == "int8" else tile_plan(tokens, rows, inputs, sms)
 
 
 def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,12 +109,7 @@ def multiply(
         tokens = act_scale.numel()
         a_bits = x.shape[1] * 8 // inputs  # read by bitplane only: the others' levels take 8 bits whatever their width
     streams = kernel in ("stream", "bitplane")
-    if plan is None:
-        sms = cuda.multiprocessors(x)
-        if streams:
-            plan = stream_plan(tokens * (a_bits if kernel == "bitplane" else 1), rows, inputs, weight.w_bits, sms)
-        else:
-            plan = int8_plan(tokens, rows, sms) if kernel == "int8" else tile_plan(tokens, rows, inputs, sms)
+    plan = plan or usual_plan(kernel, tokens, rows, inputs, weight.w_bits, a_bits, cuda.multiprocessors(x))
     if kernel == "wgmma" and activation is None:
         ordered = torch.empty_like(x)
         cuda.call("token_layout", x, ordered, *x.shape, on=x)
@@ -120,3 +130,19 @@ def dense(weight: LowbitWeight) -> Tensor:
     out = torch.empty(weight.outputs, weight.inputs, dtype=scale.dtype, device=scale.device)
     cuda.call("lowbit_dequant", tiles, scale, out, *out.shape, weight.w_bits, DTYPES[scale.dtype], on=out)
     return out
+
+
+def product(
+    kernel: str, x: Tensor, weight: LowbitWeight, a_bits: int, symmetric: bool = False, plan: Plan | None = None
+) -> Tensor:
+    """y [M, O] in the scales' dtype of x [M, I], quantized first if ``a_bits`` < 16.
+
+    ``kernel``: one of `multiply`, or "dense": the library's product with the dequantised weight.
+    """
+    if kernel == "dense":
+        with without_autocast(x):
+            return x @ dense(weight).t()
+    if a_bits == 16:
+        return multiply(kernel, x, weight, None, plan)
+    a, *activation = quantize_pack(x, a_bits, symmetric, ACT_LAYOUTS[kernel])
+    return multiply(kernel, a, weight, activation, plan)

@@ -15,18 +15,12 @@ from jointnas_kernels.ops.core import cuda as calls
 from jointnas_kernels.ops.core.backends import resolve
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, rows, without_autocast
-from jointnas_kernels.ops.lowbit import blocks, check, cuda, portable, tiles
+from jointnas_kernels.ops.lowbit import blocks, cuda, portable, tiles
+from jointnas_kernels.ops.lowbit.choice import NAME, chosen
 from jointnas_kernels.ops.lowbit.pack import check_bits
 from jointnas_kernels.ops.lowbit.reference import reference
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.quant.spec import PACKED_ACT_BITS
-
-NAME = "lowbit_matmul"
-# Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, wgmma 47,
-# tile 62, the library's GEMM on dequantised weights 84; at 512: wgmma 149, dense 130. 32 tokens more cost stream 18.
-STREAM_TOKENS = {16: 128, 8: 32, 4: 32, 2: 32}
-INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
-PLANE_BITS = (2, 4, 8)  # activations of the bit-plane kernel
 
 
 def _reference(
@@ -64,38 +58,15 @@ def _cpu(x: Tensor, *rest: Any) -> Tensor:
     return y
 
 
-def kernel_for(tokens: int, weight: LowbitWeight, a_bits: int) -> str:
-    """Which CUDA kernel multiplies that many tokens; one tied to a GPU generation only once it is verified."""
-    if weight.planes:
-        if a_bits not in PLANE_BITS:
-            raise bad(NAME, f"bit-plane weights take activations of {PLANE_BITS} bits, got {a_bits}")
-        return "bitplane"
-    if tokens <= STREAM_TOKENS[a_bits]:
-        return "stream"
-    if a_bits == 16:
-        return "dense"
-    key = weight.w_bits, weight.tensors[1].dtype, weight.tensors[1].device
-    fills = 2 * cuda.Plan(16, cluster=2).blocks(tokens, weight.outputs) >= calls.multiprocessors(weight.tensors[1])
-    if tokens >= INT8_TOKENS and fills and check.verified("int8", *key):  # it cannot split along the inputs
-        return "int8"
-    return "wgmma" if check.verified("wgmma", *key) else "tile"
-
-
 def _cuda(x: Tensor, *rest: Any) -> Tensor:
     *fields, a_bits, symmetric = rest
     weight = LowbitWeight(*fields)
     weight = weight.laid_out("cuda", weight.planes)
     if x.dtype != weight.tensors[1].dtype:
         raise bad(NAME, f"x is {x.dtype} but the weights' scales are {weight.tensors[1].dtype}")
-    flat, activation = calls.aligned(x if x.dim() == 2 else x.reshape(-1, weight.inputs)), None
-    kernel = kernel_for(flat.shape[0], weight, a_bits)
-    if kernel == "dense":
-        with without_autocast(x):
-            y = flat @ cuda.dense(weight).t()
-    else:
-        if a_bits < 16:
-            flat, *activation = cuda.quantize_pack(flat, a_bits, symmetric, cuda.ACT_LAYOUTS[kernel])
-        y = cuda.multiply(kernel, flat, weight, activation)
+    flat = calls.aligned(x if x.dim() == 2 else x.reshape(-1, weight.inputs))
+    kernel, plan = chosen(flat.shape[0], weight, a_bits)
+    y = cuda.product(kernel, flat, weight, a_bits, symmetric, plan)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.outputs)
 
 

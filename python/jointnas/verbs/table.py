@@ -41,7 +41,7 @@ def measure(
     Raises:
         JointNASError: bad input, or `out` exists and is not to be, or cannot be, continued.
     """
-    path, model = writable(out, "file"), _sized(space, model)
+    path, model = writable(out, "file"), loading.sized(space, model)
     model = model.model_copy(update={"device": model.device if device == "auto" else device})
     run = loading.resolve(RunConfig(model=model, space=space, latency=latency, progress=progress))
     config = loading.model_config(run.model)
@@ -90,7 +90,7 @@ def fill(
     Raises:
         JointNASError: `out` exists, or the table cannot be used.
     """
-    path, config = new(out, "file"), loading.model_config(_sized(space, model))
+    path, config = new(out, "file"), loading.model_config(loading.sized(space, model))
     built, _ = feasible_space(config, space.build())
     completed = interpolate(LatencyTable.load(table, device, force), built, config)
     completed.save(path)
@@ -109,7 +109,7 @@ def show(
     Raises:
         JointNASError: the table cannot be read.
     """
-    config = loading.model_config(_sized(space, model))
+    config = loading.model_config(loading.sized(space, model))
     loaded = LatencyTable.load(table, device, force, recover=True)
     built, removed = feasible_space(config, space.build())
     left_out = "".join(f"\n  not in it: {line}" for line in removed)
@@ -141,9 +141,3 @@ def text(result: LatencyTable | Comparison | Coverage | Path | str) -> str:
             f"{fit.per_block:.3f} ms per block"
         )
     return "\n".join(lines)
-
-
-def _sized(space: SpaceConfig, model: ModelConfig) -> ModelConfig:
-    """The model whose sizes a space is about."""
-    eight_billion = space.base in ("llama3", "qllama3") and model.source == "embedded"
-    return model.model_copy(update={"source": "llama-3.1-8b"} if eight_billion else {})
