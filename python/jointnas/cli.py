@@ -111,11 +111,13 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
     function = function_of(verb)
     on = values.pop("on", None)
     if values.pop("dry_run", False):
-        plan = jointnas.dry_run(build(schema_of(verb), values), on)
+        plan = jointnas.dry_run(build(schema_of(verb), values), on or "here")
         print(sys.modules[jointnas.dry_run.__module__].text(plan))
         if not plan.fits:
             raise JointNASError("the search was planned, and does not fit (see above)")
         return
+    if on is not None:
+        raise JointNASError("search: --on is the device of a --dry-run")
     result = function(build(schema_of(verb), values)) if verb in CONFIGURED else function(**values)
     print(getattr(sys.modules[function.__module__], "text", str)(result))
 
@@ -139,8 +141,8 @@ def parser_of(verb: str) -> Any:
         if verb == "search":
             what = "print what the search would need, and whether that fits, and end"
             parser.add_argument("--dry_run", type=bool, default=False, help=what)
-            what = "the device of a dry run: here, a100, h100, h200 or rtx-4090"
-            parser.add_argument("--on", type=str, default="here", help=what)
+            what = "the device of a dry run: a100, h100, h200 or rtx-4090; default: this machine's"
+            parser.add_argument("--on", type=str | None, default=None, help=what)
         return parser
     names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
     for name in names:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from jointnas import footprint
+from jointnas import cli, footprint
 from jointnas.config import RunConfig
+from jointnas.verbs import dry_run as planning
 from jointnas_kernels.hf import convert
 from jointnas_kernels.hf.families import family
 from jointnas_kernels.space import SearchSpace
@@ -92,3 +94,66 @@ def test_less_is_kept_with_checkpoints_and_lora() -> None:
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_every_family(family: str) -> None:
     assert all(p.total > 0 for p in footprint.footprint(config(), tiny_config(family), SPACE).values())
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+EMBEDDED = ["search", "--dry-run", "--data.batch_size=2", "--data.seq_len=32"]
+
+
+def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*EMBEDDED, "--on", "h100"]) == 0
+    out = capsys.readouterr().out
+    for expected in ("NVIDIA H100", "5,770,496 parameters", "weight step", "distillation", "optimizer", "It fits"):
+        assert expected in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def sized(of: RunConfig) -> dict[str, footprint.Phase]:
+    """10 GB for every sequence; a fifth of it with checkpoints; 40 GB for the copies of a full distillation."""
+    per = 10e9 * (0.2 if of.search.gradient_checkpointing else 1)
+    phases = {
+        name: footprint.Phase({"activations": per * of.data.batch_size}, 1e12) for name in footprint.PHASES[:2]
+    }
+    copies = 40e9 if of.finetune.train == "full" else 0.0
+    batch = of.finetune.batch_size or of.data.batch_size
+    return phases | {footprint.PHASES[2]: footprint.Phase({"activations": per * batch, "optimizer": copies}, 1e12)}
+
+
+@pytest.mark.parametrize(
+    "options, fits, expected",
+    [
+        (["--data.batch_size=3"], True, "It fits: 70.0 GB of the 76.0 GB"),
+        (["--data.batch_size=7"], False, "With --finetune.train lora it would: 70.0 GB"),
+        (["--data.batch_size=16"], False, "gradient_checkpointing true it would: 32.0 GB"),
+        (["--data.batch_size=64"], False, "--data.batch_size 32 --finetune.batch_size 32 it would: 64.0 GB"),
+    ],
+    ids=["fits", "lora", "checkpoints", "batch"],
+)
+def test_what_would_fit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], fits: bool, expected: str
+) -> None:
+    monkeypatch.setattr(planning, "footprint", lambda config, *_: sized(config))
+    code = cli.main(["search", "--dry-run", "--on=h100", *options])
+    out, err = capsys.readouterr()
+    assert expected in out
+    assert code == (0 if fits else 2)
+    assert fits or "does not fit" in err
+
+
+def test_nothing_would_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    huge = {name: footprint.Phase({"weights": 1e12}, 1e12) for name in footprint.PHASES}
+    monkeypatch.setattr(planning, "footprint", lambda *_: huge)
+    assert cli.main(["search", "--dry-run", "--on=a100"]) == 2
+    assert "neither do smaller batches" in capsys.readouterr().out
+
+
+def test_unknown_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "--dry-run", "--on=h10"]) == 2
+    assert "h100" in capsys.readouterr().err
+
+
+def test_search_knows_no_device_without_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["search", "--on=h100"]) == 2
+    assert "--on" in capsys.readouterr().err

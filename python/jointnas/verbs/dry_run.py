@@ -16,7 +16,7 @@ from jointnas_kernels.errors import unknown
 from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.space import count_params
 
-HERE = "here"
+HERE = "here"  # the configuration's device on this machine
 SPARE = 0.95  # of a device's memory: the rest is its driver's, kernels' and allocator's
 
 
