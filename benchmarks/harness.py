@@ -92,7 +92,7 @@ def environment(device: str, commit: str | None = None) -> dict[str, str]:
         "device": device_name(device),
         "driver": driver or f"{platform.system()} {platform.release()}",
         "torch": torch.__version__,
-        "triton": __import__("triton").__version__ if triton else "",
+        "triton": importlib.import_module("triton").__version__ if triton else "",
         "python": platform.python_version(),
         "commit": commit or _first_line(["git", "rev-parse", "--short", "HEAD"]) or "unknown",
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

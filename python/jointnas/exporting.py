@@ -133,7 +133,7 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
             "(pip install compressed-tensors); jointnas_kernels.hf.load needs nothing else"
         )
     with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' bars cannot be turned off
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         model.eval()(torch.zeros(1, 1, dtype=torch.long))  # the first call unpacks the weights
     if quantized:
         _undispatched(model)

@@ -53,7 +53,7 @@ class Alive(TorchDispatchMode):
     """
 
     def __init__(self, vocabulary: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocabulary = vocabulary
         self.kinds: dict[int, str] = {}  # of a storage
         self.now: Counter[str] = Counter()
@@ -122,12 +122,13 @@ class Alive(TorchDispatchMode):
 def _flash_attention() -> Iterator[None]:
     """Attention as its kernels do it, without the matrix of scores that it has on the meta device. A function mode
     would not reach what checkpoints compute again."""
-    plain = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = _attention
+    where: Any = nn.functional
+    plain = where.scaled_dot_product_attention
+    where.scaled_dot_product_attention = _attention
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = plain
+        where.scaled_dot_product_attention = plain
 
 
 def _attention(
@@ -211,7 +212,8 @@ def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str
     alive = Alive(model_config.vocab_size)
     alive.add((*supernet.parameters(), *supernet.buffers()), WEIGHTS)
     alive.add(supernet.lora_parameters(), ADAPTERS)
-    with assumed.patch(meta_nonzero_assume_all_nonzero=True), _flash_attention(), alive:
+    assume: Any = assumed
+    with assume.patch(meta_nonzero_assume_all_nonzero=True), _flash_attention(), alive:
         return _search(supernet, config, alive) | {PHASES[2]: _distillation(supernet, config, alive)}
 
 
@@ -263,7 +265,7 @@ def _gradients(parameters: Iterable[nn.Parameter], alive: Alive) -> Iterator[Non
 def _largest(step: Callable[[], None], optimizer: torch.optim.Optimizer, alive: Alive) -> Phase:
     """What a step needs."""
     before = optimizer.register_step_pre_hook(lambda *_: alive.inside.append(OPTIMIZER))
-    after = optimizer.register_step_post_hook(lambda *_: alive.inside.pop() and None)
+    after = optimizer.register_step_post_hook(lambda *_: alive.inside.clear())
     alive.restart()
     step()
     before.remove()

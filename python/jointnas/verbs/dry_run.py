@@ -128,34 +128,24 @@ def _speed(dtype: torch.dtype, device: torch.device) -> float:
 
 def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """Ways to less memory, the cheapest first: each one is added to those before it."""
-    made: list[str] = []
+    made: dict[str, object] = {}  # by option
 
-    def add(name: str, search: dict[str, object], tuned: dict[str, object], data: dict[str, object]) -> RunConfig:
-        made.append(name)
-        return config.model_copy(
-            update={
-                "search": config.search.model_copy(update=search),
-                "finetune": config.finetune.model_copy(update=tuned),
-                "data": config.data.model_copy(update=data),
-            }
-        )
+    def changed(**options: object) -> tuple[str, RunConfig]:
+        made.update((name.replace("__", "."), value) for name, value in options.items())
+        other = config
+        for name, value in made.items():
+            section, _, key = name.partition(".")
+            other = other.model_copy(update={section: getattr(other, section).model_copy(update={key: value})})
+        return " ".join(f"--{name} {str(value).lower()}" for name, value in made.items()), other
 
     if config.finetune.train != "lora":
-        config = add("--finetune.train lora", {}, {"train": "lora"}, {})
-        yield " ".join(made), config
-    checkpointed = {"gradient_checkpointing": True}
+        yield changed(finetune__train="lora")
     if not (config.search.gradient_checkpointing and config.finetune.gradient_checkpointing):
-        name = "--search.gradient_checkpointing true --finetune.gradient_checkpointing true"
-        config = add(name, checkpointed, checkpointed, {})
-        yield " ".join(made), config
+        yield changed(search__gradient_checkpointing=True, finetune__gradient_checkpointing=True)
     size = config.data.batch_size
     while size > 1:
         size //= 2
-        made = [m for m in made if "batch_size" not in m]
-        config = add(
-            f"--data.batch_size {size} --finetune.batch_size {size}", {}, {"batch_size": size}, {"batch_size": size}
-        )
-        yield " ".join(made), config
+        yield changed(data__batch_size=size, finetune__batch_size=size)
 
 
 def text(plan: Plan) -> str:
