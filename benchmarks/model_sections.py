@@ -165,6 +165,23 @@ def gguf(rows: list[Row], device: str) -> str:
     )
 
 
+def memory(rows: list[Row], device: str) -> str:
+    """What a dry run predicts for every phase, and what a process took."""
+    phases = list(dict.fromkeys(r["name"] for r in rows))
+    body = []
+    for name in dict.fromkeys(r["params"]["configuration"] for r in rows):
+        cells = [name]
+        for phase in phases:
+            row = pick(rows, phase, configuration=name)[-1]
+            cells.append(f"{row['extra']['predicted'] / 1e6:,.0f} / {row['median'] / 1e6:,.0f} MB")
+            cells[-1] += f" ({row['extra']['ratio'] - 1:+.1%})"
+        body.append(cells)
+    return (
+        f"**Memory of a step, predicted by `search --dry-run` / taken by a process** ({where(rows[-1])}; the "
+        f"configurations are in benchmarks/bench_memory.py)\n\n{table(['configuration', *phases], body)}"
+    )
+
+
 def depth(rows: list[Row], device: str) -> str:
     """The paper's Fig. 2, right: cross-entropy over the number of blocks dropped, in both orders."""
     parts = []

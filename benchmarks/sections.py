@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.instrument_sections import ceilings, launches, ncu
-from benchmarks.model_sections import decode, depth, depth_plot, gguf, ptq, search
+from benchmarks.model_sections import decode, depth, depth_plot, gguf, memory, ptq, search
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
@@ -224,6 +224,7 @@ SECTIONS: dict[str, Callable[[list[Row], str], str]] = {
     "calibration": calibration,
     "search": search,
     "ptq": ptq,
+    "memory": memory,
     "depth": depth,
     "gguf": gguf,
     "kernels": kernels,

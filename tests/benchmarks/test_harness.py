@@ -18,6 +18,7 @@ from benchmarks import (
     bench_gguf,
     bench_kernels,
     bench_masks,
+    bench_memory,
     bench_ptq,
     bench_step,
     blocks,
@@ -179,6 +180,19 @@ def test_depth_by_importance_and_from_the_end(
     assert "| blocks dropped | by importance, untrained | the last, untrained | by imp" in render.sections()
     render.draw()
     assert len(list((tmp_path / "plots").glob("depth-*-embedded.png"))) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_is_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process of its own takes what the dry run says; what it needs besides is a few MB, of some 100 here."""
+    folder = tmp_path / "results" / "machine"
+    bench_memory.main(["--device", "cpu", "--tiny", "--out", str(folder)])
+    rows = rows_of(folder, "memory")
+    assert len(rows) == 3
+    for row in rows:
+        assert 0.85 < row["extra"]["ratio"] < 1.1
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "results")
+    assert "| tiny | " in render.sections()
 
 
 def test_tokens_of_whole_models(

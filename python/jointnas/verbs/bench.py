@@ -24,6 +24,7 @@ TOPICS = {
     "decode": "a token of whole models, written and read: ours, llama.cpp, torch, torch.compile",
     "calibration": "predictions of a latency table against whole models that it was not fitted to",
     "search": "the search against random architectures and against every choice of a small space",
+    "memory": "what a dry run says of a step's memory, beside what a process takes for it (CPU, Linux)",
     "depth": "loss over blocks dropped by importance or from the end, untrained and distilled",
     "gguf": "random choices of a real model: supernet, extracted, reloaded, and as GGUF in llama.cpp",
     "ptq": "perplexity of the small model after RTN, clip search, GPTQ and OmniQuant",
