@@ -7,11 +7,12 @@ again. (The most probable choice within the target can be far: where everything 
 improbable as another architecture.)
 
 Then every step up that the target leaves room for is tried alone. Those that lower the loss are made, the largest fall
-per millisecond first, as long as there is room; or the best one alone, where that is better. So again, until nothing
-helps.
+per millisecond first, as long as there is room; or the best one alone, where that is better. Where none helps, bits
+change places: one step down pays for one up elsewhere. So again, until nothing helps.
 
 Losses are those of the architecture's data, without training. Between far choices they would mislead: low bits, which
 training through the quantizers mends, weigh too much in them against missing channels and blocks, which it does not.
+So sizes do not pay for bits here, nor bits for sizes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.space import BITS, STRUCTURE, Choice, SearchSpace, count_params, kept_blocks
 
 log = logging.getLogger(__name__)
-ROUNDS = 4
+ROUNDS = 8
 LEAST = 1e-9  # ms that a step up counts as at least: one may even be faster
 Step = tuple[str, int | None, int]  # dimension, block (None: no bits of one), new size
 
@@ -70,7 +71,7 @@ def spend(run: Run, check: Feasibility, first: Choice, losses: Losses) -> Choice
     """A feasible choice, and what the target leaves spent on it."""
     choice = first
     for _ in range(ROUNDS):
-        better = _round(run, check, choice, losses)
+        better = _round(run, check, choice, losses) or _exchanged(run, check, choice, losses)
         if better is None:
             break
         choice = better
@@ -101,6 +102,40 @@ def _round(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> Choi
             together = more
     alone = min((after(choice, step) for _, step in helpful), key=losses.of_deployed)
     return min((together, alone), key=losses.of_deployed)
+
+
+def _exchanged(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> Choice | None:
+    """A better choice by steps of bits down that pay for as many up, None: there is none. What steps do alone nearly
+    adds up, so the pairs are made in that order, each place once; or the first alone, where that is better."""
+    loss, rank = losses.of_deployed(choice), run.supernet.block_rank
+
+    def changes(up: bool) -> list[tuple[float, Step]]:
+        of_bits = [s for s in steps(run.deployed, choice, rank, up) if s[0] not in STRUCTURE]
+        return [(losses.of_deployed(after(choice, s)) - loss, s) for s in of_bits if predictable(run, after(choice, s))]
+
+    raised = [(change, step) for change, step in changes(up=True) if change < 0]
+    lowered = changes(up=False) if raised else []
+    pairs = sorted((up + down, low, high) for up, high in raised for down, low in lowered if low[:2] != high[:2])
+    together, first, used = choice, None, set[tuple[str, int | None]]()
+    for change, low, high in pairs:
+        if change >= 0:
+            break
+        more = after(after(together, low), high)
+        if used & {low[:2], high[:2]} or check.violations(more):
+            continue
+        together, first = more, first or more
+        used |= {low[:2], high[:2]}
+    best = min((together, first or choice), key=losses.of_deployed)
+    return best if losses.of_deployed(best) < loss else None
+
+
+def predictable(run: Run, choice: Choice) -> bool:
+    """Whether the table knows all of its bits."""
+    try:
+        run.bound.predict(choice)
+    except JointNASError:
+        return False
+    return True
 
 
 def steps(space: SearchSpace, choice: Choice, block_rank: Sequence[int], up: bool = True) -> Iterator[Step]:

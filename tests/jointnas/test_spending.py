@@ -59,6 +59,20 @@ def test_nothing_that_would_help_is_left(tmp_path: Path, target: float) -> None:
         assert losses.of(found) == losses.of(run.space.full())
 
 
+def test_bits_change_places(tmp_path: Path) -> None:
+    """Where there is no room for a step up, bits go where they are worth most: to the last block, here."""
+    space = {**tiny.SPACE, "hidden": [128], "heads": [4], "head_dim": [32], "intermediate": [192], "blocks": [3],
+             "act_bits": [8]}  # fmt: skip
+    config = tiny.config(tmp_path, space=space, target_latency_ms=1.0)
+    run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
+    losses, start = Made(run), replace(run.space.full(), weight_bits=(8, 4, 4))
+    limit = run.bound.predict(start) * (1 + 1e-6)
+    found = spend(run, Feasibility(run.model_config, run.bound, Limits(latency_max=limit)), start, losses)
+    assert found.weight_bits == (4, 4, 8)
+    assert run.bound.predict(found) <= limit
+    assert replace(found, weight_bits=start.weight_bits) == start
+
+
 @pytest.mark.parametrize("target", [0.15, 0.2, 0.3, 0.5])
 def test_steps_down_reach_the_target(tmp_path: Path, target: float) -> None:
     """No more than needed; the one of least loss where one is enough."""
