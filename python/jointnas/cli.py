@@ -140,9 +140,9 @@ def parser_of(verb: str) -> Any:
         parser.add_class_arguments(schema_of(verb), as_group=False)
         if verb == "search":
             what = "print what the search would need, and whether that fits, and end"
-            parser.add_argument("--dry_run", type=bool, default=False, help=what)
+            parser.add_argument("--dry_run", type=bool, default=argparse.SUPPRESS, help=what)
             what = "the device of a dry run: a100, h100, h200 or rtx-4090; default: this machine's"
-            parser.add_argument("--on", type=str | None, default=None, help=what)
+            parser.add_argument("--on", type=str, default=argparse.SUPPRESS, help=what)
         return parser
     names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
     for name in names:
