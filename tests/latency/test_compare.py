@@ -185,6 +185,7 @@ SIZES = [
 LINE = [
     "--progress=false", "--latency.seq=4", "--latency.seconds_per_operation=1e-4",
     '--latency.backends=["torch","torch-int8"]', "--latency.threads=1", "--latency.calibrate=0",
+    "--latency.busy=mark",
 ]  # fmt: skip
 
 
