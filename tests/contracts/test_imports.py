@@ -24,6 +24,7 @@ LATE = [
     ("jointnas", "datasets", "optional: Parquet files and data sets of the Hugging Face hub"),
     ("jointnas", "lm_eval", "optional: tasks; loads for seconds"),
     ("jointnas", "matplotlib", "optional: plots"),
+    ("jointnas", "psutil", "optional: memory of this machine"),
     ("jointnas", "pyarrow", "optional: Parquet files"),
     ("jointnas", "scipy", "optional: bits by integer programming"),
     ("jointnas", "torch.utils.tensorboard", "optional: logs"),

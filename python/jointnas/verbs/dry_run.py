@@ -6,13 +6,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from jointnas import loading
 from jointnas.config import RunConfig
 from jointnas.footprint import KINDS, PHASES, Phase, footprint
-from jointnas_kernels.errors import unknown
+from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.space import count_params
 
@@ -48,7 +47,7 @@ class Plan:
         tokens: of a step, search and distillation.
         phases: the largest steps, by name.
         fits: whether all do.
-        instead: changes of the configuration that would fit, each as (options, largest bytes).
+        instead: changes of the configuration that would fit, as (options, largest bytes), if any are needed and known.
     """
 
     device: Device
@@ -57,7 +56,7 @@ class Plan:
     tokens: tuple[int, int]
     phases: dict[str, Phase]
     fits: bool
-    instead: list[tuple[str, float]]
+    instead: tuple[str, float] | None
 
     def seconds(self, phase: str) -> float:
         """At least, of a step: its products at the device's full speed."""
@@ -86,13 +85,13 @@ def dry_run(config: RunConfig, on: str = HERE) -> Plan:
     space, _ = feasible_space(known, config.space.build())
     device = here(config) if on == HERE else DEVICES[on]
     phases = footprint(config, known, space)
-    instead = []
+    instead = None
     fits = most(phases) <= SPARE * device.memory
     if not fits:
         for what, other in changes(config):
             needed = most(footprint(other, known, space))
             if needed <= SPARE * device.memory:
-                instead.append((what, needed))
+                instead = what, needed
                 break
     batch = config.data.batch_size, config.finetune.batch_size or config.data.batch_size
     tokens = batch[0] * config.data.seq_len, batch[1] * config.data.seq_len
@@ -111,6 +110,10 @@ def here(config: RunConfig) -> Device:
         memory: float = torch.cuda.mem_get_info(device)[0]
         name = torch.cuda.get_device_name(device)
     else:
+        try:
+            import psutil
+        except ImportError:
+            raise JointNASError("a dry run on this CPU needs the `psutil` package: pip install psutil") from None
         memory, name = psutil.virtual_memory().available, f"this CPU, {torch.get_num_threads()} threads"
     return Device(name, memory, _speed(getattr(torch, config.model.dtype), device))
 
@@ -186,7 +189,7 @@ def verdict(plan: Plan) -> str:
     if plan.fits:
         return f"It fits: {needed} of the {room / 1e9:,.1f} GB that can be used."
     if plan.instead:
-        options, size = plan.instead[0]
+        options, size = plan.instead
         return f"It does not fit: {needed} of {room / 1e9:,.1f} GB. With {options} it would: {size / 1e9:,.1f} GB."
     return (
         f"It does not fit: {needed} of {room / 1e9:,.1f} GB, and neither do smaller batches; use a device with more "
