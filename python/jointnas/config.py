@@ -57,7 +57,9 @@ class DataConfig(Section):
     text_column: str = Field(default="text", description="of records of plain text; see jointnas.records for others")
     seq_len: int = Field(default=128, ge=2, description="tokens of a window, BOS included")
     batch_size: int = Field(default=8, ge=1)
-    arch_fraction: float = Field(default=0.5, gt=0, lt=1, description="share of the data that trains the architecture")
+    arch_fraction: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the data that trains the architecture; embedded model: its own"
+    )
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5, description="for evaluation; embedded: its own")
     max_tokens: int | None = Field(default=None, ge=1, description="read and use only so many tokens for training")
     cache: str | None = Field(

@@ -43,12 +43,15 @@ class Batch(NamedTuple):
 @dataclass(frozen=True)
 class Streams:
     """Integers [N], an id per token, or -1 - id for one that only gives context (`decode`): `all` for training, from
-    token `border` on that of the architecture, and `held_out`. `bos`: the token that begins a window."""
+    token `border` on that of the architecture, and `held_out`. `bos`: the token that begins a window. `unseen`: text of
+    its own for the architecture, where the model was trained on `all`: what it knows by heart says little about which
+    sizes it needs."""
 
     all: Tensor
     border: int
     held_out: Tensor
     bos: int | None = None
+    unseen: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -57,13 +60,14 @@ class Streams:
 
     @property
     def arch(self) -> Tensor:
-        """The part that trains the architecture, [N - border]."""
-        return self.all[self.border :]
+        """The part that trains the architecture, [N - border], or what it has of its own."""
+        return self.all[self.border :] if self.unseen is None else self.unseen
 
     def fingerprint(self) -> str:
         """Differs for other data: a hash of the lengths, and of the tokens at both ends."""
         digest = hashlib.sha256(f"{len(self.all)} {self.border} {self.bos}".encode())
-        for part in (self.all[:ENDS], self.all[-ENDS:]):
+        own = () if self.unseen is None else (self.unseen,)
+        for part in (self.all[:ENDS], self.all[-ENDS:], *own):
             digest.update(part.to(torch.int64).numpy().tobytes())
         return digest.hexdigest()
 
@@ -133,7 +137,7 @@ def load(
             of its tokenizer, too little text.
     """
     if config.source == model == "embedded":  # ready as the model was trained on it
-        return split(assets.train_tokens(seed), assets.held_out_tokens(), config)
+        return split(assets.train_tokens(seed), assets.held_out_tokens(), config, unseen=assets.valid_tokens())
     if tokenizer is None:
         raise JointNASError(
             f"model {model!r} has no tokenizer, so data source {config.source!r} cannot be put into its tokens: put "
@@ -163,18 +167,22 @@ def load(
     return split(train, held_out, config, bos_of(tokenizer))
 
 
-def split(tokens: Tensor, held_out: Tensor, config: DataConfig, bos: int | None = None) -> Streams:
-    """Training tokens, integers [N], divided between weights and architecture; `held_out` as it is, [M]."""
+def split(
+    tokens: Tensor, held_out: Tensor, config: DataConfig, bos: int | None = None, unseen: Tensor | None = None
+) -> Streams:
+    """Training tokens, integers [N], divided between weights and architecture, which has none of them where there is
+    `unseen` [K]; `held_out` as it is, [M]."""
     tokens = tokens[: config.max_tokens]
-    border = int(len(tokens) * (1 - config.arch_fraction))
+    border = len(tokens) if unseen is not None else int(len(tokens) * (1 - config.arch_fraction))
+    found = Streams(tokens, border, held_out, bos, unseen)
     least = config.batch_size * (config.seq_len - (bos is not None))
-    if min(border, len(tokens) - border) < least:
+    if min(len(found.weight), len(found.arch)) < least:
         raise JointNASError(
-            f"{len(tokens)} training tokens are too few: both parts need at least one batch, "
-            f"{config.batch_size} x {config.seq_len} = {least} tokens"
+            f"{len(found.weight)} and {len(found.arch)} training tokens, for weights and architecture, are too few: both "
+            f"need at least one batch, {config.batch_size} x {config.seq_len} = {least} tokens"
         )
     if len(held_out) < 4 or not (decode(held_out[:ENDS]).labels[1:-1] != IGNORE).any():
         raise JointNASError(
             f"{len(held_out)} held-out tokens have nothing to evaluate; bring more data or raise data.held_out_fraction"
         )
-    return Streams(tokens, border, held_out, bos)
+    return found

@@ -8,11 +8,12 @@ improbable as another architecture.)
 
 Then every step up that the target leaves room for is tried alone. Those that lower the loss are made, the largest fall
 per millisecond first, as long as there is room; or the best one alone, where that is better. Where none helps, bits
-change places: one step down pays for one up elsewhere. So again, until nothing helps.
+change places: one step down pays for one up elsewhere. Where that does not help either, sizes do, say a block more for
+a narrower MLP. So again, until nothing helps.
 
-Losses are those of the architecture's data, without training. Between far choices they would mislead: low bits, which
-training through the quantizers mends, weigh too much in them against missing channels and blocks, which it does not.
-So sizes do not pay for bits here, nor bits for sizes.
+Losses are those of the architecture's data, without training. They weigh low bits, which training through the
+quantizers mends, too much against missing channels and blocks, which it does not. So sizes do not pay for bits here,
+nor bits for sizes, other than where a step down is needed for the target.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def spend(run: Run, check: Feasibility, first: Choice, losses: Losses) -> Choice
     """A feasible choice, and what the target leaves spent on it."""
     choice = first
     for _ in range(ROUNDS):
-        better = _round(run, check, choice, losses) or _exchanged(run, check, choice, losses)
+        better = next((found for way in WAYS if (found := way(run, check, choice, losses)) is not None), None)
         if better is None:
             break
         choice = better
@@ -127,6 +128,21 @@ def _exchanged(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> 
         used |= {low[:2], high[:2]}
     best = min((together, first or choice), key=losses.of_deployed)
     return best if losses.of_deployed(best) < loss else None
+
+
+def _resized(run: Run, check: Feasibility, choice: Choice, losses: Losses) -> Choice | None:
+    """A better choice by one size up and another down, and what brings that within the target; None: there is none."""
+    loss, rank = losses.of_deployed(choice), run.supernet.block_rank
+    ups, downs = ([s for s in steps(run.deployed, choice, rank, up) if s[0] in STRUCTURE] for up in (True, False))
+    pairs = [after(after(choice, low), high) for high in ups for low in downs if low[0] != high[0]]
+    for one in sorted((one for one in pairs if losses.of_deployed(one) < loss), key=losses.of_deployed):
+        found = fit(run, check, one, losses)
+        if found is not None and losses.of_deployed(found) < loss:
+            return found
+    return None
+
+
+WAYS = (_round, _exchanged, _resized)
 
 
 def predictable(run: Run, choice: Choice) -> bool:

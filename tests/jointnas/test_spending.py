@@ -73,6 +73,21 @@ def test_bits_change_places(tmp_path: Path) -> None:
     assert replace(found, weight_bits=start.weight_bits) == start
 
 
+def test_sizes_change_places(tmp_path: Path) -> None:
+    """Where there is no room for a step up, a block more is paid for by a narrower MLP; the bits are left alone."""
+    space = {**tiny.SPACE, "hidden": [128], "heads": [4], "head_dim": [32], "weight_bits": [8], "act_bits": [8]}
+    config = tiny.config(tmp_path, space=space, target_latency_ms=1.0)
+    run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
+    full, losses = run.space.full(), Made(run)
+    wide = replace(full, intermediate=192, blocks=2)
+    deep = replace(full, intermediate=run.space.intermediate[0], blocks=3)
+    assert losses.of(deep) < losses.of(wide)
+    limit = max(run.bound.predict(deep), run.bound.predict(wide)) * (1 + 1e-6)
+    check = Feasibility(run.model_config, run.bound, Limits(latency_max=limit))
+    assert spend(run, check, wide, losses) == deep
+    assert spend(run, check, deep, losses) == deep
+
+
 @pytest.mark.parametrize("target", [0.15, 0.2, 0.3, 0.5])
 def test_steps_down_reach_the_target(tmp_path: Path, target: float) -> None:
     """No more than needed; the one of least loss where one is enough."""
