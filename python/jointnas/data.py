@@ -178,8 +178,8 @@ def split(
     least = config.batch_size * (config.seq_len - (bos is not None))
     if min(len(found.weight), len(found.arch)) < least:
         raise JointNASError(
-            f"{len(found.weight)} and {len(found.arch)} training tokens, for weights and architecture, are too few: both "
-            f"need at least one batch, {config.batch_size} x {config.seq_len} = {least} tokens"
+            f"{len(found.weight)} and {len(found.arch)} training tokens, for weights and architecture, are too few: "
+            f"both need at least one batch, {config.batch_size} x {config.seq_len} = {least} tokens"
         )
     if len(held_out) < 4 or not (decode(held_out[:ENDS]).labels[1:-1] != IGNORE).any():
         raise JointNASError(

@@ -57,15 +57,16 @@ def test_seeded_streams_differ() -> None:
 
 
 def test_plain_text_of_the_embedded_model_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No BOS is added (its documents begin with <|endoftext|>), everything is learned, and the parts are the same."""
+    """No BOS is added (its documents begin with <|endoftext|>), everything is learned, and the architecture has text
+    that the model was not trained on."""
     known = torch.arange(10_001) % 4096
     monkeypatch.setattr("jointnas.assets.train_tokens", lambda seed: known if seed == 3 else None)
     monkeypatch.setattr("jointnas.assets.held_out_tokens", lambda: known[:512])
+    monkeypatch.setattr("jointnas.assets.valid_tokens", lambda: known[512:2000])
     found = loading.load_streams(DataConfig(), ModelConfig(), 3)
-    border = int(len(known) * 0.5)
     assert found.bos is None
-    assert torch.equal(found.weight, known[:border])
-    assert torch.equal(found.arch, known[border:])
+    assert torch.equal(found.weight, known)
+    assert torch.equal(found.arch, known[512:2000])
     assert torch.equal(found.held_out, known[:512])
     ids, labels = data.Batches(found.all, 8, 128, 12).at(0)
     order = torch.randperm(len(known) // 128, generator=data.seeded(12, 0))[:8]
@@ -207,6 +208,9 @@ def test_resuming_on_other_data_is_one_error(tmp_path: Path) -> None:
     table = synthetic(config.space.build())
     other = data.Streams(run.streams.all.flip(0), run.streams.border, run.streams.held_out)
     with pytest.raises(JointNASError, match="step-2 was trained on other data than 'embedded' holds now"):
+        optimise(prepare(config, tiny.model(), other, table))
+    other = data.Streams(run.streams.all, run.streams.border, run.streams.held_out, unseen=run.streams.all[:64])
+    with pytest.raises(JointNASError, match="step-2 was trained on other data"):
         optimise(prepare(config, tiny.model(), other, table))
     again = data.Streams(run.streams.all.int(), run.streams.border, run.streams.held_out)  # as a token file has them
     optimise(prepare(config, tiny.model(), again, table))
