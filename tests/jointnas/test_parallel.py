@@ -63,7 +63,10 @@ def follows(state: State, out: Path, alone: tuple[State, list[float]]) -> None:
     ],
 )  # fmt: skip
 def test_ranks_follow_one_process(alone: Any, tmp_path: Path, count: int, mode: str, train: str) -> None:
-    config = ranks.config(tmp_path, mode, 2 if mode == "hybrid" else None, finetune={"train": train})
+    hybrid = mode == "hybrid"  # with blocks that are recomputed, too
+    sections = {"search": {"gradient_checkpointing": hybrid}, "finetune": {"gradient_checkpointing": hybrid}}
+    sections["finetune"]["train"] = train
+    config = ranks.config(tmp_path, mode, 2 if hybrid else None, **sections)
     found = ranks.run(count, ranks.mission, config)
     for state, _ in found:
         follows(state, tmp_path, alone[train])
