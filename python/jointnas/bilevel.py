@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jointnas import convergence
+from jointnas import convergence, parallel, sharding
 from jointnas.data import Batches
 from jointnas.losses import Loss, Losses, cross_entropy
 from jointnas.metrics import Metrics
@@ -47,6 +47,8 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     )  # fmt: skip
     arch_optimizer = torch.optim.Adam(supernet.arch_parameters(), lr=options.lr_arch, betas=(0.5, 0.999))
     optimizers = {"weight_optimizer": weight_optimizer, "arch_optimizer": arch_optimizer}
+    for optimizer in optimizers.values():
+        parallel.create_state(optimizer)
     step, seconds, converged = restore(run, optimizers)
     lanes = [
         Batches(stream, config.data.batch_size, config.data.seq_len, config.seed * 4 + lane, run.streams.bos)
@@ -55,7 +57,7 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     write_start(run)
     capture(run)
     metrics = Metrics(run.folder, "search", step, config.tensorboard)
-    progress = Progress("search", options.steps, step, config.progress)
+    progress = Progress("search", options.steps, step, config.progress and parallel.is_main())
     began = time.monotonic() - seconds
     curve: list[Tensor] = []  # weight losses since the last metrics
     while step < options.steps and not converged:
@@ -97,7 +99,7 @@ def capture(run: Run) -> None:
     """CUDA graphs for both kinds of steps, whose batches all have one shape; on other devices nothing."""
     config, supernet = run.config, run.supernet
     wanted = config.search.capture and not config.search.gradient_checkpointing  # the two exclude each other
-    if not wanted or supernet.device.type != "cuda":
+    if not wanted or supernet.device.type != "cuda" or sharding.sharding():
         return
     try:
         supernet.capture(config.data.batch_size, config.data.seq_len)
@@ -110,10 +112,12 @@ def weight_step(
 ) -> Tensor:
     """Trains LoRA on one batch; the loss."""
     supernet = run.supernet.mode("weight").relax()
-    supernet.draw(seeded(run.config.seed, step, WEIGHT))
-    ce = loss(supernet, batches.at(step, supernet.device))
+    sample = supernet.draw(seeded(run.config.seed, step, WEIGHT))
+    parallel.agree(sample.alphas, f"the architecture drawn for weight step {step}")
+    batch, part = parallel.rows(batches, step, supernet.device)
+    ce = loss(supernet, batch) * part
     update(optimizer, ce, supernet.lora_parameters(), run.config.search.clip_weight)
-    return ce.detach()
+    return parallel.total(ce.detach())
 
 
 def arch_step(
@@ -122,17 +126,21 @@ def arch_step(
 ) -> tuple[Tensor, dict[str, float]]:
     """Trains the architecture on one batch; the loss and the parts of the objective."""
     supernet = run.supernet.mode("arch").relax()
-    supernet.draw(seeded(run.config.seed, step, ARCH))
-    ce = loss(supernet, batches.at(step, supernet.device))
+    sample = supernet.draw(seeded(run.config.seed, step, ARCH))
+    parallel.agree(sample.alphas, f"the architecture drawn for architecture step {step}")
+    batch, part = parallel.rows(batches, step, supernet.device)
+    ce = loss(supernet, batch) * part
     regularizer, logs = objective.regularizer(supernet.arch.probs(), step)
-    update(optimizer, ce + regularizer.to(ce.device, ce.dtype), supernet.arch_parameters(), run.config.search.clip_arch)
-    return ce.detach(), logs
+    whole = ce + regularizer.to(ce.device, ce.dtype) / parallel.world()  # every rank has all of it
+    update(optimizer, whole, supernet.arch_parameters(), run.config.search.clip_arch)
+    return parallel.total(ce.detach()), logs
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[torch.nn.Parameter], clip: float) -> None:
     """One step of an optimizer, the norm of the gradients clipped."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    parallel.add_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, clip)
     optimizer.step()
 
@@ -145,11 +153,11 @@ def gap(run: Run, batches: Batches, loss: Loss = cross_entropy) -> dict[str, flo
     relaxed = discrete = 0.0
     count = run.config.search.gap_batches
     for i in range(count):
-        batch = batches.at(i, supernet.device)
+        batch, part = parallel.rows(batches, i, supernet.device)
         supernet.relax().draw(seeded(run.config.seed, i, GAP))
-        relaxed += loss(supernet, batch).item() / count
+        relaxed += parallel.total(loss(supernet, batch) * part).item() / count
         supernet.fix(supernet.argmax())
-        discrete += loss(supernet, batch).item() / count
+        discrete += parallel.total(loss(supernet, batch) * part).item() / count
     supernet.relax()
     return {"ce_relaxed": relaxed, "ce_argmax": discrete, "gap": discrete - relaxed}
 
@@ -181,5 +189,5 @@ def _finish(run: Run, objective: Objective, step: int, converged: bool, seconds:
         choice, argmax, violations, converged, step, run.bound.predict(choice), count_params(run.model_config, choice),
         seconds, evaluated,
     )  # fmt: skip
-    write_json(run.folder / "choice.json", asdict(found))
+    parallel.from_main(lambda: write_json(run.folder / "choice.json", asdict(found)))  # the others read it
     return found

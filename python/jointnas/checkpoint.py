@@ -1,12 +1,17 @@
 """Checkpoints that survive a kill at any moment and contain no pickle.
 
-    checkpoints/step-N/  NAME.safetensors ...   tensors
-                         state.json             everything else
-                         manifest.json          sha256 of every file above
-                         COMPLETE               written last
+    checkpoints/step-N/  NAME.safetensors ...         tensors
+                         NAME.R-of-N.safetensors ...  this rank's parts of those that N ranks share (`sharding`)
+                         state.json                   everything else, and the dimensions along which parts are joined
+                         manifest.json                sha256 of every file above
+                         COMPLETE                     written last
 
 A checkpoint is written into a temporary folder next to it, every file and the folder are fsynced, then it is renamed.
 So a folder `step-N` is whole, unless the disk lied; COMPLETE and the manifest find that out.
+
+In a session of several ranks (`parallel`) all of them save and load together. Each writes its parts, so that no rank
+ever has all of a large model's state, and the main rank, which knows then that everyone has, all else. What is loaded
+are whole tensors, one at a time where they have parts: the number of ranks may be another than it was.
 """
 
 from __future__ import annotations
@@ -22,33 +27,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from jointnas import parallel, sharding
 from jointnas_kernels.errors import JointNASError
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, Mapping[str, Tensor]]
+DIVIDED = "divided"  # in a state: by group and tensor, the dimension along which its parts are joined
 
 
 def save(folder: str | Path, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int | None = None) -> Path:
     """Writes `folder/step-N` and removes all but the newest `keep` checkpoints."""
     folder = Path(folder)
-    for left in folder.glob(".step-*"):  # of a killed run
-        shutil.rmtree(left, ignore_errors=True)
     final = folder / f"step-{step}"
-    with replacing(final) as temporary:
-        for name, group in tensors.items():
-            save_file(plain(group), temporary / f"{name}.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        manifest = {f.name: _sha256(f) for f in sorted(temporary.iterdir())}
+    divided = {
+        name: {k: sharding.position(v).dim for k, v in group.items() if isinstance(v, DTensor)}
+        for name, group in tensors.items()
+    }
+    everything = {"step": step, **state, **({DIVIDED: divided} if any(divided.values()) else {})}
+
+    def begin() -> str:
+        for left in folder.glob(".step-*"):  # of a killed run
+            shutil.rmtree(left, ignore_errors=True)
+        return str(_begin(final))
+
+    def end() -> None:
+        (temporary / "state.json").write_text(json.dumps(everything, indent=1))
+        manifest = {"state.json": _sha256(temporary / "state.json")}
+        manifest = dict(sorted((manifest | {k: v for files in written for k, v in files.items()}).items()))
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
         (temporary / "COMPLETE").write_text(_sha256(temporary / "manifest.json"))
-    if keep is not None:
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(folder / f"step-{old}")
+        _end(temporary, final)
+        if keep is not None:
+            for old in steps(folder)[:-keep]:
+                shutil.rmtree(folder / f"step-{old}")
+
+    temporary = Path(parallel.from_main(begin))
+    try:
+        written = parallel.on_each(lambda: _write(temporary, tensors))
+        parallel.from_main(end)
+    except BaseException:
+        if parallel.is_main():
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
+
+
+def _write(folder: Path, tensors: Tensors) -> dict[str, str]:
+    """What this rank has to write: names and sha256 of its files."""
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, group in tensors.items():
+        if parallel.is_main():
+            files[f"{name}.safetensors"] = {k: v for k, v in group.items() if not isinstance(v, DTensor)}
+        for key, value in group.items():
+            if isinstance(value, DTensor):
+                at = sharding.position(value)
+                if at.first:
+                    files.setdefault(f"{name}.{at.number}-of-{at.parts}.safetensors", {})[key] = value.to_local()
+    for name, group in files.items():
+        save_file(plain(group), folder / name)
+        fsync(folder / name)  # by who wrote it: the others may be other machines
+    return {name: _sha256(folder / name) for name in files}
 
 
 def steps(folder: str | Path) -> list[int]:
@@ -57,14 +100,45 @@ def steps(folder: str | Path) -> list[int]:
     return sorted(int(n) for n in found if n.isdigit())
 
 
-def load(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load(path: str | Path) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
     """(tensors, state) of one checkpoint."""
     path = Path(path)
-    reason = damage(path)
+    reason = parallel.from_main(lambda: damage(path))
     if reason:
         raise JointNASError(f"checkpoint {path}: {reason}")
-    tensors = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
-    return tensors, json.loads((path / "state.json").read_text())
+    state = json.loads((path / "state.json").read_text())
+    divided = state.pop(DIVIDED, {})
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        name, _, part = file.stem.partition(".")
+        if not part:
+            here = load_file(file)
+            tensors[name] = _Joined(path, name, here, divided[name]) if divided.get(name) else here
+    return tensors, state
+
+
+class _Joined(Mapping[str, Tensor]):
+    """Tensors of a group, of which those with parts are read and joined when they are asked for."""
+
+    def __init__(self, folder: Path, name: str, here: Mapping[str, Tensor], dims: Mapping[str, int]) -> None:
+        found = folder.glob(f"{name}.*-of-*.safetensors")
+        self._files = sorted(found, key=lambda f: int(f.name.split(".")[1].split("-")[0]))
+        self._here, self._dims = here, dims
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._dims:
+            return self._here[key]
+        parts = []
+        for file in self._files:
+            with safe_open(file, framework="pt") as opened:
+                parts.append(opened.get_tensor(key))
+        return torch.cat(parts, self._dims[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._here, *self._dims))
+
+    def __len__(self) -> int:
+        return len(self._here) + len(self._dims)
 
 
 def damage(path: Path) -> str:
@@ -88,14 +162,19 @@ def damage(path: Path) -> str:
 
 
 def latest(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint; damaged newer ones are named in a warning."""
-    for step in reversed(steps(folder)):
-        path = Path(folder) / f"step-{step}"
-        reason = damage(path)
-        if not reason:
-            return path
-        log.warning("skipping checkpoint %s: %s", path, reason)
-    return None
+    """The newest whole checkpoint, the same for all ranks; damaged newer ones are named in a warning."""
+
+    def newest() -> int | None:
+        for step in reversed(steps(folder)):
+            path = Path(folder) / f"step-{step}"
+            reason = damage(path)
+            if not reason:
+                return step
+            log.warning("skipping checkpoint %s: %s", path, reason)
+        return None
+
+    step = parallel.from_main(newest)
+    return None if step is None else Path(folder) / f"step-{step}"
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -108,11 +187,13 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Inverse of `pack_optimizer`."""
+    """Inverse of `pack_optimizer`; of sharded parameters this rank takes its parts."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
+        of = parameters[int(index)]
+        state.setdefault(int(index), {})[key] = sharding.part(value, of) if value.dim() else value
     # JSON has no tuples: betas come back as a list
     entries = [{k: tuple(v) if k == "betas" else v for k, v in g.items()} for g in groups]
     optimizer.load_state_dict({"state": state, "param_groups": entries})
@@ -131,18 +212,27 @@ def _sha256(path: Path) -> str:
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = _begin(folder)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            fsync(file)
-        fsync(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    _end(temporary, folder)
+
+
+def _begin(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    return temporary
+
+
+def _end(temporary: Path, folder: Path) -> None:
+    for file in (*temporary.iterdir(), temporary):
+        fsync(file)
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         os.rename(folder, old)
     os.rename(temporary, folder)

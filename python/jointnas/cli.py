@@ -39,6 +39,7 @@ VERBS = {
     "report": "draw a run, or a comparison, as plots and report.html",
     "compare": "the joint search against sequential pipelines and other baselines, at one budget",
 }
+PARALLEL = ("search", "finetune")  # verbs that torchrun's processes work on together
 CONFIGURED = ("search", "compare")  # verbs that take a whole configuration
 SHORT = {"--space": "--space.base", "--metric": "--latency.metric", "--processes": "--compare.processes"}
 FLAGS = ("--resume", "--force", "--adapters", "--dry_run")  # may stand without a value
@@ -107,6 +108,11 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
 
     from jointnas.config import build
 
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and verb not in PARALLEL:
+        raise JointNASError(
+            f"{verb} is the work of one process, and torchrun started {ranks}; they share that of {', '.join(PARALLEL)}"
+        )
     disable_progress_bar()  # one bar at a time: ours
     function = function_of(verb)
     on = values.pop("on", None)
@@ -119,7 +125,8 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
     if on is not None:
         raise JointNASError("search: --on is the device of a --dry-run")
     result = function(build(schema_of(verb), values)) if verb in CONFIGURED else function(**values)
-    print(getattr(sys.modules[function.__module__], "text", str)(result))
+    if ranks == 1 or os.environ.get("RANK") == "0":
+        print(getattr(sys.modules[function.__module__], "text", str)(result))
 
 
 def schema_of(verb: str) -> Any:

@@ -245,6 +245,28 @@ class FinetuneConfig(Section):
     save_every: int = Field(default=500, ge=1)
 
 
+class ParallelConfig(Section):
+    """Several processes that train one model, as torchrun starts them; a single process needs none of it."""
+
+    mode: Literal["replicate", "full", "hybrid"] = Field(
+        default="replicate", description="every rank has the whole model, all share one copy, or those of a node do"
+    )
+    shard: int | None = Field(default=None, ge=2, description="hybrid: ranks that share a copy; none: those of a node")
+    prepare: Literal["device", "host"] = Field(
+        default="device", description="where every rank has the whole model before and after it is shared; host: of a "
+        "model that one device cannot hold"
+    )  # fmt: skip
+    timeout: float = Field(default=60, gt=0, description="seconds after which a rank that does not answer is lost")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> ParallelConfig:
+        if self.shard is not None and self.mode != "hybrid":
+            raise ValueError("shard is of mode: hybrid")
+        if self.prepare == "host" and self.mode == "replicate":
+            raise ValueError("prepare: host is of models that are shared; set mode to full or hybrid")
+        return self
+
+
 class EvalConfig(Section):
     """What is reported of a model."""
 
@@ -283,6 +305,7 @@ class RunConfig(Section):
     quantizer: QuantizerConfig = QuantizerConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     eval: EvalConfig = EvalConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     @model_validator(mode="after")
     def _has_a_pair_for_what_is_learned(self) -> RunConfig:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from jointnas import checkpoint
+from jointnas import checkpoint, parallel, sharding
 from jointnas.config import FinetuneConfig
 from jointnas.data import IGNORE, Batch, Batches
 from jointnas.metrics import Metrics
@@ -215,7 +215,7 @@ class Trained:
         if masters.keys() != self.masters.keys():
             raise JointNASError(f"{where} was distilled with another finetune.train; remove its folder to start again")
         for name, master in self.masters.items():
-            master.copy_(masters[name])
+            master.copy_(sharding.part(masters[name], master))
         self.round()
 
     def _rounded(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -231,18 +231,20 @@ def distil(
     still alive (`bake` ends that).
 
     Metrics and checkpoints go to `folder`; None: nowhere."""
-    device = next(student.parameters()).device
     batches = Batches(tokens, config.batch_size or batch_size, seq_len, seed * 4 + 3, bos)
     if not isinstance(student, Supernet):
         student.requires_grad_(True)
     student.train()
-    trained = Trained(student)
+    own = sharding.sharded(student)
+    device = next(own.parameters()).device
+    trained = Trained(own)
     decayed = [p for p in trained.masters.values() if p.dim() > 1]
     others = [p for p in trained.masters.values() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), fused=True if device.type == "cuda" else None,
     )  # fmt: skip
+    parallel.create_state(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step))
     saved = folder / "checkpoints-finetune" if folder is not None else None
     start = 0
@@ -254,16 +256,17 @@ def distil(
         start = int(state["step"])
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
     metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
-    bar = Progress("finetune", config.steps, start, progress)
+    bar = Progress("finetune", config.steps, start, progress and parallel.is_main())
     losses: list[Tensor] = []
-    with checkpointing(student, config.gradient_checkpointing):
+    with checkpointing(own, config.gradient_checkpointing):
         for step in range(start, config.steps):
-            loss, parts = distillation_step(student, teacher, batches.at(step, device), config, trained, optimizer)
+            batch, part = parallel.rows(batches, step, device)
+            loss, parts = distillation_step(own, teacher, batch, config, trained, optimizer, part)
             schedule.step()
-            losses.append(loss)
+            losses.append(parallel.total(loss))
             done = step + 1
             if metrics is not None and (done % config.log_every == 0 or done == config.steps):
-                values = {k: v.item() for k, v in parts.items()}
+                values = {k: parallel.total(v).item() for k, v in parts.items()}
                 metrics.write(done, **values, lr=schedule.get_last_lr()[0], losses=torch.stack(losses).tolist())
                 losses = []
             if saved is not None and done % config.save_every == 0 and done < config.steps:
@@ -274,23 +277,26 @@ def distil(
     bar.close()
     if metrics is not None:
         metrics.close()
+    sharding.collect(own, student)
     return student.eval()
 
 
 def distillation_step(
     student: nn.Module, teacher: Teacher, batch: Batch, config: FinetuneConfig, trained: Trained,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer, part: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Trains the student on one batch; what `distillation_loss` returns, without its graph. The optimizer is of the
-    trained parameters' masters."""
+    """Trains the student on one batch, or on this rank's part of one (`parallel.rows`); what `distillation_loss`
+    returns, without its graph, times the part. The optimizer is of the trained parameters' masters."""
     loss, parts = distillation_loss(student, teacher, batch.ids, config, batch.labels)
+    loss = loss * part
     student.zero_grad(set_to_none=True)
     loss.backward()
     trained.collect()
+    parallel.add_gradients(trained.masters.values())
     torch.nn.utils.clip_grad_norm_(list(trained.masters.values()), config.clip)
     optimizer.step()
     trained.round()
-    return loss.detach(), parts
+    return loss.detach(), {k: v * part for k, v in parts.items()}
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from jointnas import budget
+from jointnas import budget, parallel
 from jointnas.data import Batch, Batches
 from jointnas.run_folder import Run, read_json, write_json
 from jointnas_kernels.hf import Supernet
@@ -32,7 +32,7 @@ class Losses:
 
     def __init__(self, run: Run, path: Path, batches: int) -> None:
         self.run, self.path, self.count = run, path, batches
-        self.known: dict[str, float] = read_json(path) or {}
+        self.known: dict[str, float] = parallel.from_main(lambda: read_json(path)) or {}
         data = run.config.data
         seed = run.config.seed * 4 + 1  # windows as the architecture's of a search
         self._batches = Batches(run.streams.arch, data.batch_size, data.seq_len, seed, run.streams.bos)
@@ -48,8 +48,11 @@ class Losses:
         key = json.dumps(choice.to_dict())
         if key not in self.known:
             supernet = self.run.supernet.fix(choice)
-            batches = (self._batches.at(i, supernet.device) for i in range(self.count))
-            self.known[key] = sum(cross_entropy(supernet, batch).item() for batch in batches) / self.count
+            found = 0.0
+            for i in range(self.count):
+                batch, part = parallel.rows(self._batches, i, supernet.device)
+                found += parallel.total(cross_entropy(supernet, batch) * part).item()
+            self.known[key] = found / self.count
             supernet.relax()
             write_json(self.path, self.known)
         return self.known[key]

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jointnas import parallel
 from jointnas_kernels.errors import JointNASError
 
 
 class Metrics:
-    """`metrics.jsonl` of a run, and TensorBoard next to it. A run resumed at `step` first drops what is later."""
+    """`metrics.jsonl` of a run, and TensorBoard next to it, written by one of several ranks. A run resumed at `step`
+    first drops what is later."""
 
     def __init__(self, folder: Path, phase: str, step: int = 0, tensorboard: bool = True) -> None:
         self._path, self._phase = folder / "metrics.jsonl", phase
+        self._board: Any = None
+        if not parallel.is_main():
+            self._file = open(os.devnull, "w")  # noqa: SIM115
+            return
         kept = [r for r in read_metrics(folder) if r["phase"] != phase or r["step"] <= step]
         folder.mkdir(parents=True, exist_ok=True)
         self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
         self._file = open(self._path, "a")  # noqa: SIM115
-        self._board: Any = None
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # optional

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from jointnas import convergence, evaluation, loading
+from jointnas import convergence, evaluation, loading, parallel, sharding
 from jointnas.config import EvalConfig, ModelConfig, RunConfig
 from jointnas.data import without
 from jointnas.distillation import Original, bake, distil, original_logits, student_of, trained_parameters
@@ -38,7 +38,8 @@ def distilled(run: Run, choice: Choice, *, seed: int | None = None) -> PreTraine
 
 def _trained(run: Run, choice: Choice, seed: int, folder: Path | None = None, resume: bool = False) -> nn.Module:
     config = run.config
-    student = student_of(run.supernet, choice, config.finetune.train)
+    with sharding.whole(run.supernet):
+        student = student_of(run.supernet, choice, config.finetune.train)
     return distil(
         student, original_logits(run.supernet), run.streams.all, config.finetune, batch_size=config.data.batch_size,
         seq_len=config.data.seq_len, seed=seed, folder=folder, resume=resume, progress=config.progress,
@@ -73,7 +74,8 @@ def finish(run: Run) -> tuple[PreTrainedModel, Path]:
     if caveat := loading.caveat(config.model):
         facts["note"] = caveat
     final, rank = run.folder / "final", run.supernet.block_rank
-    export_model(model, final, choice, rank, facts=facts, **loading.origin(config.model))
+    if parallel.is_main():
+        export_model(model, final, choice, rank, facts=facts, **loading.origin(config.model))
     return model, final
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from jointnas import loading
+from jointnas import loading, parallel, sharding
 from jointnas.config import RunConfig
 from jointnas.data import Batches, Streams
 from jointnas.initialise import calibration_windows, initialise
@@ -38,18 +38,20 @@ def prepare(
     if model is not None and config.model.device == "auto":
         own = config.model.model_copy(update={"device": str(next(model.parameters()).device)})
         config = config.model_copy(update={"model": own})
-    config = loading.resolve(config)
-    known = loading.model_config(config.model) if model is None else model.config
-    loading.check_lengths(known, data_seq_len=config.data.seq_len, eval_context=config.eval.context)
-    space, removed = feasible_space(known, config.space.build())
-    _warn(removed)
-    if model is None:
-        model = loading.load_model(config.model)
-    check_model(model)
-    if streams is None:
-        streams = loading.load_streams(config.data, config.model, config.seed)
-    if table is None:
-        table = load_table(config, space, model.config)
+    with parallel.main_first():  # the others find what it fetched, tokenized and measured
+        config = loading.resolve(config)
+        known = loading.model_config(config.model) if model is None else model.config
+        loading.check_lengths(known, data_seq_len=config.data.seq_len, eval_context=config.eval.context)
+        space, removed = feasible_space(known, config.space.build())
+        _warn(removed)
+        if model is None:
+            on_host = {"device": "cpu"} if config.parallel.prepare == "host" and sharding.sharding() else {}
+            model = loading.load_model(config.model.model_copy(update=on_host))
+        check_model(model)
+        if streams is None:
+            streams = loading.load_streams(config.data, config.model, config.seed)
+        if table is None:
+            table = load_table(config, space, model.config)
     restricted, unsupported = table.restrict(space)
     _warn(unsupported)
     deployed = None if after is None else after.of(restricted)
@@ -62,6 +64,7 @@ def prepare(
     if options.importance:
         batches = Batches(streams.weight, config.data.batch_size, config.data.seq_len, config.seed, streams.bos)
         importance = importance_scores(model, [batches.at(i).ids for i in range(options.importance_batches)])
+        parallel.broadcast(vars(importance).values())  # ranks must not order channels by rounding errors of their own
         if options.depth == "last":
             importance = replace(importance, blocks=-torch.arange(len(importance.blocks)).float())
     supernet = convert(
@@ -70,7 +73,8 @@ def prepare(
         lora_pairs=options.lora_pairs,
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
-    initialise_quantizers(config, supernet, streams, quantizers or Path(config.out) / "quantizers")
+    initialise_once(config, supernet, streams, quantizers or Path(config.out) / "quantizers")
+    sharding.shard(supernet)
     return Run(config, Path(config.out), supernet, streams, table, restricted, removed + unsupported, after)
 
 
@@ -87,6 +91,20 @@ def open_run(run: str | Path, searched: bool = True) -> Run:
     if searched:
         load_supernet(opened)
     return opened
+
+
+def initialise_once(config: RunConfig, supernet: Supernet, streams: Streams, folder: Path) -> None:
+    """Initialises the quantizers on the main rank; the others take what it has then."""
+
+    def make() -> dict[str, list[int]]:
+        initialise_quantizers(config, supernet, streams, folder)
+        return {name: list(value.shape) for name, value in supernet.search_state().items()}
+
+    shapes = parallel.from_main(make)
+    own = supernet.search_state()
+    if own.keys() != shapes.keys():  # clip ratios that are not here yet
+        supernet.load_search_state({k: own[k] if k in own else torch.ones(shape) for k, shape in shapes.items()})
+    parallel.broadcast(supernet.search_state().values())
 
 
 def initialise_quantizers(config: RunConfig, supernet: Supernet, streams: Streams, folder: Path) -> None:
@@ -119,7 +137,10 @@ def load_table(config: RunConfig, space: SearchSpace, model_config: Any) -> Late
     """The configured table, or the run's own, measured (and calibrated) if it is not there yet."""
     options = config.latency
     if options.table is None:
-        return measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
+        own = Path(config.out) / "latency.jsonl"
+        if not parallel.is_main():  # of several ranks one measures
+            return LatencyTable.load(own, loading.device_type(config.model))
+        return measure_table(config, space, model_config, own)
     table = LatencyTable.load(options.table, None if options.force else loading.device_type(config.model))
     missing = table.coverage(space, model_config).missing
     if missing:

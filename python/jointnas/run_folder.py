@@ -24,7 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from jointnas import checkpoint
+from jointnas import checkpoint, parallel, sharding
 from jointnas.config import RunConfig, dump, load
 from jointnas.data import Streams
 from jointnas.metrics import flat
@@ -136,7 +136,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is there whole or not at all; folders are made."""
+    """A file that is there whole or not at all; folders are made. Of several ranks one writes."""
+    if not parallel.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text)
@@ -174,7 +176,7 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
     """(step, seconds, converged) of the checkpoint that was loaded, or a fresh start."""
     folder = run.folder / "checkpoints"
     if run.config.resume == "never":
-        if checkpoint.steps(folder):
+        if parallel.from_main(lambda: checkpoint.steps(folder)):
             raise JointNASError(
                 f"{run.folder} already holds a search; pass --resume auto to continue it, or another --out"
             )
@@ -193,7 +195,7 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
             f"{newest} was trained on other data than {run.config.data.source!r} holds now: put that back, or choose "
             "another --out"
         )
-    run.supernet.load_search_state(tensors["supernet"])
+    _put(run, tensors["supernet"])
     for name, optimizer in optimizers.items():
         checkpoint.unpack_optimizer(optimizer, tensors[name], state["optimizers"][name])
     torch.set_rng_state(tensors["rng"]["cpu"])
@@ -206,11 +208,15 @@ def load_supernet(run: Run) -> None:
     newest = checkpoint.latest(run.folder / "checkpoints")
     if newest is None:
         raise JointNASError(f"{run.folder} has no whole checkpoint; run the search again")
-    run.supernet.load_search_state(checkpoint.load(newest)[0]["supernet"])
+    _put(run, checkpoint.load(newest)[0]["supernet"])
+
+
+def _put(run: Run, state: Mapping[str, Tensor]) -> None:
+    run.supernet.load_search_state(sharding.like(state, run.supernet.search_state()))
 
 
 def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
-    free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency"}
+    free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency", "parallel"}
     search = {"compared", "log_every", "save_every", "keep_checkpoints", "capture"}
     return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search, "data": {"cache"}})

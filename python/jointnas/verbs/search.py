@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jointnas import loading
+from jointnas import loading, parallel
 from jointnas.bilevel import optimise
 from jointnas.config import RunConfig
 from jointnas.convergence import sentences
@@ -19,7 +19,7 @@ from jointnas_kernels.errors import writable
 def search(config: RunConfig) -> Path:
     """Searches, prunes, distils, exports, evaluates and reports; returns the run folder.
 
-    With `resume: auto` everything that is already in the folder is kept.
+    With `resume: auto` everything that is already in the folder is kept. Under torchrun, its processes train together.
 
     Args:
         config: the whole configuration.
@@ -27,21 +27,28 @@ def search(config: RunConfig) -> Path:
     Raises:
         JointNASError: bad input, or a folder that already holds another search or cannot be made.
     """
-    writable(config.out)
-    loading.check_unquantized(loading.model_config(config.model), config.model)
-    evaluated = (Path(config.out) / "eval.json").is_file()
-    tasks = None if evaluated else ready_tasks(config)
-    run = prepare(config)
-    if config.resume == "auto" and (run.folder / "choice.json").is_file():
-        load_supernet(run)
-    else:
-        optimise(run)
-    if not (run.folder / "final").is_dir():
-        finish(run)
-    if not evaluated:
-        evaluate_found(run, tasks)
-    report(str(run.folder))
-    return run.folder
+    with parallel.session(config) as main:
+        folder = Path(config.out)
+        with parallel.main_first():
+            writable(folder)
+            loading.check_unquantized(loading.model_config(config.model), config.model)
+            evaluated = (folder / "eval.json").is_file()
+            tasks = None if evaluated else ready_tasks(config)
+        searched, finished = parallel.from_main(
+            lambda: [(folder / "choice.json").is_file(), (folder / "final").is_dir()]
+        )
+        run = prepare(config)
+        if config.resume == "auto" and searched:
+            load_supernet(run)
+        else:
+            optimise(run)
+        if not finished:
+            finish(run)
+    if main:
+        if not evaluated:
+            evaluate_found(run, tasks)
+        report(str(folder))
+    return folder
 
 
 def text(folder: Path) -> str:
