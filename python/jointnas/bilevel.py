@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from jointnas import convergence
-from jointnas.data import Batches
+from jointnas.data import Batch, Batches
+from jointnas.guards import Guard, check_logits, finite
+from jointnas.guards import Losses as Parts
 from jointnas.losses import Loss, Losses, cross_entropy
 from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies, original_params, stopping_entropy
@@ -47,7 +49,11 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     )  # fmt: skip
     arch_optimizer = torch.optim.Adam(supernet.arch_parameters(), lr=options.lr_arch, betas=(0.5, 0.999))
     optimizers = {"weight_optimizer": weight_optimizer, "arch_optimizer": arch_optimizer}
-    step, seconds, converged = restore(run, optimizers)
+    guards = [Guard(kind, options.skip_most, run.folder, supernet) for kind in ("weight", "arch")]
+    step, seconds, converged, pending = restore(run, optimizers)
+    curve: list[float] = pending.get("losses", [])  # of the weight steps since the last metrics
+    for guard, skipped in zip(guards, pending.get("skipped", ()), strict=False):
+        guard.skipped = skipped
     lanes = [
         Batches(stream, config.data.batch_size, config.data.seq_len, config.seed * 4 + lane, run.streams.bos)
         for lane, stream in ((WEIGHT, run.streams.weight), (ARCH, run.streams.arch), (GAP, run.streams.arch))
@@ -57,35 +63,36 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     metrics = Metrics(run.folder, "search", step, config.tensorboard)
     progress = Progress("search", options.steps, step, config.progress)
     began = time.monotonic() - seconds
-    curve: list[Tensor] = []  # weight losses since the last metrics
     while step < options.steps and not converged:
-        losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step, loss)}
-        curve.append(losses["ce_weight"])
+        losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step, loss, guards[WEIGHT])}
+        curve += finite(losses).values()
         logs: dict[str, Any] = {}
         if step >= options.weight_warmup:
-            losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step, loss)
+            losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step, loss, guards[ARCH])
         step += 1
         probs = supernet.arch.probs()
         entropy = entropies(probs, run.space, supernet.block_rank)
         largest = max(entropy.values(), default=0.0)
+        check_logits(probs, entropy, step, options.steps, options.entropy_stop, options.collapse)
         stopping = stopping_entropy(entropy, options.entropy_stop_on)
         converged = step >= options.min_steps and stopping < options.entropy_stop
         last = converged or step == options.steps
         shown: dict[str, float | str] = {}
         if step % options.log_every == 0 or last:
-            row = {k: value.item() for k, value in losses.items()} | logs | {"entropy": entropy, "entropy_max": largest}
+            row = finite(losses) | logs | {"entropy": entropy, "entropy_max": largest}
+            row["skipped"] = dict(zip(("weight", "arch"), (guard.skipped for guard in guards), strict=True))
             if step % options.gap_every == 0 or last:
                 row |= gap(run, lanes[GAP], loss)
             row["probs"] = {k: p.detach().tolist() for k, p in probs.items()}
-            row["losses"] = torch.stack(curve).tolist()
-            curve = []
+            row["losses"], curve = curve, []
             row["seconds"] = time.monotonic() - began
             metrics.write(step, **row)
-            shown = {"step": f"{step} of {options.steps}", "ce": row["ce_weight"], "entropy": largest}
+            shown = {"step": f"{step} of {options.steps}", "ce": losses["ce_weight"].item(), "entropy": largest}
             shown["ms"] = logs.get("latency_ms", 0.0)
         progress.step(**shown)
         if step % options.save_every == 0 or last:
-            save(run, optimizers, step, time.monotonic() - began, converged)
+            pending = {"losses": curve, "skipped": [guard.skipped for guard in guards]}
+            save(run, optimizers, step, time.monotonic() - began, converged, pending)
     progress.close()
     metrics.close()
     supernet.release()
@@ -106,35 +113,49 @@ def capture(run: Run) -> None:
 
 
 def weight_step(
-    run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int, loss: Loss = cross_entropy
-) -> Tensor:
-    """Trains LoRA on one batch; the loss."""
+    run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int, loss: Loss = cross_entropy,
+    guard: Guard | None = None,
+) -> Tensor:  # fmt: skip
+    """Trains LoRA on one batch; the loss. Where it or a gradient is not finite, nothing is changed."""
     supernet = run.supernet.mode("weight").relax()
-    supernet.draw(seeded(run.config.seed, step, WEIGHT))
-    ce = loss(supernet, batches.at(step, supernet.device))
-    update(optimizer, ce, supernet.lora_parameters(), run.config.search.clip_weight)
-    return ce.detach()
+
+    def losses(part: Batch) -> dict[str, Tensor]:
+        supernet.draw(seeded(run.config.seed, step, WEIGHT))
+        return {"loss": loss(supernet, part)}
+
+    batch, clip = batches.at(step, supernet.device), run.config.search.clip_weight
+    return update(optimizer, supernet.lora_parameters(), clip, batch, losses, guard or Guard("weight"), step)["loss"]
 
 
 def arch_step(
     run: Run, objective: Objective, optimizer: torch.optim.Optimizer, batches: Batches, step: int,
-    loss: Loss = cross_entropy,
-) -> tuple[Tensor, dict[str, float]]:
-    """Trains the architecture on one batch; the loss and the parts of the objective."""
+    loss: Loss = cross_entropy, guard: Guard | None = None,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Trains the architecture on one batch; the loss and the parts of the objective. Where the loss or a gradient is
+    not finite, nothing is changed."""
     supernet = run.supernet.mode("arch").relax()
-    supernet.draw(seeded(run.config.seed, step, ARCH))
-    ce = loss(supernet, batches.at(step, supernet.device))
-    regularizer, logs = objective.regularizer(supernet.arch.probs(), step)
-    update(optimizer, ce + regularizer.to(ce.device, ce.dtype), supernet.arch_parameters(), run.config.search.clip_arch)
-    return ce.detach(), logs
+    logs: dict[str, float] = {}
+
+    def losses(part: Batch) -> dict[str, Tensor]:
+        supernet.draw(seeded(run.config.seed, step, ARCH))
+        ce = loss(supernet, part)
+        regularizer, found = objective.regularizer(supernet.arch.probs(), step)
+        logs.update(found)
+        return {"loss": ce + regularizer.to(ce.device, ce.dtype), "ce": ce}
+
+    batch, clip = batches.at(step, supernet.device), run.config.search.clip_arch
+    found = update(optimizer, supernet.arch_parameters(), clip, batch, losses, guard or Guard("arch"), step)
+    return found["ce"], logs
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[torch.nn.Parameter], clip: float) -> None:
-    """One step of an optimizer, the norm of the gradients clipped."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], clip: float, batch: Batch, losses: Parts,
+    guard: Guard, step: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One step of an optimizer on a batch, under a guard, the norm of the gradients clipped; the losses."""
+    found = guard.gradients(batch, losses, lambda: optimizer.zero_grad(set_to_none=True))
+    guard.step(optimizer, parameters, clip, step, found["loss"], batch, losses)
+    return found
 
 
 @torch.no_grad()

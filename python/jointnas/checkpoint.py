@@ -12,6 +12,7 @@ So a folder `step-N` is whole, unless the disk lied; COMPLETE and the manifest f
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, writing
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -130,24 +131,65 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            fsync(file)
-        fsync(temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
-    fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised.
+
+    Raises:
+        JointNASError: the disk is full, or cannot be written for another reason.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        temporary, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                fsync(file)
+            fsync(temporary)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+        except BaseException:
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all; folders are made.
+
+    Raises:
+        JointNASError: the disk is full, or cannot be written for another reason.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text)
+            fsync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _clear(path: Path) -> None:
+    """Removes what killed processes left beside a path that they were writing; where they had moved the old folder away
+    and not the new one in, it comes back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid, _, end = left.name.removeprefix(f".{path.name}.").partition(".")
+        if not pid.isdigit() or end not in ("tmp", "old"):
+            continue
+        if end == "old" and not path.exists():
+            os.rename(left, path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jointnas_kernels.errors import JointNASError
+from jointnas.checkpoint import write_text
+from jointnas_kernels.errors import JointNASError, writing
 
 
 class Metrics:
@@ -17,9 +18,8 @@ class Metrics:
     def __init__(self, folder: Path, phase: str, step: int = 0, tensorboard: bool = True) -> None:
         self._path, self._phase = folder / "metrics.jsonl", phase
         kept = [r for r in read_metrics(folder) if r["phase"] != phase or r["step"] <= step]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self._file = open(self._path, "a")  # noqa: SIM115
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         self._board: Any = None
         if tensorboard:
             try:
@@ -32,13 +32,24 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard" / phase), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """A line; numbers, also those inside dictionaries, go to TensorBoard."""
-        self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in flat(values):
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
+        """A line; numbers, also those inside dictionaries, go to TensorBoard.
+
+        Raises:
+            JointNASError: the disk is full.
+        """
+        line = (json.dumps({"phase": self._phase, "step": step, **values}) + "\n").encode()
+        with writing(self._path):
+            before = self._file.tell()
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(before)
+                raise
+            if self._board is not None:
+                for key, value in flat(values):
+                    if isinstance(value, (int, float)) and not isinstance(value, bool):
+                        self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
 
     def close(self) -> None:
         """Closes the files."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from jointnas.campaign.plan import Unit, folder_of
 from jointnas.campaign.worker import ROW
-from jointnas.run_folder import read_json, write_json, write_text
+from jointnas.checkpoint import write_text
+from jointnas.run_folder import read_json, write_json
 
 log = logging.getLogger(__name__)
 RESULTS = "results.jsonl"

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jointnas.checkpoint import fsync, plain
-from jointnas_kernels.errors import JointNASError
+from jointnas.checkpoint import fsync, plain, write_text
+from jointnas_kernels.errors import JointNASError, writing
 
 Tensors = dict[str, Tensor]
 Rows = list[dict[str, Any]]
@@ -34,8 +34,7 @@ class Store:
                     "choose another folder"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(settings, indent=1))
+            write_text(path, json.dumps(settings, indent=1))
 
     def within(self, name: str) -> Store:
         """A store of what is made of these blocks."""
@@ -61,24 +60,19 @@ class Store:
 
     def save(self, b: int, state: Tensors, rows: Rows) -> None:
         """Write a finished block, whole or not at all."""
-        temporary = self.folder / f".block-{b:03}.tmp"
-        save_file(plain(state), temporary, metadata={"rows": json.dumps(rows)})
-        _rename(temporary, self._path(b))
-        with open(self.folder / "blocks.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        temporary, path = self.folder / f".block-{b:03}.tmp", self._path(b)
+        with writing(path):
+            try:
+                save_file(plain(state), temporary, metadata={"rows": json.dumps(rows)})
+                fsync(temporary)
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            fsync(path.parent)
+            with open(self.folder / "blocks.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def report(self, rows: Rows) -> None:
         """All rows again: a kill may have come between a block and its rows."""
-        _write(self.folder / "blocks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _rename(temporary, path)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
+        write_text(self.folder / "blocks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
