@@ -89,6 +89,31 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def reading(what: str, advice: str = "") -> Iterator[None]:
+    """What is wrong with a file's contents as one sentence. Inside stands only what takes them apart: whatever is
+    raised there is taken for the file's fault.
+
+    Args:
+        what: is read, for the message.
+        advice: how to go on.
+
+    Raises:
+        JointNASError: it cannot be read.
+    """
+    try:
+        yield
+    except JointNASError:
+        raise
+    except MemoryError:
+        raise JointNASError(f"{what} cannot be read: it asks for more memory than there is") from None
+    except Exception as error:  # parsers of other libraries raise anything
+        lines = str(error).strip().splitlines() or [""]
+        named = isinstance(error, (KeyError, AttributeError, IndexError, TypeError))
+        reason = f"{type(error).__name__} {lines[0][:300]}" if named or not lines[0] else lines[0][:300]
+        raise JointNASError(f"{what} cannot be read: {reason}{advice and '; '}{advice}") from None
+
+
 def refusal(error: Exception) -> str | None:
     """Why the system did not let a file be written, in words; None: it is another error."""
     number = error.errno if isinstance(error, OSError) else None

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jointnas_kernels.errors import JointNASError, writing
+from jointnas_kernels.errors import JointNASError, reading, writing
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -64,8 +63,10 @@ def load(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
     reason = damage(path)
     if reason:
         raise JointNASError(f"checkpoint {path}: {reason}")
-    tensors = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
-    return tensors, json.loads((path / "state.json").read_text())
+    with reading(f"checkpoint {path}"):
+        tensors = {f.stem: load_file(f) for f in sorted(path.glob("*.safetensors"))}
+        state: dict[str, Any] = dict(json.loads((path / "state.json").read_text()))
+    return tensors, state
 
 
 def damage(path: Path) -> str:
@@ -83,8 +84,8 @@ def damage(path: Path) -> str:
                 return f"{name} is missing"
             if _sha256(path / name) != digest:
                 return f"{name} does not match the manifest"
-    except (OSError, ValueError, SafetensorError) as error:
-        return str(error)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        return f"manifest.json cannot be read ({error})"
     return ""
 
 

@@ -68,10 +68,10 @@ def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's `metrics.jsonl`; a line cut by a kill is left out."""
+    """Rows of a run's `metrics.jsonl`; what is none, as a line cut by a kill, is left out."""
     path = folder / "metrics.jsonl"
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
+    rows: list[Any] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [r for r in rows if isinstance(r, dict) and "phase" in r and isinstance(r.get("step"), int)]

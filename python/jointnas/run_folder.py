@@ -31,7 +31,7 @@ from jointnas.data import Streams
 from jointnas.metrics import flat
 from jointnas.objective import original_params
 from jointnas.precision import Precision
-from jointnas_kernels.errors import JointNASError, writable
+from jointnas_kernels.errors import JointNASError, reading, writable
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.bound import Bound
@@ -115,7 +115,8 @@ def found_choice(folder: Path) -> Choice:
     found = read_json(folder / "choice.json")
     if found is None:
         raise JointNASError(f"{folder} has no choice.json: its search has not finished; resume it with --resume auto")
-    return Choice.from_dict(found["choice"], where=str(folder / "choice.json"))
+    with reading(str(folder / "choice.json"), "it is damaged: remove it, and --resume auto finds the choice again"):
+        return Choice.from_dict(found["choice"], where=str(folder / "choice.json"))
 
 
 def final_folder(folder: Path) -> Path:
@@ -127,8 +128,15 @@ def final_folder(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """What a file holds; None if it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What a file holds; None if it is not there.
+
+    Raises:
+        JointNASError: it is no JSON.
+    """
+    if not path.is_file():
+        return None
+    with reading(str(path), "it is damaged: remove it, so that it is made again, or take it from a copy"):
+        return json.loads(path.read_text())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -179,6 +187,13 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool, dict[st
     if newest is None:
         return 0, 0.0, False, {}
     tensors, state = checkpoint.load(newest)
+    with reading(f"checkpoint {newest}", "it is not one of this search: remove it, and --resume takes the one before"):
+        return _put_back(run, optimizers, newest, tensors, state)
+
+
+def _put_back(
+    run: Run, optimizers: Optimizers, newest: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> tuple[int, float, bool, dict[str, Any]]:
     old, new = dict(flat(state["config"])), dict(flat(resumable(run.config)))
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)

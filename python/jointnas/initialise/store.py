@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from jointnas.checkpoint import fsync, plain, write_text
-from jointnas_kernels.errors import JointNASError, writing
+from jointnas_kernels.errors import JointNASError, reading, writing
 
 Tensors = dict[str, Tensor]
 Rows = list[dict[str, Any]]
@@ -26,7 +26,8 @@ class Store:
         self.folder, self.settings = folder, settings
         path = folder / "settings.json"
         if path.is_file():
-            saved = json.loads(path.read_text())
+            with reading(str(path), f"remove {folder} to initialise anew"):
+                saved = dict(json.loads(path.read_text()))
             changed = sorted(k for k in {*saved, *settings} if saved.get(k) != settings.get(k))
             if changed:
                 raise JointNASError(
@@ -52,11 +53,8 @@ class Store:
         path = self._path(b)
         if not path.is_file():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["rows"])  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise JointNASError(f"{path} is damaged ({error}); remove it to compute the block again") from None
+        with reading(str(path), "it is damaged: remove it to compute the block again"), safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["rows"])  # noqa: SIM118
 
     def save(self, b: int, state: Tensors, rows: Rows) -> None:
         """Write a finished block, whole or not at all."""
