@@ -42,9 +42,9 @@ def save(folder: str | Path, step: int, tensors: Tensors, state: Mapping[str, An
         for name, group in tensors.items():
             save_file(plain(group), temporary / f"{name}.safetensors")
         (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-        manifest = {f.name: _sha256(f) for f in sorted(temporary.iterdir())}
+        manifest = {f.name: sha256(f) for f in sorted(temporary.iterdir())}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        (temporary / "COMPLETE").write_text(_sha256(temporary / "manifest.json"))
+        (temporary / "COMPLETE").write_text(sha256(temporary / "manifest.json"))
     if keep is not None:
         for old in steps(folder)[:-keep]:
             shutil.rmtree(folder / f"step-{old}")
@@ -76,13 +76,13 @@ def damage(path: Path) -> str:
     if not (path / "COMPLETE").is_file():
         return "incomplete (no COMPLETE file)"
     try:
-        if (path / "COMPLETE").read_text() != _sha256(path / "manifest.json"):
+        if (path / "COMPLETE").read_text() != sha256(path / "manifest.json"):
             return "manifest.json does not match COMPLETE"
         manifest = json.loads((path / "manifest.json").read_text())
         for name, digest in manifest.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _sha256(path / name) != digest:
+            if sha256(path / name) != digest:
                 return f"{name} does not match the manifest"
     except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         return f"manifest.json cannot be read ({error})"
@@ -125,7 +125,8 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

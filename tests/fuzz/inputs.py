@@ -316,6 +316,7 @@ def one(inputs: Inputs, kind: str, case: int, tally: Tally) -> None:
     except (Exception, Hang) as error:
         what = f"--only {kind} --case {case}: {str(error)[:200]!r}"
         tally.failures.setdefault(place(error), []).append(what)
+        print(f"{place(error)}: {what}", file=sys.stderr, flush=True)
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
     tally.slowest[kind] = max(tally.slowest.get(kind, 0.0), time.process_time() - began)

@@ -43,7 +43,8 @@ WRITERS: tuple[tuple[Any, str], ...] = (
 
 
 def search(out: Path) -> None:
-    """What `jointnas search --resume auto` does with the tiny model. Metrics and checkpoints fall on different steps."""
+    """What `jointnas search --resume auto` does, with the tiny model; metrics and checkpoints fall on different steps.
+    """
     config = tiny.config(
         out, resume="auto", tensorboard=False, target_latency_ms=0.9,
         search={"steps": 9, "save_every": 2, "log_every": 3, "gap_every": 6, "gap_batches": 1},
