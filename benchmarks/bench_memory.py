@@ -28,6 +28,7 @@ from jointnas.config import RunConfig
 from jointnas.data import Batch
 from jointnas.distillation import Trained, distillation_step, original_logits, student_of
 from jointnas.footprint import PHASES, footprint
+from jointnas.guards import Guard
 from jointnas.losses import cross_entropy
 from jointnas_kernels.hf import Supernet, convert
 from jointnas_kernels.hf.families import family
@@ -86,7 +87,7 @@ def search_peaks(net: Supernet, batch: Batch) -> dict[str, int]:
     def step(mode: str) -> None:
         net.mode(mode).relax()
         net.draw(seeded(0, 0, 0))
-        update(optimizers[mode], cross_entropy(net, batch), trained[mode], 1.0)
+        update(optimizers[mode], trained[mode], 1.0, batch, lambda part: {"loss": cross_entropy(net, part)}, Guard())
 
     for _ in range(2):
         for phase, mode in zip(PHASES, trained, strict=False):

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 
 class JointNASError(ValueError):
     """Bad input or an environment that cannot do what was asked. The message says what, where and what is allowed."""
+
+
+# no room, no right, no healthy disk
+REFUSALS = frozenset((
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE,
+    errno.ENFILE, errno.ENAMETOOLONG, errno.ESTALE,
+))  # fmt: skip
 
 
 def unknown(kind: str, name: object, allowed: Iterable[object], where: str = "") -> JointNASError:
@@ -54,6 +63,63 @@ def writable(path: str | Path, kind: Literal["file", "folder"] = "folder", what:
     if not os.access(there, os.W_OK | (os.X_OK if is_folder else 0)):
         raise JointNASError(f"{what} {str(path)!r}: {str(there)!r} may not be written to; choose another path")
     return path
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What the system refuses inside, a full disk above all, as one sentence about this path.
+
+    Args:
+        path: what is written; nothing else may be replaced inside, so that nothing is lost.
+
+    Raises:
+        JointNASError: it cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:  # of the system, or what libraries of other languages make of it
+        reason = None if isinstance(error, JointNASError) else refusal(error)
+        if reason is None:
+            raise
+        named = getattr(error, "filename", None)
+        where = "" if named is None else f" ({named})"
+        raise JointNASError(
+            f"{path} cannot be written: {reason}{where}. What was there before is as it was, and nothing is left half "
+            "written; mend that, and give the same command again (a run goes on with --resume auto)"
+        ) from None
+
+
+@contextlib.contextmanager
+def reading(what: str, advice: str = "") -> Iterator[None]:
+    """What is wrong with a file's contents as one sentence. Inside stands only what takes them apart: whatever is
+    raised there is taken for the file's fault.
+
+    Args:
+        what: is read, for the message.
+        advice: how to go on.
+
+    Raises:
+        JointNASError: it cannot be read.
+    """
+    try:
+        yield
+    except JointNASError:
+        raise
+    except MemoryError:
+        raise JointNASError(f"{what} cannot be read: it asks for more memory than there is") from None
+    except Exception as error:  # parsers of other libraries raise anything
+        lines = str(error).strip().splitlines() or [""]
+        named = isinstance(error, (KeyError, AttributeError, IndexError, TypeError))
+        reason = f"{type(error).__name__} {lines[0][:300]}" if named or not lines[0] else lines[0][:300]
+        raise JointNASError(f"{what} cannot be read: {reason}{advice and '; '}{advice}") from None
+
+
+def refusal(error: Exception) -> str | None:
+    """Why the system did not let a file be written, in words; None: it is another error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (told := re.search(r"\((?:os error|errno) (\d+)\)|\[errno (\d+)\]", str(error), re.I)):
+        number = int(told[1] or told[2])
+    return os.strerror(number) if number in REFUSALS else None
 
 
 def _nearest(path: Path) -> Path:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.errors import JointNASError, reading, unknown
 from jointnas_kernels.hf.compressed import Scheme, read_schemes
 from jointnas_kernels.hf.families import build, family, rotary
 from jointnas_kernels.nn.linear import FakeQuantLinear
@@ -53,6 +53,11 @@ def load(
         raise JointNASError(f"{str(folder)!r} is no model folder: it has no config.json")
     if backend not in BACKENDS:
         raise unknown("backend", backend, BACKENDS, where="load")
+    with reading(f"model folder {str(folder)!r}"):
+        return _load(folder, device, dtype, backend)
+
+
+def _load(folder: Path, device: str | torch.device, dtype: torch.dtype | None, backend: str) -> PreTrainedModel:
     raw = read_object(folder / "config.json")
     quantization = raw.pop("quantization_config", None)
     family(SimpleNamespace(**raw), f"{str(folder)!r}: a model")
@@ -99,10 +104,8 @@ def rows_of_head(model: Any) -> PackedEmbedding | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
-    try:
+    with reading(str(path), "it is damaged"):
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise JointNASError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise JointNASError(f"{path} is damaged: it holds no object")
     return found

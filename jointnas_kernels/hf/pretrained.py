@@ -21,7 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, reading
 from jointnas_kernels.hf.families import build, family, rotary
 from jointnas_kernels.hf.loading import Tensors, read_object
 from jointnas_kernels.hf.ordering import Order
@@ -264,16 +264,18 @@ class Pretrained(nn.Module):
         if missing or data["format"] != FORMAT:
             what = f"lacks {', '.join(missing)}" if missing else f"has format {data['format']!r}, supported: {FORMAT}"
             raise JointNASError(f"{path} {what}")
-        with Tensors(Path(folder), torch.device(device)) as tensors:
+        with reading(str(path), "it is damaged, or not of these weights"):
+            return cls._of(data, Path(folder), device, backend)
+
+    @classmethod
+    def _of(cls, data: dict[str, Any], folder: Path, device: str | torch.device, backend: str | None) -> Self:
+        path = folder / DESCRIPTION
+        with Tensors(folder, torch.device(device)) as tensors:
             state = {name: tensors.take(name) for name in tensors.names()}
         state = {k: v.cpu() if k.startswith(("arch.", EXTRA)) else v for k, v in state.items()}
         if EXTRA not in state:
             raise JointNASError(f"{str(folder)!r} has no tensor {EXTRA!r}: its weights are not a supernet's")
-        try:
-            parts = _parts(data, path, state[EXTRA][3:], backend)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:  # JointNASError is a ValueError
-            raise JointNASError(f"{path} is damaged, or not of these weights: {error}") from None
-        supernet: Any = cls(**parts)
+        supernet: Any = cls(**_parts(data, path, state[EXTRA][3:], backend))
         try:
             supernet.load_state_dict(state, assign=True)
         except RuntimeError as error:  # names and shapes of all that differ, on many lines

@@ -29,6 +29,8 @@ class Data:
     @classmethod
     def check_keys(cls, data: Mapping[str, Any], what: str, where: str, *base: str) -> None:
         """Raise unless all keys are fields, or `base`, and without that one none of the structure's is missing."""
+        if not isinstance(data, Mapping):
+            raise JointNASError(f"{where}: expected a {what} as a mapping of names to values, found {data!r:.80}.")
         names = [*(f.name for f in fields(cls)), *base]  # type: ignore[arg-type]
         for key in data:
             if key not in names:

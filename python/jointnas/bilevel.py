@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from jointnas import convergence, parallel, sharding
-from jointnas.data import Batches
+from jointnas.data import Batch, Batches
+from jointnas.guards import Guard, check_logits, finite
+from jointnas.guards import Losses as Parts
 from jointnas.losses import Loss, Losses, cross_entropy
 from jointnas.metrics import Metrics
 from jointnas.objective import Feasibility, Objective, entropies, original_params, stopping_entropy
@@ -49,7 +51,11 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     optimizers = {"weight_optimizer": weight_optimizer, "arch_optimizer": arch_optimizer}
     for optimizer in optimizers.values():
         parallel.create_state(optimizer)
-    step, seconds, converged = restore(run, optimizers)
+    guards = [Guard(kind, options.skip_most, run.folder, supernet) for kind in ("weight", "arch")]
+    step, seconds, converged, pending = restore(run, optimizers)
+    curve: list[float] = pending.get("losses", [])  # of the weight steps since the last metrics
+    for guard, skipped in zip(guards, pending.get("skipped", ()), strict=False):
+        guard.skipped = skipped
     lanes = [
         Batches(stream, config.data.batch_size, config.data.seq_len, config.seed * 4 + lane, run.streams.bos)
         for lane, stream in ((WEIGHT, run.streams.weight), (ARCH, run.streams.arch), (GAP, run.streams.arch))
@@ -59,35 +65,36 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     metrics = Metrics(run.folder, "search", step, config.tensorboard)
     progress = Progress("search", options.steps, step, config.progress and parallel.is_main())
     began = time.monotonic() - seconds
-    curve: list[Tensor] = []  # weight losses since the last metrics
     while step < options.steps and not converged:
-        losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step, loss)}
-        curve.append(losses["ce_weight"])
+        losses = {"ce_weight": weight_step(run, weight_optimizer, lanes[WEIGHT], step, loss, guards[WEIGHT])}
+        curve += finite(losses).values()
         logs: dict[str, Any] = {}
         if step >= options.weight_warmup:
-            losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step, loss)
+            losses["ce_arch"], logs = arch_step(run, objective, arch_optimizer, lanes[ARCH], step, loss, guards[ARCH])
         step += 1
         probs = supernet.arch.probs()
         entropy = entropies(probs, run.space, supernet.block_rank)
         largest = max(entropy.values(), default=0.0)
+        check_logits(probs, entropy, step, options.steps, options.entropy_stop, options.collapse)
         stopping = stopping_entropy(entropy, options.entropy_stop_on)
         converged = step >= options.min_steps and stopping < options.entropy_stop
         last = converged or step == options.steps
         shown: dict[str, float | str] = {}
         if step % options.log_every == 0 or last:
-            row = {k: value.item() for k, value in losses.items()} | logs | {"entropy": entropy, "entropy_max": largest}
+            row = finite(losses) | logs | {"entropy": entropy, "entropy_max": largest}
+            row["skipped"] = dict(zip(("weight", "arch"), (guard.skipped for guard in guards), strict=True))
             if step % options.gap_every == 0 or last:
                 row |= gap(run, lanes[GAP], loss)
             row["probs"] = {k: p.detach().tolist() for k, p in probs.items()}
-            row["losses"] = torch.stack(curve).tolist()
-            curve = []
+            row["losses"], curve = curve, []
             row["seconds"] = time.monotonic() - began
             metrics.write(step, **row)
-            shown = {"step": f"{step} of {options.steps}", "ce": row["ce_weight"], "entropy": largest}
+            shown = {"step": f"{step} of {options.steps}", "ce": losses["ce_weight"].item(), "entropy": largest}
             shown["ms"] = logs.get("latency_ms", 0.0)
         progress.step(**shown)
         if step % options.save_every == 0 or last:
-            save(run, optimizers, step, time.monotonic() - began, converged)
+            pending = {"losses": curve, "skipped": [guard.skipped for guard in guards]}
+            save(run, optimizers, step, time.monotonic() - began, converged, pending)
     progress.close()
     metrics.close()
     supernet.release()
@@ -108,41 +115,55 @@ def capture(run: Run) -> None:
 
 
 def weight_step(
-    run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int, loss: Loss = cross_entropy
-) -> Tensor:
-    """Trains LoRA on one batch; the loss."""
+    run: Run, optimizer: torch.optim.Optimizer, batches: Batches, step: int, loss: Loss = cross_entropy,
+    guard: Guard | None = None,
+) -> Tensor:  # fmt: skip
+    """Trains LoRA on one batch; the loss. Where it or a gradient is not finite, nothing is changed."""
     supernet = run.supernet.mode("weight").relax()
-    sample = supernet.draw(seeded(run.config.seed, step, WEIGHT))
-    parallel.agree(sample.alphas, f"the architecture drawn for weight step {step}")
-    batch, part = parallel.rows(batches, step, supernet.device)
-    ce = loss(supernet, batch) * part
-    update(optimizer, ce, supernet.lora_parameters(), run.config.search.clip_weight)
-    return parallel.total(ce.detach())
+    batch, share = parallel.rows(batches, step, supernet.device)
+
+    def losses(part: Batch) -> dict[str, Tensor]:
+        sample = supernet.draw(seeded(run.config.seed, step, WEIGHT))
+        parallel.agree(sample.alphas, f"the architecture drawn for weight step {step}")
+        return {"loss": loss(supernet, part) * share}
+
+    parameters, clip = supernet.lora_parameters(), run.config.search.clip_weight
+    return update(optimizer, parameters, clip, batch, losses, guard or Guard("weight"), step)["loss"]
 
 
 def arch_step(
     run: Run, objective: Objective, optimizer: torch.optim.Optimizer, batches: Batches, step: int,
-    loss: Loss = cross_entropy,
-) -> tuple[Tensor, dict[str, float]]:
-    """Trains the architecture on one batch; the loss and the parts of the objective."""
+    loss: Loss = cross_entropy, guard: Guard | None = None,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Trains the architecture on one batch; the loss and the parts of the objective. Where the loss or a gradient is
+    not finite, nothing is changed."""
     supernet = run.supernet.mode("arch").relax()
-    sample = supernet.draw(seeded(run.config.seed, step, ARCH))
-    parallel.agree(sample.alphas, f"the architecture drawn for architecture step {step}")
-    batch, part = parallel.rows(batches, step, supernet.device)
-    ce = loss(supernet, batch) * part
-    regularizer, logs = objective.regularizer(supernet.arch.probs(), step)
-    whole = ce + regularizer.to(ce.device, ce.dtype) / parallel.world()  # every rank has all of it
-    update(optimizer, whole, supernet.arch_parameters(), run.config.search.clip_arch)
-    return parallel.total(ce.detach()), logs
+    batch, share = parallel.rows(batches, step, supernet.device)
+    logs: dict[str, float] = {}
+
+    def losses(part: Batch) -> dict[str, Tensor]:
+        sample = supernet.draw(seeded(run.config.seed, step, ARCH))
+        parallel.agree(sample.alphas, f"the architecture drawn for architecture step {step}")
+        ce = loss(supernet, part) * share
+        regularizer, found = objective.regularizer(supernet.arch.probs(), step)
+        logs.update(found)
+        regularizer = regularizer.to(ce.device, ce.dtype) / parallel.world()  # every rank has all of it
+        return {"loss": ce + regularizer, "ce": ce}
+
+    parameters, clip = supernet.arch_parameters(), run.config.search.clip_arch
+    return update(optimizer, parameters, clip, batch, losses, guard or Guard("arch"), step)["ce"], logs
 
 
-def update(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[torch.nn.Parameter], clip: float) -> None:
-    """One step of an optimizer, the norm of the gradients clipped."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], clip: float, batch: Batch, losses: Parts,
+    guard: Guard, step: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One step of an optimizer on a batch, or this rank's rows of it, under a guard, the norm of the gradients clipped;
+    the losses of the whole batch."""
+    found = guard.gradients(batch, losses, lambda: optimizer.zero_grad(set_to_none=True))
     parallel.add_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
+    guard.step(optimizer, parameters, clip, step, found["loss"], batch, losses)
+    return {name: parallel.total(value) for name, value in found.items()}
 
 
 @torch.no_grad()

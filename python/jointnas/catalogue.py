@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jointnas.checkpoint import replacing
 from jointnas.exporting import CHOICE_FILE
-from jointnas_kernels.errors import JointNASError, unknown, writable
+from jointnas_kernels.errors import JointNASError, reading, unknown, writable
 from jointnas_kernels.hf.gguf import read as gguf
 
 log = logging.getLogger(__name__)
@@ -150,6 +150,7 @@ def caveat(source: str) -> str:
     if is_gguf(source):
         return gguf.already_quantized(gguf.File(source).types)
     found, made = Path(source) / PROVENANCE, Path(source) / CHOICE_FILE
-    if found.is_file():
-        return str(json.loads(found.read_text()).get("caveat", ""))
-    return str(json.loads(made.read_text()).get("facts", {}).get("note", "")) if made.is_file() else ""
+    with reading(f"what is known of model {source!r}", f"remove {found.name} or {made.name} from its folder"):
+        if found.is_file():
+            return str(json.loads(found.read_text()).get("caveat", ""))
+        return str(json.loads(made.read_text()).get("facts", {}).get("note", "")) if made.is_file() else ""

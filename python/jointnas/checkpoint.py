@@ -17,6 +17,7 @@ are whole tensors, one at a time where they have parts: the number of ranks may 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -27,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from jointnas import parallel, sharding
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, reading, writing
 
 log = logging.getLogger(__name__)
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -106,14 +107,15 @@ def load(path: str | Path) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, A
     reason = parallel.from_main(lambda: damage(path))
     if reason:
         raise JointNASError(f"checkpoint {path}: {reason}")
-    state = json.loads((path / "state.json").read_text())
-    divided = state.pop(DIVIDED, {})
     tensors: dict[str, Mapping[str, Tensor]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        name, _, part = file.stem.partition(".")
-        if not part:
-            here = load_file(file)
-            tensors[name] = _Joined(path, name, here, divided[name]) if divided.get(name) else here
+    with reading(f"checkpoint {path}"):
+        state: dict[str, Any] = dict(json.loads((path / "state.json").read_text()))
+        divided = dict(state.pop(DIVIDED, {}))
+        for file in sorted(path.glob("*.safetensors")):
+            name, _, part = file.stem.partition(".")
+            if not part:
+                here = load_file(file)
+                tensors[name] = _Joined(path, name, here, divided[name]) if divided.get(name) else here
     return tensors, state
 
 
@@ -130,7 +132,7 @@ class _Joined(Mapping[str, Tensor]):
             return self._here[key]
         parts = []
         for file in self._files:
-            with safe_open(file, framework="pt") as opened:
+            with reading(f"checkpoint {file}"), safe_open(file, framework="pt") as opened:
                 parts.append(opened.get_tensor(key))
         return torch.cat(parts, self._dims[key])
 
@@ -148,16 +150,16 @@ def damage(path: Path) -> str:
     if not (path / "COMPLETE").is_file():
         return "incomplete (no COMPLETE file)"
     try:
-        if (path / "COMPLETE").read_text() != _sha256(path / "manifest.json"):
+        if (path / "COMPLETE").read_text() != sha256(path / "manifest.json"):
             return "manifest.json does not match COMPLETE"
         manifest = json.loads((path / "manifest.json").read_text())
         for name, digest in manifest.items():
             if not (path / name).is_file():
                 return f"{name} is missing"
-            if _sha256(path / name) != digest:
+            if sha256(path / name) != digest:
                 return f"{name} does not match the manifest"
-    except (OSError, ValueError, SafetensorError) as error:
-        return str(error)
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        return f"manifest.json cannot be read ({error})"
     return ""
 
 
@@ -204,40 +206,87 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised."""
-    temporary = _begin(folder)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    _end(temporary, folder)
+    """A temporary folder beside `folder` that takes its place, synced to disk, if nothing is raised.
+
+    Raises:
+        JointNASError: the disk is full, or cannot be written for another reason.
+    """
+    with writing(folder):
+        temporary = _begin(folder)
+        try:
+            yield temporary
+            _end(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def _begin(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     return temporary
 
 
 def _end(temporary: Path, folder: Path) -> None:
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     for file in (*temporary.iterdir(), temporary):
         fsync(file)
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(temporary, folder)
+    try:
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            os.rename(old, folder)
+        raise
     fsync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is there whole or not at all; folders are made. Of several ranks the main one writes.
+
+    Raises:
+        JointNASError: the disk is full, or cannot be written for another reason.
+    """
+    if not parallel.is_main():
+        return
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(text)
+            fsync(temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def _clear(path: Path) -> None:
+    """Removes what killed processes left beside a path that they were writing; where they had moved the old folder away
+    and not the new one in, it comes back."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid, _, end = left.name.removeprefix(f".{path.name}.").partition(".")
+        if not pid.isdigit() or end not in ("tmp", "old"):
+            continue
+        if end == "old" and not path.exists():
+            os.rename(left, path)
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jointnas
 from jointnas_kernels import __version__
-from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.errors import JointNASError, refusal, unknown
 
 VERBS = {
     "doctor": "environment, and which latency backends work here",
@@ -63,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except JointNASError as error:
         print(f"jointnas: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:  # of what is not written through `writing`: pictures, rows of other libraries
+        if (reason := refusal(error)) is None or isinstance(error, BrokenPipeError):
+            raise
+        print(f"jointnas: error: {error.filename or 'a result'} cannot be written: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jointnas: interrupted", file=sys.stderr)

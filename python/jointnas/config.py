@@ -166,6 +166,14 @@ class SearchConfig(Section):
     entropy_stop_on: Literal["max", "mean"] = Field(
         default="max", description="all of them, or their mean over the dimensions (the paper's Eq. 4)"
     )
+    skip_most: int = Field(
+        default=5, ge=1, description="a step whose loss or gradients are not finite is skipped; so many weight steps, "
+        "or architecture steps, in a row end the search"
+    )  # fmt: skip
+    collapse: float = Field(
+        default=0.05, ge=0, le=1, description="end with an error where every dimension is decided within this share of "
+        "the steps; 0: never"
+    )  # fmt: skip
     log_every: int = Field(default=10, ge=1)
     gap_every: int = Field(default=50, ge=1, description="how often the discretisation gap is measured")
     gap_batches: int = Field(default=2, ge=1)
@@ -241,6 +249,9 @@ class FinetuneConfig(Section):
     bf16: bool = Field(default=False, description="forward and backward under bf16 autocast, weights as they are")
     gradient_checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
     batch_size: int | None = Field(default=None, ge=1, description="none: that of the data section")
+    skip_most: int = Field(
+        default=5, ge=1, description="so many skipped steps in a row, as those of a search, end the distillation"
+    )
     log_every: int = Field(default=20, ge=1)
     save_every: int = Field(default=500, ge=1)
 

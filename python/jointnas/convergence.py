@@ -21,6 +21,7 @@ from typing import Any
 
 from jointnas.metrics import read_metrics
 from jointnas.run_folder import read_json, write_json
+from jointnas_kernels.errors import reading
 
 LEAST = 8  # steps from which a slope is fitted
 MATTERS = 0.01  # of the mean loss: a change over a quarter of the steps that is worth more steps
@@ -146,4 +147,5 @@ def sentence(part: Part) -> str:
 def sentences(folder: Path) -> list[str]:
     """What is recorded of a run, a line per phase."""
     recorded = read_json(folder / FILE) or {}
-    return [sentence(recorded[phase]) for phase in ("search", "finetune") if phase in recorded]
+    with reading(str(folder / FILE), "it is damaged: remove it"):
+        return [sentence(recorded[phase]) for phase in ("search", "finetune") if phase in recorded]

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from jointnas import checkpoint, parallel, sharding
 from jointnas.config import FinetuneConfig
 from jointnas.data import IGNORE, Batch, Batches
+from jointnas.guards import Guard, finite
 from jointnas.metrics import Metrics
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, extract, shrink
@@ -247,6 +248,8 @@ def distil(
     parallel.create_state(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step))
     saved = folder / "checkpoints-finetune" if folder is not None else None
+    guard = Guard("finetune", config.skip_most, folder, own)
+    losses: list[float] = []  # since the last metrics
     start = 0
     newest = checkpoint.latest(saved) if saved is not None and resume else None
     if newest is not None:
@@ -254,25 +257,26 @@ def distil(
         trained.restore(tensors["trained"], newest)
         checkpoint.unpack_optimizer(optimizer, tensors["optimizer"], state["groups"])
         start = int(state["step"])
+        losses, guard.skipped = state.get("losses", []), state.get("skipped", 0)
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
     metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
     bar = Progress("finetune", config.steps, start, progress and parallel.is_main())
-    losses: list[Tensor] = []
     with checkpointing(own, config.gradient_checkpointing):
         for step in range(start, config.steps):
-            batch, part = parallel.rows(batches, step, device)
-            loss, parts = distillation_step(own, teacher, batch, config, trained, optimizer, part)
+            batch, share = parallel.rows(batches, step, device)
+            loss, parts = distillation_step(own, teacher, batch, config, trained, optimizer, guard, step, share)
             schedule.step()
-            losses.append(parallel.total(loss))
+            losses += finite({"loss": loss}).values()
             done = step + 1
             if metrics is not None and (done % config.log_every == 0 or done == config.steps):
-                values = {k: parallel.total(v).item() for k, v in parts.items()}
-                metrics.write(done, **values, lr=schedule.get_last_lr()[0], losses=torch.stack(losses).tolist())
+                lr = schedule.get_last_lr()[0]
+                metrics.write(done, **finite(parts), lr=lr, skipped=guard.skipped, losses=losses)
                 losses = []
             if saved is not None and done % config.save_every == 0 and done < config.steps:
                 optimizer_tensors, groups = checkpoint.pack_optimizer(optimizer)
                 tensors = {"trained": dict(trained.masters), "optimizer": optimizer_tensors}
-                checkpoint.save(saved, done, tensors, {"groups": groups}, keep=1)
+                more = {"groups": groups, "losses": losses, "skipped": guard.skipped}
+                checkpoint.save(saved, done, tensors, more, keep=2)
             bar.step()
     bar.close()
     if metrics is not None:
@@ -283,20 +287,25 @@ def distil(
 
 def distillation_step(
     student: nn.Module, teacher: Teacher, batch: Batch, config: FinetuneConfig, trained: Trained,
-    optimizer: torch.optim.Optimizer, part: float = 1.0,
+    optimizer: torch.optim.Optimizer, guard: Guard | None = None, step: int = 0, share: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Trains the student on one batch, or on this rank's part of one (`parallel.rows`); what `distillation_loss`
-    returns, without its graph, times the part. The optimizer is of the trained parameters' masters."""
-    loss, parts = distillation_loss(student, teacher, batch.ids, config, batch.labels)
-    loss = loss * part
-    student.zero_grad(set_to_none=True)
-    loss.backward()
+    """Trains the student on one batch, or on this rank's share of one (`parallel.rows`); what `distillation_loss`
+    returns of the whole batch, without its graph. The optimizer is of the trained parameters' masters. Where the loss
+    or a gradient is not finite, nothing is changed."""
+    guard = guard or Guard("finetune")
+
+    def losses(part: Batch) -> dict[str, Tensor]:
+        loss, found = distillation_loss(student, teacher, part.ids, config, part.labels)
+        return {"loss": loss * share, **{name: value * share for name, value in found.items()}}
+
+    found = guard.gradients(batch, losses, lambda: student.zero_grad(set_to_none=True))
     trained.collect()
-    parallel.add_gradients(trained.masters.values())
-    torch.nn.utils.clip_grad_norm_(list(trained.masters.values()), config.clip)
-    optimizer.step()
-    trained.round()
-    return loss.detach(), {k: v * part for k, v in parts.items()}
+    masters = trained.masters.values()
+    parallel.add_gradients(masters)
+    if guard.step(optimizer, masters, config.clip, step, found["loss"], batch, losses):
+        trained.round()
+    found = {name: parallel.total(value) for name, value in found.items()}
+    return found.pop("loss"), found
 
 
 @contextlib.contextmanager

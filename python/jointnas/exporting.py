@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jointnas.checkpoint import replacing
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, reading
 from jointnas_kernels.hf.compressed import PACKED, Scheme, quantization_config, stored
 from jointnas_kernels.nn.linear import FakeQuantLinear
 from jointnas_kernels.space import STRUCTURE, Choice, kept_blocks
@@ -126,13 +126,15 @@ def reload(folder: str | Path, device: str = "cpu", dtype: torch.dtype = torch.f
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise JointNASError(f"{str(folder)!r} is no exported model: it has no config.json")
-    quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
+    with reading(f"model folder {str(folder)!r}"):
+        quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
     if quantized and importlib.util.find_spec("compressed_tensors") is None:
         raise JointNASError(
             f"{str(folder)!r} is quantized: transformers loads it with compressed-tensors, which is not installed "
             "(pip install compressed-tensors); jointnas_kernels.hf.load needs nothing else"
         )
-    with contextlib.redirect_stderr(io.StringIO()), torch.no_grad():  # compressed-tensors' bars cannot be turned off
+    whole, bars = reading(f"model folder {str(folder)!r}"), contextlib.redirect_stderr(io.StringIO())
+    with whole, bars, torch.no_grad():  # compressed-tensors' bars cannot be turned off
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
         model.eval()(torch.zeros(1, 1, dtype=torch.long))  # the first call unpacks the weights
     if quantized:

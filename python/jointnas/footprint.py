@@ -29,6 +29,7 @@ from jointnas.bilevel import update
 from jointnas.config import RunConfig
 from jointnas.data import Batch
 from jointnas.distillation import Trained, distillation_step, original_logits, student_of
+from jointnas.guards import Guard
 from jointnas.losses import cross_entropy
 from jointnas_kernels.hf import Supernet, convert
 from jointnas_kernels.hf.families import family
@@ -241,13 +242,17 @@ def _search(supernet: Supernet, config: RunConfig, alive: Alive) -> dict[str, Ph
     trained = {"weight": supernet.lora_parameters(), "arch": supernet.arch_parameters()}
     optimizers = {mode: torch.optim.AdamW(of, lr=1e-3) for mode, of in trained.items()}
     found: list[Phase] = []
+
+    def losses(part: Batch) -> dict[str, Tensor]:
+        return {"loss": cross_entropy(supernet, part)}
+
     with _gradients(trained["weight"], alive):
         for mode in ("weight", "arch", "weight", "arch"):  # in the second round optimizers have their state
 
             def step(mode: str = mode) -> None:
                 supernet.mode(mode).relax()
                 supernet.draw(seeded(0, 0, 0))
-                update(optimizers[mode], cross_entropy(supernet, batch), trained[mode], 1.0)
+                update(optimizers[mode], trained[mode], 1.0, batch, losses, Guard())
 
             found.append(_largest(step, optimizers[mode], alive))
     supernet.zero_grad(set_to_none=True)

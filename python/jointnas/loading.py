@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from jointnas import assets, catalogue, data, weights
@@ -158,7 +157,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
             f"model {config.source!r} has no tokenizer; put its files there (tokenizer.json, tokenizer_config.json)"
         )
     with _readable(config, "the tokenizer of"):
-        return AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(config.source, revision=config.revision, trust_remote_code=False)
+        tokenizer("x")  # one that is damaged may load, and fail at its first text
+        return tokenizer
 
 
 def load_streams(config: DataConfig, model: ModelConfig, seed: int) -> data.Streams:
@@ -225,7 +226,7 @@ def _readable(config: ModelConfig, what: str) -> Iterator[None]:
         yield
     except JointNASError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+    except Exception as error:  # those of transformers, tokenizers and safetensors have no common base
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else error  # its first line is a heading
         reason = (str(cause or error).strip() or type(error).__name__).splitlines()[0]
         raise JointNASError(f"{what} {config.source!r} cannot be loaded: {reason}") from None

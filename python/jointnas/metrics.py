@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jointnas import parallel
-from jointnas_kernels.errors import JointNASError
+from jointnas.checkpoint import write_text
+from jointnas_kernels.errors import JointNASError, writing
 
 
 class Metrics:
@@ -24,9 +25,8 @@ class Metrics:
             self._file = open(os.devnull, "w")  # noqa: SIM115
             return
         kept = [r for r in read_metrics(folder) if r["phase"] != phase or r["step"] <= step]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        self._file = open(self._path, "a")  # noqa: SIM115
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # optional
@@ -38,13 +38,24 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard" / phase), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """A line; numbers, also those inside dictionaries, go to TensorBoard."""
-        self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for key, value in flat(values):
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
+        """A line; numbers, also those inside dictionaries, go to TensorBoard.
+
+        Raises:
+            JointNASError: the disk is full.
+        """
+        line = (json.dumps({"phase": self._phase, "step": step, **values}) + "\n").encode()
+        with writing(self._path):
+            before = self._file.tell()
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(before)
+                raise
+            if self._board is not None:
+                for key, value in flat(values):
+                    if isinstance(value, (int, float)) and not isinstance(value, bool):
+                        self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -63,10 +74,10 @@ def flat(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tupl
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Rows of a run's `metrics.jsonl`; a line cut by a kill is left out."""
+    """Rows of a run's `metrics.jsonl`; what is none, as a line cut by a kill, is left out."""
     path = folder / "metrics.jsonl"
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
+    rows: list[Any] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-    return rows
+    return [r for r in rows if isinstance(r, dict) and "phase" in r and isinstance(r.get("step"), int)]

@@ -285,6 +285,8 @@ def _string(value: Any, where: str) -> str:
 def _messages(values: Any, where: str) -> list[dict[str, str]]:
     """[{role, content}, …] up to the last answer."""
     found: list[dict[str, str]] = []
+    if not isinstance(values, (list, type(None))):
+        raise JointNASError(f"{where} holds {type(values).__name__}, not a list of messages")
     for i, message in enumerate(values or [], 1):
         named = message if isinstance(message, dict) else {}
         keys = next((k for k in (("role", "content"), ("from", "value")) if k[0] in named), None)

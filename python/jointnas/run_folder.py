@@ -25,12 +25,13 @@ import transformers
 from torch import Tensor
 
 from jointnas import checkpoint, parallel, sharding
+from jointnas.checkpoint import write_text
 from jointnas.config import RunConfig, dump, load
 from jointnas.data import Streams
 from jointnas.metrics import flat
 from jointnas.objective import original_params
 from jointnas.precision import Precision
-from jointnas_kernels.errors import JointNASError, writable
+from jointnas_kernels.errors import JointNASError, reading, writable
 from jointnas_kernels.hf import Supernet
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.bound import Bound
@@ -114,7 +115,8 @@ def found_choice(folder: Path) -> Choice:
     found = read_json(folder / "choice.json")
     if found is None:
         raise JointNASError(f"{folder} has no choice.json: its search has not finished; resume it with --resume auto")
-    return Choice.from_dict(found["choice"], where=str(folder / "choice.json"))
+    with reading(str(folder / "choice.json"), "it is damaged: remove it, and --resume auto finds the choice again"):
+        return Choice.from_dict(found["choice"], where=str(folder / "choice.json"))
 
 
 def final_folder(folder: Path) -> Path:
@@ -126,24 +128,20 @@ def final_folder(folder: Path) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """What a file holds; None if it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    """What a file holds; None if it is not there.
+
+    Raises:
+        JointNASError: it is no JSON.
+    """
+    if not path.is_file():
+        return None
+    with reading(str(path), "it is damaged: remove it, so that it is made again, or take it from a copy"):
+        return json.loads(path.read_text())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes plain values as `write_text`."""
+    """Writes plain values as `checkpoint.write_text`."""
     write_text(path, json.dumps(value, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that is there whole or not at all; folders are made. Of several ranks one writes."""
-    if not parallel.is_main():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    checkpoint.fsync(temporary)
-    os.replace(temporary, path)
 
 
 def new(out: str, kind: Literal["file", "folder"] = "folder") -> Path:
@@ -157,8 +155,11 @@ def new(out: str, kind: Literal["file", "folder"] = "folder") -> Path:
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged: bool) -> None:
-    """Writes `checkpoints/step-N`."""
+def save(
+    run: Run, optimizers: Optimizers, step: int, seconds: float, converged: bool,
+    pending: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Writes `checkpoints/step-N`. `pending`: plain values of steps that no metrics tell of yet."""
     tensors: dict[str, dict[str, Tensor]] = {"supernet": run.supernet.search_state()}
     groups: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
@@ -167,24 +168,32 @@ def save(run: Run, optimizers: Optimizers, step: int, seconds: float, converged:
     state = {
         "data_position": step,  # batches and draws are functions of (seed, step)
         "seed": run.config.seed, "converged": converged, "seconds": seconds, "optimizers": groups,
+        "pending": dict(pending or {}),
         "config": resumable(run.config), "data": run.streams.fingerprint(), "block_rank": list(run.supernet.block_rank),
     }  # fmt: skip
     checkpoint.save(run.folder / "checkpoints", step, tensors, state, keep=run.config.search.keep_checkpoints)
 
 
-def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
-    """(step, seconds, converged) of the checkpoint that was loaded, or a fresh start."""
+def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool, dict[str, Any]]:
+    """(step, seconds, converged, pending) of the checkpoint that was loaded, or a fresh start."""
     folder = run.folder / "checkpoints"
     if run.config.resume == "never":
         if parallel.from_main(lambda: checkpoint.steps(folder)):
             raise JointNASError(
                 f"{run.folder} already holds a search; pass --resume auto to continue it, or another --out"
             )
-        return 0, 0.0, False
+        return 0, 0.0, False, {}
     newest = checkpoint.latest(folder)
     if newest is None:
-        return 0, 0.0, False
+        return 0, 0.0, False, {}
     tensors, state = checkpoint.load(newest)
+    with reading(f"checkpoint {newest}", "it is not one of this search: remove it, and --resume takes the one before"):
+        return _put_back(run, optimizers, newest, tensors, state)
+
+
+def _put_back(
+    run: Run, optimizers: Optimizers, newest: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> tuple[int, float, bool, dict[str, Any]]:
     old, new = dict(flat(state["config"])), dict(flat(resumable(run.config)))
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)
@@ -200,7 +209,7 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool]:
         checkpoint.unpack_optimizer(optimizer, tensors[name], state["optimizers"][name])
     torch.set_rng_state(tensors["rng"]["cpu"])
     log.info("resumed from %s", newest)
-    return int(state["step"]), float(state["seconds"]), bool(state["converged"])
+    return int(state["step"]), float(state["seconds"]), bool(state["converged"]), dict(state.get("pending", {}))
 
 
 def load_supernet(run: Run) -> None:
@@ -218,5 +227,5 @@ def _put(run: Run, state: Mapping[str, Tensor]) -> None:
 def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
     free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency", "parallel"}
-    search = {"compared", "log_every", "save_every", "keep_checkpoints", "capture"}
+    search = {"compared", "log_every", "save_every", "keep_checkpoints", "capture", "skip_most", "collapse"}
     return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search, "data": {"cache"}})

@@ -75,7 +75,13 @@ def tokenized(
 
 
 def _whole(path: Path, facts: Path) -> bool:
-    return facts.is_file() and path.is_file() and path.stat().st_size == 4 * json.loads(facts.read_text())["tokens"]
+    if not (facts.is_file() and path.is_file()):
+        return False
+    try:
+        known = json.loads(facts.read_text())
+        return isinstance(known["largest"], int) and path.stat().st_size == 4 * known["tokens"]
+    except (ValueError, KeyError, TypeError):  # damaged: written anew
+        return False
 
 
 def _check(largest: int, vocabulary: int | None, source: str) -> None:

@@ -117,7 +117,7 @@ def _damage(path: Path) -> str:
         try:
             entries = json.loads(file.read(length))
             ends = {name: 8 + length + e["data_offsets"][1] for name, e in entries.items() if name != "__metadata__"}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             return "has a damaged header"
     cut = min((name for name in ends if ends[name] > size), key=lambda name: ends[name], default=None)
     return "" if cut is None else f"is truncated: its {size} bytes end inside tensor {cut}"

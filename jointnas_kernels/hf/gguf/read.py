@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, reading
 from jointnas_kernels.hf.families import build, rotary
 from jointnas_kernels.hf.gguf import names
 from jointnas_kernels.hf.gguf.container import Container
@@ -59,10 +59,11 @@ class File:
             values["model_type"] = "qwen2"  # written as a Llama
         elif self.arch == "llama":
             values |= {"attention_bias": "attn_q.bias" in biases, "mlp_bias": "ffn_up.bias" in biases}
-        config = AutoConfig.for_model(
-            **values, vocab_size=embedding.shape[0], tie_word_embeddings="output.weight" not in self._left,
-            dtype=torch.float32,
-        )  # fmt: skip
+        with reading(self.where, "its metadata make no model"):
+            config = AutoConfig.for_model(
+                **values, vocab_size=embedding.shape[0], tie_word_embeddings="output.weight" not in self._left,
+                dtype=torch.float32,
+            )  # fmt: skip
         if names.ROPE_FACTORS in self._left:
             original = self.values.get(f"{self.arch}.rope.scaling.original_context_length")
             rope = names.llama3_rope(config, self.tensor(names.ROPE_FACTORS), original, self.where)
@@ -140,7 +141,8 @@ def read(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             continue
         module, _, kind = parameter.rpartition(".")
         heads = names.heads_of(module.rpartition(".")[2], file.arch, config)
-        value = names.halved(file.tensor(names.tensor_name(parameter)), heads)
+        with reading(f"{file.where}: {names.tensor_name(parameter)}"):
+            value = names.halved(file.tensor(names.tensor_name(parameter)), heads)
         if value.shape != expected.shape:
             raise JointNASError(f"{file.where}: {names.tensor_name(parameter)} has shape {tuple(value.shape)}; its "
                                 f"metadata want {tuple(expected.shape)}")  # fmt: skip

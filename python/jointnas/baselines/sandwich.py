@@ -43,7 +43,7 @@ def sandwich(run: Run, smallest: Choice, draw: Draw) -> int:
     parameters = supernet.lora_parameters()
     optimizer = torch.optim.AdamW(parameters, lr=options.lr_weight, betas=(0.9, 0.95), weight_decay=0.0)
     optimizers = {"weight_optimizer": optimizer}
-    step, seconds, _ = restore(run, optimizers)
+    step, seconds, *_ = restore(run, optimizers)
     lane = config.seed * 4 + WEIGHT
     batches = Batches(run.streams.weight, config.data.batch_size, config.data.seq_len, lane, run.streams.bos)
     metrics = Metrics(run.folder, "sandwich", step, config.tensorboard)

@@ -23,10 +23,11 @@ from jointnas.campaign import records
 from jointnas.campaign.plan import ORIGINAL, PLAN, reference_of
 from jointnas.campaign.statistics import KINDS, comparison, latency_of, shown, summary
 from jointnas.campaign.worker import ROW
+from jointnas.checkpoint import write_text
 from jointnas.config import CompareConfig, build
 from jointnas.markup import document, image, preformatted, table
 from jointnas.results import notes
-from jointnas.run_folder import read_json, write_text
+from jointnas.run_folder import read_json
 from jointnas_kernels.space import STRUCTURE, Choice, kept_blocks, read_yaml
 
 NAMES = {"cross_entropy": "cross-entropy", "error": "error of the tasks (1 - mean accuracy)"}

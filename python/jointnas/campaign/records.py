@@ -11,7 +11,9 @@ from typing import Any
 
 from jointnas.campaign.plan import Unit, folder_of
 from jointnas.campaign.worker import ROW
-from jointnas.run_folder import read_json, write_json, write_text
+from jointnas.checkpoint import write_text
+from jointnas.run_folder import read_json, write_json
+from jointnas_kernels.errors import reading
 
 log = logging.getLogger(__name__)
 RESULTS = "results.jsonl"
@@ -26,7 +28,8 @@ def rows_of(out: Path, units: Sequence[Unit]) -> list[dict[str, Any]]:
 def read(out: Path) -> list[dict[str, Any]]:
     """What `write` left; nothing where it was not there yet."""
     path = out / RESULTS
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    with reading(str(path), "it is damaged: take it from a copy"):
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def restore(out: Path, units: Sequence[Unit]) -> None:

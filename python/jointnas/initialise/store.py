@@ -8,12 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jointnas.checkpoint import fsync, plain
-from jointnas_kernels.errors import JointNASError
+from jointnas.checkpoint import fsync, plain, write_text
+from jointnas_kernels.errors import JointNASError, reading, writing
 
 Tensors = dict[str, Tensor]
 Rows = list[dict[str, Any]]
@@ -26,7 +26,8 @@ class Store:
         self.folder, self.settings = folder, settings
         path = folder / "settings.json"
         if path.is_file():
-            saved = json.loads(path.read_text())
+            with reading(str(path), f"remove {folder} to initialise anew"):
+                saved = dict(json.loads(path.read_text()))
             changed = sorted(k for k in {*saved, *settings} if saved.get(k) != settings.get(k))
             if changed:
                 raise JointNASError(
@@ -34,8 +35,7 @@ class Store:
                     "choose another folder"
                 )
         else:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(settings, indent=1))
+            write_text(path, json.dumps(settings, indent=1))
 
     def within(self, name: str) -> Store:
         """A store of what is made of these blocks."""
@@ -53,32 +53,24 @@ class Store:
         path = self._path(b)
         if not path.is_file():
             return None
-        try:
-            with safe_open(path, "pt") as file:
-                return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["rows"])  # noqa: SIM118
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise JointNASError(f"{path} is damaged ({error}); remove it to compute the block again") from None
+        with reading(str(path), "it is damaged: remove it to compute the block again"), safe_open(path, "pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(file.metadata()["rows"])  # noqa: SIM118
 
     def save(self, b: int, state: Tensors, rows: Rows) -> None:
         """Write a finished block, whole or not at all."""
-        temporary = self.folder / f".block-{b:03}.tmp"
-        save_file(plain(state), temporary, metadata={"rows": json.dumps(rows)})
-        _rename(temporary, self._path(b))
-        with open(self.folder / "blocks.jsonl", "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        temporary, path = self.folder / f".block-{b:03}.tmp", self._path(b)
+        with writing(path):
+            try:
+                save_file(plain(state), temporary, metadata={"rows": json.dumps(rows)})
+                fsync(temporary)
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            fsync(path.parent)
+            with open(self.folder / "blocks.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def report(self, rows: Rows) -> None:
         """All rows again: a kill may have come between a block and its rows."""
-        _write(self.folder / "blocks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _rename(temporary, path)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    fsync(temporary)
-    os.replace(temporary, path)
-    fsync(path.parent)
+        write_text(self.folder / "blocks.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

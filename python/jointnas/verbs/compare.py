@@ -12,12 +12,13 @@ from jointnas.campaign.plan import PLAN, check, plan, reference_of, targets_of
 from jointnas.campaign.statistics import KINDS, comparison, summary
 from jointnas.campaign.variants import check_kept, keep
 from jointnas.campaign.worker import TABLE, Base, ended
+from jointnas.checkpoint import write_text
 from jointnas.config import CompareConfig, build, dump
 from jointnas.metrics import flat
 from jointnas.pipeline import ready_tasks
 from jointnas.preparation import measure_table
 from jointnas.results import aligned
-from jointnas.run_folder import read_json, write_json, write_text
+from jointnas.run_folder import read_json, write_json
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.progress import Progress
