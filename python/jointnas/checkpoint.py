@@ -52,29 +52,30 @@ def save(folder: str | Path, step: int, tensors: Tensors, state: Mapping[str, An
     everything = {"step": step, **state, **({DIVIDED: divided} if any(divided.values()) else {})}
 
     def begin() -> str:
-        for left in folder.glob(".step-*"):  # of a killed run
-            shutil.rmtree(left, ignore_errors=True)
+        for left in folder.glob(".step-*.*"):  # of a killed run
+            _clear(folder / left.name.split(".")[1])
         return str(_begin(final))
 
     def end() -> None:
         (temporary / "state.json").write_text(json.dumps(everything, indent=1))
-        manifest = {"state.json": _sha256(temporary / "state.json")}
+        manifest = {"state.json": sha256(temporary / "state.json")}
         manifest = dict(sorted((manifest | {k: v for files in written for k, v in files.items()}).items()))
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        (temporary / "COMPLETE").write_text(_sha256(temporary / "manifest.json"))
+        (temporary / "COMPLETE").write_text(sha256(temporary / "manifest.json"))
         _end(temporary, final)
         if keep is not None:
             for old in steps(folder)[:-keep]:
                 shutil.rmtree(folder / f"step-{old}")
 
-    temporary = Path(parallel.from_main(begin))
-    try:
-        written = parallel.on_each(lambda: _write(temporary, tensors))
-        parallel.from_main(end)
-    except BaseException:
-        if parallel.is_main():
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with writing(final):
+        temporary = Path(parallel.from_main(begin))
+        try:
+            written = parallel.on_each(lambda: _write(temporary, tensors))
+            parallel.from_main(end)
+        except BaseException:
+            if parallel.is_main():
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
     return final
 
 
@@ -92,7 +93,7 @@ def _write(folder: Path, tensors: Tensors) -> dict[str, str]:
     for name, group in files.items():
         save_file(plain(group), folder / name)
         fsync(folder / name)  # by who wrote it: the others may be other machines
-    return {name: _sha256(folder / name) for name in files}
+    return {name: sha256(folder / name) for name in files}
 
 
 def steps(folder: str | Path) -> list[int]:
