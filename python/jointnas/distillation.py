@@ -258,6 +258,7 @@ def distil(
     metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
     bar = Progress("finetune", config.steps, start, progress and parallel.is_main())
     losses: list[Tensor] = []
+    parallel.wait()
     with checkpointing(own, config.gradient_checkpointing):
         for step in range(start, config.steps):
             batch, part = parallel.rows(batches, step, device)
