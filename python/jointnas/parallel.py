@@ -107,8 +107,8 @@ def session(config: RunConfig) -> Iterator[bool]:
         silent = f"has not answered for {config.parallel.timeout:g} s (parallel.timeout)"
         lost = silent if "timed out" in str(error).lower() else "has ended"
         raise JointNASError(
-            f"rank {os.environ.get('RANK')} of {count}: another rank {lost}; what it printed says why. Start all of them "
-            "again with --resume auto to go on from the last checkpoint"
+            f"rank {os.environ.get('RANK')} of {count}: another rank {lost}; what it printed says why. Start all of "
+            "them again with --resume auto to go on from the last checkpoint"
         ) from error
     finally:
         _current = None
