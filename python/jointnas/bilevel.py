@@ -62,6 +62,7 @@ def optimise(run: Run, loss: Loss = cross_entropy) -> Found:
     ]
     write_start(run)
     capture(run)
+    parallel.wait()
     metrics = Metrics(run.folder, "search", step, config.tensorboard)
     progress = Progress("search", options.steps, step, config.progress and parallel.is_main())
     began = time.monotonic() - seconds

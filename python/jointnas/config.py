@@ -264,9 +264,8 @@ class ParallelConfig(Section):
     )
     shard: int | None = Field(default=None, ge=2, description="hybrid: ranks that share a copy; none: those of a node")
     prepare: Literal["device", "host"] = Field(
-        default="device", description="where every rank has the whole model before and after it is shared; host: of a "
-        "model that one device cannot hold"
-    )  # fmt: skip
+        default="device", description="where a shared model is whole before and after; host: if no device can hold it"
+    )
     timeout: float = Field(default=60, gt=0, description="seconds after which a rank that does not answer is lost")
 
     @model_validator(mode="after")

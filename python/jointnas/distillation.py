@@ -261,6 +261,7 @@ def distil(
         schedule.load_state_dict({**schedule.state_dict(), "last_epoch": start, "_step_count": start + 1})
     metrics = Metrics(folder, "finetune", start, tensorboard) if folder is not None else None
     bar = Progress("finetune", config.steps, start, progress and parallel.is_main())
+    parallel.wait()
     with checkpointing(own, config.gradient_checkpointing):
         for step in range(start, config.steps):
             batch, share = parallel.rows(batches, step, device)

@@ -7,8 +7,8 @@ ranks. Architectures are drawn from (seed, step) by every rank and compared befo
 Outside of a `session`, and in one of a single process, everything here is what one process does.
 
 Two groups talk over the host's network. In that of the steps a rank that does not answer for `parallel.timeout` seconds
-is lost; where the others wait for the main rank, which alone measures and writes, they have patience. A rank that has
-ended is noticed by both at once. What they tell each other is JSON.
+is lost; where ranks load, and wait for the main one, which alone measures and writes, they have patience. A rank that
+has ended is noticed by both at once. What they tell each other is JSON.
 """
 
 from __future__ import annotations
@@ -104,10 +104,11 @@ def session(config: RunConfig) -> Iterator[bool]:
     except RuntimeError as error:  # gloo's own have no type
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        me = f"rank {os.environ.get('RANK')} of {count}"
+        silent = f"has not answered for {config.parallel.timeout:g} s (parallel.timeout)"
+        lost = silent if "timed out" in str(error).lower() else "has ended"
         raise JointNASError(
-            f"{me}: another rank has ended, or has not answered for {config.parallel.timeout:g} s (parallel.timeout); "
-            "what it printed says why. Start all of them again with --resume auto to go on from the last checkpoint"
+            f"rank {os.environ.get('RANK')} of {count}: another rank {lost}; what it printed says why. Start all of "
+            "them again with --resume auto to go on from the last checkpoint"
         ) from error
     finally:
         _current = None
@@ -238,6 +239,11 @@ def main_first() -> Iterator[None]:
         exchange("null")
 
 
+def wait() -> None:
+    """Until all ranks are here, however long one takes: before what they do in step, where none may be late."""
+    exchange("null")
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is true on any rank."""
     if _current is None:
@@ -274,6 +280,7 @@ def agree(alphas: Mapping[str, Tensor], what: str) -> None:
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """The main rank's values into the same tensors of all others."""
     if _current is not None:
+        wait()
         for tensor in tensors:
             whole = tensor.contiguous()  # of a view a copy
             dist.broadcast(whole, 0)

@@ -26,10 +26,12 @@ from jointnas.run_folder import Run
 from tests.jointnas import tiny
 from tests.latency.tables import synthetic
 
-Ended = tuple[Any, float]  # what a rank returned or raised, None if it was killed, and after how many seconds
+Ended = tuple[Any, float]  # what a rank returned or raised, None if it was killed, and when (time.monotonic)
+
+DIED = "died"  # file of a run folder that says when its rank was killed
 
 
-def run(count: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Ended]:
+def run(count: int, work: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Ended]:
     """How `work` ended on each of so many ranks."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -66,12 +68,11 @@ def _one(work: Callable[..., Any], rank: int, count: int, port: int, arguments: 
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    began = time.monotonic()
     try:
         found = work(*arguments)
     except Exception as error:
         found = error
-    results.send((found, time.monotonic() - began))
+    results.send((found, time.monotonic()))
 
 
 def streams() -> Streams:
@@ -107,7 +108,7 @@ def mission(run_config: RunConfig, dies: tuple[int, str] | None = None) -> dict[
     it writes its part of a checkpoint, (rank, the end of the folder and its step)."""
     with parallel.session(run_config):
         if dies is not None and parallel.rank() == dies[0]:
-            _die_writing(dies[1])
+            _die_writing(dies[1], run_config)
         run = start(run_config)
         choice = optimise(run).choice
         _without_adam(run)
@@ -132,12 +133,13 @@ def _without_adam(run: Run) -> None:
         weight_step(run, torch.optim.SGD(run.supernet.lora_parameters(), lr=1.0), batches, step)
 
 
-def _die_writing(where: str) -> None:
+def _die_writing(where: str, run_config: RunConfig) -> None:
     real = checkpoint.save_file
 
     def save_file(tensors: Any, path: Path) -> None:
         real(tensors, path)
         if where in f"{path.parent.parent.name}/{path.parent.name}":
+            (Path(run_config.out) / DIED).write_text(str(time.monotonic()))
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.save_file = save_file
