@@ -104,8 +104,10 @@ def rows_of_head(model: Any) -> PackedEmbedding | None:
 
 def read_object(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
-    with reading(str(path), "it is damaged"):
+    try:
         found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of thousands of brackets
+        raise JointNASError(f"{path} is damaged: {error}") from None
     if not isinstance(found, dict):
         raise JointNASError(f"{path} is damaged: it holds no object")
     return found

@@ -275,7 +275,11 @@ class Pretrained(nn.Module):
         state = {k: v.cpu() if k.startswith(("arch.", EXTRA)) else v for k, v in state.items()}
         if EXTRA not in state:
             raise JointNASError(f"{str(folder)!r} has no tensor {EXTRA!r}: its weights are not a supernet's")
-        supernet: Any = cls(**_parts(data, path, state[EXTRA][3:], backend))
+        try:
+            parts = _parts(data, path, state[EXTRA][3:], backend)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:  # JointNASError is a ValueError
+            raise JointNASError(f"{path} is damaged, or not of these weights: {error}") from None
+        supernet: Any = cls(**parts)
         try:
             supernet.load_state_dict(state, assign=True)
         except RuntimeError as error:  # names and shapes of all that differ, on many lines

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,13 @@ def check_limits(config: RunConfig, model_config: Any, table: LatencyTable, spac
             uniform[key] = torch.full((space.depth, len(space.sizes(key))), 1 / len(space.sizes(key)))
     if space.head_bits:
         uniform["head_bits"] = torch.full((len(space.head_bits),), 1 / len(space.head_bits))
-    Feasibility(model_config, table.bind(space), Limits.of(config, model_config)).repair(uniform)
+    bound, limits = table.bind(space), Limits.of(config, model_config)
+    Feasibility(model_config, bound, limits).repair(uniform)
+    with contextlib.suppress(JointNASError):  # bits that the device cannot run
+        largest = bound.predict(space.full())
+        if largest <= limits.latency_max < math.inf:
+            target = limits.latency_max
+            log.warning("target_latency_ms = %g limits nothing: the largest choice takes %.3f ms", target, largest)
 
 
 # ---- latency tables -------------------------------------------------------------------------------------------------

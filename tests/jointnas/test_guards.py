@@ -72,7 +72,8 @@ def test_a_batch_that_does_not_fit_gives_the_same_step(name: str, most: int, run
     for which in found:
         loss = cross_entropy if which == "whole" else Fails(most, OOM[name])
         guards = Guard("weight", model=run.supernet), Guard("arch", model=run.supernet)
-        optimizers = [torch.optim.SGD(p, lr=0.0) for p in (run.supernet.lora_parameters(), run.supernet.arch_parameters())]
+        trained = run.supernet.lora_parameters(), run.supernet.arch_parameters()
+        optimizers = [torch.optim.SGD(parameters, lr=0.0) for parameters in trained]
         value = weight_step(run, optimizers[0], source, 0, loss, guards[0])
         own = [p.grad.clone() for p in run.supernet.lora_parameters() if p.grad is not None]
         ce, logs = arch_step(run, objective, optimizers[1], source, 0, loss, guards[1])
@@ -109,7 +110,7 @@ def test_a_whole_search_on_halves_ends_alike(tmp_path: Path) -> None:
 def test_one_sequence_that_does_not_fit_is_said(run: Run) -> None:
     before = state(run)
     optimizer = torch.optim.AdamW(run.supernet.lora_parameters())
-    with pytest.raises(JointNASError, match=r"a single sequence of 16 tokens does not fit into memory .*lower data\.seq_len"):
+    with pytest.raises(JointNASError, match=r"single sequence of 16 tokens does not fit into memory .*lower data\.seq"):
         weight_step(run, optimizer, batches(run), 0, Fails(0, OOM["cpu"]))
     assert all(torch.equal(before[k], v) for k, v in state(run).items())
     with pytest.raises(RuntimeError, match="shape"):  # any other error is what it is
@@ -185,7 +186,8 @@ def test_a_step_that_is_not_finite_changes_nothing(run: Run) -> None:
 
 def test_skipped_steps_are_counted_and_survive_a_resume(tmp_path: Path) -> None:
     """Calls of the loss: weight and architecture steps take turns, with those of the gap behind the second row."""
-    config = tiny.config(tmp_path, resume="auto", tensorboard=False, search={"steps": 4, "gap_every": 99, "save_every": 3})
+    options = {"steps": 4, "gap_every": 99, "save_every": 3}
+    config = tiny.config(tmp_path, resume="auto", tensorboard=False, search=options)
     optimise(tiny.start(config), nan_at(0, 3))
     rows = read_metrics(tmp_path)
     assert [r["skipped"] for r in rows] == [{"weight": 1, "arch": 1}] * 2
@@ -219,7 +221,7 @@ def test_a_distillation_that_is_not_finite(run: Run, tmp_path: Path) -> None:
 
 def test_a_search_that_decides_at_once_is_ended(tmp_path: Path) -> None:
     options = {"steps": 200, "alpha_init": 40.0, "entropy_stop": 0.3}
-    with pytest.raises(JointNASError, match=r"after 1 of 200 steps .* every dimension is decided .* search\.collapse = 0"):
+    with pytest.raises(JointNASError, match=r"after 1 of 200 steps .*dimension is decided .*search\.collapse = 0"):
         tiny.search(tiny.config(tmp_path, tiny.NO_BITS, search=options))
     assert not checkpoint.steps(tmp_path / "checkpoints")
     allowed = {**options, "collapse": 0.0}

@@ -154,6 +154,14 @@ def test_impossible_limits_fail_before_the_search(tmp_path: Path, sections: dict
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_target_above_everything_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny.start(tiny.config(tmp_path / "a", target_latency_ms=500.0))
+    assert "target_latency_ms = 500 limits nothing: the largest choice takes " in caplog.text
+    caplog.clear()
+    tiny.start(tiny.config(tmp_path / "b", target_latency_ms=0.9))
+    assert "limits nothing" not in caplog.text
+
+
 def test_relaxations_and_warm_up(tmp_path: Path) -> None:
     for kind in ("reinmax", "gumbel"):
         run, found = tiny.search(
