@@ -22,7 +22,7 @@ class Metrics:
         self._path, self._phase = folder / "metrics.jsonl", phase
         self._board: Any = None
         if not parallel.is_main():
-            self._file = open(os.devnull, "w")  # noqa: SIM115
+            self._file = open(os.devnull, "wb", buffering=0)  # noqa: SIM115
             return
         kept = [r for r in read_metrics(folder) if r["phase"] != phase or r["step"] <= step]
         write_text(self._path, "".join(json.dumps(r) + "\n" for r in kept))
