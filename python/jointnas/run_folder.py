@@ -192,7 +192,7 @@ def restore(run: Run, optimizers: Optimizers) -> tuple[int, float, bool, dict[st
 
 
 def _put_back(
-    run: Run, optimizers: Optimizers, newest: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    run: Run, optimizers: Optimizers, newest: Path, tensors: dict[str, Mapping[str, Tensor]], state: dict[str, Any]
 ) -> tuple[int, float, bool, dict[str, Any]]:
     old, new = dict(flat(state["config"])), dict(flat(resumable(run.config)))
     for key in sorted({*old, *new}):
