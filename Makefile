@@ -7,6 +7,7 @@ STAGE  := .ci/stage build/test
 SETUP  := .ci/stage build/setup
 PYTEST := $(BIN)/python -m pytest
 NO_GPU := CUDA_VISIBLE_DEVICES=
+TORCH_FOR_DIST ?= torch>=2.11
 # of the machine with a GPU
 GPU_PYTHON ?= python3.12
 GPU_TORCH  ?= torch==2.11.0 triton==3.6.0
@@ -16,7 +17,7 @@ AHEAD_WITH := "transformers>=5.17" pydantic jsonargparse pytest pytest-timeout h
 # Two processes of one thread each: most tests are too small to share between threads.
 TWO    := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package clean
+.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package dist-check clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -94,6 +95,9 @@ $(AHEAD)/.installed:
 	@echo "setting up $(AHEAD): $(GPU_PYTHON), $(GPU_TORCH)"
 	@$(SETUP) ahead sh -c '$(GPU_PYTHON) -m venv $(AHEAD) && $(AHEAD)/bin/pip install $(GPU_TORCH) $(AHEAD_WITH)'
 	@touch $@
+
+dist-check: ## sdist, wheel of it, installed beside $(TORCH_FOR_DIST) in an empty environment, smoke tests there
+	@.ci/dist $(PYTHON) "$(TORCH_FOR_DIST)"
 
 clean: ## remove build products (keeps .venv)
 	rm -rf build dist site *.egg-info jointnas_kernels/*.so .mypy_cache .ruff_cache .cache
