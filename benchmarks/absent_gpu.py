@@ -127,9 +127,11 @@ class Counter:
 
     def __init__(self) -> None:
         self.hits, self.compiled = 0, 0
+        self.said: Callable[[int, int], None] = lambda *_: None
 
     def __call__(self, *, cache_hit: bool, **_: Any) -> None:
         self.hits, self.compiled = self.hits + cache_hit, self.compiled + (not cache_hit)
+        self.said(self.hits, self.compiled)
 
 
 class Anything:

@@ -34,7 +34,7 @@ from benchmarks.gpu_stages import PYTHON, ROOT
 # Less of what is only repeated: kernels of a third block, or of a second round, are the same.
 MORE = ("step=--layers 2 --rounds 1 --panels main", "kernels=--tokens 1024")
 STAGES = ("smoke", "step", "kernels", "decode", "test")
-SAYS = "triton_ahead: "
+SAYS, ENDED = "triton_ahead: ", "triton_ahead ended"
 
 
 def commands(stage: str, out: Path) -> list[list[str]]:
@@ -45,8 +45,12 @@ def commands(stage: str, out: Path) -> list[list[str]]:
 
 
 def run(stage: str) -> None:
-    """One stage, in this process; what was found and compiled is printed after every command."""
+    """One stage, in this process; what was found and compiled is printed."""
+    def said(hits: int, compiled: int) -> None:  # at once, for one that is stopped
+        sys.__stdout__.write(f"\n{SAYS}{json.dumps({'hits': hits, 'compiled': compiled})}\n")
+
     with tempfile.TemporaryDirectory() as folder, absent() as counter:
+        counter.said = said
         for command in commands(stage, Path(folder)):
             module, sys.argv = command[0] == "-m", command[1:] if command[0] == "-m" else command
             try:
@@ -56,7 +60,7 @@ def run(stage: str) -> None:
                 pass
             except Exception:
                 traceback.print_exc()
-            print(f"{SAYS}{json.dumps({'hits': counter.hits, 'compiled': counter.compiled})}", flush=True)
+            print(ENDED, flush=True)
 
 
 def stages(names: Sequence[str], cache: Path, seconds: float) -> tuple[int, int]:
@@ -74,7 +78,7 @@ def stages(names: Sequence[str], cache: Path, seconds: float) -> tuple[int, int]
         said = [line for line in lines if line.startswith(SAYS)]
         last = json.loads(said[-1].removeprefix(SAYS)) if said else {"hits": 0, "compiled": 0}
         found.append(last)
-        how = "" if said else f"; it did not end: {lines[-1][:200] if lines else 'no output'}"
+        how = "" if ENDED in lines else ", did not end"
         counts = f"{last['hits']} found, {last['compiled']} compiled"
         print(f"{name}: {counts}, {time.monotonic() - began:.0f} s{how}", flush=True)
     return sum(f["hits"] for f in found), sum(f["compiled"] for f in found)
