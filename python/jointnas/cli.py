@@ -109,15 +109,19 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
 
     disable_progress_bar()  # one bar at a time: ours
     function = function_of(verb)
-    on = values.pop("on", None)
+    on, gpus, mode = (values.pop(name, None) for name in ("on", "gpus", "sharding"))
     if values.pop("dry_run", False):
-        plan = jointnas.dry_run(build(schema_of(verb), values), on or "here")
+        from jointnas.sharding import Sharding
+
+        sharding = Sharding(gpus or 1, mode or "full")
+        plan = jointnas.dry_run(build(schema_of(verb), values), on or "here", sharding)
         print(sys.modules[jointnas.dry_run.__module__].text(plan))
         if not plan.fits:
             raise JointNASError("the search was planned, and does not fit (see above)")
         return
-    if on is not None:
-        raise JointNASError("search: --on is the device of a --dry-run")
+    for name, value in (("on", on), ("gpus", gpus), ("sharding", mode)):
+        if value is not None:
+            raise JointNASError(f"search: --{name} is an option of a --dry-run")
     result = function(build(schema_of(verb), values)) if verb in CONFIGURED else function(**values)
     print(getattr(sys.modules[function.__module__], "text", str)(result))
 
@@ -143,6 +147,10 @@ def parser_of(verb: str) -> Any:
             parser.add_argument("--dry_run", type=bool, default=argparse.SUPPRESS, help=what)
             what = "the device of a dry run: a100, h100, h200 or rtx-4090; default: this machine's"
             parser.add_argument("--on", type=str, default=argparse.SUPPRESS, help=what)
+            what = "how many of them in a dry run, each with a batch of its own"
+            parser.add_argument("--gpus", type=int, default=argparse.SUPPRESS, help=what)
+            what = "how they share the model in a dry run: replicate, full (default) or hybrid"
+            parser.add_argument("--sharding", type=str, default=argparse.SUPPRESS, help=what)
         return parser
     names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
     for name in names:
