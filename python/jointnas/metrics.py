@@ -1,14 +1,32 @@
-"""Metrics of a run for programs: JSON lines and TensorBoard."""
+"""Metrics of a run for programs: JSON lines, TensorBoard, and whatever else is asked to track them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jointnas_kernels.errors import JointNASError
+
+Tracker = Callable[[str, int, Mapping[str, float]], None]
+_trackers: list[Tracker] = []
+
+
+@contextlib.contextmanager
+def tracking(tracker: Tracker) -> Iterator[None]:
+    """Within it, every row of metrics that is written goes to a tracker of experiments, too.
+
+    Args:
+        tracker: called with the phase ("search", "finetune", ..), the step, and the row's numbers by name, those inside
+            of dictionaries as "outer/inner". A resumed run repeats the steps since its last checkpoint.
+    """
+    _trackers.append(tracker)
+    try:
+        yield
+    finally:
+        _trackers.remove(tracker)
 
 
 class Metrics:
@@ -32,13 +50,17 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard" / phase), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """A line; numbers, also those inside dictionaries, go to TensorBoard."""
+        """A line; numbers, also those inside dictionaries, go to TensorBoard and to trackers."""
         self._file.write(json.dumps({"phase": self._phase, "step": step, **values}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for key, value in flat(values):
-                if isinstance(value, (int, float)) and not isinstance(value, bool):
-                    self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
+        if self._board is None and not _trackers:
+            return
+        known = ((key, value) for key, value in flat(values) if isinstance(value, (int, float)))
+        numbers = {"/".join(key): float(value) for key, value in known if not isinstance(value, bool)}
+        for tracker in _trackers:
+            tracker(self._phase, step, numbers)
+        for name, number in numbers.items() if self._board is not None else ():
+            self._board.add_scalar(f"{self._phase}/{name}", number, step)
 
     def close(self) -> None:
         """Closes the files."""
