@@ -4,7 +4,7 @@
     python -m benchmarks.plan --count    # first the rows again: steps on the meta device, minutes
 
 Rows hold what `jointnas.footprint` counts of a whole step on one device; what becomes of it on many of them is
-`jointnas.sharding`'s, as in `jointnas search --dry-run --gpus N`.
+`jointnas.cluster`'s, as in `jointnas search --dry-run --gpus N`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, ROOT
 from jointnas.config import RunConfig
 from jointnas.footprint import PHASES, Phase
-from jointnas.sharding import Sharding, share
+from jointnas.cluster import Sharding, share
 from jointnas.verbs.dry_run import DEVICES, SPARE, dry_run
 
 ROWS, PAGE = RESULTS / "plan.jsonl", ROOT / "docs" / "plan.md"

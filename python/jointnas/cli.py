@@ -111,7 +111,7 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
     function = function_of(verb)
     on, gpus, mode = (values.pop(name, None) for name in ("on", "gpus", "sharding"))
     if values.pop("dry_run", False):
-        from jointnas.sharding import Sharding
+        from jointnas.cluster import Sharding
 
         sharding = Sharding(gpus or 1, mode or "full")
         plan = jointnas.dry_run(build(schema_of(verb), values), on or "here", sharding)

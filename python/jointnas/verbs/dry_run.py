@@ -11,7 +11,7 @@ import torch
 from jointnas import loading
 from jointnas.config import RunConfig
 from jointnas.footprint import KINDS, PHASES, Phase, footprint
-from jointnas.sharding import Sharding, Share, share
+from jointnas.cluster import Sharding, Share, share
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.space import count_params

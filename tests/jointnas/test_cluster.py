@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import plan as page
 from jointnas import cli, footprint
-from jointnas.sharding import Sharding, gathering, share, summing
+from jointnas.cluster import Sharding, gathering, share, summing
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import convert
 from jointnas_kernels.hf.families import family
