@@ -7,12 +7,17 @@ STAGE  := .ci/stage build/test
 SETUP  := .ci/stage build/setup
 PYTEST := $(BIN)/python -m pytest
 NO_GPU := CUDA_VISIBLE_DEVICES=
+TORCH_FOR_DIST ?= torch>=2.11
 # of the machine with a GPU
 GPU_PYTHON ?= python3.12
+GPU_TORCH  ?= torch==2.11.0 triton==3.6.0
+# where its kernels are compiled ahead; what the commands of a GPU run import
+AHEAD      := build/ahead
+AHEAD_WITH := "transformers>=5.17" pydantic jsonargparse pytest pytest-timeout hypothesis psutil accelerate peft
 # Two processes of one thread each: most tests are too small to share between threads.
 TWO    := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package clean
+.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package dist-check clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -82,8 +87,17 @@ gpu-1: ## correctness, in 5 minutes: load and smoke, tests, memory checker, laun
 gpu-2: ## speed, in 8 minutes: GEMMs against peers, kernels, steps, a latency table, decoding, a search
 	$(PYTHON) -m benchmarks.gpu_run --part 2 $(GPU)
 
-gpu-package: setup ## what these need not build: the extension for $(GPU_PYTHON), into build/
-	$(BIN)/python -m benchmarks.gpu_package build --python $(GPU_PYTHON) --with pydantic jsonargparse
+gpu-package: setup $(AHEAD)/.installed ## what these need not build: the extension for $(GPU_PYTHON), Triton's cache, into build/
+	$(BIN)/python -m benchmarks.gpu_package build --python $(GPU_PYTHON) --with pydantic jsonargparse \
+		--ahead $(AHEAD)/bin/python
+
+$(AHEAD)/.installed:
+	@echo "setting up $(AHEAD): $(GPU_PYTHON), $(GPU_TORCH)"
+	@$(SETUP) ahead sh -c '$(GPU_PYTHON) -m venv $(AHEAD) && $(AHEAD)/bin/pip install $(GPU_TORCH) $(AHEAD_WITH)'
+	@touch $@
+
+dist-check: ## sdist, wheel of it, installed beside $(TORCH_FOR_DIST) in an empty environment, smoke tests there
+	@.ci/dist $(PYTHON) "$(TORCH_FOR_DIST)"
 
 clean: ## remove build products (keeps .venv)
 	rm -rf build dist site *.egg-info jointnas_kernels/*.so .mypy_cache .ruff_cache .cache

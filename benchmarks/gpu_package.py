@@ -1,12 +1,14 @@
 """What a GPU machine need not make itself, made ahead on a CPU: the extension for its Python, packages, Triton's cache.
 
     python -m benchmarks.gpu_package build [--python python3.12] [--with pydantic jsonargparse ...] [--triton FOLDER]
+                                                  [--ahead PYTHON]
     python -m benchmarks.gpu_package load [FILE]
 
 ``build`` writes build/gpu-package.tar.gz. The extension has neither torch headers nor libraries: all of it is compiled
 for this Python already (with nvcc, else there is no CUDA part) but bindings.cpp, which is compiled again with the other
 Python's headers. ``--with`` adds packages and what they need. ``--triton`` adds a cache of compiled kernels, e.g.
 build/triton of a run there: Triton's keys hold a hash of Triton itself, so only a cache of the same version is of use.
+``--ahead PYTHON`` fills one here (triton_ahead.py): PYTHON has the torch and the Triton of that machine.
 
 ``load`` unpacks it, unless it is stale: other sources, another Python, another platform. It says why, and builds the
 extension instead, as it does where there is no package.
@@ -96,7 +98,20 @@ def packages(names: list[str], python: str, folder: Path) -> None:
     subprocess.run([*command, "--target", str(folder), *names], check=True)
 
 
+def compile_ahead(python: str, cache: Path, seconds: float) -> str:
+    """Fills a Triton cache on this machine with the other one's Python; returns the version of its Triton. What is
+    there stays: only other kernels are compiled."""
+    ask = "import importlib.metadata as m; print(m.version('triton'))"
+    version = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+    fill = [python, "-m", "benchmarks.triton_ahead", "fill", "--cache", str(cache), "--seconds", str(seconds)]
+    subprocess.run(fill, cwd=ROOT, check=True)
+    return version
+
+
 def build(args: argparse.Namespace) -> Path:
+    if args.ahead:
+        args.triton = ROOT / "build" / "triton-ahead"
+        args.version = compile_ahead(args.ahead, args.triton, args.seconds)
     library = extension(args.python, ROOT / "build" / f"ninja-{sys.implementation.cache_tag}")
     manifest: dict[str, Any] = {"sources": sources(), "suffix": library.name.removeprefix("_C"), "triton": args.version}
     manifest["cuda"] = b"lowbit_stream" in library.read_bytes()
@@ -178,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     builds.add_argument("--python", default="python3.12", help="the other machine's Python, with headers")
     builds.add_argument("--with", dest="packages", nargs="*", default=[], help="packages that are missing there")
     builds.add_argument("--triton", type=Path, help="folder of a Triton cache")
+    builds.add_argument("--ahead", metavar="PYTHON", help="compile kernels here: a Python with that machine's Triton")
+    builds.add_argument("--seconds", type=float, default=600.0, help="of a stage whose kernels are compiled, at most")
     builds.add_argument("--version", default=triton_version(), help="of the Triton that filled it")
     builds.add_argument("--out", type=Path, default=FILE)
     loads = verbs.add_parser("load")

@@ -120,15 +120,16 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
         )
     disable_progress_bar()  # one bar at a time: ours
     function = function_of(verb)
-    on = values.pop("on", None)
+    on, gpus = (values.pop(name, None) for name in ("on", "gpus"))
     if values.pop("dry_run", False):
-        plan = jointnas.dry_run(build(schema_of(verb), values), on or "here")
+        plan = jointnas.dry_run(build(schema_of(verb), values), on or "here", 1 if gpus is None else gpus)
         print(sys.modules[jointnas.dry_run.__module__].text(plan))
         if not plan.fits:
             raise JointNASError("the search was planned, and does not fit (see above)")
         return
-    if on is not None:
-        raise JointNASError("search: --on is the device of a --dry-run")
+    for name, value in (("on", on), ("gpus", gpus)):
+        if value is not None:
+            raise JointNASError(f"search: --{name} is an option of a --dry-run")
     result = function(build(schema_of(verb), values)) if verb in CONFIGURED else function(**values)
     if ranks == 1 or os.environ.get("RANK") == "0":
         print(getattr(sys.modules[function.__module__], "text", str)(result))
@@ -155,6 +156,8 @@ def parser_of(verb: str) -> Any:
             parser.add_argument("--dry_run", type=bool, default=argparse.SUPPRESS, help=what)
             what = "the device of a dry run: a100, h100, h200 or rtx-4090; default: this machine's"
             parser.add_argument("--on", type=str, default=argparse.SUPPRESS, help=what)
+            what = "how many of them in a dry run, which share the work as parallel.mode says"
+            parser.add_argument("--gpus", type=int, default=argparse.SUPPRESS, help=what)
         return parser
     names = [name for name in POSITIONAL if name in inspect.signature(function).parameters]
     for name in names:

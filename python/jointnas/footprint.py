@@ -14,7 +14,7 @@ import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -173,10 +173,16 @@ class Phase:
     Attributes:
         kinds: bytes of what is alive when most is, by kind.
         flops: floating-point operations of products, two for a multiplication and an addition.
+        block: the part of `kinds` that one block adds.
+        blocks: how many there are.
+        gradients: bytes of the gradients of all that the step trains, of which `kinds` has those that are alive then.
     """
 
     kinds: Bytes
     flops: float
+    block: Bytes = field(default_factory=dict)
+    blocks: int = 0
+    gradients: float = 0.0
 
     @property
     def total(self) -> float:
@@ -197,7 +203,9 @@ def footprint(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[
     for name in few[0]:
         one, two = few[0][name], few[1][name]
         kinds = {k: _line(one.kinds.get(k, 0), two.kinds.get(k, 0), space.depth) for k in KINDS}
-        found[name] = Phase(kinds, _line(one.flops, two.flops, space.depth))
+        block = {k: float(two.kinds.get(k, 0) - one.kinds.get(k, 0)) for k in KINDS}
+        flops, gradients = (_line(getattr(one, n), getattr(two, n), space.depth) for n in ("flops", "gradients"))
+        found[name] = Phase(kinds, flops, block, space.depth, gradients)
     return found
 
 
@@ -254,7 +262,7 @@ def _search(supernet: Supernet, config: RunConfig, alive: Alive) -> dict[str, Ph
                 supernet.draw(seeded(0, 0, 0))
                 update(optimizers[mode], trained[mode], 1.0, batch, losses, Guard())
 
-            found.append(_largest(step, optimizers[mode], alive))
+            found.append(_largest(step, optimizers[mode], trained[mode], alive))
     supernet.zero_grad(set_to_none=True)
     return dict(zip(PHASES, found[2:], strict=False))
 
@@ -272,9 +280,10 @@ def _distillation(supernet: Supernet, config: RunConfig, alive: Alive) -> Phase:
     def step() -> None:
         distillation_step(student, teacher, batch, config.finetune, trained, optimizer)
 
-    with _gradients(trained.parameters.values(), alive):
-        _largest(step, optimizer, alive)
-        return _largest(step, optimizer, alive)
+    learning = list(trained.parameters.values())
+    with _gradients(learning, alive):
+        _largest(step, optimizer, learning, alive)
+        return _largest(step, optimizer, learning, alive)
 
 
 @contextlib.contextmanager
@@ -286,7 +295,9 @@ def _gradients(parameters: Iterable[nn.Parameter], alive: Alive) -> Iterator[Non
         hook.remove()
 
 
-def _largest(step: Callable[[], None], optimizer: torch.optim.Optimizer, alive: Alive) -> Phase:
+def _largest(
+    step: Callable[[], None], optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter], alive: Alive
+) -> Phase:
     """What a step needs."""
     before = optimizer.register_step_pre_hook(lambda *_: alive.inside.append(OPTIMIZER))
     after = optimizer.register_step_post_hook(lambda *_: alive.inside.clear())
@@ -294,7 +305,7 @@ def _largest(step: Callable[[], None], optimizer: torch.optim.Optimizer, alive: 
     step()
     before.remove()
     after.remove()
-    return Phase(alive.peak, alive.flops)
+    return Phase(alive.peak, alive.flops, gradients=float(sum(p.nbytes for p in trained)))
 
 
 def _batch(sequences: int, tokens: int) -> Batch:

@@ -26,6 +26,11 @@ KNOWN: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
         "dtype": "bfloat16",
     },
+    "llama-3.1-70b": {
+        "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    },
 }  # fmt: skip
 
 R = TypeVar("R", bound=RunConfig)

@@ -1,17 +1,35 @@
-"""Metrics of a run for programs: JSON lines and TensorBoard."""
+"""Metrics of a run for programs: JSON lines, TensorBoard, and whatever else is asked to track them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jointnas import parallel
 from jointnas.checkpoint import write_text
 from jointnas_kernels.errors import JointNASError, writing
+
+Tracker = Callable[[str, int, Mapping[str, float]], None]
+_trackers: list[Tracker] = []
+
+
+@contextlib.contextmanager
+def tracking(tracker: Tracker) -> Iterator[None]:
+    """Within it, every row of metrics that is written goes to a tracker of experiments, too.
+
+    Args:
+        tracker: called with the phase ("search", "finetune", ..), the step, and the row's numbers by name, those inside
+            of dictionaries as "outer/inner". A resumed run repeats the steps since its last checkpoint.
+    """
+    _trackers.append(tracker)
+    try:
+        yield
+    finally:
+        _trackers.remove(tracker)
 
 
 class Metrics:
@@ -38,12 +56,16 @@ class Metrics:
             self._board = SummaryWriter(str(folder / "tensorboard" / phase), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """A line; numbers, also those inside dictionaries, go to TensorBoard.
+        """A line; numbers, also those inside dictionaries, go to TensorBoard and to trackers.
 
         Raises:
             JointNASError: the disk is full.
         """
+        if not parallel.is_main():
+            return
         line = (json.dumps({"phase": self._phase, "step": step, **values}) + "\n").encode()
+        known = ((key, value) for key, value in flat(values) if isinstance(value, (int, float)))
+        numbers = {"/".join(key): float(value) for key, value in known if not isinstance(value, bool)}
         with writing(self._path):
             before = self._file.tell()
             try:
@@ -52,10 +74,10 @@ class Metrics:
             except OSError:
                 self._file.truncate(before)
                 raise
-            if self._board is not None:
-                for key, value in flat(values):
-                    if isinstance(value, (int, float)) and not isinstance(value, bool):
-                        self._board.add_scalar("/".join((self._phase, *key)), float(value), step)
+            for name, number in numbers.items() if self._board is not None else ():
+                self._board.add_scalar(f"{self._phase}/{name}", number, step)
+        for tracker in _trackers:
+            tracker(self._phase, step, numbers)
 
     def close(self) -> None:
         """Closes the files."""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from jointnas import loading
+from jointnas import loading, parallel
+from jointnas.cluster import NODE, Share, Sharding, share
 from jointnas.config import RunConfig
 from jointnas.footprint import KINDS, PHASES, Phase, footprint
 from jointnas_kernels.errors import JointNASError, unknown
@@ -16,6 +17,7 @@ from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.space import count_params
 
 HERE = "here"  # the configuration's device on this machine
+ONE = Sharding()
 SPARE = 0.95  # of a device's memory: the rest is its driver's, kernels' and allocator's
 
 
@@ -44,8 +46,9 @@ class Plan:
     Attributes:
         params: of the model.
         choices: in the search space.
-        tokens: of a step, search and distillation.
-        phases: the largest steps, by name.
+        tokens: of a GPU's step, search and distillation.
+        phases: the largest steps, by name, on one device.
+        sharding: on how many of them, and how.
         fits: whether all do.
         instead: changes of the configuration that would fit, as (options, largest bytes), if any are needed and known.
     """
@@ -57,22 +60,28 @@ class Plan:
     phases: dict[str, Phase]
     fits: bool
     instead: tuple[str, float] | None
+    sharding: Sharding = ONE
+
+    def share(self, phase: str) -> Share:
+        """A device's part of a step."""
+        return share(self.phases[phase], self.sharding)
 
     def seconds(self, phase: str) -> float:
-        """At least, of a step: its products at the device's full speed."""
-        return self.phases[phase].flops / self.device.flops
+        """At least, of a step: its products at the device's full speed, and meanwhile what it sends to others."""
+        return max(self.phases[phase].flops / self.device.flops, self.share(phase).seconds)
 
 
-def dry_run(config: RunConfig, on: str = HERE) -> Plan:
+def dry_run(config: RunConfig, on: str = HERE, gpus: int = 1) -> Plan:
     """Plans a search: memory by kind, the least time of its steps, and what to change where it does not fit. Nothing is
     loaded or measured but the model's config, and on this machine the speed of one product.
 
     Args:
         config: the whole configuration.
         on: a device of DEVICES, or "here": that of the configuration.
+        gpus: how many of them share the work, as `config.parallel` says; each has its rows of a batch.
 
     Raises:
-        JointNASError: no such device or model.
+        JointNASError: no such device or model, or batches that so many GPUs cannot divide.
     """
     if on != HERE and on not in DEVICES:
         raise unknown("device", on, [HERE, *DEVICES])
@@ -84,23 +93,36 @@ def dry_run(config: RunConfig, on: str = HERE) -> Plan:
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     space, _ = feasible_space(known, config.space.build())
     device = here(config) if on == HERE else DEVICES[on]
-    phases = footprint(config, known, space)
+    sharding = ONE if gpus == 1 else Sharding(gpus, config.parallel.mode, config.parallel.shard or NODE)
+    parallel.check(config, gpus)
+    own = rows_of(config, gpus)
+    phases = footprint(own, known, space)
     instead = None
-    fits = most(phases) <= SPARE * device.memory
+    fits = most(phases, sharding) <= SPARE * device.memory
     if not fits:
         for what, other in changes(config):
-            needed = most(footprint(other, known, space))
+            if other.data.batch_size % gpus:
+                continue
+            needed = most(footprint(rows_of(other, gpus), known, space), sharding)
             if needed <= SPARE * device.memory:
                 instead = what, needed
                 break
-    batch = config.data.batch_size, config.finetune.batch_size or config.data.batch_size
-    tokens = batch[0] * config.data.seq_len, batch[1] * config.data.seq_len
-    return Plan(device, count_params(known, space.full()), space.size(), tokens, phases, fits, instead)
+    batch = own.data.batch_size, own.finetune.batch_size or own.data.batch_size
+    tokens = batch[0] * own.data.seq_len, batch[1] * own.data.seq_len
+    return Plan(device, count_params(known, space.full()), space.size(), tokens, phases, fits, instead, sharding)
 
 
-def most(phases: dict[str, Phase]) -> float:
-    """Bytes of the largest phase."""
-    return max(phase.total for phase in phases.values())
+def rows_of(config: RunConfig, gpus: int) -> RunConfig:
+    """What one of several GPUs computes: its rows of every batch."""
+    own, rows = config.finetune.batch_size, config.data.batch_size // gpus
+    data = config.data.model_copy(update={"batch_size": rows})
+    finetune = config.finetune.model_copy(update={"batch_size": None if own is None else own // gpus})
+    return config.model_copy(update={"data": data, "finetune": finetune})
+
+
+def most(phases: dict[str, Phase], sharding: Sharding = ONE) -> float:
+    """Bytes of the largest phase on a device."""
+    return max(share(phase, sharding).total for phase in phases.values())
 
 
 def here(config: RunConfig) -> Device:
@@ -157,25 +179,29 @@ def text(plan: Plan) -> str:
     def gb(size: float) -> str:
         return f"{size / 1e9:,.2f}"
 
-    width = max(map(len, KINDS))
+    width, shares, gpus = max(map(len, KINDS)), {name: plan.share(name) for name in PHASES}, plan.sharding.gpus
+    several = f"{gpus} of them, sharing: {plan.sharding.mode}; each " if gpus > 1 else ""
     lines = [
-        f"{plan.device.name}: {gb(plan.device.memory)} GB of memory; {plan.params:,} parameters; "
+        f"{plan.device.name}: {several}{gb(plan.device.memory)} GB of memory; {plan.params:,} parameters; "
         f"{plan.choices:.2g} choices",
         "",
         f"{'GB when most is in use':<{width + 8}}" + "".join(f"{name:>20}" for name in PHASES),
     ]
     for kind in KINDS:
-        values = [plan.phases[name].kinds.get(kind, 0.0) for name in PHASES]
+        values = [shares[name].kinds.get(kind, 0.0) for name in PHASES]
         if any(values):
             lines.append(f"  {kind:<{width + 6}}" + "".join(f"{gb(v):>20}" for v in values))
-    lines.append(f"  {'all':<{width + 6}}" + "".join(f"{gb(plan.phases[name].total):>20}" for name in PHASES))
+    lines.append(f"  {'all':<{width + 6}}" + "".join(f"{gb(shares[name].total):>20}" for name in PHASES))
+    for where in ("inside", "between") if gpus > 1 else ():
+        title = "GB sent " + {"inside": "within a machine", "between": "to others"}[where]
+        lines.append(f"{title:<{width + 8}}" + "".join(f"{gb(getattr(shares[n], where)):>20}" for n in PHASES))
     times = [plan.seconds(name) for name in PHASES]
     tokens = (plan.tokens[0], plan.tokens[0], plan.tokens[1])
     lines += [
         "",
         f"{'seconds of a step, at least':<{width + 8}}" + "".join(f"{t:>20.3g}" for t in times),
         f"{'tokens per second, at most':<{width + 8}}"
-        + "".join(f"{n / t:>20,.0f}" for n, t in zip(tokens, times, strict=True)),
+        + "".join(f"{gpus * n / t:>20,.0f}" for n, t in zip(tokens, times, strict=True)),
         "",
         verdict(plan),
     ]
@@ -185,7 +211,7 @@ def text(plan: Plan) -> str:
 def verdict(plan: Plan) -> str:
     """One sentence."""
     room = SPARE * plan.device.memory
-    needed = f"{most(plan.phases) / 1e9:,.1f} GB"
+    needed = f"{most(plan.phases, plan.sharding) / 1e9:,.1f} GB"
     if plan.fits:
         return f"It fits: {needed} of the {room / 1e9:,.1f} GB that can be used."
     if plan.instead:
