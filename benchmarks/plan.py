@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, ROOT
+from jointnas.cluster import Sharding, share
 from jointnas.config import RunConfig
 from jointnas.footprint import PHASES, Phase
-from jointnas.cluster import Sharding, share
 from jointnas.verbs.dry_run import DEVICES, SPARE, dry_run
 
 ROWS, PAGE = RESULTS / "plan.jsonl", ROOT / "docs" / "plan.md"

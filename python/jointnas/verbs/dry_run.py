@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from jointnas import loading, parallel
-from jointnas.cluster import NODE, Share, Sharding, share
+from jointnas.cluster import NODE, Sharding, Share, share
 from jointnas.config import RunConfig
 from jointnas.footprint import KINDS, PHASES, Phase, footprint
 from jointnas_kernels.errors import JointNASError, unknown
