@@ -1,8 +1,10 @@
 """What a search and its distillation keep in memory, from steps on the meta device: of models that fit nowhere, too.
 
 The steps are those of the search itself; nothing is computed, but every tensor has its size. A dispatch mode counts the
-bytes of those that are alive, by what they are, and keeps the counts of the moment when their sum was largest. Steps of
-models with one and with two blocks give those of any number, because memory is linear in it.
+bytes of those that are alive, by what they are, and keeps the counts of the moment when their sum was largest, of every
+part of a step: forward, the backward pass of the last and of the first block, and so on. Steps of models with two and
+with three blocks give those of any number, because each part is linear in it. Which is the largest depends on it: with
+few blocks the logits, with many the gradients.
 
 Not seen: what kernels need while they run, and what an allocator wastes.
 """
@@ -42,6 +44,9 @@ WEIGHTS, ADAPTERS, COPIES, GRADIENTS = "weights", "adapters", "trained weights",
 OPTIMIZER, MIXED, LOSS, ACTIVATIONS = "optimizer", "mixed weights", "logits and loss", "activations"
 KINDS = (WEIGHTS, ADAPTERS, COPIES, GRADIENTS, OPTIMIZER, MIXED, LOSS, ACTIVATIONS)
 Bytes = Mapping[str, float]
+# parts of a step; blocks between the last and the first are not larger than both
+FORWARD, LAST, BETWEEN, FIRST, AFTER, STEP = "forward", "last block", "between", "first block", "after", "optimizer"
+FEW = (2, 3)  # blocks of the models whose steps are made
 
 
 class Alive(TorchDispatchMode):
@@ -49,7 +54,8 @@ class Alive(TorchDispatchMode):
     beside it would keep alive what checkpoints compute again.
 
     Attributes:
-        peak: the counts when their sum was largest.
+        part: of the step, that is on.
+        peaks: of every part so far, the counts when their sum was largest.
         flops: operations so far.
     """
 
@@ -58,9 +64,9 @@ class Alive(TorchDispatchMode):
         self.vocabulary = vocabulary
         self.kinds: dict[int, str] = {}  # of a storage
         self.now: Counter[str] = Counter()
-        self.total = self.largest = 0
-        self.peak: dict[str, int] = {}
-        self.flops = 0
+        self.total = self.flops = 0
+        self.part = FORWARD
+        self.peaks: dict[str, Counter[str]] = {}
         self.outputs: dict[Any, Any] = {}  # of ops, by their arguments
         self.inside: list[str] = []  # kinds of whatever is made in a context
 
@@ -85,8 +91,16 @@ class Alive(TorchDispatchMode):
                 weakref.finalize(storage, self._gone, key, size)
             self.kinds[key] = kind
             self.now[kind] += size
-        if self.total > self.largest:
-            self.largest, self.peak = self.total, dict(self.now)
+        self._look()
+
+    def _look(self) -> None:
+        if self.total > self.peaks.get(self.part, Counter()).total():
+            self.peaks[self.part] = self.now.copy()
+
+    def enter(self, part: str) -> None:
+        """The next part of a step begins."""
+        self.part = part
+        self._look()
 
     def _like(self, func: Any, args: Sequence[Any]) -> Any:
         """What one of this package's ops returns for such arguments. Asking it takes 40 ms: it runs its reference."""
@@ -104,7 +118,8 @@ class Alive(TorchDispatchMode):
 
     def restart(self) -> None:
         """From now on."""
-        self.largest, self.peak, self.flops = self.total, dict(self.now), 0
+        self.peaks, self.flops = {}, 0
+        self.enter(FORWARD)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -198,19 +213,32 @@ def footprint(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[
         model_config: transformers' config of the model.
         space: what is searched.
     """
-    few = [_steps(config, *_shallow(model_config, space, blocks)) for blocks in (1, 2)]
-    found = {}
-    for name in few[0]:
-        one, two = few[0][name], few[1][name]
-        kinds = {k: _line(one.kinds.get(k, 0), two.kinds.get(k, 0), space.depth) for k in KINDS}
-        block = {k: float(two.kinds.get(k, 0) - one.kinds.get(k, 0)) for k in KINDS}
-        flops, gradients = (_line(getattr(one, n), getattr(two, n), space.depth) for n in ("flops", "gradients"))
-        found[name] = Phase(kinds, flops, block, space.depth, gradients)
-    return found
+    few = [_steps(config, *_shallow(model_config, space, blocks)) for blocks in FEW]
+    return {name: _of_depth(few[0][name], few[1][name], space.depth) for name in few[0]}
 
 
-def _line(one: float, two: float, blocks: int) -> float:
-    return one + (two - one) * (blocks - 1)
+@dataclass(frozen=True)
+class _Step:
+    """What `Alive` saw of one: its peaks by part, operations, and bytes of the gradients of all that it trains."""
+
+    peaks: Mapping[str, Mapping[str, int]]
+    flops: int
+    gradients: int
+
+
+def _of_depth(two: _Step, three: _Step, depth: int) -> Phase:
+    """The largest part of a step of a model with so many blocks."""
+
+    def line(a: float, b: float) -> float:
+        return a + (b - a) * (depth - FEW[0])
+
+    def kinds(part: str) -> dict[str, float]:
+        return {k: line(two.peaks[part].get(k, 0), three.peaks[part].get(k, 0)) for k in KINDS}
+
+    largest = max((part for part in two.peaks if part in three.peaks), key=lambda part: sum(kinds(part).values()))
+    block = {k: float(three.peaks[largest].get(k, 0) - two.peaks[largest].get(k, 0)) for k in KINDS}
+    flops, gradients = line(two.flops, three.flops), line(two.gradients, three.gradients)
+    return Phase(kinds(largest), flops, block, depth, gradients)
 
 
 def _shallow(model_config: Any, space: SearchSpace, blocks: int) -> tuple[Any, SearchSpace]:
@@ -222,7 +250,7 @@ def _shallow(model_config: Any, space: SearchSpace, blocks: int) -> tuple[Any, S
     return config, replace(space, blocks=tuple(range(1, blocks + 1)) if len(space.blocks) > 1 else (blocks,))
 
 
-def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str, Phase]:
+def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str, _Step]:
     """The phases of a model as it is given."""
     options = config.search
     with META:
@@ -245,29 +273,29 @@ def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str
         return _search(supernet, config, alive) | {PHASES[2]: _distillation(supernet, config, alive)}
 
 
-def _search(supernet: Supernet, config: RunConfig, alive: Alive) -> dict[str, Phase]:
+def _search(supernet: Supernet, config: RunConfig, alive: Alive) -> dict[str, _Step]:
     batch = _batch(config.data.batch_size, config.data.seq_len)
     trained = {"weight": supernet.lora_parameters(), "arch": supernet.arch_parameters()}
     optimizers = {mode: torch.optim.AdamW(of, lr=1e-3) for mode, of in trained.items()}
-    found: list[Phase] = []
+    found: list[_Step] = []
 
     def losses(part: Batch) -> dict[str, Tensor]:
         return {"loss": cross_entropy(supernet, part)}
 
-    with _gradients(trained["weight"], alive):
+    with _gradients(trained["weight"], alive), _parts(supernet.blocks, alive):
         for mode in ("weight", "arch", "weight", "arch"):  # in the second round optimizers have their state
 
             def step(mode: str = mode) -> None:
                 supernet.mode(mode).relax()
                 supernet.draw(seeded(0, 0, 0))
-                update(optimizers[mode], trained[mode], 1.0, batch, losses, Guard())
+                update(optimizers[mode], trained[mode], 1.0, batch, losses, _Watched(alive))
 
             found.append(_largest(step, optimizers[mode], trained[mode], alive))
     supernet.zero_grad(set_to_none=True)
     return dict(zip(PHASES, found[2:], strict=False))
 
 
-def _distillation(supernet: Supernet, config: RunConfig, alive: Alive) -> Phase:
+def _distillation(supernet: Supernet, config: RunConfig, alive: Alive) -> _Step:
     with alive.making(COPIES):
         student = student_of(supernet, supernet.space.full(), config.finetune.train).train()
         if not isinstance(student, Supernet):
@@ -278,10 +306,12 @@ def _distillation(supernet: Supernet, config: RunConfig, alive: Alive) -> Phase:
     batch = _batch(config.finetune.batch_size or config.data.batch_size, config.data.seq_len)
 
     def step() -> None:
-        distillation_step(student, teacher, batch, config.finetune, trained, optimizer)
+        distillation_step(student, teacher, batch, config.finetune, trained, optimizer, _Watched(alive))
 
     learning = list(trained.parameters.values())
-    with _gradients(learning, alive):
+    plain: Any = student
+    blocks = student.blocks if isinstance(student, Supernet) else plain.model.layers
+    with _gradients(learning, alive), _parts(blocks, alive):
         _largest(step, optimizer, learning, alive)
         return _largest(step, optimizer, learning, alive)
 
@@ -295,17 +325,55 @@ def _gradients(parameters: Iterable[nn.Parameter], alive: Alive) -> Iterator[Non
         hook.remove()
 
 
+@contextlib.contextmanager
+def _parts(blocks: nn.ModuleList, alive: Alive) -> Iterator[None]:
+    """Inside, a block's backward pass, which begins with the gradient of its output, is known as a part of the step."""
+
+    def watch(part: str) -> Callable[..., None]:
+        def forward(module: nn.Module, inputs: Any, output: Any) -> None:
+            y = output[0] if isinstance(output, tuple) else output
+            if y.requires_grad:  # the teacher's does not
+                y.register_hook(lambda gradient: alive.enter(part))
+
+        return forward
+
+    names = [FIRST, *[BETWEEN] * (len(blocks) - 2), LAST]
+    hooks = [block.register_forward_hook(watch(name)) for block, name in zip(blocks, names, strict=True)]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+class _Watched(Guard):
+    """Tells where the backward pass ends."""
+
+    def __init__(self, alive: Alive) -> None:
+        super().__init__()
+        self.alive = alive
+
+    def gradients(self, *args: Any) -> dict[str, Tensor]:
+        """As any guard."""
+        found = super().gradients(*args)
+        self.alive.enter(AFTER)
+        return found
+
+
 def _largest(
     step: Callable[[], None], optimizer: torch.optim.Optimizer, trained: Iterable[nn.Parameter], alive: Alive
-) -> Phase:
+) -> _Step:
     """What a step needs."""
-    before = optimizer.register_step_pre_hook(lambda *_: alive.inside.append(OPTIMIZER))
+
+    def begin(*_: Any) -> None:
+        alive.enter(STEP)
+        alive.inside.append(OPTIMIZER)
+
+    before = optimizer.register_step_pre_hook(begin)
     after = optimizer.register_step_post_hook(lambda *_: alive.inside.clear())
     alive.restart()
     step()
     before.remove()
     after.remove()
-    return Phase(alive.peak, alive.flops, gradients=float(sum(p.nbytes for p in trained)))
+    return _Step(alive.peaks, alive.flops, sum(p.nbytes for p in trained))
 
 
 def _batch(sequences: int, tokens: int) -> Batch:

@@ -45,11 +45,24 @@ def test_what_stays_is_exact(space: SearchSpace) -> None:
     assert found["weights"] == pytest.approx(sum(tensors.values()) - adapters, rel=0.02)
 
 
-def test_blocks_are_alike(phases: dict[str, footprint.Phase]) -> None:
-    """Steps of one and of two blocks give those of three."""
-    for name, direct in footprint._steps(config(), tiny_config(), SPACE).items():
-        assert phases[name].total == pytest.approx(direct.total, rel=0.01)
-        assert phases[name].flops == direct.flops
+@pytest.mark.parametrize("options", [
+    {}, {"search": {"lora_rank": 4, "gradient_checkpointing": True}, "finetune": {"gradient_checkpointing": True}},
+    {"model": {"dtype": "bfloat16"}, "finetune": {"train": "lora"}}, {"data": {"batch_size": 1, "seq_len": 8}},
+], ids=["plain", "checkpoints", "lora", "few tokens"])  # fmt: skip
+@pytest.mark.parametrize("vocabulary", [64, 8192])
+def test_blocks_are_alike(options: dict[str, Any], vocabulary: int) -> None:
+    """Steps of two and of three blocks give those of nine, also where gradients are the most there is in nine, and
+    logits in two."""
+    model_config = tiny_config()
+    model_config.vocab_size, model_config.num_hidden_layers = vocabulary, 9
+    space = replace(SPACE, blocks=(7, 9))
+    found = footprint.footprint(config(**options), model_config, space)
+    for name, direct in footprint._steps(config(**options), model_config, space).items():
+        largest = max(sum(kinds.values()) for kinds in direct.peaks.values())
+        assert found[name].total == pytest.approx(largest, rel=0.01)
+        assert min(found[name].kinds.values()) >= 0
+        assert found[name].flops == direct.flops
+        assert found[name].gradients == pytest.approx(direct.gradients, abs=64)  # options of the number of blocks
 
 
 def _multiplied(space: SearchSpace) -> int:
