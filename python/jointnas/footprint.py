@@ -373,7 +373,7 @@ def _largest(
     step()
     before.remove()
     after.remove()
-    return _Step(alive.peaks, alive.flops, sum(p.nbytes for p in trained))
+    return _Step(dict(alive.peaks), alive.flops, sum(p.nbytes for p in trained))
 
 
 def _batch(sequences: int, tokens: int) -> Batch:
