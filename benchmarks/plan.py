@@ -42,11 +42,14 @@ SEQUENCES = {"llama-3.1-8b": 4, "llama-3.1-70b": 1}  # a GPU's batch
 TOKENS = 2048  # of a sequence
 
 
-def configuration(model: str) -> RunConfig:
-    """Checkpoints, and LoRA pairs alone distilled, as for models that fit."""
+ALL = "distillation, all weights"
+
+
+def configuration(model: str, train: str = "lora") -> RunConfig:
+    """With checkpoints."""
     return RunConfig(
         model={"source": model}, space=SPACES[model], data={"seq_len": TOKENS, "batch_size": SEQUENCES[model]},
-        search={"gradient_checkpointing": True}, finetune={"train": "lora", "gradient_checkpointing": True},
+        search={"gradient_checkpointing": True}, finetune={"train": train, "gradient_checkpointing": True},
     )  # fmt: skip
 
 
@@ -55,7 +58,8 @@ def count() -> None:
     found = []
     for model in CLUSTERS:
         plan = dry_run(configuration(model), "h100")
-        phases = {name: dataclasses.asdict(phase) for name, phase in plan.phases.items()}
+        everything = {**plan.phases, ALL: dry_run(configuration(model, "full"), "h100").phases[PHASES[2]]}
+        phases = {name: dataclasses.asdict(phase) for name, phase in everything.items()}
         found.append({"model": model, "params": plan.params, "tokens": plan.tokens, "phases": phases})
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in found))
 
@@ -74,11 +78,11 @@ def table(row: dict[str, Any]) -> list[str]:
         " traffic, s | tokens/s of all, at most |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in PHASES:
+    for name, phase in row["phases"].items():
         for sharding in CLUSTERS[row["model"]]:
-            found = share(row["phases"][name], sharding)
+            found = share(phase, sharding)
             fits = " / ".join("yes" if found.total <= SPARE * DEVICES[gpu].memory else "no" for gpu in GPUS)
-            tokens = row["tokens"][name == PHASES[2]] * sharding.gpus
+            tokens = row["tokens"][name in (PHASES[2], ALL)] * sharding.gpus
             products = found.flops / DEVICES["h100"].flops
             rate = tokens / max(products, found.seconds)
             sent = f"{found.inside / 1e9:,.2f}, {found.between / 1e9:,.2f}"

@@ -164,6 +164,7 @@ def update(
     found = guard.gradients(batch, losses, lambda: optimizer.zero_grad(set_to_none=True))
     parallel.add_gradients(parameters)
     guard.step(optimizer, parameters, clip, step, found["loss"], batch, losses)
+    optimizer.zero_grad(set_to_none=True)  # the next forward pass needs the room
     return {name: parallel.total(value) for name, value in found.items()}
 
 

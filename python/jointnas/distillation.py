@@ -305,6 +305,7 @@ def distillation_step(
     parallel.add_gradients(masters)
     if guard.step(optimizer, masters, config.clip, step, found["loss"], batch, losses):
         trained.round()
+    optimizer.zero_grad(set_to_none=True)  # the next forward pass needs the room
     found = {name: parallel.total(value) for name, value in found.items()}
     return found.pop("loss"), found
 

@@ -355,6 +355,7 @@ class _Watched(Guard):
         """As any guard."""
         found = super().gradients(*args)
         self.alive.enter(AFTER)
+        self.alive.inside.append(GRADIENTS)  # in fp32, of weights in bf16
         return found
 
 
@@ -365,7 +366,7 @@ def _largest(
 
     def begin(*_: Any) -> None:
         alive.enter(STEP)
-        alive.inside.append(OPTIMIZER)
+        alive.inside[:] = [OPTIMIZER]
 
     before = optimizer.register_step_pre_hook(begin)
     after = optimizer.register_step_post_hook(lambda *_: alive.inside.clear())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def state(run: Run) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in run.supernet.search_state().items()}
 
 
+def gradients_of(found: list[Tensor], optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """A hook before an optimizer's step; behind it they are gone."""
+    found += [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+
 @pytest.mark.parametrize("name", OOM)
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_a_batch_that_does_not_fit_gives_the_same_step(name: str, most: int, run: Run) -> None:
@@ -74,10 +80,11 @@ def test_a_batch_that_does_not_fit_gives_the_same_step(name: str, most: int, run
         guards = Guard("weight", model=run.supernet), Guard("arch", model=run.supernet)
         trained = run.supernet.lora_parameters(), run.supernet.arch_parameters()
         optimizers = [torch.optim.SGD(parameters, lr=0.0) for parameters in trained]
+        own: list[Tensor] = []
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(partial(gradients_of, own))
         value = weight_step(run, optimizers[0], source, 0, loss, guards[0])
-        own = [p.grad.clone() for p in run.supernet.lora_parameters() if p.grad is not None]
         ce, logs = arch_step(run, objective, optimizers[1], source, 0, loss, guards[1])
-        own += [p.grad.clone() for p in run.supernet.arch_parameters() if p.grad is not None]
         found[which] += [value, ce, *own, *map(torch.tensor, logs.values())]
         assert {guard.skipped for guard in guards} == {0}
         if which == "parts":
@@ -136,12 +143,15 @@ def test_distillation_on_halves(train: str, run: Run, monkeypatch: pytest.Monkey
     trained, config = Trained(student), FinetuneConfig(kd=0.5, clip=1e9)
     optimizer, batch = torch.optim.SGD(trained.masters.values(), lr=0.0), batches(run).at(0)
     teacher = original_logits(run.supernet)
+    gradients: list[Tensor] = []
+    optimizer.register_step_pre_hook(partial(gradients_of, gradients))
     results = []
     for rows in (None, 1, 2):
         guard = Guard("finetune")
         guard.rows = rows
         loss, values = distillation_step(student, teacher, batch, config, trained, optimizer, guard)
-        results.append([loss, *values.values(), *(p.grad.clone() for p in trained.masters.values())])
+        results.append([loss, *values.values(), *gradients])
+        gradients.clear()
     for one in results[1:]:
         for got, want in zip(one, results[0], strict=True):
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
