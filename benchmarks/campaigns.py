@@ -85,11 +85,16 @@ def draw_all(folder: Path) -> None:
         draw(of, PLOTS / f"{of.folder.name}.png")
 
 
+def pipelines(of: Campaign) -> list[str]:
+    """Those that were run."""
+    return list(dict.fromkeys(row["pipeline"] for row in of.done if row["method"] != ORIGINAL))
+
+
 def headline(folder: Path) -> str:
     """What README shows: every comparison at its targets."""
     parts = [
-        f"**{opening(of)}**; best model within each latency, ratio: {of.found['reference']}'s perplexity over the "
-        f"peer's\n\n{at_targets(of)}\n\n{picture(of, 'docs/plots')}"
+        f"**{opening(of)}**; best model within each latency, of {', '.join(pipelines(of))}; ratio: "
+        f"{of.found['reference']}'s perplexity over the peer's\n\n{at_targets(of)}\n\n{picture(of, 'docs/plots')}"
         for of in campaigns(folder)
     ]
     return "\n\n".join(["### Joint search against sequential pipelines, at one budget", *parts]) if parts else ""
