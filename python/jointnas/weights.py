@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, loggi
 from jointnas_kernels.errors import JointNASError
 
 Files = dict[str, Path]  # the file of each tensor
+BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 LFS = b"version https://git-lfs"
 
 
@@ -36,6 +38,8 @@ def read(kind: type[PreTrainedModel], source: str, revision: str | None, dtype: 
         file = files.get(name, files.get(name.removeprefix("model.")))
         return f"model {source!r}" if file is None else str(file)
 
+    if files:
+        _check_sizes(kind, source, files, place)
     with _quiet():
         loaded: Any = kind.from_pretrained(
             source, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True,
@@ -58,6 +62,30 @@ def read(kind: type[PreTrainedModel], source: str, revision: str | None, dtype: 
             raise JointNASError(f"{place(name)}: {name} has {value} values{stored_as}; the checkpoint cannot be used")
     found: PreTrainedModel = model
     return found
+
+
+def _check_sizes(kind: type[PreTrainedModel], source: str, files: Files, place: Callable[[str], str]) -> None:
+    """Raises where a config wants other sizes than its checkpoint has: loading would first fill what it wants with
+    random numbers, however much that is."""
+    of: Any = kind
+    config = of.config_class.from_pretrained(source)
+    blocks = max((int(found[1]) + 1 for found in map(BLOCK.search, files) if found), default=0)
+    if config.num_hidden_layers > blocks > 0:
+        raise JointNASError(
+            f"model {source!r} lacks tensor model.layers.{blocks}.*: it has {blocks} blocks, and its config wants "
+            f"{config.num_hidden_layers}; is it the checkpoint of this config?"
+        )
+    with torch.device("meta"):
+        wanted = dict(of._from_config(config).named_parameters())
+    for file in sorted(set(files.values())):
+        with safe_open(file, framework="pt") as opened:
+            for stored in opened.keys():  # noqa: SIM118
+                name = stored if stored in wanted else f"model.{stored}"
+                shape = tuple(opened.get_slice(stored).get_shape())
+                if name in wanted and shape != tuple(wanted[name].shape):
+                    raise JointNASError(
+                        f"{place(name)}: {name} has shape {shape}; the config wants {tuple(wanted[name].shape)}"
+                    )
 
 
 def tensor_files(folder: Path) -> Files:
