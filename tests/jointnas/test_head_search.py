@@ -108,10 +108,10 @@ def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     optimise(tiny.start(config["whole"]))
     step = bilevel.arch_step
 
-    def killed(run: Any, objective: Any, optimizer: Any, batches: Any, at: int, loss: Any) -> Any:
+    def killed(run: Any, objective: Any, optimizer: Any, batches: Any, at: int, *rest: Any) -> Any:
         if at == 7:
             raise KeyboardInterrupt
-        return step(run, objective, optimizer, batches, at, loss)
+        return step(run, objective, optimizer, batches, at, *rest)
 
     monkeypatch.setattr(bilevel, "arch_step", killed)
     with pytest.raises(KeyboardInterrupt):

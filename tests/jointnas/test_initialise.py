@@ -444,7 +444,7 @@ def test_another_job_in_the_folder_is_refused(tmp_path: Path) -> None:
         start(4, 8)
     start(4)
     (tmp_path / "block-001.safetensors").write_bytes(b"torn")
-    with pytest.raises(JointNASError, match=r"block-001.safetensors is damaged .* remove it"):
+    with pytest.raises(JointNASError, match=r"block-001.safetensors cannot be read: .* is damaged: remove it"):
         start(4)
 
 
