@@ -64,17 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JointNASError as error:
         print(f"jointnas: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be flushed at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:  # of what is not written through `writing`: pictures, rows of other libraries
-        if (reason := refusal(error)) is None or isinstance(error, BrokenPipeError):
+        if (reason := refusal(error)) is None:
             raise
         print(f"jointnas: error: {error.filename or 'a result'} cannot be written: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("jointnas: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough; nothing more can be flushed at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _main(arguments: list[str]) -> int:

@@ -55,7 +55,7 @@ def test_damaged_checkpoint(saved: Path, damage, message: str) -> None:
 
 
 def test_old_checkpoints_and_leftovers_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".step-3.tmp").mkdir()
+    (tmp_path / ".step-3.123.tmp").mkdir()
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, {}, {}, keep=2)
     assert checkpoint.steps(tmp_path) == [3, 10]
