@@ -22,8 +22,6 @@ def test_runs(path: Path, tmp_path: Path) -> None:
     """In an empty folder; what it writes stays there. One thread: two on a busy machine wait for each other."""
     env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'python'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, path], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    if "Busy: nothing can be measured" in done.stderr:
-        pytest.skip("an example that measures was refused: something else has this machine's processors")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
