@@ -121,11 +121,11 @@ def weight_step(
 ) -> Tensor:  # fmt: skip
     """Trains LoRA on one batch; the loss. Where it or a gradient is not finite, nothing is changed."""
     supernet = run.supernet.mode("weight").relax()
+    _agree(run, step, WEIGHT)
     batch, share = parallel.rows(batches, step, supernet.device)
 
     def losses(part: Batch) -> dict[str, Tensor]:
-        sample = supernet.draw(seeded(run.config.seed, step, WEIGHT))
-        parallel.agree(sample.alphas, f"the architecture drawn for weight step {step}")
+        supernet.draw(seeded(run.config.seed, step, WEIGHT))  # good for one forward pass
         return {"loss": loss(supernet, part) * share}
 
     parameters, clip = supernet.lora_parameters(), run.config.search.clip_weight
@@ -139,12 +139,12 @@ def arch_step(
     """Trains the architecture on one batch; the loss and the parts of the objective. Where the loss or a gradient is
     not finite, nothing is changed."""
     supernet = run.supernet.mode("arch").relax()
+    _agree(run, step, ARCH)
     batch, share = parallel.rows(batches, step, supernet.device)
     logs: dict[str, float] = {}
 
     def losses(part: Batch) -> dict[str, Tensor]:
-        sample = supernet.draw(seeded(run.config.seed, step, ARCH))
-        parallel.agree(sample.alphas, f"the architecture drawn for architecture step {step}")
+        supernet.draw(seeded(run.config.seed, step, ARCH))  # good for one forward pass
         ce = loss(supernet, part) * share
         regularizer, found = objective.regularizer(supernet.arch.probs(), step)
         logs.update(found)
@@ -153,6 +153,13 @@ def arch_step(
 
     parameters, clip = supernet.arch_parameters(), run.config.search.clip_arch
     return update(optimizer, parameters, clip, batch, losses, guard or Guard("arch"), step)["ce"], logs
+
+
+def _agree(run: Run, step: int, lane: int) -> None:
+    """Compares what ranks draw for a step, once: one that computes its rows in parts draws more often than others."""
+    if parallel.world() > 1:
+        sample = run.supernet.draw(seeded(run.config.seed, step, lane))
+        parallel.agree(sample.alphas, f"the architecture drawn for {('weight', 'architecture')[lane]} step {step}")
 
 
 def update(

@@ -19,6 +19,7 @@ from jointnas import checkpoint, cli, parallel
 from jointnas.bilevel import weight_step
 from jointnas.config import RunConfig, build
 from jointnas.data import Batches
+from jointnas.losses import cross_entropy
 from jointnas.metrics import read_metrics
 from jointnas_kernels.errors import JointNASError
 from tests.jointnas import ranks, tiny
@@ -147,6 +148,28 @@ def test_other_draws_raise_on_every_rank(tmp_path: Path) -> None:
     for (error, seconds), _ in ranks.run(4, diverging, ranks.config(tmp_path)):
         assert "the architecture drawn for weight step 0 differs between ranks: 1 from 0" in str(error)
         assert seconds < 5
+
+
+def tight(config: RunConfig, fits: int) -> list[float]:
+    """Losses of two weight steps, where the last rank cannot compute more than so many sequences at once."""
+    with parallel.session(config):
+        run = ranks.start(config)
+
+        def loss(supernet: Any, batch: Any) -> torch.Tensor:
+            if parallel.rank() == parallel.world() - 1 and len(batch.ids) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return cross_entropy(supernet, batch)
+
+        batches = Batches(run.streams.weight, 4, 16, 0)
+        optimizer = torch.optim.SGD(run.supernet.lora_parameters(), lr=1.0)
+        return [weight_step(run, optimizer, batches, step, loss).item() for step in range(2)]
+
+
+def test_one_rank_may_compute_its_rows_in_parts(tmp_path: Path) -> None:
+    """Its further draws are nobody else's business."""
+    expected = tight(ranks.config(tmp_path / "alone"), 4)
+    for found, _ in ranks.run(2, tight, ranks.config(tmp_path / "two"), 1):
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def talk(config: RunConfig) -> list[Any]:
