@@ -275,6 +275,8 @@ def test_examples_name_what_exists(path: Path) -> None:
     assert set(check(config, config.space.build())) == set(config.compare.methods) <= set(methods.METHODS)
     if config.compare.precisions is not None:
         assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions)
+    if config.model.source == "embedded":
+        config.space.build().validate(loading.model_config(config.model))
 
 
 def test_the_ablations_ask_every_question() -> None:
