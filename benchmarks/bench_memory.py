@@ -4,8 +4,9 @@
 
 CPU on Linux. Every configuration runs in a process of its own, with random weights: the steps of a search and of a
 distillation, twice, because optimizers have their state from the first on. Measured is the growth of the resident set
-to its peak (the kernel's VmHWM, reset before every step). malloc gives every array pages of its own there, so that
-memory which is free again is not counted: how much an allocator keeps beyond that is its own affair.
+to its peak (the kernel's VmHWM, reset before every step) without the text of libraries. malloc gives every array pages
+of its own there, so that memory which is free again is not counted: how much an allocator keeps beyond that is its own
+affair.
 """
 
 from __future__ import annotations
@@ -35,17 +36,18 @@ from jointnas_kernels.hf.families import family
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.space import SearchSpace
 
-# name: hidden, MLP, blocks, vocabulary, sequences, tokens, what is distilled, checkpoints
-CONFIGURATIONS: dict[str, tuple[int, int, int, int, int, int, str, bool]] = {
-    "full": (768, 2048, 6, 16384, 4, 256, "full", False),
-    "lora": (512, 1408, 8, 8192, 8, 256, "lora", False),
-    "checkpoints": (512, 1408, 8, 8192, 8, 256, "full", True),
+# name: hidden, MLP, blocks, vocabulary, sequences, tokens, what is distilled, checkpoints, base bits
+CONFIGURATIONS: dict[str, tuple[int, int, int, int, int, int, str, bool, int | None]] = {
+    "full": (768, 2048, 6, 16384, 4, 256, "full", False, None),
+    "lora": (512, 1408, 8, 8192, 8, 256, "lora", False, None),
+    "checkpoints": (512, 1408, 8, 8192, 8, 256, "full", True, None),
+    "packed": (512, 1408, 8, 8192, 8, 256, "lora", True, 8),
 }
-TINY = (256, 704, 2, 4096, 4, 256, "full", False)
+TINY = (256, 704, 2, 4096, 4, 256, "full", False, None)
 
 
 def model_and_space(values: tuple[Any, ...]) -> tuple[Any, SearchSpace, RunConfig]:
-    hidden, mlp, blocks, vocabulary, batch, tokens, train, checkpoints = values
+    hidden, mlp, blocks, vocabulary, batch, tokens, train, checkpoints, base_bits = values
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=blocks, num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 128, head_dim=64, vocab_size=vocabulary, tie_word_embeddings=False,
@@ -56,26 +58,28 @@ def model_and_space(values: tuple[Any, ...]) -> tuple[Any, SearchSpace, RunConfi
     )  # fmt: skip
     options = {"gradient_checkpointing": checkpoints}
     run = RunConfig(
-        model={"dtype": "float32"}, data={"batch_size": batch, "seq_len": tokens}, search=options,
-        finetune={"train": train, **options},
+        model={"dtype": "float32", "base_bits": base_bits}, data={"batch_size": batch, "seq_len": tokens},
+        search=options, finetune={"train": train, **options},
     )  # fmt: skip
     return config, space, run
 
 
 def resident() -> dict[str, int]:
-    """Bytes: now (VmRSS) and at most since the last reset (VmHWM)."""
+    """Bytes: now of data (RssAnon) and of program text that was read (RssFile), and of both at most since the last
+    reset (VmHWM)."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
-    return {key: int(fields[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM")}
+    return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmHWM")}
 
 
 def peak(step: Any) -> int:
-    """The largest resident set during a step."""
+    """The most data during a step. The first steps read tens of MB of libraries; that is none of it."""
     gc.collect()
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
     step()
-    return resident()["VmHWM"]
+    now = resident()
+    return now["VmHWM"] - now["RssFile"]
 
 
 def search_peaks(net: Supernet, batch: Batch) -> dict[str, int]:
@@ -100,9 +104,9 @@ def measure(values: tuple[Any, ...]) -> dict[str, tuple[float, float]]:
     model_config, space, run = model_and_space(values)
     planned = footprint(run, model_config, space)
     gc.collect()
-    base = resident()["VmRSS"]
+    base = resident()["RssAnon"]
     model = family(model_config).model._from_config(model_config, dtype=torch.float32).requires_grad_(False)
-    net = convert(model, space, lora_rank=run.search.lora_rank).train()
+    net = convert(model, space, lora_rank=run.search.lora_rank, base_bits=run.model.base_bits).train()
     del model
     net.gradient_checkpointing = run.search.gradient_checkpointing
     with torch.no_grad():

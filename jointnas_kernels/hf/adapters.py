@@ -90,10 +90,15 @@ def save_adapters(supernet: Supernet, folder: str | Path) -> list[Path]:
     """Write FOLDER/NAME/{adapter_config.json, adapter_model.safetensors} for every adapter; returns these folders.
 
     Raises:
-        JointNASError: peft is missing, or the supernet is a shrunk one.
+        JointNASError: peft is missing, or the supernet is a shrunk one, or its base weights are rounded.
     """
     peft, folder = _peft(), Path(folder)
     first = next(linear for _, linear in supernet.linears())
+    if first.base_bits is not None:
+        raise JointNASError(
+            f"adapters: the search trained them on base weights of {first.base_bits} bits; on the original model they"
+            " would compute something else. Search without base_bits, or export the model."
+        )
     names = _modules(block_of(supernet.config))
     fused = {name: count for name, count in names.items() if count > 1}
     config = peft.LoraConfig(

@@ -33,7 +33,7 @@ def convert(
     calibration: Iterable[Tensor | Mapping[str, Tensor]] | None = None, relaxation: str = "dirichlet",
     bit_relaxation: str = "softmax", tau: float = 1.0, alpha_init: float = 0.0, ste: str = "identity",
     act_symmetric: bool = False, lora_dtype: torch.dtype | None = None, lora_pairs: str = "per-precision",
-    backend: str | None = None,
+    base_bits: int | None = None, backend: str | None = None,
 ) -> Supernet:  # fmt: skip
     """A supernet on the weights of a causal language model: not copied, and reordered in place, so let go of the model.
 
@@ -50,6 +50,9 @@ def convert(
         act_symmetric: activation quantizers without zero point.
         lora_dtype: of the trained parameters, default fp32.
         lora_pairs: where weight bits are searched: of every linear a pair "per-precision", or one "shared" by all.
+        base_bits: 8 rounds the frozen weights of the linears and keeps them so between uses: half of bf16's memory, if
+            blocks are recomputed in the backward pass (`gradient_checkpointing`), which else keeps what they are
+            multiplied by. The rounded model is the original from then on. None: as they are.
         backend: forces one backend of every op; None: by device.
 
     Raises:
@@ -70,7 +73,8 @@ def convert(
     arch = {"relaxation": relaxation, "bit_relaxation": bit_relaxation, "tau": tau, "alpha_init": alpha_init}
     return Supernet(**supernet_parts(
         model, space, order, groups={linear.name: space.group(linear) for linear in layout.linears},
-        linear={**pairs, "ste": ste, "lora_dtype": lora_dtype, "lora_pairs": lora_pairs}, arch=arch,
+        linear={**pairs, "ste": ste, "lora_dtype": lora_dtype, "lora_pairs": lora_pairs, "base_bits": base_bits},
+        arch=arch,
         act_symmetric=act_symmetric, backend=backend,
     ))  # fmt: skip
 

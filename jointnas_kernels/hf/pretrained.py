@@ -235,7 +235,7 @@ class Pretrained(nn.Module):
             "format": FORMAT, "config": json.loads(self.config.to_json_string(use_diff=False)),
             "generation_config": None if generation is None else json.loads(generation.to_json_string(use_diff=False)),
             "space": self.space.to_dict(), "groups": {k: linear.group_size for k, linear in block.linears.items()},
-            "linear": {k: getattr(one, k) for k in ("rank", "alpha", "rslora", "ste", "lora_pairs")},
+            "linear": {k: getattr(one, k) for k in ("rank", "alpha", "rslora", "ste", "lora_pairs", "base_bits")},
             "arch": {k: getattr(self.arch, k) for k in ("relaxation", "bit_relaxation", "tau")},
             "act_symmetric": block.mlp.act.symmetric, "choice": None if self.choice is None else self.choice.to_dict(),
             "full_depth_gradient": self.full_depth_gradient,

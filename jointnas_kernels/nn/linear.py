@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from jointnas_kernels.errors import JointNASError, unknown
+from jointnas_kernels.nn.base import KEY as PACKED_KEY
+from jointnas_kernels.nn.base import pack, packed
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.grid import Grid
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
@@ -41,9 +43,10 @@ class SupernetLinear(nn.Module):
         ste: straight-through estimator, "identity" or "clip".
         lora_dtype: of the trained parameters; fp32 keeps AdamW's small steps that bf16 would round away.
         lora_pairs: with bits, "per-precision", or "shared": one pair in the quantizers of all precisions.
+        base_bits: 8 rounds the weight once and keeps it in so many bits between uses (nn/base.py); None: as it is.
 
     Raises:
-        JointNASError: a rank below 1, or an unknown `init`, `ste` or `lora_pairs`.
+        JointNASError: a rank below 1, or an unknown `init`, `ste`, `lora_pairs` or `base_bits`.
     """
 
     clip: Tensor | None  # [P, O, I / group]: ratio in (0, 1] of each group's absmax; set by `set_clip`
@@ -53,7 +56,7 @@ class SupernetLinear(nn.Module):
         self, weight: Tensor, bias: Tensor | None = None, *, rank: int = 32, alpha: float = 16,
         bits: Sequence[int] | None = None, group_size: int = 128, ste: str = "identity",
         lora_dtype: torch.dtype | None = None, rslora: bool = False, init: str = "kaiming",
-        lora_pairs: str = "per-precision", backend: str | None = None,
+        lora_pairs: str = "per-precision", base_bits: int | None = None, backend: str | None = None,
     ) -> None:
         super().__init__()
         if rank < 1:
@@ -68,7 +71,9 @@ class SupernetLinear(nn.Module):
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.rank, self.alpha, self.rslora, self.ste, self.backend = rank, alpha, rslora, ste, backend
-        self.lora_pairs = lora_pairs
+        self.lora_pairs, self.base_bits = lora_pairs, base_bits
+        if base_bits is not None:
+            pack(self, base_bits)
         self.scaling = alpha / (math.sqrt(rank) if rslora else rank)
         self.bits = None if bits is None else tuple(bits)
         self.group_size = group_size
@@ -87,7 +92,8 @@ class SupernetLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and quantizer, for `print`."""
         quant = "" if self.bits is None else f", bits={self.bits}, group={self.group_size}, ste={self.ste}"
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rank={self.rank}{quant}"
+        base = "" if self.base_bits is None else f", base_bits={self.base_bits}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rank={self.rank}{quant}{base}"
 
     # ---- quantizer state --------------------------------------------------------------------------------------------
 
@@ -102,7 +108,7 @@ class SupernetLinear(nn.Module):
             shape = (len(bits), self.out_features, self.in_features // self.group_size)
             if not bits or tuple(ratio.shape) != shape:
                 raise JointNASError(f"clip ratios have shape {tuple(ratio.shape)}; this layer needs {shape}.")
-            ratio = ratio.detach().to(self.weight.device, self.lora_a.dtype)
+            ratio = ratio.detach().to(self.lora_a.device, self.lora_a.dtype)
         self.clip, self.clip_logits = ratio, None
 
     def learn_clip(self) -> None:
@@ -138,7 +144,7 @@ class SupernetLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """A whole layer's state decides which quantizer state there is; `torch` alone would ignore clip ratios."""
-        if f"{prefix}weight" in state_dict:
+        if {f"{prefix}weight", f"{prefix}{PACKED_KEY}"} & state_dict.keys():
             shape = (len(self.bits or ()), self.out_features, self.in_features // self.group_size)
             for name in ("clip", "clip_logits"):
                 there = f"{prefix}{name}" in state_dict
@@ -196,10 +202,10 @@ class SupernetLinear(nn.Module):
 
         PEFT's arithmetic, bit for bit: the product in fp32, scaled, added in fp32, and rounded once.
         """
-        a, b = self.pair(index)
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        (a, b), weight = self.pair(index), self.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
         delta = (b.to(wide) @ a.to(wide)) * self.scaling
-        return (self.weight.to(wide) + delta).to(self.weight.dtype)
+        return (weight.to(wide) + delta).to(weight.dtype)
 
     def index_of(self, bits: int | None) -> int | None:
         """Number of a precision; None for None."""
@@ -243,6 +249,9 @@ class SupernetLinear(nn.Module):
             alpha=self.alpha, bits=self.bits, group_size=self.group_size, ste=self.ste,
             lora_dtype=self.lora_a.dtype, rslora=self.rslora, lora_pairs=self.lora_pairs, backend=self.backend,
         )
+        if self.base_bits is not None and (base := packed(self)):  # the very same values: it is not rounded again
+            small.base_bits = self.base_bits
+            pack(small, self.base_bits, (base[0][rows][:, columns], base[1][rows]))
         small.lora_a.copy_(self.lora_a[..., columns])
         small.lora_b.copy_(self.lora_b[..., rows, :])
         groups = columns[:: self.group_size] // self.group_size

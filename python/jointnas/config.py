@@ -45,6 +45,9 @@ class ModelConfig(Section):
         description="auto: the checkpoint's bfloat16 where the device computes in it natively, else float32",
     )
     device: str = Field(default="auto", description="cpu, cuda or cuda:N; auto: cuda where there is one")
+    base_bits: Literal[8] | None = Field(
+        default=None, description="8: base weights rounded to 8 bits and kept so between uses; needs checkpointing"
+    )
 
 
 class DataConfig(Section):
@@ -316,6 +319,20 @@ class RunConfig(Section):
     finetune: FinetuneConfig = FinetuneConfig()
     eval: EvalConfig = EvalConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _recomputes_what_is_packed(self) -> RunConfig:
+        if self.model.base_bits is None:
+            return self
+        missing = [k for k in ("search", "finetune") if not getattr(self, k).gradient_checkpointing]
+        if missing:
+            raise ValueError(
+                "model.base_bits saves memory only where blocks are recomputed in the backward pass; set "
+                + " and ".join(f"{k}.gradient_checkpointing" for k in missing)
+            )
+        if self.parallel.mode != "replicate":
+            raise ValueError("model.base_bits goes with parallel.mode: replicate only; the others divide the weights")
+        return self
 
     @model_validator(mode="after")
     def _has_a_pair_for_what_is_learned(self) -> RunConfig:

@@ -257,7 +257,7 @@ def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str
         model = family(model_config).model._from_config(model_config, dtype=getattr(torch, config.model.dtype))
     supernet = convert(
         model, space, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, relaxation=options.relaxation,
-        bit_relaxation=options.bit_relaxation, lora_pairs=options.lora_pairs,
+        bit_relaxation=options.bit_relaxation, lora_pairs=options.lora_pairs, base_bits=config.model.base_bits,
     )  # fmt: skip
     del model
     supernet.gradient_checkpointing = options.gradient_checkpointing

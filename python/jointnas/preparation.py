@@ -72,7 +72,7 @@ def prepare(
     supernet = convert(
         model, restricted, lora_rank=options.lora_rank, lora_alpha=options.lora_alpha, importance=importance,
         relaxation=options.relaxation, bit_relaxation=options.bit_relaxation, alpha_init=options.alpha_init,
-        lora_pairs=options.lora_pairs,
+        lora_pairs=options.lora_pairs, base_bits=config.model.base_bits,
     )  # fmt: skip
     supernet.gradient_checkpointing = options.gradient_checkpointing
     initialise_once(config, supernet, streams, quantizers or Path(config.out) / "quantizers")

@@ -49,7 +49,9 @@ def test_what_stays_is_exact(space: SearchSpace) -> None:
 @pytest.mark.parametrize("options", [
     {}, {"search": {"lora_rank": 4, "gradient_checkpointing": True}, "finetune": {"gradient_checkpointing": True}},
     {"model": {"dtype": "bfloat16"}, "finetune": {"train": "lora"}}, {"data": {"batch_size": 1, "seq_len": 8}},
-], ids=["plain", "checkpoints", "lora", "few tokens"])  # fmt: skip
+    {"model": {"dtype": "bfloat16", "base_bits": 8}, "search": {"lora_rank": 4, "gradient_checkpointing": True},
+     "finetune": {"train": "lora", "gradient_checkpointing": True}},
+], ids=["plain", "checkpoints", "lora", "few tokens", "packed"])  # fmt: skip
 @pytest.mark.parametrize("vocabulary", [64, 8192])
 def test_blocks_are_alike(options: dict[str, Any], vocabulary: int) -> None:
     """Steps of two and of three blocks give those of nine, also where gradients are the most there is in nine, and
@@ -103,6 +105,21 @@ def test_less_is_kept_with_checkpoints_and_lora() -> None:
         assert less[name].kinds["activations"] < plain[name].kinds["activations"]
         assert less[name].flops > plain[name].flops
     assert less["distillation"].kinds["optimizer"] < plain["distillation"].kinds["optimizer"]
+
+
+def test_packed_base_weights_take_half() -> None:
+    more = {"search": {"lora_rank": 4, "gradient_checkpointing": True},
+            "finetune": {"train": "lora", "gradient_checkpointing": True}}  # fmt: skip
+    found = [
+        footprint.footprint(config(model={"dtype": "bfloat16", "base_bits": bits}, **more), tiny_config(), SPACE)
+        for bits in (None, 8)
+    ]
+    linears = _multiplied(SPACE) - tiny_config().vocab_size * SPACE.full().hidden
+    for name in footprint.PHASES:
+        usual, packed = (plan[name].kinds for plan in found)
+        assert usual["weights"] - packed["weights"] == pytest.approx(linears, rel=0.1)  # a byte each, but for scales
+    usual, packed = (plan["distillation"].kinds for plan in found)
+    assert usual["trained weights"] - packed["trained weights"] == pytest.approx(linears, rel=0.1)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])

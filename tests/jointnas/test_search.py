@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from jointnas import checkpoint
-from jointnas.distillation import bake, student_of
+from jointnas.distillation import bake, distil, original_logits, student_of
 from jointnas.initialise import initialise
 from jointnas.metrics import read_metrics
 from jointnas_kernels.errors import JointNASError
@@ -213,3 +213,43 @@ def test_a_shared_pair_is_not_learned_per_precision(tmp_path: Path) -> None:
     run = tiny.start(tiny.config(tmp_path, search={"lora_pairs": "shared"}))
     with pytest.raises(JointNASError, match=r"precisions share one\. Allowed: rtn, clip, omniquant"):
         initialise(run.supernet, "reconstruct", run.streams.weight[None, :16])
+
+
+PACKED = {"model": {"base_bits": 8}, "finetune": {"gradient_checkpointing": True, "train": "lora"}}
+
+
+def test_packed_base_weights_are_searched_resumed_and_distilled(tmp_path: Path) -> None:
+    search = {"steps": 4, "gradient_checkpointing": True}
+    whole, _ = tiny.search(tiny.config(tmp_path / "whole", search=search, **PACKED))
+    config = tiny.config(tmp_path / "parts", resume="auto", search=search, **PACKED)
+    tiny.search(config)
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-4")
+    resumed, found = tiny.search(config)
+    own, other = (run.supernet.search_state() for run in (whole, resumed))
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    for (_, mine), (_, its) in zip(whole.supernet.linears(), resumed.supernet.linears(), strict=True):
+        assert mine.base_bits == its.base_bits == 8
+        assert torch.equal(mine.weight, its.weight)
+    fixed, ids = resumed.supernet.fix(found.choice), resumed.streams.held_out[None, :16]
+    student = student_of(resumed.supernet, found.choice, "lora")
+    distil(
+        student, original_logits(resumed.supernet), resumed.streams.all, config.finetune, batch_size=2, seq_len=16,
+    )  # fmt: skip
+    assert bake(student)(ids).logits.isfinite().all()
+    for train in ("full", "lora"):
+        start = student_of(resumed.supernet, found.choice, train)
+        torch.testing.assert_close(bake(start)(ids).logits, fixed(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("sections", "message"), [
+    ({}, r"set search\.gradient_checkpointing and finetune\.gradient_checkpointing"),
+    ({"search": {"gradient_checkpointing": True}}, r"set finetune\.gradient_checkpointing"),
+    (
+        {"parallel": {"mode": "full"}, "search": {"gradient_checkpointing": True},
+         "finetune": {"gradient_checkpointing": True}}, r"goes with parallel\.mode: replicate only",
+    ),
+    ({"model": {"base_bits": 4}}, r"model\.base_bits"),
+])  # fmt: skip
+def test_packed_base_weights_where_they_save_nothing(tmp_path: Path, sections: dict, message: str) -> None:
+    with pytest.raises(JointNASError, match=message):
+        tiny.config(tmp_path, **{"model": {"base_bits": 8}, **sections})

@@ -31,6 +31,7 @@ from jointnas.initialise.problem import Row, State
 from jointnas.initialise.store import Store
 from jointnas_kernels.errors import JointNASError, unknown
 from jointnas_kernels.hf import Supernet
+from jointnas_kernels.nn.base import unpacked
 from jointnas_kernels.progress import Progress
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -124,20 +125,21 @@ def _walk(job: Supernets | Plain, calibration: Tensor | None, store: Store | Non
     bar = Progress(f"initialise: {job.method}", count, 0, progress)
     for b in range(count):
         began = time.monotonic()
-        y = None if x is None else blocks.advance(b, x.clone())
-        found = store.load(b) if store is not None else None
-        if found is None:
-            state, new = job.solve(b, x, behind, y)
-            for row in new:
-                row["seconds"] = time.monotonic() - began
-            if store is not None:
-                store.save(b, state, new)
-        else:
-            state, new = found
-        job.install(b, {k: v.to(blocks.device) for k, v in state.items()})
-        x = y
-        for i, inputs in enumerate(behind):
-            blocks.advance(b, inputs, job.weights(b, i))
+        with unpacked(blocks.layers[b]):
+            y = None if x is None else blocks.advance(b, x.clone())
+            found = store.load(b) if store is not None else None
+            if found is None:
+                state, new = job.solve(b, x, behind, y)
+                for row in new:
+                    row["seconds"] = time.monotonic() - began
+                if store is not None:
+                    store.save(b, state, new)
+            else:
+                state, new = found
+            job.install(b, {k: v.to(blocks.device) for k, v in state.items()})
+            x = y
+            for i, inputs in enumerate(behind):
+                blocks.advance(b, inputs, job.weights(b, i))
         rows += new
         if job.end_epochs:
             states.append(state)

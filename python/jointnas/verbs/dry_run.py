@@ -167,6 +167,8 @@ def changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
         yield changed(finetune__train="lora")
     if not (config.search.gradient_checkpointing and config.finetune.gradient_checkpointing):
         yield changed(search__gradient_checkpointing=True, finetune__gradient_checkpointing=True)
+    if config.model.base_bits is None and config.parallel.mode == "replicate":
+        yield changed(model__base_bits=8)
     size = config.data.batch_size
     while size > 1:
         size //= 2
