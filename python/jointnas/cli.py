@@ -137,7 +137,8 @@ def run_verb(verb: str, values: dict[str, Any]) -> None:
 
 def schema_of(verb: str) -> Any:
     """The configuration that a verb takes as a whole."""
-    from jointnas.config import CompareConfig, RunConfig
+    from jointnas.compare_config import CompareConfig
+    from jointnas.config import RunConfig
 
     return CompareConfig if verb == "compare" else RunConfig
 

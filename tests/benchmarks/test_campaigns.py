@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks.campaigns import at_targets, best
 from jointnas.campaign.page import Campaign
-from jointnas.config import CompareConfig, dump
+from jointnas.compare_config import CompareConfig
+from jointnas.config import dump
 from jointnas_kernels.space import SearchSpace
 from tests.latency.tables import synthetic
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from jointnas.config import CompareConfig, build
+from jointnas.compare_config import CompareConfig
+from jointnas.config import build
 from jointnas.verbs.compare import compare
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import SearchSpace

@@ -20,7 +20,7 @@ from jointnas.baselines.random_choices import canonical, random
 from jointnas.baselines.strata import candidates, strata, structures
 from jointnas.baselines.tanglenas import mixture_of_prefixes, tanglenas
 from jointnas.bilevel import optimise
-from jointnas.config import CompareOptions
+from jointnas.compare_config import CompareOptions
 from jointnas.data import Batch
 from jointnas.losses import Losses, cross_entropy
 from jointnas.metrics import read_metrics

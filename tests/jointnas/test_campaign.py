@@ -31,7 +31,8 @@ from jointnas.campaign.schedule import ordered
 from jointnas.campaign.statistics import at, interval, summary
 from jointnas.campaign.variants import starts_alike, variant
 from jointnas.campaign.worker import Base
-from jointnas.config import CompareConfig, build, dump
+from jointnas.compare_config import CompareConfig
+from jointnas.config import build, dump
 from jointnas.verbs.compare import compare, text
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency.watch import Measured

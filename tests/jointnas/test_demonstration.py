@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jointnas.config import CompareConfig
+from jointnas.compare_config import CompareConfig
 from jointnas.verbs import demo
 from jointnas.verbs.demo import demo_config, least, named, sentence, single_precisions, with_target
 from jointnas_kernels.space import Choice

@@ -18,7 +18,8 @@ from jointnas import cli, plots
 from jointnas.campaign.page import Campaign
 from jointnas.campaign.plan import Unit
 from jointnas.campaign.statistics import summary
-from jointnas.config import CompareConfig, build, dump
+from jointnas.compare_config import CompareConfig
+from jointnas.config import build, dump
 from jointnas.precision import Precision
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError

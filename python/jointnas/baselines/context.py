@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from jointnas.config import CompareOptions, RunConfig
+from jointnas.compare_config import CompareOptions
+from jointnas.config import RunConfig
 from jointnas.data import Streams
 from jointnas.precision import Precision
 from jointnas.preparation import prepare

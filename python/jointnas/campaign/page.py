@@ -24,7 +24,8 @@ from jointnas.campaign.plan import ORIGINAL, PLAN, reference_of
 from jointnas.campaign.statistics import KINDS, comparison, latency_of, shown, summary
 from jointnas.campaign.worker import ROW
 from jointnas.checkpoint import write_text
-from jointnas.config import CompareConfig, build
+from jointnas.compare_config import CompareConfig
+from jointnas.config import build
 from jointnas.markup import document, image, preformatted, table
 from jointnas.results import notes
 from jointnas.run_folder import read_json

@@ -21,7 +21,7 @@ from typing import Any
 from jointnas.baselines.exhaustive import count
 from jointnas.baselines.methods import METHODS, Method
 from jointnas.campaign.variants import starts_alike, variant
-from jointnas.config import CompareConfig
+from jointnas.compare_config import CompareConfig
 from jointnas.objective import Infeasible
 from jointnas.precision import Precision, precisions
 from jointnas.preparation import check_limits

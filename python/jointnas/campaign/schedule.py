@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from jointnas.campaign.plan import Shared, Unit
 from jointnas.campaign.worker import Base, work
-from jointnas.config import CompareConfig
+from jointnas.compare_config import CompareConfig
 from jointnas_kernels.errors import JointNASError
 
 Task = Unit | Shared

@@ -15,7 +15,8 @@ from typing import Any
 
 from jointnas import budget
 from jointnas.baselines.methods import METHODS
-from jointnas.config import CompareConfig, RunConfig, build
+from jointnas.compare_config import CompareConfig
+from jointnas.config import RunConfig, build
 from jointnas.metrics import flat
 from jointnas.run_folder import read_json, write_json
 from jointnas_kernels.errors import JointNASError

@@ -20,7 +20,8 @@ from jointnas.baselines.ptq import quantized
 from jointnas.campaign.clock import Clock, seconds
 from jointnas.campaign.plan import ORIGINAL, QUANTIZERS, Shared, Unit, asked_precisions, folder_of
 from jointnas.campaign.variants import variant
-from jointnas.config import CompareConfig, RunConfig
+from jointnas.compare_config import CompareConfig
+from jointnas.config import RunConfig
 from jointnas.data import Streams
 from jointnas.distillation import bake, distil, original_logits, student_of
 from jointnas.exporting import export_model, reload

@@ -13,7 +13,8 @@ from jointnas.campaign.statistics import KINDS, comparison, summary
 from jointnas.campaign.variants import check_kept, keep
 from jointnas.campaign.worker import TABLE, Base, ended
 from jointnas.checkpoint import write_text
-from jointnas.config import CompareConfig, build, dump
+from jointnas.compare_config import CompareConfig
+from jointnas.config import build, dump
 from jointnas.metrics import flat
 from jointnas.pipeline import ready_tasks
 from jointnas.preparation import measure_table

@@ -21,7 +21,8 @@ import torch
 from jointnas import loading
 from jointnas.campaign.plan import ORIGINAL
 from jointnas.campaign.records import read
-from jointnas.config import CompareConfig, build
+from jointnas.compare_config import CompareConfig
+from jointnas.config import build
 from jointnas.precision import Precision, precisions
 from jointnas.preparation import measure_table
 from jointnas.results import text_table
