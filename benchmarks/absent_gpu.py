@@ -2,8 +2,9 @@
 
 What a program puts on "cuda" are tensors without memory (torch's meta device), which say that they are on cuda:0;
 torch computes their shapes, and nothing else. Tensors of the CPU stay what they are. Triton's launches run as on the
-GPU, up to the call of the driver: signature, specialisation, key, cache, and where that has nothing, the compiler. A
-number that is read from the device is 1, and true. So a program takes one of its paths, and a test may fail, where it
+GPU, up to the call of the driver: signature, specialisation, key, cache, and where that has nothing, the compiler. What
+is read from the device is what was copied there if that was a few numbers, else 1, or true, but that any of many is
+something, which programs ask to refuse it, is false. So a program takes one of its paths, and a test may fail, where it
 would have passed: what it launched until then counts.
 """
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils.weak import WeakIdKeyDictionary
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
@@ -36,6 +38,8 @@ ADDRESS = 1 << 20  # of every tensor's memory: as aligned as the allocator's
 BYTES = 141 << 30  # memory
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+COPIES = {aten._to_copy.default, aten.clone.default}
+FEW = 64  # numbers
 
 
 def on_cuda(device: Any) -> bool:
@@ -47,6 +51,10 @@ class NoMemory(TorchDispatchMode):
 
     inside = False  # torch's own Python, which must see meta
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.known = WeakIdKeyDictionary()  # what a tensor without memory holds, where that is known
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before, NoMemory.inside = NoMemory.inside, True
         try:
@@ -57,12 +65,17 @@ class NoMemory(TorchDispatchMode):
     def shaped(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given, device = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)], kwargs.get("device")
         absent = any(t.is_meta for t in given)
+        held = given[0] if given and not given[0].is_meta else self.known.get(given[0]) if given else None
         if on_cuda(device):
             kwargs["device"], absent = META, True
         elif absent and device is not None and torch.device(device).type == "cpu":
+            if held is not None and func in COPIES:
+                return held.to(kwargs.get("dtype") or held.dtype, copy=True)
             return torch.zeros_like(given[0], dtype=kwargs.get("dtype"), device=CPU)
         elif absent and func in READS:
-            return True if func is not aten._local_scalar_dense.default else torch.ones((), dtype=given[0].dtype).item()
+            if func is aten._local_scalar_dense.default:
+                return (torch.ones((), dtype=given[0].dtype) if held is None else held).item()
+            return held is None or bool(held.any())
         elif absent and func is aten.copy_.default and not args[0].is_meta:
             return args[0]
         if kwargs.get("pin_memory"):
@@ -71,7 +84,12 @@ class NoMemory(TorchDispatchMode):
             kwargs = {k: None if isinstance(v, torch.Generator) else v for k, v in kwargs.items()}
             if func is not aten._to_copy.default:  # indices and numbers of the host, which a GPU takes too
                 args, kwargs = tree_map_only(Tensor, lambda t: t if t.is_meta else t.to(META), (args, kwargs))
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if absent and func in COPIES and held is not None and held.numel() <= FEW:
+            self.known[made] = held.detach().to(made.dtype, copy=True)
+        elif absent and func._overloadpacket is aten.any and not made.dim():
+            self.known[made] = torch.zeros((), dtype=torch.bool)
+        return made
 
 
 class FromValues(TorchFunctionMode):

@@ -46,8 +46,10 @@ def commands(stage: str, out: Path) -> list[list[str]]:
 
 def run(stage: str) -> None:
     """One stage, in this process; what was found and compiled is printed."""
+    out = os.fdopen(os.dup(1), "w", buffering=1)  # tests capture the other one
+
     def said(hits: int, compiled: int) -> None:  # at once, for one that is stopped
-        sys.__stdout__.write(f"\n{SAYS}{json.dumps({'hits': hits, 'compiled': compiled})}\n")
+        out.write(f"\n{SAYS}{json.dumps({'hits': hits, 'compiled': compiled})}\n")
 
     with tempfile.TemporaryDirectory() as folder, absent() as counter:
         counter.said = said

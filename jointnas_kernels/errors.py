@@ -102,7 +102,8 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
         JointNASError: it cannot be read.
     """
     try:
-        yield
+        with panics():
+            yield
     except JointNASError:
         raise
     except MemoryError:
@@ -112,6 +113,17 @@ def reading(what: str, advice: str = "") -> Iterator[None]:
         named = isinstance(error, (KeyError, AttributeError, IndexError, TypeError))
         reason = f"{type(error).__name__} {lines[0][:300]}" if named or not lines[0] else lines[0][:300]
         raise JointNASError(f"{what} cannot be read: {reason}{advice and '; '}{advice}") from None
+
+
+@contextlib.contextmanager
+def panics() -> Iterator[None]:
+    """A panic of a library in Rust (tokenizers, safetensors), which is no Exception, as a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ == "pyo3_runtime":
+            raise RuntimeError(str(error)) from None
+        raise
 
 
 def refusal(error: Exception) -> str | None:

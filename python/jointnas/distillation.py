@@ -33,6 +33,7 @@ from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, extract, shrink
 from jointnas_kernels.layout import block_of
 from jointnas_kernels.nn.linear import FakeQuantLinear, joined
+from jointnas_kernels.nn.loss import distillation
 from jointnas_kernels.ops.quant import grid
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
@@ -340,22 +341,18 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, its parts), averaged over the tokens that are predicted, of ids [B, T] all but the first; with labels,
     int64 [B, T], those whose label is not -100."""
-    target_ids = (ids if labels is None else labels)[:, 1:].flatten()
-    learned = target_ids != IGNORE
-    target_ids = target_ids[learned]
-    count = max(1, len(target_ids))  # a batch may have none: its loss is 0
+    known = ids if labels is None else labels
+    following = F.pad(known[:, 1:], (0, 1), value=IGNORE).flatten()  # what the token behind each one is
     halves = config.bf16 and not ids.is_meta  # meta has no autocast
     with torch.autocast(ids.device.type, torch.bfloat16) if halves else contextlib.nullcontext():
         options = {} if isinstance(student, Supernet) else {"use_cache": False}
-        logits = student(input_ids=ids, **options).logits[:, :-1].flatten(0, 1)[learned].float()
-    ce = F.cross_entropy(logits, target_ids, reduction="sum") / count
-    if config.kd == 0:
-        return ce, {"ce": ce.detach()}
-    with torch.no_grad():
-        target = (teacher(ids)[:, :-1].flatten(0, 1)[learned].float() / config.temperature).log_softmax(-1)
-    own = (logits / config.temperature).log_softmax(-1)
-    kl = F.kl_div(own, target, log_target=True, reduction="sum") / count * config.temperature**2
-    return config.kd * kl + (1 - config.kd) * ce, {"ce": ce.detach(), "kl": kl.detach()}
+        logits = student(input_ids=ids, **options).logits.flatten(0, 1)
+    target = None
+    if config.kd > 0:
+        with torch.no_grad():
+            target = teacher(ids).flatten(0, 1)
+    loss, ce, kl = distillation(logits, target, following, config.kd, config.temperature)
+    return loss, {"ce": ce} if target is None else {"ce": ce, "kl": kl}
 
 
 def original_logits(supernet: Supernet) -> Teacher:

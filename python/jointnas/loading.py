@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from jointnas import assets, catalogue, data, weights
 from jointnas.config import DataConfig, ModelConfig, RunConfig, SpaceConfig
-from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.errors import JointNASError, panics
 from jointnas_kernels.hf.families import family
 from jointnas_kernels.hf.gguf import read as gguf
 from jointnas_kernels.latency.timing import native_bf16
@@ -228,7 +228,8 @@ def _readable(config: ModelConfig, what: str) -> Iterator[None]:
         hint = f"; it has {files[0].name}: give that file" if files else ""
         raise JointNASError(f"model folder {config.source!r} has no config.json{hint}")
     try:
-        yield
+        with panics():
+            yield
     except JointNASError:
         raise
     except Exception as error:  # those of transformers, tokenizers and safetensors have no common base

@@ -20,8 +20,9 @@ from jointnas.config import ModelConfig
 from jointnas.initialise import store
 from jointnas.losses import cross_entropy
 from jointnas.metrics import read_metrics
-from jointnas_kernels.errors import JointNASError, refusal, writing
+from jointnas_kernels.errors import JointNASError, panics, refusal, writing
 from tests.jointnas import tiny
+from tests.jointnas.tiny_tokenizers import of_bytes
 
 FAST = {"steps": 4, "gap_every": 99, "save_every": 2, "log_every": 2}
 
@@ -263,3 +264,17 @@ def test_numbers_that_are_not_finite(name: str, run_folder: Path) -> None:
     assert not [s for s in kept if checkpoint.damage(run_folder / "checkpoints" / f"step-{s}")]
     if 2 in kept:
         assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_tokenizer_that_panics(tmp_path: Path) -> None:
+    """A panic of a library in Rust is no Exception; what stops a program on purpose is none of it."""
+    tiny.model().save_pretrained(tmp_path)
+    of_bytes().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    parts = [{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    changed = {"type": "TemplateProcessing", "single": parts, "pair": parts, "special_tokens": {}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": changed}))
+    with pytest.raises(JointNASError, match="cannot be loaded: no entry found for key"):
+        loading.load_tokenizer(ModelConfig(source=str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt), panics():
+        raise KeyboardInterrupt
