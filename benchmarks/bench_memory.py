@@ -58,8 +58,8 @@ def model_and_space(values: tuple[Any, ...]) -> tuple[Any, SearchSpace, RunConfi
     )  # fmt: skip
     options = {"gradient_checkpointing": checkpoints}
     run = RunConfig(
-        model={"dtype": "float32", "base_bits": base_bits}, data={"batch_size": batch, "seq_len": tokens},
-        search=options, finetune={"train": train, **options},
+        model={"device": "cpu", "dtype": "float32", "base_bits": base_bits},
+        data={"batch_size": batch, "seq_len": tokens}, search=options, finetune={"train": train, **options},
     )  # fmt: skip
     return config, space, run
 

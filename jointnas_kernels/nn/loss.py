@@ -27,7 +27,7 @@ from torch import Tensor
 
 IGNORE = -100
 CHUNK = 1 << 26  # logits held at once by the cross-entropy of a projection: 256 MB in fp32
-PART, CPU_PART = 1 << 24, 1 << 18  # and by distillation, a few times; on a CPU 1 MB, which stays in its cache
+PARTS = {"cuda": 1 << 24, "cpu": 1 << 18}  # and by distillation, a few times; on a CPU 1 MB, which stays in its cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -89,7 +89,7 @@ class _Distillation(torch.autograd.Function):
         count = max(1, len(learned))
         ce, kl = (torch.zeros((), dtype=wide, device=logits.device) for _ in range(2))
         grad = torch.zeros_like(logits) if ctx.needs_input_grad[0] else None
-        part = CPU_PART if logits.device.type == "cpu" else PART
+        part = PARTS.get(logits.device.type, PARTS["cuda"])
         for rows in learned.split(max(1, part // logits.shape[-1])):
             z, label = logits[rows].to(wide), labels[rows].unsqueeze(1)
             p = z.log_softmax(-1)

@@ -35,6 +35,7 @@ from jointnas.guards import Guard
 from jointnas.losses import cross_entropy
 from jointnas_kernels.hf import Supernet, convert
 from jointnas_kernels.hf.families import family
+from jointnas_kernels.nn import loss
 from jointnas_kernels.nn.choices import seeded
 from jointnas_kernels.space import SearchSpace
 
@@ -166,6 +167,16 @@ def _flash_attention() -> Iterator[None]:
         where.scaled_dot_product_attention = plain
 
 
+@contextlib.contextmanager
+def _distilled_as_on(device: str) -> Iterator[None]:
+    """As many logits at once as such a device takes."""
+    loss.PARTS[META.type] = loss.PARTS["cpu" if device == "cpu" else "cuda"]
+    try:
+        yield
+    finally:
+        del loss.PARTS[META.type]
+
+
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
     scale: float | None = None, enable_gqa: bool = False,
@@ -209,7 +220,7 @@ def footprint(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[
     """The largest steps of a run by phase: every block active, and the full model distilled at its most bits.
 
     Args:
-        config: resolved; batch, LoRA, distillation and checkpointing count.
+        config: resolved; batch, LoRA, distillation and checkpointing count, and whether the device is a CPU.
         model_config: transformers' config of the model.
         space: what is searched.
     """
@@ -269,7 +280,10 @@ def _steps(config: RunConfig, model_config: Any, space: SearchSpace) -> dict[str
     alive.add((*supernet.parameters(), *supernet.buffers()), WEIGHTS)
     alive.add(supernet.lora_parameters(), ADAPTERS)
     assume: Any = assumed
-    with assume.patch(meta_nonzero_assume_all_nonzero=True), _flash_attention(), alive:
+    with (
+        assume.patch(meta_nonzero_assume_all_nonzero=True), _flash_attention(), _distilled_as_on(config.model.device),
+        alive,
+    ):  # fmt: skip
         return _search(supernet, config, alive) | {PHASES[2]: _distillation(supernet, config, alive)}
 
 

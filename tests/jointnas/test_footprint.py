@@ -15,6 +15,7 @@ from jointnas.config import RunConfig
 from jointnas.verbs import dry_run as planning
 from jointnas_kernels.hf import convert
 from jointnas_kernels.hf.families import family
+from jointnas_kernels.nn import loss
 from jointnas_kernels.space import SearchSpace
 from tests.hf.hf_models import QUANT_SPACE, tiny_config
 
@@ -120,6 +121,18 @@ def test_packed_base_weights_take_half() -> None:
         assert usual["weights"] - packed["weights"] == pytest.approx(linears, rel=0.1)  # a byte each, but for scales
     usual, packed = (plan["distillation"].kinds for plan in found)
     assert usual["trained weights"] - packed["trained weights"] == pytest.approx(linears, rel=0.1)
+
+
+def test_the_loss_of_distillation_is_that_of_the_device() -> None:
+    """A CPU takes fewer logits at once."""
+    model_config = tiny_config()
+    model_config.vocab_size = 1 << 15
+    found = [
+        footprint.footprint(config(model={"device": device}), model_config, SPACE)["distillation"].kinds
+        for device in ("cpu", "cuda")
+    ]
+    assert found[0]["logits and loss"] < found[1]["logits and loss"]
+    assert "meta" not in loss.PARTS
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])

@@ -38,7 +38,7 @@ def test_values_and_gradients(
     temperature: float | None,
 ) -> None:  # fmt: skip
     """In parts of many tokens and of one; None: no teacher."""
-    monkeypatch.setattr(loss, "CPU_PART", part)
+    monkeypatch.setitem(loss.PARTS, "cpu", part)
     z, t, labels = inputs(tokens, vocabulary, dtype)
     target = None if temperature is None else t
     found = distillation(z, target, labels, kd, temperature or 1.0)

@@ -87,6 +87,8 @@ def dry_run(config: RunConfig, on: str = HERE, gpus: int = 1) -> Plan:
         raise unknown("device", on, [HERE, *DEVICES])
     if on == HERE:
         config = loading.resolve(config)
+    else:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"device": "cuda"})})
     known = loading.model_config(config.model)
     if config.model.dtype == "auto":
         dtype = "bfloat16" if getattr(known, "dtype", None) == torch.bfloat16 else "float32"
