@@ -254,6 +254,7 @@ def test_other_bad_files(file: Path, tmp_path: Path) -> None:
         (b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0llamb", r"architecture 'llamb'.*Did you mean 'llama'"),
         (b"llama.embedding_length", b"llama.embedding_lengtj", "has no llama.embedding_length"),
         (b"blk.1.ffn_up.weight", b"blk.1.ffn_ux.weight", r"no tensor 'blk\.1\.ffn_up\.weight'"),
+        (b"block_count\4\0\0\0\3\0\0\0", b"block_count\4\0\0\0\3\0\0\1", "3 blocks; its metadata want 16777219"),
         (b"GGUF\x03", b"GGUF\x01", "has version 1"),
     ):
         assert old in whole

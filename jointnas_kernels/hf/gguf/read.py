@@ -54,6 +54,10 @@ class File:
         embedding = self._left.get("token_embd.weight")
         if embedding is None:
             raise JointNASError(f"{self.where} has no tensor token_embd.weight")
+        numbers = {name.split(".", 2)[1] for name in self._left if name.startswith("blk.") and name.count(".") > 1}
+        blocks = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+        if (wanted := values["num_hidden_layers"]) > blocks:  # before so many are made
+            raise JointNASError(f"{self.where} has {blocks} blocks; its metadata want {wanted}")
         biases = {name.split(".", 2)[2] for name in self._left if name.startswith("blk.") and name.endswith(".bias")}
         if self.arch == "llama" and "attn_q.bias" in biases and "attn_output.bias" not in biases:
             values["model_type"] = "qwen2"  # written as a Llama
