@@ -63,6 +63,9 @@ class NoMemory(TorchDispatchMode):
             NoMemory.inside = before
 
     def shaped(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is aten.to.device:  # whole in inference mode, elsewhere taken apart before
+            args, kwargs = (args[0],), {"device": args[1], "dtype": args[2]}
+            func = aten._to_copy.default
         given, device = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)], kwargs.get("device")
         absent = any(t.is_meta for t in given)
         held = given[0] if given and not given[0].is_meta else self.known.get(given[0]) if given else None
