@@ -65,11 +65,11 @@ def model_and_space(values: tuple[Any, ...]) -> tuple[Any, SearchSpace, RunConfi
 
 
 def resident() -> dict[str, int]:
-    """Bytes: now of data (RssAnon) and of program text that was read (RssFile), and of both at most since the last
-    reset (VmHWM)."""
+    """Bytes: now of data (RssAnon), of program text that was read (RssFile) and of both (VmRSS), and of both at most
+    since the last reset (VmHWM)."""
     with open("/proc/self/status") as file:
         fields = dict(line.split(":", 1) for line in file)
-    return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmHWM")}
+    return {key: int(fields[key].split()[0]) * 1024 for key in ("RssAnon", "RssFile", "VmRSS", "VmHWM")}
 
 
 def peak(step: Any) -> int:

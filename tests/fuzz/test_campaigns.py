@@ -33,7 +33,7 @@ def test_a_killed_search_ends_as_the_whole_one() -> None:
 
 
 def test_a_search_on_small_disks_ends_as_the_whole_one() -> None:
-    assert "4 full disks" in campaign("disks", "--disks", "4", "--seed", "1")
+    assert ": 0 failures" in campaign("disks", "--disks", "4", "--seed", "1")
 
 
 def test_changed_inputs_are_read_or_refused() -> None:
