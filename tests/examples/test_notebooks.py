@@ -77,7 +77,7 @@ def test_is_public(path: Path) -> None:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jointnas"):
             module = str(node.module)
             names = [alias.name for alias in node.names]
-            assert module in ("jointnas.config", "jointnas.compare_config") or module in PUBLIC or module == "jointnas_kernels", module
+            assert module in (*PUBLIC, "jointnas.config", "jointnas.compare_config", "jointnas_kernels"), module
             if module in PUBLIC:
                 assert set(names) <= set(public(module)), names
     first, *_ = read(path).cells
