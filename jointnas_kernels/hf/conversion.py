@@ -74,8 +74,7 @@ def convert(
     return Supernet(**supernet_parts(
         model, space, order, groups={linear.name: space.group(linear) for linear in layout.linears},
         linear={**pairs, "ste": ste, "lora_dtype": lora_dtype, "lora_pairs": lora_pairs, "base_bits": base_bits},
-        arch=arch,
-        act_symmetric=act_symmetric, backend=backend,
+        arch=arch, act_symmetric=act_symmetric, backend=backend,
     ))  # fmt: skip
 
 
