@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.rows import Row, pick, seconds, table, where
+from pathlib import Path
+
+from benchmarks.rows import Row, pick, read, seconds, table, where
 
 
 def ceilings(rows: list[Row], device: str) -> str:
@@ -47,6 +49,24 @@ def launches(rows: list[Row], device: str) -> str:
         "that of bytes and operations at this machine's copy and GEMM rates, where they are known)"
     )
     return "\n\n".join([title, table(head, body), *parts])
+
+
+def launch_count(file: Path) -> str:
+    """What one block launches; rows of no device."""
+    body, parts = [], ("forward", "backward")
+    for row in read(file):
+        p = row["params"]
+        numbers = [str(row["parts"][part][what]) for what in ("launches", "operators", "reads") for part in parts]
+        shape = f"{p['batch']} × {p['tokens']} tokens, {p['adapters']} adapters"
+        body.append([f"{p['space']} {p['mode']} step, {shape}", *numbers])
+    if not body:
+        return ""
+    head = ["a block of a", *(f"{part}: {what}" for what in ("launches", "operators", "reads") for part in parts)]
+    title = (
+        "**Launches of a block**, counted without a GPU by `benchmarks/launch_count.py` at Llama-3.1-8B's shapes "
+        "(operators: of this package; reads: of the device by the host, which waits for it)"
+    )
+    return f"{title}\n\n{table(head, body)}"
 
 
 def ncu(rows: list[Row], device: str) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import campaigns
 from benchmarks.headline import headline
+from benchmarks.instrument_sections import launch_count
 from benchmarks.overview import overview
 from benchmarks.rows import Row, read, slug, table
 from benchmarks.sections import DRAWN, SECTIONS
@@ -87,7 +88,7 @@ def summary() -> str:
 
 def sections() -> str:
     """All tables of all devices."""
-    parts = [campaigns.section(RESULTS / "campaigns")]
+    parts = [campaigns.section(RESULTS / "campaigns"), launch_count(RESULTS / "launch_count.jsonl")]
     for device, topics in devices().items():
         texts = [render(topics[t], device) for t, render in SECTIONS.items() if t in topics]
         parts.append(f"## {device}\n\n" + "\n\n".join(t for t in texts if t))
