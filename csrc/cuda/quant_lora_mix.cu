@@ -30,7 +30,7 @@ struct MixArgs {
   const float* probs;   // [P], P at most 4
   const float* clip;    // [P, O, I / group_size], or null
   void* out;            // [O, I] dtype; not written if there is a grad
-  float* partial;       // [P, ceil(I / 128 / columns) * splits * kWarps]; only if there is a grad
+  float* partial;       // [ceil(I / 128 / columns) * splits * kWarps, P]; only if there is a grad
   int rows, begin, end; // O, and the rows to work on
   int inputs, rank, precisions, group_size;  // I, r, P; group_size 32, 64 or 128
   int bits;             // bit width of precision p in byte p
@@ -306,12 +306,12 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
     }
   }
   if constexpr (REDUCE) {
-    const int warps = gridDim.x * gridDim.y * kWarps, self = (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp;
+    const int self = (blockIdx.y * gridDim.x + blockIdx.x) * kWarps + warp;
     for (int precision = 0; precision < p.precisions; ++precision) {
       float v = sums[precision * 32];
 #pragma unroll
       for (int m = 16; m; m /= 2) v += ptx::shuffle_xor(v, m);
-      if (lane == 0) p.partial[precision * warps + self] = v;
+      if (lane == 0) p.partial[self * p.precisions + precision] = v;
     }
   }
 }

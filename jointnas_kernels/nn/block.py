@@ -24,6 +24,7 @@ from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.mixture.group import quant_lora_linear_group
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.ops.width.linear import mixed_linear_group
 from jointnas_kernels.ops.width.residual import gated_residual
@@ -199,13 +200,20 @@ class SupernetBlock(nn.Module):
 
 
 def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample) -> list[Tensor]:
-    """Several linears on one input; unquantized ones as one op, which reads x for LoRA once."""
+    """Several linears on one input, as one op, which reads x once."""
     if step.original:
         return [linear.original(x) for linear in linears]
-    first = linears[0]
-    if first.bits is None and len(linears) > 1:
-        pairs = [linear.lora(step.mode) for linear in linears]
+    first, mode, probs, index = linears[0], step.mode, sample.weight_probs, sample.weight_index
+    if len(linears) == 1 or any(linear.kind != first.kind for linear in linears):
+        return [linear(x, mode, probs, index) for linear in linears]
+    weights = [linear.weight for linear in linears]
+    if first.bits is None:
+        pairs = [linear.lora(mode) for linear in linears]
         biases = [linear.bias for linear in linears if linear.bias is not None]
-        weights, a, b = [linear.weight for linear in linears], [a for a, _ in pairs], [b for _, b in pairs]
+        a, b = [a for a, _ in pairs], [b for _, b in pairs]
         return list(mixed_linear_group(x, weights, a, b, first.scaling, biases))
-    return [linear(x, step.mode, sample.weight_probs, sample.weight_index) for linear in linears]
+    every = [linear.quantizers(mode, probs, index) for linear in linears]
+    return list(quant_lora_linear_group(
+        x, weights, [q[0] for q in every], [q[1] for q in every], first.scaling, every[0][2], every[0][4],
+        first.group_size, [q[3] for q in every], first.ste, mode, [linear.bias for linear in linears], first.backend,
+    ))  # fmt: skip

@@ -166,18 +166,37 @@ class SupernetLinear(nn.Module):
             a, b = a.expand(len(self.bits), -1, -1), b.expand(len(self.bits), -1, -1)
         return a, b
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for linears that one op can compute on one input."""
+        return self.bits, self.group_size, self.scaling, self.ste, self.rank, self.lora_pairs, self.backend
+
     def forward(self, x: Tensor, mode: str = "full", probs: Tensor | None = None, index: int | None = None) -> Tensor:
         """x [..., I] -> [..., O]. With bits: `probs` [P] mixes the precisions, `index` computes one of them only.
 
         Raises:
             JointNASError: bits are searched and neither is given.
         """
-        a, b = self.lora(mode)
         if self.bits is None:
+            a, b = self.lora(mode)
             return mixed_linear(
                 x, self.weight, lora_a=a, lora_b=b, scaling=self.scaling, bias=self.bias, backend=self.backend
             )
-        bits, clip = self.bits, self.clip_ratio()
+        a, b, bits, clip, probs = self.quantizers(mode, probs, index)
+        return quant_lora_linear(
+            x, self.weight, a, b, self.scaling, bits, probs, self.group_size, clip=clip, ste=self.ste, mode=mode,
+            bias=self.bias, backend=self.backend,
+        )
+
+    def quantizers(
+        self, mode: str, probs: Tensor | None, index: int | None
+    ) -> tuple[Tensor, Tensor, Sequence[int], Tensor | None, Tensor]:
+        """(A, B, bits, clip ratios, probabilities) of the precisions that `forward` mixes.
+
+        Raises:
+            JointNASError: neither probabilities nor an index.
+        """
+        (a, b), bits, clip = self.lora(mode), self.bits or (), self.clip_ratio()
         if index is not None:
             index = index if len(bits) > 1 else 0  # after `keep`, whatever number the precision has in the space
             bits, a, b = bits[index : index + 1], a[index : index + 1], b[index : index + 1]
@@ -185,10 +204,7 @@ class SupernetLinear(nn.Module):
             probs = a.new_ones(1, dtype=torch.float32)
         if probs is None:
             raise JointNASError("a linear with searched bits needs their probabilities.")
-        return quant_lora_linear(
-            x, self.weight, a, b, self.scaling, bits, probs, self.group_size, clip=clip, ste=self.ste, mode=mode,
-            bias=self.bias, backend=self.backend,
-        )
+        return a, b, bits, clip, probs
 
     def original(self, x: Tensor) -> Tensor:
         """The layer as it was before conversion (up to the reordering)."""

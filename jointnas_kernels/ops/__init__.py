@@ -9,6 +9,7 @@ from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
+from jointnas_kernels.ops.quant.mixture.group import quant_lora_linear_group
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
 from jointnas_kernels.ops.quant.weights import fake_quant_weight
@@ -41,6 +42,7 @@ __all__ = [
     "pack_weight",
     "prefix_mask",
     "quant_lora_linear",
+    "quant_lora_linear_group",
     "quant_lora_mix",
     "reinmax",
     "unpack_weight",

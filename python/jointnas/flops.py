@@ -57,6 +57,32 @@ def quant_lora_linear_backward(
     return found + (_product(tokens, weight) + _mix(weight, lora_a) if through_weight else 0)
 
 
+@register_flop_formula(OPS.quant_lora_linear_group)
+def quant_lora_linear_group(x: Shape, probs: Shape, *members: Any, **_: Any) -> int:
+    """Up to three of them on one x: weight, A, B and clip ratios each."""
+    return sum(_product(_tokens(x), w) + _mix(w, a) for w, a, *_ in _fours(members) if w is not None)
+
+
+@register_flop_formula(OPS.quant_lora_linear_group_backward)
+def quant_lora_linear_group_backward(
+    grad0: Shape, grad1: Any, grad2: Any, x: Any, probs: Any, *members: Any, **_: Any
+) -> int:  # fmt: skip
+    """As of each of them."""
+    ste, need, _backend = members[-3:]
+    found = 0
+    for j, (weight, a, b, _clip) in enumerate(_fours(members)):
+        if weight is not None:
+            of_pair, of_clip = need[2 + 3 * j : 4 + 3 * j], need[4 + 3 * j]
+            need_one = (need[0], False, *of_pair, need[1], of_clip)
+            found += quant_lora_linear_backward(grad0, x, None, weight, a, b, probs, None, None, 1.0, None, 1, ste,
+                                                False, need_one)  # fmt: skip
+    return found
+
+
+def _fours(members: Sequence[Any]) -> list[Any]:
+    return [members[i : i + 4] for i in (0, 4, 8)]
+
+
 @register_flop_formula(OPS.quant_lora_mix)
 def quant_lora_mix(weight: Shape, lora_a: Shape, *_: Any, **__: Any) -> int:
     """B A of every precision."""

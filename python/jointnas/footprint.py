@@ -141,7 +141,7 @@ class Alive(TorchDispatchMode):
         mixes = str(func).startswith("jointnas.quant_lora")
         for tensor in fresh:
             kind = LOSS if tensor.shape[-1:] == (self.vocabulary,) else ACTIVATIONS
-            if mixes and tensor is not made[0]:  # besides its result a mixture keeps the weight that it mixed
+            if mixes and len(made) > 1 and tensor is made[-1]:  # beside its results it keeps the weight that it mixed
                 kind = MIXED
             self.add((tensor,), kind)
         return outputs

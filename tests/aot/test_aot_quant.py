@@ -3,12 +3,16 @@ forward's instruction count, which decides whether it is bound by memory."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import triton.language as tl
 
 from jointnas_kernels.ops.quant.activations import act_backward_kernel, act_forward_kernel, row_config
 from jointnas_kernels.ops.quant.activations import backward_config as act_backward_config
 from jointnas_kernels.ops.quant.kernels import constants
+from jointnas_kernels.ops.quant.mixture import lora
 from jointnas_kernels.ops.quant.mixture.kernels import (
     backward_config,
     forward_config,
@@ -73,6 +77,32 @@ def test_mix_backward(mode: str, half: str, arch: int) -> None:
     compiled.assert_sound()
     assert compiled.has("HMMA", "HGMMA")
     assert compiled.count("LDGSTS") > 0, "the token loop is not pipelined"
+
+
+@ARCH
+@pytest.mark.parametrize("adapters", ["bf16", "fp32"])
+@pytest.mark.parametrize("kernel", [lora.to_rank_kernel, lora.from_rank_kernel], ids=["to rank", "from rank"])
+def test_lora_gradients(kernel, adapters: str, arch: int) -> None:
+    """Tensor cores on tiles that arrive asynchronously; gradients leave in pieces of 16 bytes."""
+    padded, columns = lora.width(len(BITS), 32)
+    values = {"P": len(BITS), "R_PAD": padded, "N": columns, **lora.config(columns)}
+    warps = values.pop("num_warps")
+    if kernel is lora.to_rank_kernel:
+        values |= {"SLICE": lora.SLICE, "SLICED": True, "W_DTYPE": tl.bfloat16}
+    kinds = {"probs_ptr": "fp32", "partial_ptr": "fp32", "counter_ptr": "i32"}
+    arguments: dict[str, object] = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        of_pairs = re.fullmatch(r"d?[ab]\d_ptr", name)
+        if name.endswith("_ptr"):
+            arguments[name] = f"*{adapters if of_pairs else kinds.get(name, 'bf16')}:16"
+        else:
+            arguments[name] = values.get(name, "fp32" if name == "scaling" else "i32:16")
+    compiled = compile_kernel(kernel, arguments, arch, num_warps=warps)
+    compiled.assert_sound()
+    assert compiled.has("HMMA", "HGMMA")
+    assert compiled.count("LDGSTS") > 0, "the loop is not pipelined"
+    assert compiled.count("STG.E.128") > 0
 
 
 @ARCH

@@ -62,3 +62,25 @@ def test_the_host_waits_for_nothing_within_a_block(found: Any) -> None:
 def test_a_table_is_made_of_rows(tmp_path: Path) -> None:
     assert instrument_sections.launch_count(tmp_path / "none.jsonl") == ""
     assert "| qllama3 weight step, 8 × 128 tokens, bf16" in instrument_sections.launch_count(launch_count.ROWS)
+
+
+# Launches of a block, forward and backward. The goal is 12 and 30; what is above says why it is.
+BOUNDS = {
+    # W~ is one launch for each linear, and swiglu, residual and norm are launches of their own
+    ("qllama3", "weight"): (20, 30),
+    # backward: a product and a reduction of dW for each linear (14), and sums of what the masks' gradients consist of
+    ("qllama3", "arch"): (20, 67),
+    # W x and B u are the library's products of each linear (14), and u of each input (4): no product has three factors
+    ("llama3", "weight"): (28, 45),
+    ("llama3", "arch"): (28, 53),
+}
+
+
+@pytest.mark.parametrize("space", launch_count.SPACES)
+@pytest.mark.parametrize("mode", launch_count.MODES)
+def test_no_launch_is_added(mode: str, space: str) -> None:
+    for row in read(launch_count.ROWS):
+        params = row["params"]
+        if (params["space"], params["mode"], params["adapters"]) == (space, mode, "bf16"):
+            found = [row["parts"][part]["launches"] for part in launch_count.PARTS]
+            assert all(n <= most for n, most in zip(found, BOUNDS[space, mode], strict=True)), found

@@ -63,7 +63,7 @@ def test_mixture_at_odd_addresses(given):
     x = None if given else torch.randn(9, 256).bfloat16()
     straight, shifted = Mixture(*tensors, *rest), Mixture(*map(odd, tensors), *map(odd, rest[:2]), *rest[2:])
     assert torch.equal(cuda.forward(straight), cuda.forward(shifted))
-    assert torch.equal(*(cuda.probs_gradient(m, Upstream(odd(grad), x)) for m in (straight, shifted)))
+    assert torch.equal(*(cuda.probs_gradient([m], [Upstream(odd(grad), x)]) for m in (straight, shifted)))
 
 
 def test_tensors_of_two_devices():

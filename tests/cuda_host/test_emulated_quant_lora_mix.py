@@ -44,7 +44,7 @@ def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
         probs = torch.eye(3)[p]
         with poisoned():
             mix = Mixture(weight, a, b, probs, ratio, 0.5, BITS, group)
-            out = cuda.forward(mix, columns, splits)
+            out = cuda.forward(mix, None, columns, splits)
         assert torch.equal(out, forward(mix))
 
 
@@ -69,12 +69,13 @@ def test_reduction(rows, begin, end, channels, group, columns, splits, with_clip
     grad = torch.randn(end - begin, channels).to(dtype)
     with poisoned():
         mix = cuda.operands(Mixture(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group))
-        partial = cuda.run(mix, grad=grad, begin=begin, end=end, columns=columns, splits=splits)
+        partial = torch.empty(cuda.warps(mix, columns, splits), 3)
+        cuda.run(mix, columns, splits, grad=grad, begin=begin, end=end, partial=partial)
     for p in range(3):
         quantized = forward(Mixture(weight.float(), a, b, torch.eye(3)[p], ratio, 0.5, BITS, group), dtype)
         expected = (grad.double() * quantized[begin:end].double()).sum()
         scale = (grad.double() * quantized[begin:end].double()).norm()
-        assert abs(partial[p].double().sum() - expected) <= 1e-5 * scale
+        assert abs(partial[:, p].double().sum() - expected) <= 1e-5 * scale
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["from x", "given"])
@@ -85,8 +86,10 @@ def test_probability_gradient(given, monkeypatch):
     dw = (grad.float().T @ x.float()).bfloat16()
     probs = torch.rand(3)
     mix = Mixture(weight, a, b, probs, clip, 0.5, BITS, 128)
-    got = cuda.probs_gradient(mix, Upstream(dw) if given else Upstream(grad, x))
+    upstream = Upstream(dw) if given else Upstream(grad, x)
+    got = cuda.probs_gradient([mix, mix], [upstream] * 2)  # of two linears
     _, _, expected, _ = gradients(mix, Upstream(dw), Want(False, True, False))
+    expected = 2 * expected
     assert (got - expected).norm() <= 2e-3 * expected.norm()
 
 

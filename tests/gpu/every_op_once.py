@@ -49,6 +49,14 @@ def quant_lora_linear() -> None:
         backward(ops.quant_lora_linear(leaf(7, 160), w, a, b, 0.5, BITS, probs, 32, clip=clip, ste="clip", mode=mode))
 
 
+def quant_lora_linear_group() -> None:
+    for mode in ("weight", "arch"):
+        layers = [mix_inputs(o, 1184, 32) for o in (33, 1100, 17)]
+        parts = [[layer[i] for layer in layers] for i in range(3)]
+        probs, clips = layers[0][3], [layer[4] for layer in layers]
+        backward(*ops.quant_lora_linear_group(leaf(70, 1184), *parts, 0.5, BITS, probs, 32, clips, mode=mode))
+
+
 def lowbit_linear() -> None:
     for w_bits in BITS:
         q = torch.randint(-(1 << (w_bits - 1)), 1 << (w_bits - 1), (33, 256), dtype=torch.int8, device="cuda")
@@ -127,6 +135,7 @@ CASES: dict[str, Callable[[], None]] = {
     "fake_quant_weight": lambda: backward(ops.fake_quant_weight(leaf(17, 96), 4, 32)),
     "quant_lora_mix": quant_lora_mix,
     "quant_lora_linear": quant_lora_linear,
+    "quant_lora_linear_group": quant_lora_linear_group,
     "lowbit_linear": lowbit_linear,
     "lowbit_kernels": lowbit_kernels,
     "decode_step": decode_step,

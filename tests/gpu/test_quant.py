@@ -114,12 +114,13 @@ def test_cuda_mix_plans(group, rank, dtype, device):
     first = cuda.forward(mix)
     assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
     for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
-        assert torch.equal(first, cuda.forward(mix, columns, splits))
+        assert torch.equal(first, cuda.forward(mix, None, columns, splits))
 
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
 @pytest.mark.parametrize("shape", [(2500, 4096, 32, 128), (600, 14336, 32, 128), (300, 256, 8, 64)], ids=str)
-def test_cuda_probs_over_several_chunks(shape, device):
+def test_cuda_probs_over_several_chunks(shape, device, monkeypatch):
+    monkeypatch.setattr(cuda, "CHUNK", 4 << 20)
     t = make(shape, torch.bfloat16, device)
     grad = torch.randn(70, shape[0], device=device).bfloat16()
     x = torch.randn(70, shape[1], device=device).bfloat16()

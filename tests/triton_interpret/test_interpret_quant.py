@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
+from jointnas_kernels.ops.core import arrival
 from jointnas_kernels.ops.quant.activations import act_quant_mix_reference
+from jointnas_kernels.ops.quant.mixture import lora
+from jointnas_kernels.ops.quant.mixture.reference import Mixture
 from jointnas_kernels.ops.quant.weights import fake_quant_weight_reference
 from jointnas_kernels.testing import assert_close, poisoned
 from tests.ops.test_act_quant_mix import tokens
@@ -85,6 +88,50 @@ def test_linear(count: int, shape: tuple[int, int, int, int], mode: str, ste: st
     wanted = gradients(expected, [leaves[n] for n in names], grad)
     for name, a, b in zip(names, got, wanted, strict=True):
         assert_close(a, b, 2 * TOLERANCE[dtype], name)
+
+
+@DTYPES
+@STE
+@pytest.mark.parametrize(("outputs", "rank", "tokens"), [((33, 7, 150), 5, 70), ((9, 20), 32, 1)], ids=str)
+def test_group(
+    outputs: tuple[int, ...], rank: int, tokens: int, ste: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over slices of channels, of which linears have one or several."""
+    monkeypatch.setattr(lora, "SLICE", 64)
+    layers = [make((o, 160, rank, 32), dtype) for o in outputs]
+    probs, x = layers[0]["probs"].requires_grad_(), torch.randn(tokens, 160).to(dtype).requires_grad_()
+    names = ["lora_a", "lora_b"] + (["clip"] if ste == "clip" else [])
+    for t in layers:
+        t["probs"] = probs
+        for name in names:
+            t[name].requires_grad_()
+    wanted = [x, probs, *(t[name] for t in layers for name in names)]
+    parts = [[t[name] for t in layers] for name in ("weight", "lora_a", "lora_b")]
+    clips = [t["clip"] for t in layers]
+    with poisoned():
+        got = ops.quant_lora_linear_group(x, *parts, 0.5, BITS, probs, 32, clips, ste, backend="triton")
+    options = {"scaling": 0.5, "bits": BITS, "group_size": 32, "ste": ste, "backend": "reference"}
+    expected = [ops.quant_lora_linear(x, **options, **t) for t in layers]
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, 2 * TOLERANCE[dtype])
+    grads = [torch.randn_like(y) for y in got]
+    with poisoned():
+        of_group = torch.autograd.grad(got, wanted, grads)
+    for a, b in zip(of_group, torch.autograd.grad(expected, wanted, grads), strict=True):
+        assert_close(a, b, 2 * TOLERANCE[dtype])
+
+
+def test_lora_gradients_repeat_and_leave_counters_at_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "SLICE", 64)
+    t = {k: v for k, v in make((40, 160, 3, 32), torch.float32).items() if k != "clip"}
+    mix = Mixture(clip=None, scaling=0.7, bits=BITS, group_size=32, **t)
+    grad, x = torch.randn(70, 40), torch.randn(70, 160)
+    first, second = (lora.gradients([grad, grad], x, [mix, mix]) for _ in range(2))
+    assert all(torch.equal(a, b) for p, q in zip(first, second, strict=True) for a, b in zip(p, q, strict=True))
+    assert not arrival.counters(x, 1).any()
+    empty = lora.gradients([grad[:0]], x[:0], [mix])
+    assert not any(part.any() for part in empty[0])
+    assert not lora.fits([mix._replace(lora_a=torch.zeros(3, 65, 160))])
 
 
 @DTYPES

@@ -36,9 +36,10 @@ def call(name: str, *args: Tensor | array[int] | float | None, threads: int | No
         check(code, f"CPU kernel {name!r} with {ISAS[isa]}")
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """A dense result like ``tensor``, large ones on huge pages (csrc/cpu/memory.cpp says why)."""
-    out = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def empty_like(tensor: Tensor, rows: int | None = None) -> Tensor:
+    """A dense result like ``tensor``, or with so many rows; large ones on huge pages (csrc/cpu/memory.cpp says why)."""
+    shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
+    out = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     size = out.numel() * out.element_size()
     if size >= HUGE_FROM:
         load().cpu_huge_pages(out.data_ptr(), size)

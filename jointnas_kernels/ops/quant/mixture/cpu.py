@@ -18,10 +18,10 @@ def _lora(mix: Mixture) -> tuple[Tensor, Tensor, int]:
     return mix.lora_a.to(dtype).contiguous(), mix.lora_b.to(dtype).contiguous(), cpu.DTYPES[dtype]
 
 
-def forward(mix: Mixture) -> Tensor:
-    """W~."""
+def forward(mix: Mixture, out: Tensor | None = None) -> Tensor:
+    """W~, in `out` if there is one."""
     w, (a, b, lora) = mix.weight.contiguous(), _lora(mix)
-    out = cpu.empty_like(w)
+    out = cpu.empty_like(w) if out is None else out
     cpu.call("quant_lora_mix", w, a, b, cpu.vector(mix.probs), cpu.optional(mix.clip), cpu.integers(mix.bits), out,
              *w.shape, len(mix.bits), a.shape[1], mix.group_size, float(mix.scaling), cpu.DTYPES[w.dtype], lora)
     return out

@@ -4,6 +4,7 @@ Half types, groups of 32, 64 or 128, input channels a multiple of 128, rank 8, 1
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +14,10 @@ from jointnas_kernels.ops.quant.mixture import kernels
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want, tiles
 
 WARPS = 8  # per block; one block per multiprocessor (255 registers)
-CHUNK = 8 << 20  # elements of dW at a time
+# Elements of dW at a time: 128 MB, any matrix of an 8B model at once. Pieces of 2^23 would stay in the second-level
+# cache, but their reduction is bound by some 31 instructions per element (predicted: 9 us on 132 multiprocessors, where
+# dW and W take 8 us from memory), and each piece is two launches of the host: 56 in a block instead of 14.
+CHUNK = 64 << 20
 
 
 def unsupported(mix: Mixture) -> str | None:
@@ -56,65 +60,84 @@ def plan(rows: int, inputs: int, most: int, multiprocessors: int) -> tuple[int, 
     return min(choices, key=lambda choice: cost(*choice))
 
 
+@functools.cache
+def _exact(scaling: float, dtype: torch.dtype) -> bool:
+    """Whether the dtype holds the scaling."""
+    return torch.tensor(scaling, dtype=dtype).item() == scaling
+
+
 def operands(mix: Mixture) -> Mixture:
     """The mixture in the form the kernel reads."""
     weight, dtype, b, scaling = mix.weight, mix.weight.dtype, mix.lora_b, mix.scaling
-    exact = torch.tensor(scaling, dtype=dtype).item() == scaling
-    if b.dtype != dtype or not exact:  # else the kernel's own product would round twice
+    if b.dtype != dtype or not _exact(scaling, dtype):  # else the kernel's own product would round twice
         b, scaling = b.float() * scaling, 1.0
     clip = None if mix.clip is None else mix.clip.float()
     weight, a, b = (cuda.aligned(t.to(dtype)) for t in (weight, mix.lora_a, b))
     return Mixture(weight, a, b, mix.probs.float(), clip, scaling, mix.bits, mix.group_size).dense()
 
 
+def launch_plan(mix: Mixture, rows: int, reduce: bool) -> tuple[int, int]:
+    """`plan` for so many rows on this device."""
+    most = most_columns(mix.group_size, len(mix.bits), mix.clip is not None, reduce, shared_limit(mix.weight))
+    return plan(rows, mix.weight.shape[1], most, cuda.multiprocessors(mix.weight))
+
+
+def warps(mix: Mixture, columns: int, splits: int) -> int:
+    """Of a launch, each of which leaves a partial sum per precision."""
+    return math.ceil(mix.weight.shape[1] / (128 * columns)) * splits * WARPS
+
+
 def run(
-    mix: Mixture, out: Tensor | None = None, grad: Tensor | None = None, begin: int = 0, end: int | None = None,
-    columns: int | None = None, splits: int | None = None,
-) -> Tensor | None:  # fmt: skip
-    """Write ``out``, or return the partial sums [P, n] of <grad, Q_p> for grad = G[begin:end]; of `operands`."""
+    mix: Mixture, columns: int, splits: int, out: Tensor | None = None, grad: Tensor | None = None, begin: int = 0,
+    end: int | None = None, partial: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write ``out``, or to ``partial`` [warps, P] the sums <grad, Q_p> for grad = G[begin:end]; of `operands`."""
     (rows, inputs), (precisions, rank, _) = mix.weight.shape, mix.lora_a.shape
-    end = rows if end is None else end
-    if columns is None or splits is None:
-        limit = shared_limit(mix.weight)
-        most = most_columns(mix.group_size, precisions, mix.clip is not None, grad is not None, limit)
-        columns, splits = plan(end - begin, inputs, most, cuda.multiprocessors(mix.weight))
-    partial = None
-    if grad is not None:
-        blocks = math.ceil(inputs / (128 * columns))
-        partial = mix.weight.new_empty(precisions, blocks * splits * WARPS, dtype=torch.float32)
     bits = sum(width << (8 * p) for p, width in enumerate(mix.bits))
     cuda.call(
-        "quant_lora_mix", *mix[:3], grad, mix.probs, mix.clip, out, partial, rows, begin, end, inputs, rank, precisions,
-        mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], columns, splits, float(mix.scaling), on=mix.weight,
+        "quant_lora_mix", *mix[:3], grad, mix.probs, mix.clip, out, partial, rows, begin, rows if end is None else end,
+        inputs, rank, precisions, mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], columns, splits,
+        float(mix.scaling), on=mix.weight,
     )  # fmt: skip
-    return partial
 
 
-def forward(mix: Mixture, columns: int | None = None, splits: int | None = None) -> Tensor:
-    """W~; ``columns`` and ``splits`` override the launch plan."""
+def forward(
+    mix: Mixture, out: Tensor | None = None, columns: int | None = None, splits: int | None = None
+) -> Tensor:  # fmt: skip
+    """W~, in ``out`` if there is one; ``columns`` and ``splits`` override the launch plan."""
     mix = operands(mix)
-    out = torch.empty_like(mix.weight)
+    out = torch.empty_like(mix.weight) if out is None else out
     if out.numel():
-        run(mix, out, columns=columns, splits=splits)
+        if columns is None or splits is None:
+            columns, splits = launch_plan(mix, len(out), False)
+        run(mix, columns, splits, out)
     return out
 
 
-def probs_gradient(mix: Mixture, upstream: Upstream) -> Tensor:
-    """dprobs. The library GEMM writes some rows of G at a time, 16 MB that stay in the second-level cache, and the
-    forward's kernel reduces them: at 1024 tokens that GEMM is twice as fast as one with registers left for this
-    epilogue."""
-    read = operands(mix)
-    rows, inputs = mix.weight.shape
-    sums = []
-    for tile in tiles(rows, max(256, CHUNK // inputs // 256 * 256)):
-        grad = cuda.aligned(upstream.rows(tile).to(mix.weight.dtype))
-        sums.append(run(read, grad=grad, begin=tile.start, end=tile.stop))
-    return torch.cat([s for s in sums if s is not None], dim=1).sum(1).to(mix.probs.dtype)
+def reduces(mix: Mixture) -> bool:
+    """Whether the kernel can reduce dW: its shared memory fits."""
+    return most_columns(mix.group_size, len(mix.bits), mix.clip is not None, True, shared_limit(mix.weight)) > 0
+
+
+def probs_gradient(mixes: Sequence[Mixture], upstream: Sequence[Upstream]) -> Tensor:
+    """dprobs of linears that share them. The library GEMM writes G, at most CHUNK of it, and the forward's kernel
+    reduces it: at 1024 tokens that GEMM is twice as fast as one with registers left for this epilogue. One sum at the
+    end adds up what all these launches left."""
+    launches: list[tuple[Mixture, Upstream, slice, tuple[int, int]]] = []
+    for mix, of in zip(mixes, upstream, strict=True):
+        read, (rows, inputs) = operands(mix), mix.weight.shape
+        for tile in tiles(rows, max(256, CHUNK // inputs // 256 * 256)):
+            launches.append((read, of, tile, launch_plan(read, tile.stop - tile.start, True)))
+    counts = [warps(mix, *shape) for mix, _, _, shape in launches]
+    sums = mixes[0].weight.new_empty(sum(counts), len(mixes[0].bits), dtype=torch.float32)
+    for (mix, of, tile, shape), partial in zip(launches, sums.split(counts), strict=True):
+        grad = cuda.aligned(of.rows(tile).to(mix.weight.dtype))
+        run(mix, *shape, grad=grad, begin=tile.start, end=tile.stop, partial=partial)
+    return sums.sum(0).to(mixes[0].probs.dtype)
 
 
 def gradients(mix: Mixture, upstream: Upstream, want: Want) -> Gradients:
     """This kernel's in arch steps, where only probs have a gradient; else Triton's."""
-    group, precisions, clip = mix.group_size, len(mix.bits), mix.clip is not None
-    if want != (False, True, False) or most_columns(group, precisions, clip, True, shared_limit(mix.weight)) < 1:
+    if want != (False, True, False) or not reduces(mix):
         return kernels.gradients(mix, upstream, want)
-    return None, None, probs_gradient(mix, upstream), None
+    return None, None, probs_gradient([mix], [upstream]), None

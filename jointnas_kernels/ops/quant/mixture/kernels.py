@@ -240,11 +240,11 @@ def backward_config(group_size: int, epilogue_gemms: bool) -> dict[str, int]:
     return {"BLOCK": 32, "num_warps": 8} if epilogue_gemms else {"BLOCK": 64, "num_warps": 4}
 
 
-def forward(mix: Mixture) -> Tensor:
-    """W~."""
+def forward(mix: Mixture, out: Tensor | None = None) -> Tensor:
+    """W~, in `out` if there is one."""
     mix = mix.dense()
     (o, i), rank, has_clip = mix.weight.shape, mix.lora_a.shape[1], mix.clip is not None
-    groups, out = i // mix.group_size, torch.empty_like(mix.weight)
+    groups, out = i // mix.group_size, torch.empty_like(mix.weight) if out is None else out
     tile = tile_constants(mix.bits, mix.group_size, rank, has_clip)
     config = forward_config(mix.group_size, has_clip, hopper(mix.weight))
     if out.numel():

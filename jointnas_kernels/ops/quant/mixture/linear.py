@@ -4,23 +4,101 @@ That would be 64 MB in fp32 for one 4096 x 4096 weight, and 3x that in traffic. 
 V = g [B'_1 .. B'_P], both [T, P r]:
 
     weight step, ste="identity"   dx = g W~        dB_p = scaling probs[p] g^T U_p        dA_p = probs[p] V_p^T x
+                                  (on a GPU in two launches: lora.py)
     arch step or ste="clip"       the reductions of quant_lora_mix over tiles of g^T x: in the epilogue of one GEMM
                                   that recomputes Q_p of its tile (Triton), or some rows at a time through the
-                                  library's GEMM (the others; 16 MB that stay in cache)
+                                  library's GEMM (the others; on a GPU 128 MB at most)
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import autocast_dtype, bad, compute_dtype, without_autocast
+from jointnas_kernels.ops.quant.mixture import cuda, lora
 from jointnas_kernels.ops.quant.mixture.op import IMPLEMENTATIONS, checked, choose
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want
+
+ON_GPU = ("cuda", "triton")
+
+
+def _mixed(how: str, mixes: Sequence[Mixture]) -> Tensor:
+    """The W~ of linears below each other, [sum of O, I]."""
+    run, first = IMPLEMENTATIONS[how].forward, mixes[0].weight
+    if len(mixes) == 1:
+        return run(mixes[0])
+    sizes = [len(mix.weight) for mix in mixes]
+    found = cpu.empty_like(first, sum(sizes)) if how == "cpu" else first.new_empty(sum(sizes), first.shape[1])
+    for mix, part in zip(mixes, found.split(sizes), strict=True):
+        if how == "reference":
+            part.copy_(run(mix))
+        else:
+            run(mix, out=part)
+    return found
+
+
+def products(
+    how: str, x: Tensor, mixes: Sequence[Mixture], biases: Sequence[Tensor | None]
+) -> tuple[list[Tensor], Tensor]:
+    """The y of each linear, and W~ in the dtype of x. On a GPU one product: the y are views of its result."""
+    with without_autocast(x):
+        mixed, sizes = _mixed(how, mixes).to(x.dtype), [len(mix.weight) for mix in mixes]
+        if how in ON_GPU and all(b is None for b in biases):
+            return list(F.linear(x, mixed).split(sizes, dim=-1)), mixed
+        parts = zip(mixed.split(sizes), biases, strict=True)
+        return [F.linear(x, part, None if bias is None else bias.to(x.dtype)) for part, bias in parts], mixed
+
+
+class Need(NamedTuple):
+    """Which gradients to compute of any linear of a group."""
+
+    x: bool
+    probs: bool
+    lora: bool
+    clip: bool
+
+
+def gradients(
+    how: str, grads: Sequence[Tensor], x: Tensor | None, mixes: Sequence[Mixture], mixed: Tensor | None, need: Need
+) -> tuple[Tensor | None, Tensor | None, list[Gradients]]:
+    """dx, dprobs, and (dA, dB, None, dclip) of each linear."""
+    dx = dprobs = None
+    sums: list[Gradients] = [(None, None, None, None)] * len(mixes)
+    flat = [g.reshape(-1, g.shape[-1]) for g in grads]
+    if need.x and mixed is not None:
+        for g, part in zip(flat, mixed.split([len(mix.weight) for mix in mixes]), strict=True):
+            dx = g @ part if dx is None else dx.addmm_(g, part)
+        assert dx is not None
+        dx = dx.view(*grads[0].shape[:-1], mixed.shape[1])
+    if x is not None:  # else no other gradient is wanted
+        x2, rank_only = x.reshape(-1, x.shape[-1]), need.lora and mixes[0].ste == "identity"
+        want = Want(need.lora and not rank_only, need.probs, need.clip)
+        upstream = [Upstream(g, x2) for g in flat]
+        if how == "cuda" and want == (False, True, False) and all(map(cuda.reduces, mixes)):
+            dprobs = cuda.probs_gradient(mixes, upstream)
+        elif any(want):
+            sums = [IMPLEMENTATIONS[how].gradients(mix, g, want) for mix, g in zip(mixes, upstream, strict=True)]
+            for _, _, one, _ in sums:
+                dprobs = one if dprobs is None or one is None else dprobs + one
+        if rank_only:
+            of_lora = (
+                lora.gradients(flat, x2, mixes)
+                if how in ON_GPU and lora.fits(mixes)
+                else [lora_gradients(g, x2, mix) for g, mix in zip(flat, mixes, strict=True)]
+            )
+            sums = [(*pair, *rest[2:]) for pair, rest in zip(of_lora, sums, strict=True)]
+    return dx, dprobs, sums
+
+
+def bias_gradient(grad: Tensor, bias: Tensor) -> Tensor:
+    """Sum over tokens."""
+    return grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
 
 
 def _forward(
@@ -29,9 +107,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """y, and W~ in the dtype of x where it is kept for dx."""
     mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
-    with without_autocast(x):
-        mixed = IMPLEMENTATIONS[how].forward(mix).to(x.dtype)
-        y = F.linear(x, mixed, None if bias is None else bias.to(x.dtype))
+    (y,), mixed = products(how, x, [mix], [bias])
     return y, None if recompute else mixed
 
 
@@ -40,23 +116,13 @@ def _backward(how: str, grad: Tensor, x: Tensor | None, bias: Tensor | None, *ar
     weight, lora_a, lora_b, probs, clip, mixed, scaling, bits, group_size, ste, recompute, need = args
     mix = Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
     need_x, need_bias, need_a, need_b, need_probs, need_clip = need
-    dx = dbias = None
-    sums: Gradients = (None, None, None, None)
     with without_autocast(grad):
-        flat = grad.reshape(-1, grad.shape[-1])
-        if need_x:
-            dx = grad @ (IMPLEMENTATIONS[how].forward(mix).to(grad.dtype) if recompute else mixed)
-        if need_bias and bias is not None:
-            dbias = flat.sum(0).to(bias.dtype)
-        if x is not None:  # else no other gradient is wanted
-            x2 = x.reshape(-1, x.shape[-1])
-            rank_only = (need_a or need_b) and ste == "identity"
-            want = Want((need_a or need_b) and not rank_only, need_probs, need_clip)
-            if any(want):
-                sums = IMPLEMENTATIONS[how].gradients(mix, Upstream(flat, x2), want)
-            if rank_only:
-                sums = (*lora_gradients(flat, x2, mix), *sums[2:])
-    return dx, dbias, *sums
+        if recompute and need_x:
+            mixed = IMPLEMENTATIONS[how].forward(mix).to(grad.dtype)
+        wanted = Need(need_x, need_probs, need_a or need_b, need_clip)
+        dx, dprobs, ((da, db, _, dclip),) = gradients(how, [grad], x, [mix], mixed, wanted)
+        dbias = bias_gradient(grad, bias) if need_bias and bias is not None else None
+    return dx, dbias, da, db, dprobs, dclip
 
 
 def lora_gradients(grad: Tensor, x: Tensor, mix: Mixture) -> tuple[Tensor, Tensor]:
