@@ -13,6 +13,7 @@
 // Per element and precision: |max|, 2 for the exact quotient, + 2^23, clamp, - 2^23, fma = 7 operations. The quotient:
 // with r + t = 1/s to 45 bits, RN(x r + RN(x t)) = RN(x / s) because s has at most 11 significant bits.
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "cuda/dispatch.cuh"
@@ -21,21 +22,18 @@
 namespace jointnas {
 
 // W~ = sum_p probs[p] * Q_p(W + scaling B_p A_p), or, if there is a grad, sum(grad * Q_p) of the rows begin .. end - 1,
-// one partial sum per warp.
+// one partial sum per warp. Of several weights with the same inputs in one launch, by a block each.
 struct MixArgs {
-  const void* weight;   // [O, I] dtype, I a multiple of 128
-  const void* lora_a;   // [P, r, I] dtype, r 8, 16, 24 or 32
-  const void* lora_b;   // [P, O, r] dtype
+  const int64_t* weights;  // on the host, a Weight each
+  int count;               // of them, at most kMost; one if there is a grad or a clip
   const void* grad;     // [end - begin, I] dtype, or null
   const float* probs;   // [P], P at most 4
-  const float* clip;    // [P, O, I / group_size], or null
-  void* out;            // [O, I] dtype; not written if there is a grad
   float* partial;       // [ceil(I / 128 / columns) * splits * kWarps, P]; only if there is a grad
-  int rows, begin, end; // O, and the rows to work on
+  int begin, end;       // the rows to work on, if there is a grad; else all
   int inputs, rank, precisions, group_size;  // I, r, P; group_size 32, 64 or 128
   int bits;             // bit width of precision p in byte p
   int dtype;
-  int columns, splits;  // 128-input tiles per block; blocks along the rows
+  int columns;          // 128-input tiles per block
   float scaling;
 };
 
@@ -45,15 +43,24 @@ constexpr int kWarps = 8, kThreads = 32 * kWarps, kTile = 128, kRows = 16, kPrec
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, to nearest even
 constexpr float kTiny = 0x1p-100f;
 
+struct Weight {
+  const void* weight;   // [O, I] dtype, I a multiple of 128
+  const void* lora_a;   // [P, r, I] dtype, r 8, 16, 24 or 32
+  const void* lora_b;   // [P, O, r] dtype
+  const float* clip;    // [P, O, I / group_size], or null
+  void* out;            // [O, I] dtype; not written if there is a grad
+  int rows, splits;     // O; blocks along the rows; one integer in Python
+};
+constexpr int kMost = 3;
+
 struct Params {
-  const void *weight, *lora_a, *lora_b, *grad;
-  const float *probs, *clip;
-  void* out;
+  Weight of[kMost];
+  const void* grad;
+  const float* probs;
   float* partial;
-  int rows, begin, end;  // of W; the part of them to work on
+  int begin, end;  // rows of W to work on, if there is a grad
   int inputs, rank, precisions;
   int columns;         // 128-input tiles per block
-  int tiles_per_block; // 16-row tiles per block
   float scaling;
   uint32_t nil;  // 0, which the compiler must not know: xor with it puts W into operand order once, not per precision
   float high[kPrecisions], inverse[kPrecisions], rest[kPrecisions];  // top level; 1 / ((2^b - 1)/2) in two floats
@@ -73,13 +80,14 @@ template <int GROUPS, bool CLIP, bool REDUCE> struct Layout {
 
 // A_p of this block's columns as B operands of the products: word k/8 of lane 4 n + (k/2 % 4) holds
 // ranks k, k + 1 of column n of n-tile j. Column n = 2 t + e of n-tile j = 4 c + i is input 32 c + 8 t + 2 i + e.
-template <class T> JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, int first_column, int columns) {
+template <class T>
+JN_DEVICE void load_lora_a(const Params& p, const Weight& m, Vec4* fragments, int first_column, int columns) {
   static_assert(kThreads == 256, "one thread per piece of 8 columns and pair of ranks");
   const int piece = threadIdx.x / 16, pair = threadIdx.x % 16;  // so that a warp's stores meet in no bank thrice
   const bool inside = 2 * pair < p.rank;  // the rank is even; zeros here make the padding of B' irrelevant
   const int tile = 4 * (piece / 4), lane = 8 * (piece % 4) + pair % 4;
   uint32_t* words = reinterpret_cast<uint32_t*>(fragments) + (tile * 32 + lane) * 4 + pair / 4;
-  const T* a = static_cast<const T*>(p.lora_a) + first_column * kTile + 8 * piece;
+  const T* a = static_cast<const T*>(m.lora_a) + first_column * kTile + 8 * piece;
   if (inside) a += static_cast<size_t>(2 * pair) * p.inputs;
   for (int column = 0; column < columns; ++column, a += kTile) {
     const T* from = a;
@@ -101,12 +109,13 @@ template <class T> JN_DEVICE void load_lora_a(const Params& p, Vec4* fragments, 
 }
 
 // Past the end the last row stands in: its dW is taken as 0, and it is not stored.
-JN_DEVICE int existing(const Params& p, int row) { return row < p.end ? row : p.end - 1; }
+JN_DEVICE int existing(int end, int row) { return row < end ? row : end - 1; }
 
 // Start fetching B_p of 16 rows: [precision][row][4 vectors], swapped within a row: ldmatrix then meets no bank twice.
 JN_HOST_DEVICE int lora_b_place(int row, int vector) { return 4 * row + (vector ^ (row / 2 % 4)); }
-template <class T> JN_DEVICE void fetch_lora_b(const Params& p, Vec4* stage, int first_row, int lane) {
-  const T* b = static_cast<const T*>(p.lora_b);
+template <class T>
+JN_DEVICE void fetch_lora_b(const Params& p, const Weight& m, Vec4* stage, int first_row, int end, int lane) {
+  const T* b = static_cast<const T*>(m.lora_b);
   const int vector = lane % 4;
   const bool inside = 8 * vector < p.rank;
 #pragma unroll 1
@@ -114,37 +123,39 @@ template <class T> JN_DEVICE void fetch_lora_b(const Params& p, Vec4* stage, int
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = lane / 4 + 8 * i;
-      const T* from = b + static_cast<size_t>(existing(p, first_row + row)) * p.rank + (inside ? 8 * vector : 0);
+      const T* from = b + static_cast<size_t>(existing(end, first_row + row)) * p.rank + (inside ? 8 * vector : 0);
       ptx::cp_async16(stage + lora_b_place(row, vector), from, inside);
     }
     stage += 64;
-    b += static_cast<size_t>(p.rows) * p.rank;
+    b += static_cast<size_t>(m.rows) * p.rank;
   }
 }
 
 // The clip ratios of a tile: [precision][group][16 rows].
-template <int GROUP> JN_DEVICE void fetch_ratios(const Params& p, float* stage, int first_row, int input, int lane) {
+template <int GROUP>
+JN_DEVICE void fetch_ratios(const Params& p, const Weight& m, float* stage, int first_row, int end, int input,
+                            int lane) {
   constexpr int kGroups = kTile / GROUP;
   const int groups = p.inputs / GROUP;
-  const float* from = p.clip + static_cast<size_t>(existing(p, first_row + lane % 16)) * groups + input / GROUP;
+  const float* from = m.clip + static_cast<size_t>(existing(end, first_row + lane % 16)) * groups + input / GROUP;
 #pragma unroll 1
   for (int i = lane / 16; i < p.precisions * kGroups; i += 2)
-    ptx::cp_async4(stage + i * 16 + lane % 16, from + static_cast<size_t>(i / kGroups) * p.rows * groups + i % kGroups);
+    ptx::cp_async4(stage + i * 16 + lane % 16, from + static_cast<size_t>(i / kGroups) * m.rows * groups + i % kGroups);
 }
 
 // This lane's eight pieces of 16 rows by 128 columns of W and of dW.
 template <class T, bool REDUCE>
-JN_DEVICE void fetch_tile(const Params& p, Vec4* stage, int first_row, int input, int lane) {
+JN_DEVICE void fetch_tile(const Params& p, const Weight& m, Vec4* stage, int first_row, int end, int input, int lane) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int row = first_row + lane / 4 + 8 * h, r = existing(p, row);
-    const T* w = static_cast<const T*>(p.weight) + static_cast<size_t>(r) * p.inputs + input + 8 * (lane % 4);
+    const int row = first_row + lane / 4 + 8 * h, r = existing(end, row);
+    const T* w = static_cast<const T*>(m.weight) + static_cast<size_t>(r) * p.inputs + input + 8 * (lane % 4);
     const T* g = static_cast<const T*>(p.grad) + static_cast<size_t>(r - p.begin) * p.inputs + input + 8 * (lane % 4);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       Vec4* to = stage + (4 * h + c) * 32 + lane;
       ptx::cp_async16(to, w + 32 * c, true);
-      if (REDUCE) ptx::cp_async16(to + 8 * 32, g + 32 * c, row < p.end);
+      if (REDUCE) ptx::cp_async16(to + 8 * 32, g + 32 * c, row < end);
     }
   }
 }
@@ -168,8 +179,8 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
   constexpr int kGroups = kTile / GROUP;  // groups per tile
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   using At = Layout<kGroups, CLIP, REDUCE>;
-  Vec4* fragments = reinterpret_cast<Vec4*>(shared);
-  unsigned char* own = shared + fragment_bytes(p.columns, p.precisions) + warp * At::kBytes;
+  unsigned char* own = shared + warp * At::kBytes;  // first: no register is left for its distance from the fragments
+  Vec4* fragments = reinterpret_cast<Vec4*>(shared + kWarps * At::kBytes);
   Vec4* mine = reinterpret_cast<Vec4*>(own);
   Vec4* lora_b = reinterpret_cast<Vec4*>(own + At::kLoraB);         // [which][precision][64]
   float* ratios = reinterpret_cast<float*>(own + At::kRatios);      // [tile % 2][precision][group][16 rows]
@@ -177,21 +188,27 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 
   const int first_column = blockIdx.x * p.columns, left = p.inputs / kTile - first_column;
   const int columns = left < p.columns ? left : p.columns;
-  const int tiles = (p.end - p.begin + kRows - 1) / kRows;
-  const int first = blockIdx.y * p.tiles_per_block + warp;
-  const int last = (blockIdx.y + 1) * p.tiles_per_block < tiles ? (blockIdx.y + 1) * p.tiles_per_block : tiles;
+  // Which of the weights, and which of its blocks along the rows. With ratios no register is left for it.
+  int which = 0, part = blockIdx.y;
+  if (!REDUCE && !CLIP)
+    while (part >= p.of[which].splits) part -= p.of[which++].splits;
+  const Weight& m = p.of[which];
+  const int begin = REDUCE ? p.begin : 0, end = REDUCE ? p.end : m.rows;
+  const int tiles = (end - begin + kRows - 1) / kRows, splits = m.splits;
+  const int tiles_per_block = (tiles + splits - 1) / splits, first = part * tiles_per_block + warp;
+  const int last = (part + 1) * tiles_per_block < tiles ? (part + 1) * tiles_per_block : tiles;
   const int steps = first < last ? (last - first + kWarps - 1) / kWarps * columns : 0;
 
-  int column = 0, row = p.begin + first * kRows;
+  int column = 0, row = begin + first * kRows;
   if (steps) {
-    fetch_tile<T, REDUCE>(p, mine, row, first_column * kTile, lane);
-    fetch_lora_b<T>(p, lora_b + row / (kWarps * kRows) % 2 * At::kBuffer, row, lane);
-    if (CLIP) fetch_ratios<GROUP>(p, ratios, row, first_column * kTile, lane);
+    fetch_tile<T, REDUCE>(p, m, mine, row, end, first_column * kTile, lane);
+    fetch_lora_b<T>(p, m, lora_b + row / (kWarps * kRows) % 2 * At::kBuffer, row, end, lane);
+    if (CLIP) fetch_ratios<GROUP>(p, m, ratios, row, end, first_column * kTile, lane);
   }
   ptx::cp_async_commit();
   if (REDUCE)
     for (int precision = 0; precision < p.precisions; ++precision) sums[precision * 32] = 0;
-  load_lora_a<T>(p, fragments, first_column, columns);
+  load_lora_a<T>(p, m, fragments, first_column, columns);
   ptx::sync_threads();
 
   // The identity as a B operand: lane 4 g + t holds (2 t == g, 2 t + 1 == g).
@@ -215,14 +232,9 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
 #pragma unroll
       for (int j = 0; j < 16; ++j) ptx::mma_m16n8k8<T>(mixed[j], grad[j][0], grad[j][1], one);
     }
-    const int input = (first_column + column) * kTile, at_row = row;
     const Vec4* b = lora_b + row / (kWarps * kRows) % 2 * At::kBuffer;
     const float* ratio = ratios + step % 2 * At::kRatioBuffer + g;
     const Vec4* a = fragments + column * p.precisions * 16 * 32 + lane;
-    if (++column == columns) {
-      column = 0;
-      row += kWarps * kRows;
-    }
 #pragma unroll 1
     for (int precision = 0; precision < p.precisions; ++precision, a += 16 * 32, b += 64) {
       float x[16][4];
@@ -246,10 +258,11 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
       }
       float total = 0;
       if (precision == 0 && step + 1 < steps) {  // w has left shared memory by now: fetch the next tile into its place
-        const int next = (first_column + column) * kTile;
-        fetch_tile<T, REDUCE>(p, mine, row, next, lane);
-        if (column == 0) fetch_lora_b<T>(p, lora_b + row / (kWarps * kRows) % 2 * At::kBuffer, row, lane);
-        if (CLIP) fetch_ratios<GROUP>(p, ratios + (step + 1) % 2 * At::kRatioBuffer, row, next, lane);
+        const bool below = column + 1 == columns;
+        const int to = below ? row + kWarps * kRows : row, next = (first_column + (below ? 0 : column + 1)) * kTile;
+        fetch_tile<T, REDUCE>(p, m, mine, to, end, next, lane);
+        if (below) fetch_lora_b<T>(p, m, lora_b + to / (kWarps * kRows) % 2 * At::kBuffer, to, end, lane);
+        if (CLIP) fetch_ratios<GROUP>(p, m, ratios + (step + 1) % 2 * At::kRatioBuffer, to, end, next, lane);
         ptx::cp_async_commit();
       }
       const float high = kMagic + p.high[precision], low = kMagic - p.high[precision] - 1;
@@ -293,8 +306,9 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
     if constexpr (!REDUCE) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (at_row + g + 8 * h >= p.end) continue;
-        T* out = static_cast<T*>(p.out) + static_cast<size_t>(at_row + g + 8 * h) * p.inputs + input + 8 * t;
+        if (row + g + 8 * h >= end) continue;
+        T* out = static_cast<T*>(m.out) + static_cast<size_t>(row + g + 8 * h) * p.inputs;
+        out += (first_column + column) * kTile + 8 * t;
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
           Vec4 v;
@@ -303,6 +317,10 @@ __global__ void __launch_bounds__(kThreads, 1) mix_kernel(const __grid_constant_
           *reinterpret_cast<Vec4*>(out + 32 * c) = v;
         }
       }
+    }
+    if (++column == columns) {
+      column = 0;
+      row += kWarps * kRows;
     }
   }
   if constexpr (REDUCE) {
@@ -326,13 +344,19 @@ template <class T, int GROUP, bool CLIP, bool REDUCE> int run(const Params& p, i
 
 int quant_lora_mix(const MixArgs& a, cudaStream_t stream) {
   if (a.precisions < 1 || a.precisions > kPrecisions || a.rank < 8 || a.rank > 32 || a.rank % 8 || a.inputs % kTile ||
-      a.columns < 1 || a.splits < 1 || a.begin < 0 || a.begin >= a.end || a.end > a.rows || a.inputs == 0)
+      a.columns < 1 || a.inputs == 0 || a.count < 1 || a.count > kMost)
     return kBadArgument;
-  if (!aligned(a.weight, a.lora_a, a.lora_b, a.grad, a.out)) return kMisaligned;
-  Params p{a.weight, a.lora_a, a.lora_b, a.grad, a.probs, a.clip, a.out, a.partial, a.rows, a.begin, a.end, a.inputs,
-           a.rank, a.precisions, a.columns, 0, a.scaling, 0, {}, {}, {}};
-  const int tiles = (a.end - a.begin + kRows - 1) / kRows;
-  p.tiles_per_block = (tiles + a.splits - 1) / a.splits;
+  Params p{{}, a.grad, a.probs, a.partial, a.begin, a.end, a.inputs, a.rank, a.precisions, a.columns, a.scaling, 0, {},
+           {}, {}};
+  std::memcpy(p.of, a.weights, a.count * sizeof(Weight));
+  int splits = 0;
+  for (int i = 0; i < a.count; ++i) {
+    const Weight& w = p.of[i];
+    if (w.rows < 1 || w.splits < 1 || (a.count > 1 && (a.grad || w.clip))) return kBadArgument;
+    if (!aligned(w.weight, w.lora_a, w.lora_b, a.grad, w.out)) return kMisaligned;
+    splits += w.splits;
+  }
+  if (a.grad && (a.begin < 0 || a.begin >= a.end || a.end > p.of[0].rows)) return kBadArgument;
   for (int i = 0; i < a.precisions; ++i) {
     const int bits = a.bits >> (8 * i) & 255;
     const double divisor = ((1 << bits) - 1) / 2.0;
@@ -341,8 +365,9 @@ int quant_lora_mix(const MixArgs& a, cudaStream_t stream) {
     p.rest[i] = static_cast<float>(1 / divisor - p.inverse[i]);
   }
   return dispatch([&](auto type, auto group, auto clip, auto reduce) {
-    return run<Half<type>, group, clip != 0, reduce != 0>(p, a.splits, stream);
-  }, Type{a.dtype}, OneOf<32, 64, 128>{a.group_size}, OneOf<0, 1>{p.clip != nullptr}, OneOf<0, 1>{p.grad != nullptr});
+    return run<Half<type>, group, clip != 0, reduce != 0>(p, splits, stream);
+  }, Type{a.dtype}, OneOf<32, 64, 128>{a.group_size}, OneOf<0, 1>{p.of[0].clip != nullptr},
+     OneOf<0, 1>{p.grad != nullptr});
 }
 JN_EXPORT(quant_lora_mix);
 

@@ -44,8 +44,33 @@ def test_levels(rows, channels, rank, group, columns, splits, with_clip, dtype):
         probs = torch.eye(3)[p]
         with poisoned():
             mix = Mixture(weight, a, b, probs, ratio, 0.5, BITS, group)
-            out = cuda.forward(mix, None, columns, splits)
+            out = torch.empty_like(weight)
+            cuda.forward_all([mix], [out], columns, [splits])
         assert torch.equal(out, forward(mix))
+
+
+@pytest.mark.parametrize("lora", [torch.bfloat16, torch.float32], ids=str)
+def test_several_weights_in_one_launch(lora: torch.dtype) -> None:
+    """As each alone; fp32 pairs that a power of two scales are cast by one launch, to the same values."""
+    drawn = [inputs(rows, 256, 16, 64, torch.bfloat16) for rows in (83, 1, 300)]
+    probs = torch.rand(3)
+    mixes = [
+        Mixture(w, a.to(lora) * 1.01, b.to(lora) * 1.01, probs, None, 0.5, BITS, 64) for w, a, b, _ in drawn
+    ]
+    rounded = [m._replace(lora_a=m.lora_a.bfloat16(), lora_b=(m.lora_b * 0.5).bfloat16(), scaling=1.0) for m in mixes]
+    with poisoned():
+        outs = [torch.empty_like(m.weight) for m in mixes]
+        cuda.forward_all(mixes, outs)
+    assert all(torch.equal(out, cuda.forward(m)) for out, m in zip(outs, rounded, strict=True))
+
+
+@pytest.mark.parametrize("rows", [(4096, 1024, 1024), (14336, 14336)], ids=str)
+def test_a_group_fills_the_device_as_one_weight_does(rows: tuple[int, ...]) -> None:
+    """Busiest warps have at most a fifth more tiles than an even share."""
+    columns, splits = plan(rows, 4096, most_columns(128, 3, False, False, 227 * 1024), 132)
+    heights = [math.ceil(math.ceil(r / 16) / s) for r, s in zip(rows, splits, strict=True)]
+    waves = math.ceil(math.ceil(32 / columns) * sum(splits) / 132)
+    assert waves * math.ceil(max(heights) / WARPS) * columns <= 1.2 * sum(rows) / 16 * 32 / (132 * WARPS) + 1
 
 
 def test_levels_of_subnormal_scales():
@@ -68,9 +93,9 @@ def test_reduction(rows, begin, end, channels, group, columns, splits, with_clip
     ratio = clip if with_clip else None
     grad = torch.randn(end - begin, channels).to(dtype)
     with poisoned():
-        mix = cuda.operands(Mixture(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group))
+        (mix,) = cuda.operands([Mixture(weight, a, b, torch.rand(3), ratio, 0.5, BITS, group)])
         partial = torch.empty(cuda.warps(mix, columns, splits), 3)
-        cuda.run(mix, columns, splits, grad=grad, begin=begin, end=end, partial=partial)
+        cuda.run([mix], columns, [splits], grad=grad, begin=begin, end=end, partial=partial)
     for p in range(3):
         quantized = forward(Mixture(weight.float(), a, b, torch.eye(3)[p], ratio, 0.5, BITS, group), dtype)
         expected = (grad.double() * quantized[begin:end].double()).sum()
@@ -107,7 +132,7 @@ def test_mixture_and_scaling():
 @pytest.mark.parametrize(("rows", "channels"), [(4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (1, 128)])
 def test_launch_plan_fills_the_device(rows, channels):
     """At the 8B shapes the busiest warp has at most a fifth more (or one) tiles than an even share."""
-    columns, splits = plan(rows, channels, most_columns(128, 3, True, False, 227 * 1024), 132)
+    columns, (splits,) = plan((rows,), channels, most_columns(128, 3, True, False, 227 * 1024), 132)
     blocks, tiles = math.ceil(channels / 128 / columns), math.ceil(rows / 16)
     most = math.ceil(blocks * splits / 132) * math.ceil(math.ceil(tiles / splits) / WARPS) * columns
     even = tiles * channels / 128 / (132 * WARPS)

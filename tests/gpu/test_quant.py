@@ -114,7 +114,9 @@ def test_cuda_mix_plans(group, rank, dtype, device):
     first = cuda.forward(mix)
     assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
     for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
-        assert torch.equal(first, cuda.forward(mix, None, columns, splits))
+        out = torch.empty_like(first)
+        cuda.forward_all([mix], [out], columns, [splits])
+        assert torch.equal(first, out)
 
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")

@@ -1,6 +1,10 @@
 """Calling the compiled CUDA kernels (csrc/cuda), torch tensors in and out."""
 
+from __future__ import annotations
+
 import functools
+from array import array
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,20 +36,30 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+def _address(name: str, value: Tensor | int | float | None, device: torch.device) -> int | float:
+    """Of a tensor on this device; None is null, numbers are themselves."""
+    if isinstance(value, Tensor):
+        if value.device != device:
+            raise JointNASError(f"{name}: tensors on {device} and {value.device}; move them to one device")
+        return value.data_ptr()
+    return 0 if value is None else value
+
+
+def addresses(name: str, device: torch.device, values: Sequence[Tensor | int | None]) -> array[int]:
+    """What `call` would pass, in memory of the host whose address a kernel's launcher takes; keep it until then.
+
+    Raises:
+        JointNASError: a tensor on another device.
+    """
+    return array("q", [int(_address(name, value, device)) for value in values])
+
+
 def call(name: str, *args: Tensor | int | float | None, on: Tensor) -> None:
     """``_C.NAME(args..., stream)`` on the device and current stream of ``on``; tensors become addresses, None null.
 
     Raises:
         JointNASError: a tensor on another device, or arguments that the kernel refuses.
     """
-    device = on.device
-    values: list[int | float] = []
-    for a in args:
-        if isinstance(a, Tensor):
-            if a.device != device:
-                raise JointNASError(f"{name}: tensors on {device} and {a.device}; move them to one device")
-            values.append(a.data_ptr())
-        else:
-            values.append(0 if a is None else a)
+    values = [_address(name, a, on.device) for a in args]
     with torch.cuda.device_of(on):
         _ext.check(getattr(_ext.load(cuda=True), name)(*values, current_stream(on)), name)

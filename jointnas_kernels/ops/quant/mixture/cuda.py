@@ -15,8 +15,8 @@ from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Ups
 
 WARPS = 8  # per block; one block per multiprocessor (255 registers)
 # Elements of dW at a time: 128 MB, any matrix of an 8B model at once. Pieces of 2^23 would stay in the second-level
-# cache, but their reduction is bound by some 31 instructions per element (predicted: 9 us on 132 multiprocessors, where
-# dW and W take 8 us from memory), and each piece is two launches of the host: 56 in a block instead of 14.
+# cache, which saves little: the kernel takes 26 us for as many (H200, forward), their dW 4 us from memory (predicted).
+# But each piece is two launches of the host: 56 in a block instead of 14.
 CHUNK = 64 << 20
 
 
@@ -44,20 +44,27 @@ def most_columns(group_size: int, precisions: int, clip: bool, reduce: bool, lim
 
 
 @functools.cache
-def plan(rows: int, inputs: int, most: int, multiprocessors: int) -> tuple[int, int]:
-    """(128-channel tiles per block, at most ``most``; blocks along the rows) with the least total time.
+def plan(rows: tuple[int, ...], inputs: int, most: int, multiprocessors: int) -> tuple[int, tuple[int, ...]]:
+    """(128-channel tiles per block, at most ``most``; of each weight blocks along its rows) with the least total time.
 
     In units of a warp's work on a tile (about 2000 instructions): fetching B of a row tile costs 0.05, A of a column
     0.05, and blocks run in waves of one per multiprocessor.
     """
-    tiles, columns_all = math.ceil(rows / 16), inputs // 128
+    tiles, columns_all = [math.ceil(count / 16) for count in rows], inputs // 128
 
-    def cost(columns: int, splits: int) -> float:
-        waves = math.ceil(math.ceil(columns_all / columns) * splits / multiprocessors)
-        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) * (columns + 0.05) + 0.05 * columns)
+    def split(parts: int) -> tuple[int, tuple[int, ...]]:
+        """(row tiles per block, blocks) where the largest weight has so many parts."""
+        height = math.ceil(max(tiles) / parts)
+        return height, tuple(math.ceil(count / height) for count in tiles)
 
-    choices = itertools.product(range(1, most + 1), range(1, min(math.ceil(tiles / WARPS), 128) + 1))
-    return min(choices, key=lambda choice: cost(*choice))
+    def cost(columns: int, parts: int) -> float:
+        height, splits = split(parts)
+        waves = math.ceil(math.ceil(columns_all / columns) * sum(splits) / multiprocessors)
+        return waves * (math.ceil(height / WARPS) * (columns + 0.05) + 0.05 * columns)
+
+    choices = itertools.product(range(1, most + 1), range(1, min(math.ceil(max(tiles) / WARPS), 128) + 1))
+    columns, parts = min(choices, key=lambda choice: cost(*choice))
+    return columns, split(parts)[1]
 
 
 @functools.cache
@@ -66,20 +73,36 @@ def _exact(scaling: float, dtype: torch.dtype) -> bool:
     return torch.tensor(scaling, dtype=dtype).item() == scaling
 
 
-def operands(mix: Mixture) -> Mixture:
-    """The mixture in the form the kernel reads."""
-    weight, dtype, b, scaling = mix.weight, mix.weight.dtype, mix.lora_b, mix.scaling
-    if b.dtype != dtype or not _exact(scaling, dtype):  # else the kernel's own product would round twice
-        b, scaling = b.float() * scaling, 1.0
-    clip = None if mix.clip is None else mix.clip.float()
-    weight, a, b = (cuda.aligned(t.to(dtype)) for t in (weight, mix.lora_a, b))
-    return Mixture(weight, a, b, mix.probs.float(), clip, scaling, mix.bits, mix.group_size).dense()
+def operands(mixes: Sequence[Mixture]) -> list[Mixture]:
+    """Mixtures that share all but weight, pairs and clip ratios, in the form the kernel reads.
+
+    A and B in another dtype are cast by one launch, where it does not matter whether B is scaled before or behind: in
+    bf16 and by a power of two. Elsewhere the kernel's own product would round twice.
+    """
+    (weight, *_), scaling = mixes[0][:5], mixes[0].scaling
+    dtype, every = weight.dtype, [t for mix in mixes for t in mix[1:3]]
+    if not all(t.dtype == dtype for t in every) or not _exact(scaling, dtype):
+        if dtype == torch.bfloat16 and math.frexp(scaling)[0] == 0.5:
+            sizes = [t.numel() for t in every]
+            memory = weight.new_empty(sum(sizes))
+            parts = [part.view(t.shape) for part, t in zip(memory.split(sizes), every, strict=True)]
+            torch._foreach_copy_(parts, every)
+            every = parts
+        else:
+            every = [t.to(dtype) if i % 2 == 0 else (t.float() * scaling).to(dtype) for i, t in enumerate(every)]
+            scaling = 1.0
+    probs, found = mixes[0].probs.float().contiguous(), []
+    for i, mix in enumerate(mixes):
+        clip = None if mix.clip is None else mix.clip.float().contiguous()
+        w, a, b = (cuda.aligned(t) for t in (mix.weight, *every[2 * i : 2 * i + 2]))
+        found.append(Mixture(w, a, b, probs, clip, scaling, mix.bits, mix.group_size))
+    return found
 
 
-def launch_plan(mix: Mixture, rows: int, reduce: bool) -> tuple[int, int]:
-    """`plan` for so many rows on this device."""
+def launch_plan(mix: Mixture, rows: Sequence[int], reduce: bool) -> tuple[int, tuple[int, ...]]:
+    """`plan` for weights of so many rows on this device."""
     most = most_columns(mix.group_size, len(mix.bits), mix.clip is not None, reduce, shared_limit(mix.weight))
-    return plan(rows, mix.weight.shape[1], most, cuda.multiprocessors(mix.weight))
+    return plan(tuple(rows), mix.weight.shape[1], most, cuda.multiprocessors(mix.weight))
 
 
 def warps(mix: Mixture, columns: int, splits: int) -> int:
@@ -88,29 +111,40 @@ def warps(mix: Mixture, columns: int, splits: int) -> int:
 
 
 def run(
-    mix: Mixture, columns: int, splits: int, out: Tensor | None = None, grad: Tensor | None = None, begin: int = 0,
-    end: int | None = None, partial: Tensor | None = None,
+    mixes: Sequence[Mixture], columns: int, splits: Sequence[int], outs: Sequence[Tensor | None] = (None,),
+    grad: Tensor | None = None, begin: int = 0, end: int = 0, partial: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write ``out``, or to ``partial`` [warps, P] the sums <grad, Q_p> for grad = G[begin:end]; of `operands`."""
-    (rows, inputs), (precisions, rank, _) = mix.weight.shape, mix.lora_a.shape
+    """Write the W~ of each, or to ``partial`` [warps, P] the sums <grad, Q_p> for grad = G[begin:end] of one; of
+    `operands`."""
+    (mix, *_), (precisions, rank, inputs) = mixes, mixes[0].lora_a.shape
     bits = sum(width << (8 * p) for p, width in enumerate(mix.bits))
+    weights = cuda.addresses("quant_lora_mix", mix.weight.device, [
+        value
+        for one, out, count in zip(mixes, outs, splits, strict=True)
+        for value in (*one[:3], one.clip, out, len(one.weight) | count << 32)
+    ])  # fmt: skip
     cuda.call(
-        "quant_lora_mix", *mix[:3], grad, mix.probs, mix.clip, out, partial, rows, begin, rows if end is None else end,
-        inputs, rank, precisions, mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], columns, splits,
-        float(mix.scaling), on=mix.weight,
+        "quant_lora_mix", weights.buffer_info()[0], len(mixes), grad, mix.probs, partial, begin, end, inputs, rank,
+        precisions, mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], columns, float(mix.scaling), on=mix.weight,
     )  # fmt: skip
 
 
-def forward(
-    mix: Mixture, out: Tensor | None = None, columns: int | None = None, splits: int | None = None
-) -> Tensor:  # fmt: skip
-    """W~, in ``out`` if there is one; ``columns`` and ``splits`` override the launch plan."""
-    mix = operands(mix)
-    out = torch.empty_like(mix.weight) if out is None else out
+def forward_all(
+    mixes: Sequence[Mixture], outs: Sequence[Tensor], columns: int | None = None, splits: Sequence[int] | None = None
+) -> None:
+    """W~ of each of up to three with the same inputs and no clip ratios, or of one, in ``outs``, by one launch;
+    ``columns`` and ``splits`` override its plan."""
+    mixes = operands(mixes)
+    if columns is None or splits is None:
+        columns, splits = launch_plan(mixes[0], [len(mix.weight) for mix in mixes], False)
+    run(mixes, columns, splits, outs)
+
+
+def forward(mix: Mixture, out: Tensor | None = None) -> Tensor:
+    """W~, in ``out`` if there is one."""
+    out = torch.empty_like(mix.weight, memory_format=torch.contiguous_format) if out is None else out
     if out.numel():
-        if columns is None or splits is None:
-            columns, splits = launch_plan(mix, len(out), False)
-        run(mix, columns, splits, out)
+        forward_all([mix], [out])
     return out
 
 
@@ -123,16 +157,16 @@ def probs_gradient(mixes: Sequence[Mixture], upstream: Sequence[Upstream]) -> Te
     """dprobs of linears that share them. The library GEMM writes G, at most CHUNK of it, and the forward's kernel
     reduces it: at 1024 tokens that GEMM is twice as fast as one with registers left for this epilogue. One sum at the
     end adds up what all these launches left."""
-    launches: list[tuple[Mixture, Upstream, slice, tuple[int, int]]] = []
-    for mix, of in zip(mixes, upstream, strict=True):
-        read, (rows, inputs) = operands(mix), mix.weight.shape
-        for tile in tiles(rows, max(256, CHUNK // inputs // 256 * 256)):
-            launches.append((read, of, tile, launch_plan(read, tile.stop - tile.start, True)))
-    counts = [warps(mix, *shape) for mix, _, _, shape in launches]
+    launches: list[tuple[Mixture, Upstream, slice, int, int]] = []
+    for mix, of in zip(operands(mixes), upstream, strict=True):
+        for tile in tiles(len(mix.weight), max(256, CHUNK // mix.weight.shape[1] // 256 * 256)):
+            columns, (splits,) = launch_plan(mix, [tile.stop - tile.start], True)
+            launches.append((mix, of, tile, columns, splits))
+    counts = [warps(mix, columns, splits) for mix, _, _, columns, splits in launches]
     sums = mixes[0].weight.new_empty(sum(counts), len(mixes[0].bits), dtype=torch.float32)
-    for (mix, of, tile, shape), partial in zip(launches, sums.split(counts), strict=True):
+    for (mix, of, tile, columns, splits), partial in zip(launches, sums.split(counts), strict=True):
         grad = cuda.aligned(of.rows(tile).to(mix.weight.dtype))
-        run(mix, *shape, grad=grad, begin=tile.start, end=tile.stop, partial=partial)
+        run([mix], columns, [splits], grad=grad, begin=tile.start, end=tile.stop, partial=partial)
     return sums.sum(0).to(mixes[0].probs.dtype)
 
 
