@@ -103,6 +103,7 @@ class Bench:
     def supernet(self, name: str, lora_dtype: torch.dtype, backend: str | None = None) -> hf.Supernet:
         model = models.build_llama(self.config, self.device, self.dtype, like=self.base)
         net = hf.convert(model, self.space(name), lora_dtype=lora_dtype, backend=backend)
+        net.repeats.after = None  # eager steps are eager ones
         with torch.no_grad():
             net.arch.logits["blocks"][-1] = 60.0
             for parameter in net.lora_parameters():

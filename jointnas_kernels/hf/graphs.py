@@ -16,7 +16,9 @@ backward pass whose activations were overwritten raises (see `_Guard`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +29,8 @@ from torch import Tensor, nn
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.nn.block import Step
 from jointnas_kernels.nn.choices import ArchParameters, ArchSample, BlockSample
+
+log = logging.getLogger(__name__)
 
 
 class Net(Protocol):
@@ -47,6 +51,26 @@ class Net(Protocol):
         """Masked embeddings [B, T, N] of token ids [B, T], and what the blocks share."""
 
 
+class Capturing(Protocol):
+    """What captures by itself need of a supernet."""
+
+    graphs: BlockGraphs | None
+
+    @property
+    def current_mode(self) -> str:
+        """Whose gradients steps compute."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether graphs can be captured where it is now."""
+
+    def capture(self, batch: int, tokens: int, modes: Sequence[str]) -> Any:
+        """Captures the blocks for these modes."""
+
+    def release(self) -> Any:
+        """Lets go of graphs."""
+
+
 class Replay(NamedTuple):
     """One captured block."""
 
@@ -65,6 +89,8 @@ class BlockGraphs:
         make: Callable[..., Any] = torch.cuda.make_graphed_callables,
     ) -> None:
         self.shape, self.modes = (batch, tokens), tuple(modes)
+        self.automatic = False  # nobody asked for it: what its replays would overwrite, they leave alone
+        self._open: weakref.ref[_Open] | None = None  # the last pass, until its backward pass ran
         _check(net, self.modes)
         cuda = net.device.type == "cuda"
         before = _reserved(net.device)
@@ -150,6 +176,11 @@ class BlockGraphs:
             and all(d.get(name) is value for d, name, value in self._bindings)
         )
 
+    @property
+    def busy(self) -> bool:
+        """Whether another pass or draw would overwrite what a backward pass to come reads, and may not."""
+        return self.automatic and self._open is not None and self._open() is not None
+
     def begin(self) -> int:
         """A forward pass starts: activations of the last one are overwritten."""
         self.ticket += 1
@@ -174,6 +205,20 @@ class BlockGraphs:
         guarded: Tensor = _Guard.apply(x, self, ticket)  # type: ignore[no-untyped-call]
         return guarded
 
+    def opened(self) -> _Open:
+        """A pass whose backward pass may come."""
+        pass_ = _Open()
+        self._open = weakref.ref(pass_)
+        return pass_
+
+    def closed(self) -> None:
+        """Its backward pass runs."""
+        self._open = None
+
+
+class _Open:
+    """Lives as long as the backward pass of a forward pass can run."""
+
 
 class _Guard(torch.autograd.Function):
     """Before the first backward replay: the activations must still be those of this forward pass, and gradients that
@@ -181,7 +226,7 @@ class _Guard(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, graphs: BlockGraphs, ticket: int) -> Tensor:
-        ctx.graphs, ctx.ticket = graphs, ticket
+        ctx.graphs, ctx.ticket, ctx.open = graphs, ticket, graphs.opened()
         return x.view_as(x)
 
     @staticmethod
@@ -193,10 +238,52 @@ class _Guard(torch.autograd.Function):
                 " backward right after each forward pass, or release() the graphs."
             )
         graphs.ticket += 1
+        graphs.closed()
         for p in graphs.parameters:
             if p.grad is not None:
                 p.grad = p.grad.clone()
         return grads[0], None, None
+
+
+class Repeats:
+    """Captures a supernet's blocks by itself when one step, of one mode and shape, came ``after`` times in a row.
+
+    Modes that were seen at this shape are captured together. What cannot be captured, or does not fit into memory, is
+    not tried again.
+    """
+
+    def __init__(self, after: int = 3) -> None:
+        self.after: int | None = after
+        self._seen: dict[str, tuple[tuple[int, ...], int]] = {}  # by mode: shape, how often in a row
+
+    def step(self, net: Capturing, shape: torch.Size, plain: bool) -> None:
+        """A training step over ids of a shape begins; ``plain``: nothing in it forbids graphs."""
+        graphs, mode = net.graphs, net.current_mode
+        if self.after is None or (graphs is not None and not graphs.automatic):
+            return
+        before, count = self._seen.pop(mode, (tuple(shape), 0))
+        if not plain:
+            return
+        count = count + 1 if before == tuple(shape) else 1
+        self._seen[mode] = tuple(shape), count
+        if count < self.after or (graphs is not None and mode in graphs.modes and graphs.shape == tuple(shape)):
+            return
+        if not net.capturable:
+            return
+        modes = [name for name, (other, _) in self._seen.items() if other == tuple(shape)]
+        try:
+            net.capture(*shape, modes=modes)
+            if net.graphs is not None:
+                net.graphs.automatic = True
+        except (JointNASError, RuntimeError) as error:  # no memory, above all; steps run as they did
+            self.after = None
+            net.release()
+            log.info("steps run without CUDA graphs: %s", error)
+
+    def __deepcopy__(self, _: Any) -> Repeats:
+        copied = Repeats()
+        copied.after = self.after
+        return copied
 
 
 # ---- pieces ---------------------------------------------------------------------------------------------------------

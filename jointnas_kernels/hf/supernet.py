@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.hf.graphs import BlockGraphs
+from jointnas_kernels.hf.graphs import BlockGraphs, Repeats
 from jointnas_kernels.hf.ordering import Order
 from jointnas_kernels.hf.pretrained import Pretrained
 from jointnas_kernels.hf.visibility import check_positions, sequences, visible
@@ -49,6 +49,9 @@ class Supernet(Pretrained):
             give their gates a gradient; their output is the identity either way. "weight" mode always skips them.
         gradient_checkpointing: recompute blocks in the backward pass.
         graphs: the captured blocks, see `capture`; None: none.
+        repeats: on a CUDA device, blocks are captured by themselves when the same training step came `repeats.after`
+            times in a row (3; None: never) and nothing forbids it. Then more than one forward pass may be open: all but
+            the first run without graphs. What else `capture` says holds.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Supernet(Pretrained):
         self.sample: ArchSample | None = None
         self.choice: Choice | None = None
         self.graphs: BlockGraphs | None = None
+        self.repeats = Repeats()
         self._mode = "weight"
         self._window = next((w for w in sliding_windows(config) if w is not None), None)
         self._qk_norm = traits(config).qk_norm
@@ -112,7 +116,7 @@ class Supernet(Pretrained):
     def use(self, alphas: Mapping[str, Tensor]) -> ArchSample:
         """Like `draw`, with given values (keyed as `arch.draw` returns them); gradients reach them."""
         self.choice = None
-        if self.graphs is not None:
+        if self.graphs is not None and not self.graphs.busy:
             self.sample = self.graphs.assemble(self, alphas)
         else:
             self.sample = self.arch.assemble(alphas, device=self.device, dtype=self.mask_dtype)
@@ -163,6 +167,13 @@ class Supernet(Pretrained):
         self.release()
         self.graphs = BlockGraphs(self, batch, tokens, modes)
         return self
+
+    @property
+    def capturable(self) -> bool:
+        """Whether blocks can be captured here: on a CUDA device that captures nothing else, without hooks in blocks."""
+        if self.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            return False
+        return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self.blocks.modules())
 
     def release(self) -> Supernet:
         """Let go of captured graphs and their memory."""
@@ -232,6 +243,9 @@ class Supernet(Pretrained):
             raise unknown("argument", asked[0], (*allowed, "return_dict"), where="a supernet's forward pass")
         if position_ids is not None:
             check_positions(position_ids, *input_ids.shape)
+        plain = attention_mask is None and position_ids is None and self.choice is None
+        plain = plain and self.training and torch.is_grad_enabled() and not self.gradient_checkpointing
+        self.repeats.step(self, input_ids.shape, plain and not torch.is_autocast_enabled(self.device.type))
         sample = self._automatic() if self.sample is None else self.sample
         graphs = None if position_ids is not None else self._replayable(sample, input_ids, attention_mask)
         ticket = 0 if graphs is None else graphs.begin()
@@ -271,6 +285,8 @@ class Supernet(Pretrained):
     ) -> BlockGraphs | None:
         """The graphs, if a forward pass of these may use them."""
         if self.graphs is None or attention_mask is not None or torch.is_autocast_enabled(self.device.type):
+            return None
+        if self.graphs.busy:
             return None
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return None

@@ -107,6 +107,7 @@ def capture(run: Run) -> None:
     """CUDA graphs for both kinds of steps, whose batches all have one shape; on other devices nothing."""
     config, supernet = run.config, run.supernet
     wanted = config.search.capture and not config.search.gradient_checkpointing  # the two exclude each other
+    supernet.repeats.after = None  # now or never
     if not wanted or supernet.device.type != "cuda" or sharding.sharding():
         return
     try:

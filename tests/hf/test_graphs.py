@@ -275,3 +275,111 @@ def test_refusals() -> None:
         capture(build(QUANT_SPACE, bit_relaxation="reinmax"))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(JointNASError, match="autocast"):
         capture(build(SPACE))
+
+
+# ---- by itself ----
+
+
+def repeating(space: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> tuple[Supernet, list[tuple[int, ...]], StandIn]:
+    """A supernet that may capture by itself, the shapes and numbers of modes that it captured, and what is replayed."""
+    net, captured = build(space), []
+    net.train()
+    make = StandIn(net)
+
+    def capture_on_cpu(self: Supernet, batch: int, tokens: int, modes: Any = ()) -> Supernet:
+        captured.append((batch, tokens, len(modes)))
+        self.graphs = BlockGraphs(self, batch, tokens, modes, make)
+        return self
+
+    monkeypatch.setattr(Supernet, "capturable", property(lambda one: one is net))
+    monkeypatch.setattr(Supernet, "capture", capture_on_cpu)
+    return net, captured, make
+
+
+def trained(net: Supernet, mode: str, seed: int, tokens: int = TOKENS) -> tuple[Tensor, list[Tensor | None]]:
+    return step(net, mode, seed, ids(BATCH, tokens, seed=seed))
+
+
+def test_equal_steps_in_a_row_are_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager = build(QUANT_SPACE).train()
+    net, captured, make = repeating(QUANT_SPACE, monkeypatch)
+    for seed in range(5):
+        for mode in ("weight", "arch"):
+            make.replayed.clear()
+            assert_same(trained(net, mode, seed), trained(eager, mode, seed))
+            assert bool(make.replayed) == (seed > 2 or (seed == 2 and mode == "arch"))  # not what was drawn before
+    assert captured == [(BATCH, TOKENS, 2)]
+    net.eval()
+    make.replayed.clear()
+    for tokens in (TOKENS + 1, TOKENS, TOKENS + 1, TOKENS):  # none in a row
+        net.train()
+        trained(net, "weight", 0, tokens)
+    assert captured == [(BATCH, TOKENS, 2)]
+    for seed in range(4):
+        assert_same(trained(net, "weight", seed, TOKENS + 1), trained(eager, "weight", seed, TOKENS + 1))
+    assert captured == [(BATCH, TOKENS, 2), (BATCH, TOKENS + 1, 1)]
+
+
+def test_passes_that_are_open_together_keep_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two forward passes, then two backward passes, with a draw between: as without graphs."""
+    eager = build(SPACE).train()
+    net, captured, make = repeating(SPACE, monkeypatch)
+    for seed in range(3):
+        trained(net, "weight", seed)
+    assert captured
+    for seed in (3, 4):
+        make.replayed.clear()
+        found = []
+        for one in (net, eager):
+            one.mode("weight").zero_grad()
+            losses = []
+            for draw in range(2):
+                one.draw(torch.Generator().manual_seed(10 * seed + draw))
+                x = ids(BATCH, TOKENS, seed=draw)
+                losses.append(one(x, labels=x).loss)
+            for loss in losses:
+                loss.backward()
+            found.append((losses[0].detach(), [None if p.grad is None else p.grad.clone() for p in one.parameters()]))
+        assert make.replayed
+        assert_same(*found)
+
+
+@pytest.mark.parametrize("what", ["never", "evaluation", "mask", "no gradients", "checkpointing", "fixed", "asked for"])
+def test_what_forbids_it(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, captured, make = repeating(SPACE, monkeypatch)
+    x = ids(BATCH, TOKENS)
+    net.mode("weight")
+    if what == "never":
+        net.repeats.after = None
+    elif what == "evaluation":
+        net.eval()
+    elif what == "checkpointing":
+        net.gradient_checkpointing = True
+    elif what == "fixed":
+        net.fix(SPACE.full())
+    elif what == "asked for":
+        net.graphs = BlockGraphs(net, BATCH, TOKENS, ("weight",), make)
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.long) if what == "mask" else None
+    for _ in range(4):
+        with torch.set_grad_enabled(what != "no gradients"):
+            net(x, attention_mask=mask, labels=x)
+    assert not captured
+
+
+def test_what_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, captured, _ = repeating(SPACE, monkeypatch)
+
+    def fails(*_: Any, **__: Any) -> None:
+        captured.append(())
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Supernet, "capture", fails)
+    for seed in range(5):
+        trained(net, "weight", seed)
+    assert captured == [()]
+    assert net.graphs is None
+    assert copy.deepcopy(net).repeats.after is None
+
+
+def test_a_cpu_has_no_graphs() -> None:
+    assert not build(SPACE).capturable
