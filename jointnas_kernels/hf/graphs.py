@@ -272,7 +272,7 @@ class Repeats:
             return
         modes = [name for name, (other, _) in self._seen.items() if other == tuple(shape)]
         try:
-            net.capture(*shape, modes=modes)
+            net.capture(shape[0], shape[1], modes)
             if net.graphs is not None:
                 net.graphs.automatic = True
         except (JointNASError, RuntimeError) as error:  # no memory, above all; steps run as they did

@@ -32,7 +32,7 @@ def types(kernel, values: dict[str, object]) -> dict[str, object]:
         elif name.removesuffix("_ptr") in ("x", "g", "h", "y", "up", "w", "out", "dx", "dh", "dy", "dup", "dgate"):
             out[name] = HALF
         else:
-            out[name] = VECTOR
+            out[name] = "*i32:16" if name == "counter_ptr" else VECTOR
     return out
 
 
@@ -53,7 +53,7 @@ def check(compiled: Compiled, wide: bool = True) -> None:
 def test_channel_mask(arch: int, reduce: bool) -> None:
     values = {"REDUCE": reduce, "mask_ptr": VECTOR} | tile(reduce)
     if not reduce:
-        values |= {"x_ptr": None, "partial_ptr": None}
+        values |= {"x_ptr": None, "partial_ptr": None, "dmask_ptr": None, "counter_ptr": None}
     check(compile_kernel(channel_mask_kernel, types(channel_mask_kernel, values), arch, num_warps=8))
 
 
@@ -68,7 +68,7 @@ def test_swiglu_forward(arch: int) -> None:
 def test_swiglu_backward(arch: int, need: bool) -> None:
     values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need} | tile(need)
     if not need:
-        values |= {"dr_ptr": None, "dc_ptr": None}
+        values |= dict.fromkeys(("dr_part_ptr", "dc_part_ptr", "dr_ptr", "dc_ptr", "counter_ptr"))
     check(compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8))
 
 
@@ -85,9 +85,9 @@ def test_residual_forward(arch: int, gated: bool) -> None:
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
 def test_residual_backward(arch: int, need: bool) -> None:
     values: dict[str, object] = {"HAS_MASK": True, "NEED_MASK": need, "NEED_GATE": need} | tile(need)
-    values["dgate_ptr"] = VECTOR if need else None
+    values["dgate_ptr"] = VECTOR
     if not need:
-        values["dmask_ptr"] = None
+        values |= dict.fromkeys(("mask_part_ptr", "gate_part_ptr", "dmask_ptr", "dgate_ptr", "counter_ptr"))
     check(compile_kernel(residual_backward_kernel, types(residual_backward_kernel, values), arch, num_warps=8))
 
 

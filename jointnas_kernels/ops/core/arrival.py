@@ -25,6 +25,19 @@ def last_to_arrive(counter_ptr, programs):
     return last
 
 
+@triton.jit
+def sum_columns(part_ptr, out_ptr, programs, width, col, col_ok, BLOCK_N: tl.constexpr):
+    """Sums over the first axis of partial sums [programs, width], of BLOCK_N columns, by the last program to arrive."""
+    ROWS: tl.constexpr = 16  # in flight: five loads for 66 programs, of 0.8 us each
+    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for first in range(0, programs, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = part_ptr + row[:, None] * width + col[None, :]
+        ok = (row < programs)[:, None] & col_ok[None, :]
+        total += tl.load(at, mask=ok, other=0.0, cache_modifier=".cg")
+    tl.store(out_ptr + col, tl.sum(total, axis=0), mask=col_ok)
+
+
 @functools.lru_cache(maxsize=64)
 def _counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)

@@ -21,6 +21,7 @@ from torch import Tensor
 from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops.core import cpu
 from jointnas_kernels.ops.core.backends import interpreting
+from jointnas_kernels.ops.core.columns import column_sums
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
 from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
@@ -230,7 +231,7 @@ def _launch_backward(
                 flat.stride(0), WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask, **config,
                 **constants(grad.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
             )  # fmt: skip
-    of_probs, of_mask = (None if part is None else part.sum(0) for part in (dprobs, dmask))
+    of_mask, of_probs = column_sums(dmask, dprobs)
     return dx, in_dtype_of(of_probs, probs), in_dtype_of(of_mask, mask)
 
 

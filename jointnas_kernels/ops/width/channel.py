@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles, strip
+from jointnas_kernels.ops.core.arrival import counters, last_to_arrive, sum_columns
+from jointnas_kernels.ops.core.columns import STAGES, partial_sums, row_tiles, strip, total_of
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, processors, rows
 
@@ -34,10 +35,12 @@ def _reference_backward(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequ
 
 @triton.jit
 def channel_mask_kernel(
-    g_ptr, x_ptr, mask_ptr, out_ptr, partial_ptr, count, width, column_blocks, per_program, g_stride, x_stride,
+    g_ptr, x_ptr, mask_ptr, out_ptr, partial_ptr, dmask_ptr, counter_ptr, count, width, column_blocks, per_program,
+    g_stride, x_stride,
     REDUCE: tl.constexpr, LOOP_STAGES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out = g * mask; with REDUCE also this program's column sums of g * x. x is read only then."""
+    """out = g * mask; with REDUCE also the column sums of g * x: each program's, and their sum by the last of those
+    with the same columns. x is read only then."""
     chunk, start, last, col, col_ok = strip(count, width, column_blocks, per_program, BLOCK_N)
     mask = tl.load(mask_ptr + col, mask=col_ok, other=0.0).to(tl.float32)  # [BLOCK_N]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -50,6 +53,9 @@ def channel_mask_kernel(
             total += g * tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
     if REDUCE:
         tl.store(partial_ptr + chunk * width + col, tl.sum(total, axis=0), mask=col_ok)
+        chunks = tl.num_programs(0) // column_blocks
+        if last_to_arrive(counter_ptr + tl.program_id(0) % column_blocks, chunks):
+            sum_columns(partial_ptr, dmask_ptr, chunks, width, col, col_ok, BLOCK_N)
 
 
 def _launch(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:
@@ -59,14 +65,15 @@ def _launch(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) 
     dx = dense_like(grad)
     grid, column_blocks, per_program, block_m, block_n = row_tiles(count, width, reduce, processors(g))
     partial = partial_sums(reduce, grid // column_blocks, width, g.device)
+    dmask = total_of(partial)
     if grid > 0:
         with torch.cuda.device_of(g):
             channel_mask_kernel[(grid,)](
-                g, other, mask, dx, partial, count, width, column_blocks, per_program, g.stride(0),
-                0 if other is None else other.stride(0), REDUCE=reduce, LOOP_STAGES=STAGES if reduce else 1,
-                BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+                g, other, mask, dx, partial, dmask, counters(g, column_blocks) if reduce else None, count, width,
+                column_blocks, per_program, g.stride(0), 0 if other is None else other.stride(0), REDUCE=reduce,
+                LOOP_STAGES=STAGES if reduce else 1, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    return dx, in_dtype_of(column_sums(partial)[0], mask)
+    return dx, in_dtype_of(dmask, mask)
 
 
 def _cpu(grad: Tensor, x: Tensor | None, mask: Tensor, need: Sequence[bool]) -> Gradients:

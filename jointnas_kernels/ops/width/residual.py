@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.arrival import counters, last_to_arrive, sum_columns
 from jointnas_kernels.ops.core.backends import resolve
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles, strip, tile
+from jointnas_kernels.ops.core.columns import STAGES, partial_sums, row_tiles, strip, tile, total_of
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, processors, rows
 from jointnas_kernels.ops.width import channel
@@ -77,12 +78,13 @@ def residual_forward_kernel(
 
 @triton.jit
 def residual_backward_kernel(
-    g_ptr, h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, dh_ptr, dy_ptr, dx_ptr, dmask_ptr, dgate_ptr, count, width,
-    column_blocks, per_program, g_stride, h_stride, y_stride, x_stride,
+    g_ptr, h_ptr, y_ptr, mask_ptr, gate_ptr, x_ptr, dh_ptr, dy_ptr, dx_ptr, mask_part_ptr, gate_part_ptr, dmask_ptr,
+    dgate_ptr, counter_ptr, count, width, column_blocks, per_program, g_stride, h_stride, y_stride, x_stride,
     HAS_MASK: tl.constexpr, NEED_MASK: tl.constexpr, NEED_GATE: tl.constexpr, LOOP_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dh, dx and (HAS_MASK) dy; with the flags also this program's column sums for dmask and its share of dgate."""
+    """dh, dx and (HAS_MASK) dy; with the flags also dmask and dgate: each program's column sums and its share, and
+    their sums by the last of those with the same columns, and by the last of all."""
     chunk, start, last, col, col_ok = strip(count, width, column_blocks, per_program, BLOCK_N)
     gate = tl.load(gate_ptr).to(tl.float32)
     mask = tl.full([1, BLOCK_N], 1.0, tl.float32)
@@ -108,9 +110,15 @@ def residual_backward_kernel(
                 x = tl.load(x_ptr + row[:, None] * x_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
                 dgate += g * (h + mask * y - x)
     if NEED_MASK:
-        tl.store(dmask_ptr + chunk * width + col, tl.sum(dmask, axis=0), mask=col_ok)
+        tl.store(mask_part_ptr + chunk * width + col, tl.sum(dmask, axis=0), mask=col_ok)
+        chunks = tl.num_programs(0) // column_blocks
+        if last_to_arrive(counter_ptr + 1 + tl.program_id(0) % column_blocks, chunks):
+            sum_columns(mask_part_ptr, dmask_ptr, chunks, width, col, col_ok, BLOCK_N)
     if NEED_GATE:
-        tl.store(dgate_ptr + tl.program_id(0), tl.sum(tl.sum(dgate, axis=1), axis=0))
+        tl.store(gate_part_ptr + tl.program_id(0), tl.sum(tl.sum(dgate, axis=1), axis=0))
+        if last_to_arrive(counter_ptr, tl.num_programs(0)):
+            one = tl.arange(0, 16)
+            sum_columns(gate_part_ptr, dgate_ptr, tl.num_programs(0), 1, one, one < 1, 16)
 
 
 def _launch(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None) -> Tensor:
@@ -140,17 +148,17 @@ def _launch_backward(
     need_mask, need_gate = need[2] and mask is not None, need[3]
     reduce = need_mask or need_gate
     grid, column_blocks, per_program, block_m, block_n = row_tiles(count, width, reduce, processors(grad))
-    dmask = partial_sums(need_mask, grid // column_blocks, width, g.device)
-    dgate = partial_sums(need_gate, grid, 1, g.device)
+    parts = partial_sums(need_mask, grid // column_blocks, width, g.device), partial_sums(need_gate, grid, 1, g.device)
+    of_mask, of_gate = map(total_of, parts)
     if grid > 0:
         with torch.cuda.device_of(grad):
             residual_backward_kernel[(grid,)](
-                g, h2, y2, mask, gate, x2, dh, dy, dx, dmask, dgate, count, width, column_blocks, per_program,
+                g, h2, y2, mask, gate, x2, dh, dy, dx, *parts, of_mask, of_gate,
+                counters(g, 1 + column_blocks) if reduce else None, count, width, column_blocks, per_program,
                 g.stride(0), h2.stride(0), y2.stride(0), x2.stride(0), HAS_MASK=mask is not None,
                 NEED_MASK=need_mask, NEED_GATE=need_gate, LOOP_STAGES=STAGES if reduce else 1,
                 BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    of_mask, of_gate = column_sums(dmask, dgate)
     return dh, dy, in_dtype_of(of_mask, mask), in_dtype_of(of_gate, gate), dx
 
 

@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cpu
-from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums, row_tiles, strip, tile
+from jointnas_kernels.ops.core.arrival import counters, last_to_arrive, sum_columns
+from jointnas_kernels.ops.core.columns import STAGES, partial_sums, row_tiles, strip, tile, total_of
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense_like, in_dtype_of, processors, rows
 
@@ -60,12 +61,13 @@ def swiglu_forward_kernel(
 
 @triton.jit
 def swiglu_backward_kernel(
-    g_ptr, gate_ptr, up_ptr, r_ptr, c_ptr, dgate_ptr, dup_ptr, dr_ptr, dc_ptr, count, width, column_blocks,
-    per_program, g_stride, gate_stride, up_stride,
+    g_ptr, gate_ptr, up_ptr, r_ptr, c_ptr, dgate_ptr, dup_ptr, dr_part_ptr, dc_part_ptr, dr_ptr, dc_ptr, counter_ptr,
+    count, width, column_blocks, per_program, g_stride, gate_stride, up_stride,
     NEED_OUT: tl.constexpr, NEED_IN: tl.constexpr, LOOP_STAGES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dgate, dup; with the flags also this program's column sums for dr (NEED_OUT) and dc (NEED_IN)."""
+    """dgate, dup; with the flags also the column sums dr (NEED_OUT) and dc (NEED_IN): each program's, and their sum by
+    the last of those with the same columns."""
     chunk, start, last, col, col_ok = strip(count, width, column_blocks, per_program, BLOCK_N)
     r = tl.load(r_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_N]
     c = tl.load(c_ptr + col, mask=col_ok, other=0.0).to(tl.float32)[None, :]
@@ -91,9 +93,16 @@ def swiglu_backward_kernel(
         if NEED_IN:
             dc += g * f * v
     if NEED_OUT:
-        tl.store(dr_ptr + chunk * width + col, tl.sum(dr, axis=0), mask=col_ok)
+        tl.store(dr_part_ptr + chunk * width + col, tl.sum(dr, axis=0), mask=col_ok)
     if NEED_IN:
-        tl.store(dc_ptr + chunk * width + col, tl.sum(dc, axis=0), mask=col_ok)
+        tl.store(dc_part_ptr + chunk * width + col, tl.sum(dc, axis=0), mask=col_ok)
+    if NEED_OUT or NEED_IN:
+        chunks = tl.num_programs(0) // column_blocks
+        if last_to_arrive(counter_ptr + tl.program_id(0) % column_blocks, chunks):
+            if NEED_OUT:
+                sum_columns(dr_part_ptr, dr_ptr, chunks, width, col, col_ok, BLOCK_N)
+            if NEED_IN:
+                sum_columns(dc_part_ptr, dc_ptr, chunks, width, col, col_ok, BLOCK_N)
 
 
 def _launch(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
@@ -119,16 +128,16 @@ def _launch_backward(
     dgate, dup, (_, _, need_out, need_in) = dense_like(gate), dense_like(gate), need
     reduce = need_out or need_in
     grid, column_blocks, per_program, block_m, block_n = row_tiles(count, width, reduce, processors(gate))
-    dr, dc = (partial_sums(n, grid // column_blocks, width, gate.device) for n in (need_out, need_in))
+    parts = [partial_sums(n, grid // column_blocks, width, gate.device) for n in (need_out, need_in)]
+    dr, dc = map(total_of, parts)
     if grid > 0:
         with torch.cuda.device_of(gate):
             swiglu_backward_kernel[(grid,)](
-                g, x, u, out_mask, in_mask, dgate, dup, dr, dc, count, width, column_blocks, per_program,
-                g.stride(0), x.stride(0), u.stride(0), NEED_OUT=need_out, NEED_IN=need_in,
-                LOOP_STAGES=STAGES if reduce else 1, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+                g, x, u, out_mask, in_mask, dgate, dup, *parts, dr, dc, counters(g, column_blocks) if reduce else None,
+                count, width, column_blocks, per_program, g.stride(0), x.stride(0), u.stride(0), NEED_OUT=need_out,
+                NEED_IN=need_in, LOOP_STAGES=STAGES if reduce else 1, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
             )  # fmt: skip
-    of_out, of_in = column_sums(dr, dc)
-    return dgate, dup, in_dtype_of(of_out, out_mask), in_dtype_of(of_in, in_mask)
+    return dgate, dup, in_dtype_of(dr, out_mask), in_dtype_of(dc, in_mask)
 
 
 def _cpu(gate: Tensor, up: Tensor, out_mask: Tensor, in_mask: Tensor) -> Tensor:
