@@ -245,7 +245,7 @@ class Supernet(Pretrained):
             check_positions(position_ids, *input_ids.shape)
         plain = attention_mask is None and position_ids is None and self.choice is None
         plain = plain and self.training and torch.is_grad_enabled() and not self.gradient_checkpointing
-        self.repeats.step(self, input_ids.shape, plain and not torch.is_autocast_enabled(self.device.type))
+        self.repeats.step(self, input_ids.shape, plain and autocast_dtype(self.embedding) is None)
         sample = self._automatic() if self.sample is None else self.sample
         graphs = None if position_ids is not None else self._replayable(sample, input_ids, attention_mask)
         ticket = 0 if graphs is None else graphs.begin()

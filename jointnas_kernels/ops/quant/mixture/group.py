@@ -90,7 +90,8 @@ def quant_lora_linear_group(
         x: [..., I] in any floating dtype.
         weights, lora_as, lora_bs, clips, biases: of each linear: [O_j, I], [P, r, I], [P, O_j, r], ratios
             [P, O_j, I / group_size] or None, and [O_j] or None; no clips or biases: none of any.
-        scaling, bits, probs, group_size, ste, mode, backend: as in `quant_lora_linear`, of all.
+        probs: [P], fp32: of all.
+        scaling, bits, group_size, ste, mode, backend: as in `quant_lora_linear`, of all.
 
     Returns:
         [..., O_j] each in x's dtype, or autocast's.
