@@ -52,6 +52,12 @@ JN_DEVICE uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) {
   return d;
 }
 
+// a ^ b, computed here and once: the compiler neither moves nor repeats it.
+JN_DEVICE uint32_t xor_here(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm volatile("xor.b32 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
 // The bytes of a word by number, four bits each, lowest first: 0 to 3 of a, 4 to 7 of b.
 JN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t order) { return __byte_perm(a, b, order); }
 

@@ -113,8 +113,8 @@ def test_cuda_mix_plans(group, rank, dtype, device):
     mix = Mixture(t["weight"], t["lora_a"], t["lora_b"], t["probs"], t["clip"], 0.5, BITS, group)
     first = cuda.forward(mix)
     assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
-    for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
-        assert torch.equal(first, cuda.forward(mix, columns, splits))
+    for plan in ((1, 1), (1, 7), (2, 9), (3, 2), (4, 1)):
+        assert torch.equal(first, cuda.forward(mix, cuda.Plan(*plan)))
 
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")

@@ -262,6 +262,7 @@ template <class T, class F> uint32_t each_half(uint32_t a, uint32_t b, F f) {
 template <class T> uint32_t smaller2(uint32_t a, uint32_t b) { return each_half<T>(a, b, smaller); }
 template <class T> uint32_t larger2(uint32_t a, uint32_t b) { return each_half<T>(a, b, larger); }
 
+inline uint32_t xor_here(uint32_t a, uint32_t b) { return a ^ b; }
 inline uint32_t permute(uint32_t a, uint32_t b, uint32_t order) {
   const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t d = 0;
