@@ -100,7 +100,7 @@ KINDS = {
     "fp32": (r"FFMA|FADD|FMUL", "FMA"),
     "half": (r"HFMA2|HADD2|HMUL2", "FMA"),
     "IMAD": (r"IMAD|IDP", "FMA"),
-    "integer": (r"IADD3|VIADD|LOP3|SHF|PRMT|LEA|I?SETP|FSETP|SEL|FSEL|[IF]MNMX|VIMNMX|MOV|PLOP3|BMSK|IABS", "ALU"),
+    "integer": (r"IADD3|VIADD|LOP3|SHF|PRMT|LEA|I?SETP|FSETP|SEL|FSEL|[IFH]MNMX|V[HI]MNMX|MOV|PLOP3|BMSK|IABS", "ALU"),
     "shared": (r"LDS|STS|SYNCS", "memory"),
     "global": (r"LDG|STG|UBLKCP|ATOMG|RED|LD|ST", "memory"),
     "uniform": (r"U[A-Z]|R2UR|S2UR", ""),
@@ -145,6 +145,17 @@ ITEMS = (
              rf"wgmma_kernelINS_4BF16ELi{bits}ELi{n}ELb0E", "HGMMA", f"group, 16 rows x {n} tokens",
              f"W{bits}A16 8192², M = {m}", TILES * GROUPS * m / n, _product(m, bits, 2))
         for bits, n, m in ((4, 64, 64), (4, 128, 512), (4, 128, 4096), (8, 128, 4096))
+    ),
+    *(
+        Item(f"quant_lora_mix, {half}, sm_{arch}", "quant_lora_mix", arch, rf"mix_kernelINS_{name}ELi128ELb0ELb0E",
+             "HMMA", "precision of 16 rows x 128 inputs", "4096², 3 precisions", 4096 / 16 * 4096 / 128 * 3, 4 * 4096**2)
+        for arch in ("80", "90a") for half, name in (("bf16", "4BF16"), ("fp16", "3F16"))
+    ),
+    *(  # all of it, also what rows that fit in registers leave out
+        Item(f"act_quant_pack, {half}, sm_{arch}", "act_quant_pack", arch,
+             rf"act_quant_kernelINS_{name}ELi{layout}ELi8E", None, "2048 inputs of a token",
+             "4096 tokens of 8192", 4096 * 8192 / 2048, 3 * 4096 * 8192)
+        for arch, layout in (("80", 0), ("90a", 2)) for half, name in (("bf16", "4BF16"), ("fp16", "3F16"))
     ),
 )  # fmt: skip
 
