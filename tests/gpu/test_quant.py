@@ -198,7 +198,7 @@ def test_fake_quant_gradients(symmetric, dtype, device):
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
-        *((BF16, shape) for shape in ((3, 1), (2, 3, 64), (300, 129), (9, 4096), (3, 14336))),
+        *((BF16, shape) for shape in ((3, 1), (2, 3, 64), (300, 129), (9, 4096), (5, 2600), (3, 14336))),
         *((dtype, (40, 1000)) for dtype in (FP16, FP32)),
     ],
     ids=str,
