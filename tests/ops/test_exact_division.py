@@ -6,7 +6,6 @@
     one product           RN_bf16(x r)                                      x, s bf16, r within 2 ulp of 1/s
     two bf16 products     RN_bf16(x r + RN_bf16(x t))                       r + t = 0 to 3 ulp above 1/s, both bf16
     scales of tokens      u / (2^b - 1) by the constant divisor             every half u, subnormal ones too
-    rint(v) - z of bf16   RN(v + 192) - (192 + z)                           levels of 7 bits
     whole bf16 levels     65537 v + z - 65536 v, and again (CPU kernels)    v = x r, r 1 or 2 ulp above RN(1/s)
 
 A C++ program, because the proof is about fused multiply-adds. Random pairs alone would say little: a quotient is wrong
@@ -123,17 +122,6 @@ extern "C" long half_scales(int fraction, int least, int most) {
     }
   return wrong;
 }
-// rint(v) - z of every v and z in [-half, half - 1], in bf16
-extern "C" long magic_levels(int half) {
-  long wrong = 0;
-  for (uint32_t u = 0; u < 0x10000u; ++u) {
-    const float v = bits(u << 16);
-    if (!(v >= -half && v <= half - 1)) continue;
-    for (int z = -half; z < half; ++z)
-      wrong += bf16(bf16(v + 192) - bf16(z + 192.0f)) != std::nearbyint(v) - float(z);
-  }
-  return wrong;
-}
 // Levels of every x / s in [2^-16, 300) and every zero point, as csrc/cpu/act_quant.h computes them; kind 0: fused,
 // 1: not fused (its scalar pass), 2: without the second rounding
 template <int kKind>
@@ -170,7 +158,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     subprocess.run(["g++", *flags, str(folder / "division.cpp"), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
     names = ("divisions", "constant_divisor", "half_quotients", "packed_quotients", "half_scales", "bf16_levels")
-    for name in (*names, "magic_levels"):
+    for name in names:
         getattr(library, name).restype = ctypes.c_long
     library.packed_quotients.argtypes = [ctypes.c_float]
     library.divisions.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -209,11 +197,6 @@ def test_packed_quotients(host: ctypes.CDLL) -> None:
 @pytest.mark.parametrize(("fraction", "least", "most"), [(7, -126, 127), (10, -14, 15)], ids=["bf16", "fp16"])
 def test_scales_of_tokens(host: ctypes.CDLL, fraction: int, least: int, most: int) -> None:
     assert host.half_scales(fraction, least, most) == 0
-
-
-def test_magic_levels(host: ctypes.CDLL) -> None:
-    assert host.magic_levels(64) == 0
-    assert host.magic_levels(128) > 0, "8 bits do not fit"
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["fused", "unfused"])

@@ -7,8 +7,7 @@ it. The same bits come cheaper:
   * fp16: x · r + RN(x · t) with r + t = 1/s (two operations); fp32: Markstein's three.
   * half types: two quotients are rounded by one packed conversion (a single one runs at an eighth of the rate), and
     z, min and max act on the pair (``level_code``).
-  * rint, - z: + MAGIC rounds and one subtraction of MAGIC + z undoes both. Up to 7 bits pairs of bf16 do that with
-    192, around which the last bit counts ones. (fp16 could with 1536, but took 95 registers instead of 72.)
+  * rint, - z: + MAGIC rounds and one subtraction of MAGIC + z undoes both.
 
 NaN and infinity make a token NaN, as in the reference: extremes keep NaN, and the scale of a range that is not finite
 is NaN. Scales below fp32's normal numbers, for which 1/s could be infinite, become the smallest of these.
@@ -57,25 +56,20 @@ def pair_code(half: str, *steps: str) -> tl.constexpr:
         "bf16": "shl.b32 q, p, 16; mov.b32 $0, q; and.b32 q, p, 0xffff0000; mov.b32 $1, q;",
         "f16": "mov.b32 {h, k}, p; cvt.f32.f16 $0, h; cvt.f32.f16 $1, k;",
     }
-    code = (".reg .b32 p, q, z, m; .reg .b16 h, k;", f"cvt.rn.{half}x2.f32 p, $3, $2;", *steps, widen[half])
+    code = (".reg .b32 p, q, z; .reg .b16 h, k;", f"cvt.rn.{half}x2.f32 p, $3, $2;", *steps, widen[half])
     return tl.constexpr("{ " + " ".join(code) + " }")
 
 
-def level_code(half: str, one: int, magic: int = 0) -> tl.constexpr:
+def level_code(half: str, one: int) -> tl.constexpr:
     """The same, then clamp(RN(. + z)): $4 and $5 the values' zero points, which differ where a pair spans two rows, in
-    the lower half; $6 the lower, $8 the upper bound, in both halves. With a magic number then rint(.) - z."""
-    fma = f"fma.rn.{half}x2"  # 1 · a + b, as sm_80 has no packed bf16 addition
-    steps = ["prmt.b32 z, $4, $5, 0x5410;", f"mov.b32 q, {one}; {fma} p, p, q, z;"]
-    steps += [f"max.NaN.{half}x2 p, p, $6;", f"min.NaN.{half}x2 p, p, $8;"]
-    if magic:
-        steps += [f"mov.b32 m, {magic}; {fma} p, p, q, m; {fma} z, z, q, m;"]
-        steps += [f"mov.b32 q, {one ^ 0x80008000}; {fma} p, z, q, p;"]  # p + m - (z + m)
-    return pair_code(half, *steps)
+    the lower half; $6 the lower, $8 the upper bound, in both halves."""
+    join = "prmt.b32 z, $4, $5, 0x5410;"
+    add = f"mov.b32 q, {one}; fma.rn.{half}x2 p, p, q, z;"  # 1 · p + z: sm_80 has no packed bf16 addition
+    return pair_code(half, join, add, f"max.NaN.{half}x2 p, p, $6;", f"min.NaN.{half}x2 p, p, $8;")
 
 
 ROUND_BF16, ROUND_F16 = pair_code("bf16"), pair_code("f16")
-LEVEL_BF16, STEPS_BF16 = level_code("bf16", 0x3F803F80), level_code("bf16", 0x3F803F80, 0x43404340)  # 192
-LEVEL_F16 = level_code("f16", 0x3C003C00)
+LEVEL_BF16, LEVEL_F16 = level_code("bf16", 0x3F803F80), level_code("f16", 0x3C003C00)
 
 
 @triton.jit
@@ -167,8 +161,7 @@ def token_levels(x, s, z, low: tl.constexpr, dtype: tl.constexpr, SYMMETRIC: tl.
         if dtype == tl.float16:
             rest = tl.fma(-s, r, 1.0) * r
             v = tl.fma(x, tl.broadcast_to(r[:, None], x.shape), x * rest[:, None])
-        code16: tl.constexpr = LEVEL_BF16 if low < -64.0 else STEPS_BF16
-        code: tl.constexpr = code16 if dtype == tl.bfloat16 else LEVEL_F16
+        code: tl.constexpr = LEVEL_BF16 if dtype == tl.bfloat16 else LEVEL_F16
         lower = both_halves(tl.full(s.shape, low, tl.float32), dtype)
         upper = both_halves(tl.full(s.shape, high, tl.float32), dtype)
         v = tl.inline_asm_elementwise(
@@ -177,6 +170,4 @@ def token_levels(x, s, z, low: tl.constexpr, dtype: tl.constexpr, SYMMETRIC: tl.
              tl.broadcast_to(lower[:, None], x.shape), tl.broadcast_to(upper[:, None], x.shape)],
             dtype=tl.float32, is_pure=True, pack=2,
         )  # fmt: skip
-    if EXACT or dtype != tl.bfloat16 or low < -64.0:
-        v = (v + MAGIC) - tl.expand_dims(z + MAGIC, 1)
-    return v
+    return (v + MAGIC) - tl.expand_dims(z + MAGIC, 1)
