@@ -4,6 +4,7 @@ Half types, groups of 32, 64 or 128, input channels a multiple of 128, rank 8, 1
 import functools
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,21 +40,38 @@ def most_columns(group_size: int, precisions: int, clip: bool, reduce: bool, lim
     return min(4, (limit - WARPS * warp) // (precisions * 8192))
 
 
-@functools.cache
-def plan(rows: int, inputs: int, most: int, multiprocessors: int) -> tuple[int, int]:
-    """(128-channel tiles per block, at most ``most``; blocks along the rows) with the least total time.
+class Plan(NamedTuple):
+    """How the blocks, one per multiprocessor, share the work.
 
-    In units of a warp's work on a tile (about 2000 instructions): fetching B of a row tile costs 0.05, A of a column
-    0.05, and blocks run in waves of one per multiprocessor.
+    A unit is 8 row tiles, one per warp, times ``columns`` 128-channel tiles, whose A a block keeps. Blocks take even
+    shares of the units, which go down the rows of one group of columns after another.
     """
-    tiles, columns_all = math.ceil(rows / 16), inputs // 128
 
-    def cost(columns: int, splits: int) -> float:
-        waves = math.ceil(math.ceil(columns_all / columns) * splits / multiprocessors)
-        return waves * (math.ceil(math.ceil(tiles / splits) / WARPS) * (columns + 0.05) + 0.05 * columns)
+    columns: int
+    blocks: int
 
-    choices = itertools.product(range(1, most + 1), range(1, min(math.ceil(tiles / WARPS), 128) + 1))
-    return min(choices, key=lambda choice: cost(*choice))
+    def busiest(self, rows: int, inputs: int) -> tuple[int, int]:
+        """(units of the busiest block, groups of columns of the block with most)."""
+        down = math.ceil(rows / 16 / WARPS)
+        units = math.ceil(inputs / 128 / self.columns) * down
+        bounds = [units * i // self.blocks for i in range(self.blocks + 1)]
+        shares = [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+        return max(b - a for a, b in shares), max((b - 1) // down - a // down + 1 for a, b in shares)
+
+    def cost(self, rows: int, inputs: int) -> float:
+        """In units of a warp's work on a tile, about 2000 instructions. Fetching B of a row tile is 50 of them; while A
+        comes nothing else is done, which is predicted to take 0.5, and 0.25 for each column."""
+        units, groups = self.busiest(rows, inputs)
+        return units * (self.columns + 0.025) + groups * (0.5 + 0.25 * self.columns)
+
+
+@functools.cache
+def plan(rows: int, inputs: int, most: int, multiprocessors: int) -> Plan:
+    """The plan of least cost with at most ``most`` columns, and no more blocks than its busiest block needs."""
+    units = [math.ceil(inputs / 128 / columns) * math.ceil(rows / 16 / WARPS) for columns in range(1, most + 1)]
+    shares = [math.ceil(all_units / multiprocessors) for all_units in units]
+    plans = [Plan(i + 1, math.ceil(all_units / shares[i])) for i, all_units in enumerate(units)]
+    return min(plans, key=lambda how: how.cost(rows, inputs))
 
 
 def operands(mix: Mixture) -> Mixture:
@@ -69,33 +87,32 @@ def operands(mix: Mixture) -> Mixture:
 
 def run(
     mix: Mixture, out: Tensor | None = None, grad: Tensor | None = None, begin: int = 0, end: int | None = None,
-    columns: int | None = None, splits: int | None = None,
+    how: Plan | None = None,
 ) -> Tensor | None:  # fmt: skip
     """Write ``out``, or return the partial sums [P, n] of <grad, Q_p> for grad = G[begin:end]; of `operands`."""
     (rows, inputs), (precisions, rank, _) = mix.weight.shape, mix.lora_a.shape
     end = rows if end is None else end
-    if columns is None or splits is None:
+    if how is None:
         limit = shared_limit(mix.weight)
         most = most_columns(mix.group_size, precisions, mix.clip is not None, grad is not None, limit)
-        columns, splits = plan(end - begin, inputs, most, cuda.multiprocessors(mix.weight))
+        how = plan(end - begin, inputs, most, cuda.multiprocessors(mix.weight))
     partial = None
     if grad is not None:
-        blocks = math.ceil(inputs / (128 * columns))
-        partial = mix.weight.new_empty(precisions, blocks * splits * WARPS, dtype=torch.float32)
+        partial = mix.weight.new_empty(precisions, how.blocks * WARPS, dtype=torch.float32)
     bits = sum(width << (8 * p) for p, width in enumerate(mix.bits))
     cuda.call(
         "quant_lora_mix", *mix[:3], grad, mix.probs, mix.clip, out, partial, rows, begin, end, inputs, rank, precisions,
-        mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], columns, splits, float(mix.scaling), on=mix.weight,
+        mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], *how, float(mix.scaling), on=mix.weight,
     )  # fmt: skip
     return partial
 
 
-def forward(mix: Mixture, columns: int | None = None, splits: int | None = None) -> Tensor:
-    """W~; ``columns`` and ``splits`` override the launch plan."""
+def forward(mix: Mixture, how: Plan | None = None) -> Tensor:
+    """W~, by the usual plan if none is given."""
     mix = operands(mix)
     out = torch.empty_like(mix.weight)
     if out.numel():
-        run(mix, out, columns=columns, splits=splits)
+        run(mix, out, how=how)
     return out
 
 
