@@ -3,9 +3,9 @@
     python benchmarks/render.py [--add FILE.jsonl ...] [--check]
 
 All tables go into docs/results.md, what a user would ask first, by machine, between <!-- results:begin --> and
-<!-- results:end --> in README.md, plots into docs/plots. Of several rows with the same name and parameters the newest
-counts. ``--add`` first files the rows of a GPU run under benchmarks/results/<device>; ``--check`` only says whether
-README.md and docs/results.md are up to date, and writes nothing.
+<!-- results:end --> in README.md, counted instructions between the same marks in docs/ops.md, plots into docs/plots. Of
+several rows with the same name and parameters the newest counts. ``--add`` first files the rows of a GPU run under
+benchmarks/results/<device>; ``--check`` only says whether these files are up to date, and writes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks import campaigns
+from benchmarks import campaigns, sass
 from benchmarks.headline import headline
 from benchmarks.instrument_sections import launch_count
 from benchmarks.overview import overview
@@ -108,16 +108,22 @@ def draw() -> None:
 
 def texts() -> dict[Path, str]:
     """The files that hold results, as they should be."""
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"README.md has no {BEGIN} … {END}")
+    readme, ops = ROOT / "README.md", ROOT / "docs" / "ops.md"
     intro = "# Results\n\nWritten by `benchmarks/render.py` from the rows in `benchmarks/results`.\n\n"
     return {
-        readme: f"{before}{BEGIN}\n{summary()}\n{END}{after}",
+        readme: _between(readme, summary()),
+        ops: _between(ops, sass.table()),
         ROOT / "docs" / "results.md": f"{intro}{sections()}\n",
     }
+
+
+def _between(file: Path, text: str) -> str:
+    """The file with this text between its marks."""
+    before, begin, rest = file.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{file.name} has no {BEGIN} … {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,8 +52,19 @@ JN_DEVICE uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) {
   return d;
 }
 
-// ---- packed half arithmetic: a * b + c on both halves, one rounding ----
-template <class T> JN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+// a ^ b, computed here and once: the compiler neither moves nor repeats it.
+JN_DEVICE uint32_t xor_here(uint32_t a, uint32_t b) {
+  uint32_t d;
+  asm volatile("xor.b32 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b));
+  return d;
+}
+// The bytes of a word by number, four bits each, lowest first: 0 to 3 of a, 4 to 7 of b.
+JN_DEVICE uint32_t permute(uint32_t a, uint32_t b, uint32_t order) { return __byte_perm(a, b, order); }
+
+// ---- packed half arithmetic on both halves ----
+template <class T> JN_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);  // a * b + c, one rounding
+template <class T> JN_DEVICE uint32_t smaller2(uint32_t a, uint32_t b);          // NaN if either is
+template <class T> JN_DEVICE uint32_t larger2(uint32_t a, uint32_t b);
 
 // ---- conversions, round to nearest even ----
 JN_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
@@ -83,6 +94,16 @@ template <class T> JN_DEVICE uint32_t pack2(float low, float high);  // two halv
   template <> JN_DEVICE uint32_t fma2<T>(uint32_t a, uint32_t b, uint32_t c) { \
     uint32_t d; \
     asm("fma.rn." name "x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(c)); \
+    return d; \
+  } \
+  template <> JN_DEVICE uint32_t smaller2<T>(uint32_t a, uint32_t b) { \
+    uint32_t d; \
+    asm("min.NaN." name "x2 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b)); \
+    return d; \
+  } \
+  template <> JN_DEVICE uint32_t larger2<T>(uint32_t a, uint32_t b) { \
+    uint32_t d; \
+    asm("max.NaN." name "x2 %0,%1,%2;" : "=r"(d) : "r"(a), "r"(b)); \
     return d; \
   } \
   template <> JN_DEVICE T from_float<T>(float v) { \
@@ -148,6 +169,7 @@ JN_DEVICE uint32_t load4(const void* p) {
   asm volatile("ld.global.u32 %0,[%1];" : "=r"(v) : "l"(p));
   return v;
 }
+JN_DEVICE void store8(void* p, uint32_t first, uint32_t second) { *static_cast<uint2*>(p) = {first, second}; }
 // Four 8 x 8 tiles of halves; lane 8 i + j gives the 16-byte row j of tile i and receives a pair of row lane / 4 of each.
 JN_DEVICE void ldmatrix4(uint32_t (&a)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"

@@ -161,7 +161,7 @@ class SearchConfig(Section):
     lambda_ramp: float = Field(default=0.5, ge=0, le=1, description="share of the steps over which it grows from 0")
     mu_infeasible: float = Field(default=1.0, ge=0, description="weight of the probability of infeasible bits")
     entropy_weight: float = Field(
-        default=1.0, ge=0, description="final weight of the sum of normalised entropies, which grows from 0 over the "
+        default=4.0, ge=0, description="final weight of the sum of normalised entropies, which grows from 0 over the "
         "second half of the steps, so that every dimension is decided at their end"
     )  # fmt: skip
     entropy_stop: float = Field(default=0.3, ge=0, le=1, description="stop when the normalised entropies are lower")

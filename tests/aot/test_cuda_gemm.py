@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.aot.harness import SHARED_LIMIT, TOOLS
+from benchmarks import render, sass
+from tests.aot.harness import SHARED_LIMIT
 
-ROOT = Path(__file__).resolve().parents[2]
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")
+needs_nvcc = pytest.mark.skipif(not Path(sass.nvcc()).exists(), reason="nvcc is not installed")
 
 # file: instructions that must be there. IMMA / HMMA: tensor cores; LDGSTS: cp.async.
 SOURCES = {
@@ -36,18 +34,14 @@ CASES = [(name, arch) for name in SOURCES for arch in ("80", "90a") if (name, ar
 def cubin(request, tmp_path_factory):
     name, arch = request.param
     target = tmp_path_factory.mktemp("cubin") / f"{name}_{arch}.cubin"
-    command = [NVCC, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}"]
-    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
-    command += ["-cubin", str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(target)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "wgmma.mma_async instructions are serialized" not in done.stdout + done.stderr
-    return name, arch, target
+    return name, arch, sass.assemble(name, arch, sass.ROOT / "csrc", target)
 
 
 def cuobjdump(target: Path, flag: str) -> str:
-    return subprocess.run([TOOLS / "cuobjdump", flag, target], check=True, capture_output=True, text=True).stdout
+    return subprocess.run([sass.cuobjdump(), flag, target], check=True, capture_output=True, text=True).stdout
 
 
+@needs_nvcc
 def test_nothing_spills(cubin):
     _, arch, target = cubin
     found = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
@@ -58,8 +52,38 @@ def test_nothing_spills(cubin):
         assert int(shared) <= SHARED_LIMIT[int(arch[:2])]
 
 
+@needs_nvcc
 def test_instructions(cubin):
     name, _, target = cubin
-    sass = cuobjdump(target, "-sass")
+    text = cuobjdump(target, "-sass")
     for instruction in SOURCES[name]:
-        assert instruction in sass, f"{name} has no {instruction}"
+        assert instruction in text, f"{name} has no {instruction}"
+
+
+@needs_nvcc
+def test_loops_take_no_more_instructions_than_recorded(cubin):
+    """Of the nvcc that is recorded; another may take a few more."""
+    name, arch, target = cubin
+    code, recorded = sass.kernels(target), sass.history()
+    for item in sass.ITEMS:
+        if (item.source, item.arch) == (name, arch):
+            row, newest = sass.count(item, code), recorded[item.name][1]
+            most = newest["instructions"] * (1 if newest["nvcc"] == sass.release() else 1.05)
+            assert row["instructions"] <= most, f"{item.name}: {row['counts']}, recorded: {newest['counts']}"
+
+
+def test_loops_are_found_and_floors_follow_from_them():
+    lines = [(16 * i, what, "") for i, what in enumerate(["LDS", "IMMA.16832.S8.S8", "BRA", "FFMA", "BRA", "EXIT"])]
+    lines[2], lines[4] = (32, "BRA", "0x10"), (64, "BRA", "0x0")
+    assert sass.Code(lines, 8).loop("IMMA") == ["IMMA.16832.S8.S8", "BRA"]
+    assert len(sass.Code(lines, 8).loop("FFMA")) == 5
+    counts = {"FFMA": 4, "IMAD": 1, "I2FP": 3, "LDS.128": 2, "IGMMA.64x64x32.S8.S8": 1, "UMOV": 5}
+    found = sass.clocks(counts, sass.GPUS["90a"])
+    assert found["tensor"] == pytest.approx(64 * 64 * 32 / 4 / 4122, rel=1e-3)  # 1.91 POP/s
+    assert {k: v for k, v in found.items() if k != "tensor"} == {"issue": 4, "FMA": 1.5, "ALU": 1.5, "memory": 8}
+
+
+def test_the_page_shows_the_rows():
+    """`python benchmarks/render.py` would change nothing."""
+    page = sass.ROOT / "docs" / "ops.md"
+    assert render.texts()[page] == page.read_text()

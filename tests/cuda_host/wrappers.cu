@@ -39,6 +39,12 @@ template <class T> __global__ void scalars(const uint32_t* in, uint32_t* out) {
   out[103] = ptx::and_or(in[0], in[1], in[2]);
   out[104] = ptx::and_xor(in[0], in[1], in[2]);
   out[105] = ptx::shuffle_xor(in[0], 5);
+  out[106] = ptx::permute(in[0], in[1], in[2] & 0x7777);
+  for (int i = 0; i < 4; ++i) {
+    out[108 + i] = ptx::smaller2<T>(in[i], in[i + 1]);
+    out[112 + i] = ptx::larger2<T>(in[i], in[i + 1]);
+  }
+  ptx::store8(out + 116, in[0], in[1]);
 }
 // A tile of dequantised weights, every width and field.
 template <class T, int BITS> JN_DEVICE void dequantised(const uint32_t* in, uint32_t* out) {

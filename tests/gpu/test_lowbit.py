@@ -14,6 +14,7 @@ from jointnas_kernels.ops.lowbit.pack import pack_weight
 from jointnas_kernels.ops.lowbit.reference import dequantize, reference
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 from jointnas_kernels.testing import assert_close
+from tests import packed_tokens
 
 pytestmark = [
     pytest.mark.usefixtures("poison"),
@@ -178,14 +179,7 @@ def test_planes(shape, w_bits, a_bits, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_activation_quantization_is_exact(bits, symmetric, dtype, device):
-    for tokens, inputs in ((1, 128), (5, 4224), (37, 2048)):
-        x = (torch.randn(tokens, inputs, device=device) * 3 + torch.randn(tokens, 1, device=device)).to(dtype)
-        x[0] = 0
-        a, scale, zero = lowbit_cuda.quantize_pack(x, bits, symmetric)
-        expected_a, expected_s, expected_z = quantize_tokens(x, bits, symmetric)
-        # storage order inside a group: input 32i + 8t + 4s + 2h + e at byte 32t + 8i + 4s + 2e + h
-        stored = a.view(tokens, -1, 4, 4, 2, 2, 2)  # t i s e h
-        assert torch.equal(stored.permute(0, 1, 3, 2, 4, 6, 5).reshape(tokens, inputs), expected_a)
-        assert torch.equal(scale, expected_s.flatten().float())
-        assert torch.equal(zero, expected_z.flatten().int())
+@pytest.mark.parametrize("layout", packed_tokens.LAYOUTS)
+def test_activation_quantization_is_exact(layout, bits, symmetric, dtype, device):
+    for x in (*packed_tokens.rows(dtype, device), *packed_tokens.every_half(dtype, 8, device)):
+        packed_tokens.check(x, bits, symmetric, layout)

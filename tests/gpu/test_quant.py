@@ -113,10 +113,8 @@ def test_cuda_mix_plans(group, rank, dtype, device):
     mix = Mixture(t["weight"], t["lora_a"], t["lora_b"], t["probs"], t["clip"], 0.5, BITS, group)
     first = cuda.forward(mix)
     assert_close(first, quant_lora_mix(scaling=0.5, bits=BITS, group_size=group, backend="reference", **t))
-    for columns, splits in ((1, 1), (1, 7), (2, 3), (3, 2), (4, 1)):
-        out = torch.empty_like(first)
-        cuda.forward_all([mix], [out], columns, [splits])
-        assert torch.equal(first, out)
+    for plan in ((1, 1), (1, 7), (2, 9), (3, 2), (4, 1)):
+        assert torch.equal(first, cuda.forward(mix, how=cuda.Plan(*plan)))
 
 
 @pytest.mark.skipif(not (_ext.available() and _ext.load().has_cuda), reason="jointnas_kernels._C has no CUDA part")
@@ -201,7 +199,7 @@ def test_fake_quant_gradients(symmetric, dtype, device):
 @pytest.mark.parametrize(
     ("dtype", "shape"),
     [
-        *((BF16, shape) for shape in ((3, 1), (2, 3, 64), (300, 129), (9, 4096), (3, 14336))),
+        *((BF16, shape) for shape in ((3, 1), (2, 3, 64), (300, 129), (9, 4096), (5, 2600), (3, 14336))),
         *((dtype, (40, 1000)) for dtype in (FP16, FP32)),
     ],
     ids=str,

@@ -4,6 +4,8 @@
     two-part reciprocal   fma(x, r, RN(x t)), t = RN(fma(-s, r, 1) r)       r within 2 ulp of 1/s, s a half type
     constant divisor      the same with r + t = 2 / (2^b - 1)               every fp32 significand
     one product           RN_bf16(x r)                                      x, s bf16, r within 2 ulp of 1/s
+    two bf16 products     RN_bf16(x r + RN_bf16(x t))                       r + t = 0 to 3 ulp above 1/s, both bf16
+    scales of tokens      u / (2^b - 1) by the constant divisor             every half u, subnormal ones too
     whole bf16 levels     65537 v + z - 65536 v, and again (CPU kernels)    v = x r, r 1 or 2 ulp above RN(1/s)
 
 A C++ program, because the proof is about fused multiply-adds. Random pairs alone would say little: a quotient is wrong
@@ -19,6 +21,7 @@ import subprocess
 import pytest
 
 SOURCE = r"""
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -84,6 +87,41 @@ extern "C" long half_quotients(int fraction) {
       }
   return wrong;
 }
+// Every pair of bf16 significands: two fused multiply-adds in bf16, each rounded once; 1/s within 1 ulp, times ``up``
+extern "C" long packed_quotients(float up) {
+  long wrong = 0;
+  const auto short_of = [](double v) {  // RN to 8 bits
+    const int e = v == 0 ? 0 : std::ilogb(v);
+    return std::ldexp(std::nearbyint(std::ldexp(v, 7 - e)), e - 7);
+  };
+  for (uint32_t a = 0x3f800000u; a < 0x40000000u; a += 1u << 16)
+    for (uint32_t b = 0x3f800000u; b < 0x40000000u; b += 1u << 16)
+      for (int off = -1; off <= 1; ++off) {
+        const float x = bits(a), s = bits(b), inverse = ulps(1.0f / s, off) * up;
+        const float r = bf16(inverse), t = bf16(inverse - r);
+        wrong += short_of(double(x) * r + short_of(double(x) * t)) != short_of(double(x) / s);
+      }
+  return wrong;
+}
+// Every half with this many fraction bits and exponents from ``least``, divided by 2^b - 1 or half of it, in that type
+extern "C" long half_scales(int fraction, int least, int most) {
+  long wrong = 0;
+  const auto rounded = [=](float v) {
+    const int e = v == 0 ? least : std::max(std::ilogb(v), least);
+    return std::ldexp(std::nearbyint(std::ldexp(v, fraction - e)), e - fraction);
+  };
+  for (int width = 2; width <= 8; ++width)
+    for (int half = 1; half <= 2; ++half) {
+      const double divisor = ((1 << width) - 1) / double(half);
+      const float r = float(1 / divisor), t = float(1 / divisor - r);
+      for (int e = least - 1; e <= most; ++e)  // the first row: subnormal
+        for (int m = 0; m < 1 << fraction; ++m) {
+          const float u = std::ldexp(float(e < least ? m : m + (1 << fraction)), std::max(e, least) - fraction);
+          wrong += rounded(std::fmaf(u, r, u * t)) != rounded(u / float(divisor));
+        }
+    }
+  return wrong;
+}
 // Levels of every x / s in [2^-16, 300) and every zero point, as csrc/cpu/act_quant.h computes them; kind 0: fused,
 // 1: not fused (its scalar pass), 2: without the second rounding
 template <int kKind>
@@ -119,8 +157,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags = ["-O2", "-mfma", "-ffp-contract=off", "-shared", "-fPIC"]
     subprocess.run(["g++", *flags, str(folder / "division.cpp"), "-o", str(target)], check=True)
     library = ctypes.CDLL(str(target))
-    for name in ("divisions", "constant_divisor", "half_quotients", "bf16_levels"):
+    names = ("divisions", "constant_divisor", "half_quotients", "packed_quotients", "half_scales", "bf16_levels")
+    for name in names:
         getattr(library, name).restype = ctypes.c_long
+    library.packed_quotients.argtypes = [ctypes.c_float]
     library.divisions.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long]
     return library
 
@@ -147,6 +187,16 @@ def test_constant_divisor(host: ctypes.CDLL, width: int) -> None:
 @pytest.mark.parametrize("fraction", [7, 10], ids=["bf16", "fp16"])
 def test_half_quotients(host: ctypes.CDLL, fraction: int) -> None:
     assert host.half_quotients(fraction) == 0
+
+
+def test_packed_quotients(host: ctypes.CDLL) -> None:
+    assert host.packed_quotients(1 + 2**-23) == 0
+    assert host.packed_quotients(1) == 1, "226 / 251 is too close to a boundary for an 1/s from below"
+
+
+@pytest.mark.parametrize(("fraction", "least", "most"), [(7, -126, 127), (10, -14, 15)], ids=["bf16", "fp16"])
+def test_scales_of_tokens(host: ctypes.CDLL, fraction: int, least: int, most: int) -> None:
+    assert host.half_scales(fraction, least, most) == 0
 
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["fused", "unfused"])

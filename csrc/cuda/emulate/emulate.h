@@ -256,6 +256,19 @@ template <class T> uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   return d;
 }
 
+template <class T, class F> uint32_t each_half(uint32_t a, uint32_t b, F f) {
+  return pack2<T>(f(half_of<T>(a, 0), half_of<T>(b, 0)), f(half_of<T>(a, 1), half_of<T>(b, 1)));
+}
+template <class T> uint32_t smaller2(uint32_t a, uint32_t b) { return each_half<T>(a, b, smaller); }
+template <class T> uint32_t larger2(uint32_t a, uint32_t b) { return each_half<T>(a, b, larger); }
+
+inline uint32_t xor_here(uint32_t a, uint32_t b) { return a ^ b; }
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t order) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t d = 0;
+  for (int i = 0; i < 4; ++i) d |= static_cast<uint32_t>(bytes >> 8 * (order >> 4 * i & 7) & 0xff) << 8 * i;
+  return d;
+}
 inline uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
 inline uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) ^ bits; }
 
@@ -337,6 +350,11 @@ inline Vec4 load_readonly(const void* p) {
   return v;
 }
 inline Vec4 load16(const void* p) { return load_readonly(p); }
+inline void store8(void* p, uint32_t first, uint32_t second) {
+  emu::require(reinterpret_cast<uintptr_t>(p) % 8 == 0, "8-byte store to an address that is no multiple of 8");
+  std::memcpy(p, &first, 4);
+  std::memcpy(static_cast<char*>(p) + 4, &second, 4);
+}
 inline uint32_t load4(const void* p) { uint32_t v; std::memcpy(&v, p, 4); return v; }
 struct RowIn { const unsigned char* row; };
 struct RowOut { uint32_t a[4]; };

@@ -7,8 +7,9 @@ Backward (straight through, Bengio et al., arXiv 1308.3432; s and z constant), w
 
     dx = P mask * g      dprobs[q] = <g, Q_q>      dmask[n] = P sum_tokens g x
 
-dx alone reads neither x nor levels, so that x need not stay alive. The Triton forward holds whole token rows in
-registers and writes down each row's scales and zero points, so that the backward is free to work in column blocks.
+dx alone reads neither x nor levels, so that x need not stay alive. The Triton forward holds narrow token rows in
+registers and reads wide ones twice. It writes down each row's scales and zero points, so that the backward is free to
+work in column blocks.
 """
 
 from collections.abc import Sequence
@@ -79,33 +80,57 @@ def _reference_backward(
 
 
 @triton.jit
+def masked_tile(
+    x_ptr, mask_ptr, row, col, count, N, stride, dtype: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """mask * x, rounded to ``dtype``, [rows, columns] in fp32; 0 outside."""
+    ok = (row < count)[:, None] & (col < N)[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_MASK:
+        x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
+    return x
+
+
+@triton.jit
 def act_forward_kernel(
     x_ptr, mask_ptr, probs_ptr, out_ptr, levels_ptr, count, N, stride,
     Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens per program. LOW[q] = -2^(b-1), 0 for the identity (16 bits); levels [count, Q, 2] gets (s, z)."""
+    """ROWS tokens per program, whole in registers or BLOCK columns at a time, read twice. LOW[q] = -2^(b-1), 0 for the
+    identity (16 bits); levels [count, Q, 2] gets (s, z)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    ok = (row < count)[:, None] & (col < N)[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)  # [ROWS, BLOCK]
-    if HAS_MASK:
-        x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
-    least = smaller(tl.reduce(x, 1, smaller), 0.0)
-    most = larger(tl.reduce(x, 1, larger), 0.0)
-    mixed = tl.zeros([ROWS, BLOCK], tl.float32)
-    for q in tl.static_range(Q):
-        pi = tl.load(probs_ptr + q).to(tl.float32)
-        if LOW[q] == 0.0:
-            mixed = tl.fma(x, tl.full([ROWS, BLOCK], 1.0, tl.float32) * pi, mixed)
-        else:
-            s, z = scale_and_zero(least, most, LOW[q], INVERSE[q], REST[q], eps, dtype, SYMMETRIC, EXACT)
-            tl.store(levels_ptr + (row * Q + q) * 2, s, mask=row < count)
-            tl.store(levels_ptr + (row * Q + q) * 2 + 1, z, mask=row < count)
-            level = token_levels(x, s, z, LOW[q], dtype, SYMMETRIC, EXACT)
-            mixed = tl.fma(level, tl.broadcast_to((pi * s)[:, None], level.shape), mixed)
-    tl.store(out_ptr + row[:, None] * N + col[None, :], mixed.to(dtype), mask=ok)
+    x = masked_tile(x_ptr, mask_ptr, row, col, count, N, stride, dtype, HAS_MASK, EXACT)
+    low, high = x, x
+    if WHOLE:
+        until = 1
+    else:
+        until = N
+        for start in range(BLOCK, N, BLOCK):
+            more = masked_tile(x_ptr, mask_ptr, row, start + col, count, N, stride, dtype, HAS_MASK, EXACT)
+            low, high = smaller(low, more), larger(high, more)
+    least = smaller(tl.reduce(low, 1, smaller), 0.0)
+    most = larger(tl.reduce(high, 1, larger), 0.0)
+    for start in range(0, until, BLOCK):
+        if not WHOLE:
+            x = masked_tile(x_ptr, mask_ptr, row, start + col, count, N, stride, dtype, HAS_MASK, EXACT)
+        mixed = tl.zeros([ROWS, BLOCK], tl.float32)
+        for q in tl.static_range(Q):
+            pi = tl.load(probs_ptr + q).to(tl.float32)
+            if LOW[q] == 0.0:
+                mixed = tl.fma(x, tl.full([ROWS, BLOCK], 1.0, tl.float32) * pi, mixed)
+            else:
+                s, z = scale_and_zero(least, most, LOW[q], INVERSE[q], REST[q], eps, dtype, SYMMETRIC, EXACT)
+                if start == 0:
+                    tl.store(levels_ptr + (row * Q + q) * 2, s, mask=row < count)
+                    tl.store(levels_ptr + (row * Q + q) * 2 + 1, z, mask=row < count)
+                level = token_levels(x, s, z, LOW[q], dtype, SYMMETRIC, EXACT)
+                mixed = tl.fma(level, tl.broadcast_to((pi * s)[:, None], level.shape), mixed)
+        ok = (row < count)[:, None] & (start + col < N)[None, :]
+        tl.store(out_ptr + row[:, None] * N + (start + col)[None, :], mixed.to(dtype), mask=ok)
 
 
 @triton.jit
@@ -184,10 +209,14 @@ def act_backward_kernel(
         tl.store(dmask_ptr + tl.program_id(1) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
 
 
-def row_config(columns: int) -> dict[str, int]:
-    """Rows per program and warps for rows of ``columns``: 16 to 32 elements per thread."""
-    block = triton.next_power_of_2(columns)
-    return {"BLOCK": block, "ROWS": max(1, 1024 // block), "num_warps": min(16, max(4, block // 1024))}
+def row_config(columns: int) -> dict[str, int | bool]:
+    """Of the forward. Up to 4096 columns a row stays in registers (72 at 32 elements per thread), unless blocks of 1024
+    have less padding. Then, and where it is wider, it goes by in these (56 registers at 8): a row of 14336 took 74 in
+    512 threads, so that one program filled a multiprocessor and nothing hid its reads."""
+    block, passing = triton.next_power_of_2(columns), triton.cdiv(columns, 1024) * 1024
+    if block > 4096 or block > passing:
+        return {"BLOCK": 1024, "ROWS": 1, "WHOLE": False, "num_warps": 4}
+    return {"BLOCK": block, "ROWS": max(1, 1024 // block), "WHOLE": True, "num_warps": 4}
 
 
 def backward_config(columns: int) -> dict[str, int]:

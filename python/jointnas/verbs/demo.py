@@ -91,7 +91,7 @@ def demo_config(out: str, device: str, seed: int, randoms: int) -> CompareConfig
                 "workload": "decode", "batch": 1, "seq": 128, "dtype": "bfloat16", "seconds_per_operation": 0.02,
             },
             "search": {
-                "steps": 60, "min_steps": 20, "lr_arch": 0.1, "lr_weight": 1e-3, "eta": 0.3, "entropy_weight": 1.0,
+                "steps": 60, "min_steps": 20, "lr_arch": 0.1, "lr_weight": 1e-3, "eta": 0.3,
                 "gap_every": 20, "log_every": 5,
             },
             "quantizer": {"options": {"samples": 16, "epochs": 2}},

@@ -1,10 +1,12 @@
 """Calls of the CUDA C++ kernel of the mixture (csrc/cuda/quant_lora_mix.cu): the forward, and the dprobs of arch steps.
 Half types, groups of 32, 64 or 128, input channels a multiple of 128, rank 8, 16, 24 or 32, at most 4 precisions."""
 
+import bisect
 import functools
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from jointnas_kernels.ops.quant.mixture import kernels
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want, tiles
 
 WARPS = 8  # per block; one block per multiprocessor (255 registers)
+MOST = 3  # weights of a launch
 # Elements of dW at a time: 128 MB, any matrix of an 8B model at once. Pieces of 2^23 would stay in the second-level
 # cache, which saves little: the kernel takes 26 us for as many (H200, forward), their dW 4 us from memory (predicted).
 # But each piece is two launches of the host: 56 in a block instead of 14.
@@ -43,28 +46,44 @@ def most_columns(group_size: int, precisions: int, clip: bool, reduce: bool, lim
     return min(4, (limit - WARPS * warp) // (precisions * 8192))
 
 
-@functools.cache
-def plan(rows: tuple[int, ...], inputs: int, most: int, multiprocessors: int) -> tuple[int, tuple[int, ...]]:
-    """(128-channel tiles per block, at most ``most``; of each weight blocks along its rows) with the least total time.
+class Plan(NamedTuple):
+    """How the blocks, one per multiprocessor, share the work.
 
-    In units of a warp's work on a tile (about 2000 instructions): fetching B of a row tile costs 0.05, A of a column
-    0.05, and blocks run in waves of one per multiprocessor.
+    A unit is 8 row tiles, one per warp, times ``columns`` 128-channel tiles, whose A a block keeps. Blocks take even
+    shares of the units, which go down the rows of one group of columns after another, and of one weight after another.
     """
-    tiles, columns_all = [math.ceil(count / 16) for count in rows], inputs // 128
 
-    def split(parts: int) -> tuple[int, tuple[int, ...]]:
-        """(row tiles per block, blocks) where the largest weight has so many parts."""
-        height = math.ceil(max(tiles) / parts)
-        return height, tuple(math.ceil(count / height) for count in tiles)
+    columns: int
+    blocks: int
 
-    def cost(columns: int, parts: int) -> float:
-        height, splits = split(parts)
-        waves = math.ceil(math.ceil(columns_all / columns) * sum(splits) / multiprocessors)
-        return waves * (math.ceil(height / WARPS) * (columns + 0.05) + 0.05 * columns)
+    def stretches(self, rows: Sequence[int], inputs: int) -> list[int]:
+        """Units of every group of columns of every weight, in their order."""
+        groups = math.ceil(inputs / 128 / self.columns)
+        return [units for count in rows for units in [math.ceil(count / 16 / WARPS)] * groups]
 
-    choices = itertools.product(range(1, most + 1), range(1, min(math.ceil(max(tiles) / WARPS), 128) + 1))
-    columns, parts = min(choices, key=lambda choice: cost(*choice))
-    return columns, split(parts)[1]
+    def busiest(self, rows: Sequence[int], inputs: int) -> tuple[int, int]:
+        """(units of the busiest block, groups of columns of the block with most); ``rows``: of each weight."""
+        ends = list(itertools.accumulate(self.stretches(rows, inputs)))
+        bounds = [ends[-1] * i // self.blocks for i in range(self.blocks + 1)]
+        shares = [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+        groups = [bisect.bisect_left(ends, b) - bisect.bisect_right(ends, a) + 1 for a, b in shares]
+        return max(b - a for a, b in shares), max(groups)
+
+    def cost(self, rows: Sequence[int], inputs: int) -> float:
+        """In units of a warp's work on a tile, about 2000 instructions. Fetching B of a row tile is 50 of them; while A
+        comes nothing else is done, which is predicted to take 0.5, and 0.25 for each column."""
+        units, groups = self.busiest(rows, inputs)
+        return units * (self.columns + 0.025) + groups * (0.5 + 0.25 * self.columns)
+
+
+@functools.cache
+def plan(rows: tuple[int, ...], inputs: int, most: int, multiprocessors: int) -> Plan:
+    """The plan of least cost with at most ``most`` columns, and no more blocks than its busiest block needs."""
+    plans = []
+    for columns in range(1, most + 1):
+        units = sum(Plan(columns, 1).stretches(rows, inputs))
+        plans.append(Plan(columns, math.ceil(units / math.ceil(units / multiprocessors))))
+    return min(plans, key=lambda how: how.cost(rows, inputs))
 
 
 @functools.cache
@@ -99,52 +118,41 @@ def operands(mixes: Sequence[Mixture]) -> list[Mixture]:
     return found
 
 
-def launch_plan(mix: Mixture, rows: Sequence[int], reduce: bool) -> tuple[int, tuple[int, ...]]:
+def launch_plan(mix: Mixture, rows: Sequence[int], reduce: bool) -> Plan:
     """`plan` for weights of so many rows on this device."""
     most = most_columns(mix.group_size, len(mix.bits), mix.clip is not None, reduce, shared_limit(mix.weight))
     return plan(tuple(rows), mix.weight.shape[1], most, cuda.multiprocessors(mix.weight))
 
 
-def warps(mix: Mixture, columns: int, splits: int) -> int:
-    """Of a launch, each of which leaves a partial sum per precision."""
-    return math.ceil(mix.weight.shape[1] / (128 * columns)) * splits * WARPS
-
-
 def run(
-    mixes: Sequence[Mixture], columns: int, splits: Sequence[int], outs: Sequence[Tensor | None] = (None,),
-    grad: Tensor | None = None, begin: int = 0, end: int = 0, partial: Tensor | None = None,
+    mixes: Sequence[Mixture], how: Plan, outs: Sequence[Tensor | None] = (None,), grad: Tensor | None = None,
+    begin: int = 0, end: int = 0, partial: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Write the W~ of each, or to ``partial`` [warps, P] the sums <grad, Q_p> for grad = G[begin:end] of one; of
-    `operands`."""
+    """Write the W~ of each, or to ``partial`` [blocks * WARPS, P] the sums <grad, Q_p> for grad = G[begin:end] of one;
+    of `operands`."""
     (mix, *_), (precisions, rank, inputs) = mixes, mixes[0].lora_a.shape
     bits = sum(width << (8 * p) for p, width in enumerate(mix.bits))
     weights = cuda.addresses("quant_lora_mix", mix.weight.device, [
-        value
-        for one, out, count in zip(mixes, outs, splits, strict=True)
-        for value in (*one[:3], one.clip, out, len(one.weight) | count << 32)
+        value for one, out in zip(mixes, outs, strict=True) for value in (*one[:3], one.clip, out, len(one.weight))
     ])  # fmt: skip
     cuda.call(
         "quant_lora_mix", weights.buffer_info()[0], len(mixes), grad, mix.probs, partial, begin, end, inputs, rank,
-        precisions, mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], columns, float(mix.scaling), on=mix.weight,
+        precisions, mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], *how, float(mix.scaling), on=mix.weight,
     )  # fmt: skip
 
 
-def forward_all(
-    mixes: Sequence[Mixture], outs: Sequence[Tensor], columns: int | None = None, splits: Sequence[int] | None = None
-) -> None:
-    """W~ of each of up to three with the same inputs and no clip ratios, or of one, in ``outs``, by one launch;
-    ``columns`` and ``splits`` override its plan."""
+def forward_all(mixes: Sequence[Mixture], outs: Sequence[Tensor], how: Plan | None = None) -> None:
+    """W~ of each of up to MOST with the same inputs, all with clip ratios or none, in ``outs``, by one launch and the
+    usual plan if none is given."""
     mixes = operands(mixes)
-    if columns is None or splits is None:
-        columns, splits = launch_plan(mixes[0], [len(mix.weight) for mix in mixes], False)
-    run(mixes, columns, splits, outs)
+    run(mixes, how or launch_plan(mixes[0], [len(mix.weight) for mix in mixes], False), outs)
 
 
-def forward(mix: Mixture, out: Tensor | None = None) -> Tensor:
+def forward(mix: Mixture, out: Tensor | None = None, how: Plan | None = None) -> Tensor:
     """W~, in ``out`` if there is one."""
     out = torch.empty_like(mix.weight, memory_format=torch.contiguous_format) if out is None else out
     if out.numel():
-        forward_all([mix], [out])
+        forward_all([mix], [out], how)
     return out
 
 
@@ -157,16 +165,15 @@ def probs_gradient(mixes: Sequence[Mixture], upstream: Sequence[Upstream]) -> Te
     """dprobs of linears that share them. The library GEMM writes G, at most CHUNK of it, and the forward's kernel
     reduces it: at 1024 tokens that GEMM is twice as fast as one with registers left for this epilogue. One sum at the
     end adds up what all these launches left."""
-    launches: list[tuple[Mixture, Upstream, slice, int, int]] = []
+    launches: list[tuple[Mixture, Upstream, slice, Plan]] = []
     for mix, of in zip(operands(mixes), upstream, strict=True):
         for tile in tiles(len(mix.weight), max(256, CHUNK // mix.weight.shape[1] // 256 * 256)):
-            columns, (splits,) = launch_plan(mix, [tile.stop - tile.start], True)
-            launches.append((mix, of, tile, columns, splits))
-    counts = [warps(mix, columns, splits) for mix, _, _, columns, splits in launches]
+            launches.append((mix, of, tile, launch_plan(mix, [tile.stop - tile.start], True)))
+    counts = [how.blocks * WARPS for _, _, _, how in launches]
     sums = mixes[0].weight.new_empty(sum(counts), len(mixes[0].bits), dtype=torch.float32)
-    for (mix, of, tile, columns, splits), partial in zip(launches, sums.split(counts), strict=True):
+    for (mix, of, tile, how), partial in zip(launches, sums.split(counts), strict=True):
         grad = cuda.aligned(of.rows(tile).to(mix.weight.dtype))
-        run([mix], columns, [splits], grad=grad, begin=tile.start, end=tile.stop, partial=partial)
+        run([mix], how, grad=grad, begin=tile.start, end=tile.stop, partial=partial)
     return sums.sum(0).to(mixes[0].probs.dtype)
 
 
