@@ -16,8 +16,7 @@ struct LowbitArgs {
   const void* x;              // [M, I] dtype, or int8 as written by act_quant_pack
   const float* act_scale;     // [M]; null for 16-bit activations
   const int* act_zero;        // [M]; null for 16-bit activations
-  const float* row_sum;       // [O], sums of q * scale over the inputs: zero points applied at the end (wgmma, int8,
-                              // bitplane); or null
+  const float* row_sum;       // [O], sums of q * scale over the inputs, for the zero points; or null
   void* y;                    // [M, O] dtype
   float* partial;             // [splits, M, O] if splits > 1
   int* locks;                 // [kLocks], zero before and after, if splits > 1
@@ -38,7 +37,8 @@ constexpr int kLocks = 4096;  // as many as ops/lowbit/tiles.py allocates
 
 // What is wrong with the arguments every kernel shares, or kOk.
 inline int check(const LowbitArgs& p) {
-  const bool splits = p.splits == 1 || (p.splits > 1 && p.partial && p.locks), zeros = !p.act_scale || p.act_zero;
+  const bool splits = p.splits == 1 || (p.splits > 1 && p.partial && p.locks);
+  const bool zeros = !p.act_scale || (p.act_zero && p.row_sum);
   if (!splits || !zeros || p.inputs % kGroup || p.tokens < 1 || p.rows < 1) return kBadArgument;
   return aligned(p.weight, p.scale, p.x, p.y) ? kOk : kMisaligned;
 }
@@ -68,6 +68,16 @@ JN_HOST_DEVICE size_t place_swizzled(int tokens, int token, int group, int at) {
   return (static_cast<size_t>(group) * ((tokens + 7) / 8) + token / 8) * 1024 + token % 8 * 128 +
          (at / 16 ^ token % 8) * 16 + at % 16;
 }
+
+// A group's sums before the first product, and as numbers. Integers are counted from the bits of 1.5 * 2^23, whose last
+// mantissa bit is worth 1: |sum| <= 128 * 128 * 128 = 2^21 for any bits (spread() scales up to 8), so the sum is a float's
+// distance from there, exactly, by one FADD. I2F would take as long as 4 of them on sm_80 (16 lanes per clock, FADD 64);
+// mma.sync reads its first sums from registers that are set once, so beginning there costs nothing. (wgmma adds in place,
+// where a MOV per sum makes it 3 instructions for I2FP's 2.)
+template <class Sum> constexpr Sum kNothing = 0;
+template <> inline constexpr int kNothing<int> = 0x4B400000;
+JN_DEVICE float sum_of(float sum) { return sum; }
+JN_DEVICE float sum_of(int sum) { return ptx::bits_float(static_cast<uint32_t>(sum)) - 12582912.0f; }
 
 // Bits of a small number as F16 / BF16; exact for every constant used below.
 JN_HOST_DEVICE constexpr uint32_t half_bits(bool bf16, double v) {

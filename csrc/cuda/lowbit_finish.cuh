@@ -7,7 +7,8 @@ namespace jointnas {
 // `sum(token, row)` is the block's share of an output, token < block_tokens, row < block_rows counted inside the block.
 // With splits, the last block of a strip adds the shares in order, so the result does not depend on who was last.
 // `shared` may be overwritten.
-// With quantized activations (act_scale) the sums are multiplied by `unit` and the token's scale.
+// With quantized activations (act_scale) the sums are multiplied by `unit` (spread() scales weights up), the zero point
+// times the row's sum of weights is taken off, and the token's scale applied.
 template <class T, class Sum>
 JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int first_row, int block_rows, int first_token,
                             int block_tokens, void* shared, Sum sum) {
@@ -15,9 +16,7 @@ JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int fi
   auto store = [&](int token, int row, float v) {
     const int m = first_token + token;
     if (p.act_scale) {
-      v *= unit;  // spread() scales 8-bit weights up
-      if (p.row_sum) v -= static_cast<float>(p.act_zero[m]) * p.row_sum[first_row + row];
-      v *= p.act_scale[m];
+      v = (v * unit - static_cast<float>(p.act_zero[m]) * p.row_sum[first_row + row]) * p.act_scale[m];
     }
     static_cast<T*>(p.y)[size_t(m) * p.rows + first_row + row] = ptx::from_float<T>(v);
   };

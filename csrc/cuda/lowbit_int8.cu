@@ -204,7 +204,7 @@ template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t st
 // act_quant_pack(layout 2); no splits.
 int lowbit_int8(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  if (p.splits != 1 || p.cluster < 1 || p.cluster > 2 || !p.act_scale || !p.row_sum) return kBadArgument;
+  if (p.splits != 1 || p.cluster < 1 || p.cluster > 2 || !p.act_scale) return kBadArgument;
   if (compute_capability() != 90) return kIsaMissing;
   return dispatch([&](auto type, auto bits, auto tiles) { return run<Half<type>, bits, tiles * 8>(p, stream); },
                   Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<16, 32>{p.token_tiles});

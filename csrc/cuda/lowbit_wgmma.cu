@@ -160,7 +160,6 @@ template <class T, int BITS, int N, bool QUANTIZED> int run(const LowbitArgs& p,
 // As lowbit_tile, on sm_90a only; x in the order of token_layout or act_quant_pack(layout 1).
 int lowbit_wgmma(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  if (p.act_scale && !p.row_sum) return kBadArgument;
   if (compute_capability() != 90) return kIsaMissing;
   return dispatch([&](auto type, auto bits, auto tiles, auto quantized) {
     return run<Half<type>, bits, tiles * 8, quantized != 0>(p, stream);

@@ -117,9 +117,8 @@ def multiply(
     y = scale.new_empty(tokens, rows)
     partial = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device) if plan.splits > 1 else None
     cuda.call(
-        f"lowbit_{kernel}", tiles, scale, x, act_scale, act_zero, None if kernel in ("stream", "tile") else row_sum, y,
-        partial, locks, tokens, rows, inputs, weight.w_bits, DTYPES[scale.dtype], *plan[:3], streams and early, a_bits,
-        plan.cluster, on=x,
+        f"lowbit_{kernel}", tiles, scale, x, act_scale, act_zero, row_sum, y, partial, locks, tokens, rows, inputs,
+        weight.w_bits, DTYPES[scale.dtype], *plan[:3], streams and early, a_bits, plan.cluster, on=x,
     )  # fmt: skip
     return y
 
