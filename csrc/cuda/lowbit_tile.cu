@@ -12,9 +12,7 @@ namespace jointnas {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlockTiles = 8;  // 128 rows
 constexpr int kWarpTiles = 2;
-constexpr int kSumPitch = kBlockTiles * kTileRows + 4;
 
 // NT: 8-token tiles per warp; a block has 2 * 8 * NT tokens. BYTES: of one activation.
 template <int BITS, int NT, int BYTES> struct Shape {
@@ -25,7 +23,7 @@ template <int BITS, int NT, int BYTES> struct Shape {
   static constexpr int stage_bytes = weight_bytes + scale_bytes + tokens * token_bytes;
   static constexpr int fit = 160 * 1024 / stage_bytes;  // sm_80 has 163 KB
   static constexpr int stages = fit > 4 ? 4 : fit;
-  static constexpr int ring = stages * stage_bytes, sums = tokens * kSumPitch * 4;
+  static constexpr int ring = stages * stage_bytes, sums = tokens * kPitch * 4;
   static constexpr int bytes = ring > sums ? ring : sums;
 };
 
@@ -72,7 +70,8 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
       unsigned char* dst = shared + stage * S::stage_bytes;
       const Vec4* weight = static_cast<const Vec4*>(p.weight) + group * per_tile;
 #pragma unroll
-      for (int j = 0; j < weight_rounds; ++j) ptx::cp_async16(dst + (j * kThreads + thread) * 16, weight + weight_at[j]);
+      for (int j = 0; j < weight_rounds; ++j)
+        ptx::cp_async16(dst + (j * kThreads + thread) * 16, weight + weight_at[j]);
       dst += S::weight_bytes;
       if (thread < S::scale_bytes / 16)
         ptx::cp_async16(dst + thread * 16, static_cast<const Vec4*>(p.scale) + (scale_at + group * tiles * 2));
@@ -195,11 +194,11 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        sums[(warp_token + 8 * n + 2 * t + c % 2) * kSumPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
+        sums[(warp_token + 8 * n + 2 * t + c % 2) * kPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
   ptx::sync_threads();
   constexpr float unit = 1.0f / (1 << (8 - BITS));
-  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, S::tokens, shared,
-                  [&](int token, int row) { return sums[token * kSumPitch + row]; });
+  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockRows, first_token, S::tokens, shared,
+                  [&](int token, int row) { return sums[token * kPitch + row]; });
 }
 
 template <class T, int BITS, int NT, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
