@@ -31,6 +31,10 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int i = 0; i < BITS; ++i) {
+          if (i == 0) {  // counts onto the sum, whose beginning then costs nothing
+            ptx::mma_m16n8k128_and(sum[r][n], w[r][0], w[r][1], x[n]);
+            continue;
+          }
           int count[4] = {0, 0, 0, 0};
           ptx::mma_m16n8k128_and(count, w[r][2 * i], w[r][2 * i + 1], x[n]);
 #pragma unroll
