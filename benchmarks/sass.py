@@ -320,11 +320,12 @@ def table(file: Path = ROWS) -> str:
     for name, (first, newest) in history(file).items():
         cells = [
             [name, row["params"]["source"], row["params"]["per"], str(row["instructions"]), str(row["registers"]),
-             _by_kind(row["counts"]), f"{row['params']['product']}: {_predicted(row)}", row["commit"]]
+             _by_kind(row["counts"]), row["params"]["product"], _predicted(row), row["commit"]]
             for row in (first, newest)
         ]  # fmt: skip
         body.append([" → ".join(dict.fromkeys(both)) for both in zip(*cells, strict=True)])
-    head = ["what", "kernel", "per warp and", "instructions", "registers", "of these", "at least (predicted)", "commit"]
+    head = ["what", "kernel", "per warp and", "instructions", "registers", "of these", "product", "predicted, at least",
+            "commit"]  # fmt: skip
     return rows.table(head, body)
 
 
