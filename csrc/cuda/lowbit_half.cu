@@ -22,15 +22,15 @@ constexpr int kThreads = 384;
 constexpr int kMaxStages = 8;
 
 template <int BITS, int N> struct Shape {
-  static constexpr int chunk = N < 64 ? N : 64;      // tokens per product
-  static constexpr int segment_bytes = N * 128;      // tokens of 64 inputs, as wgmma swizzles them
+  static constexpr int chunk = N < 64 ? N : 64;  // tokens per product
+  static constexpr int segment_bytes = N * 128;  // tokens of 64 inputs, as wgmma swizzles them
   static constexpr int token_bytes = 2 * segment_bytes;
   static constexpr int tile_bytes = BITS * 256;
   static constexpr int stage_bytes = token_bytes + kBlockTiles * tile_bytes + 1024;  // stages stay 1024-byte aligned
   static constexpr int fit = 226 * 1024 / stage_bytes;
   static constexpr int stages = fit > kMaxStages ? kMaxStages : fit;
   static constexpr int bytes = stages * stage_bytes + 2 * kMaxStages * 8;
-  static_assert(stages >= 2 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
+  static_assert(N % chunk == 0 && stages >= 2 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
 };
 
 // Half HALF of the warp's tile at `src` (this lane's first vector): the A operands of 64 inputs.
