@@ -146,7 +146,7 @@ def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
             a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=lowbit_cuda.ACT_LAYOUTS[kernel])
             found[name] = partial(given, kernel, a, (s, z))
     elif x.shape[0] >= 64:
-        for kernel in (*(("stream",) if x.shape[0] == 64 else ()), *(("wgmma",) if hopper else ()), "tile"):
+        for kernel in (*(("stream",) if x.shape[0] == 64 else ()), *(("half",) if hopper else ()), "tile"):
             found[f"ours, {kernel}"] = partial(given, kernel, x, None)
         found["ours, dense"] = lambda w: x @ lowbit_cuda.dense(w).t()
     return found

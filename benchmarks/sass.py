@@ -141,10 +141,9 @@ ITEMS = (
          r"stream_kernelINS_4BF16E.*PlaneMathILi2ELi8ELi1EE", "BMMA", "group, 64 rows x 8 planes",
          "W2A8 8192², M = 1", TILES / 4 * GROUPS, _product(1, 2, 1)),
     *(
-        Item(f"W{bits}A16, M = {m}", "lowbit_wgmma", "90a",
-             rf"wgmma_kernelINS_4BF16ELi{bits}ELi{n}ELb0E", "HGMMA", f"group, 16 rows x {n} tokens",
-             f"W{bits}A16 8192², M = {m}", TILES * GROUPS * m / n, _product(m, bits, 2))
-        for bits, n, m in ((4, 64, 64), (4, 128, 512), (4, 128, 4096), (8, 128, 4096))
+        Item(f"W{bits}A16, M = {m}", "lowbit_half", "90a", rf"half_kernelINS_4BF16ELi{bits}ELi{n}E", "HGMMA",
+             f"group, 16 rows x {n} tokens", f"W{bits}A16 8192², M = {m}", TILES * GROUPS * m / n, _product(m, bits, 2))
+        for bits, n, m in ((4, 64, 64), (4, 256, 512), (4, 256, 4096), (8, 256, 4096))
     ),
     *(
         Item(f"quant_lora_mix, {half}, sm_{arch}", "quant_lora_mix", arch, rf"mix_kernelINS_{name}ELi128ELb0ELb0E",
@@ -332,11 +331,12 @@ def table(file: Path = ROWS) -> str:
     for name, (first, newest) in history(file).items():
         cells = [
             [name, row["params"]["source"], row["params"]["per"], str(row["instructions"]), str(row["registers"]),
-             _by_kind(row["counts"]), f"{row['params']['product']}: {_predicted(row)}", row["commit"]]
+             _by_kind(row["counts"]), row["params"]["product"], _predicted(row), row["commit"]]
             for row in (first, newest)
         ]  # fmt: skip
         body.append([" → ".join(dict.fromkeys(both)) for both in zip(*cells, strict=True)])
-    head = ["what", "kernel", "per warp and", "instructions", "registers", "of these", "at least (predicted)", "commit"]
+    head = ["what", "kernel", "per warp and", "instructions", "registers", "of these", "product", "predicted, at least",
+            "commit"]  # fmt: skip
     return rows.table(head, body)
 
 

@@ -64,7 +64,7 @@ def chosen_today(rows: list[Row]) -> list[Row]:
             found.append(row)
             continue
         bits, tokens = int(p["scheme"].split("a")[1]), p["m"]
-        few, many = ("stream",), ("dense",) if bits == 16 else ("int8", "wgmma", "tile")
+        few, many = (("half", "stream"), ("half", "dense")) if bits == 16 else (("stream",), ("int8", "wgmma", "tile"))
         today = few if tokens <= STREAM_TOKENS[bits] else many
         of_its_day = "stream" if tokens <= 32 else "dense" if tokens >= 2048 else "wgmma"
         timed = row["extra"].get("kernel", of_its_day if bits == 16 else today[0])

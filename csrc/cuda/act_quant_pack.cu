@@ -180,10 +180,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 constexpr int kThreads = 256;
 
-// One thread per 32 inputs: a 4 x 4 transposition of words, [t][s, h] to [s, h][t].
-__global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, Vec4* out, long long blocks) {
+// One thread per 32 inputs, half of a swizzled row: a 4 x 4 transposition of words, [t][s, h] to [s, h][t].
+__global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, char* out, int tokens, int inputs) {
+  ptx::launch_dependents();
   const long long i = static_cast<long long>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= blocks) return;
+  if (i >= static_cast<long long>(tokens) * (inputs / 32)) return;
+  const int token = static_cast<int>(i / (inputs / 32)), part = static_cast<int>(i % (inputs / 32));
   Vec4 in[4], to[4];
 #pragma unroll
   for (int t = 0; t < 4; ++t) in[t] = ptx::load_readonly(x + i * 4 + t);
@@ -192,7 +194,8 @@ __global__ void __launch_bounds__(kThreads) token_layout_kernel(const Vec4* x, V
 #pragma unroll
     for (int t = 0; t < 4; ++t) to[sh].w[t] = in[t].w[sh];
 #pragma unroll
-  for (int sh = 0; sh < 4; ++sh) out[i * 4 + sh] = to[sh];
+  for (int sh = 0; sh < 4; ++sh)
+    *reinterpret_cast<Vec4*>(out + place_swizzled(tokens, token, part / 2, (part % 2 * 4 + sh) * 16)) = to[sh];
 }
 
 }  // namespace
@@ -216,14 +219,14 @@ int act_quant_pack(const void* x, int8_t* a, float* scale, int* zero, int tokens
 }
 JN_EXPORT(act_quant_pack);
 
-// x[M, I] of a 16-bit type to the order lowbit_wgmma reads.
+// x[M, I] of a 16-bit type to [I / 64, ceil(M / 8), 8, 64] for lowbit_half, swizzled; tokens past the end are not written.
 int token_layout(const void* x, void* out, int tokens, int inputs, cudaStream_t stream) {
   if (inputs % kGroup || tokens < 1) return kBadArgument;
   if (!aligned(x, out)) return kMisaligned;
   const long long blocks = static_cast<long long>(tokens) * inputs / 32;
   const auto grid = static_cast<unsigned>((blocks + kThreads - 1) / kThreads);
   return launch(token_layout_kernel, dim3(grid), dim3(kThreads), 0, stream, false, static_cast<const Vec4*>(x),
-                static_cast<Vec4*>(out), blocks);
+                static_cast<char*>(out), tokens, inputs);
 }
 JN_EXPORT(token_layout);
 

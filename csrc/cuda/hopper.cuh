@@ -52,8 +52,6 @@ JN_DEVICE int cluster_rank() {
 JN_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
-// Barrier `id` (1 to 15) of `threads` threads, whole warps.
-JN_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
 template <int REGISTERS> JN_DEVICE void raise_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
@@ -102,9 +100,6 @@ inline void bulk_copy(void* dst, const void* src, int bytes, uint64_t* barrier) 
   bulk_copy_multicast(dst, src, bytes, barrier, 1 << cluster_rank());
 }
 inline void sync_cluster() { emu::meet(emu::block().cluster_barrier, static_cast<int>(emu::block().fibers.size()), [] {}); }
-inline void sync_some(int id, int threads) {
-  emu::meet(emu::block().named[emu::block().rank() * 16 + id], threads, [] {});
-}
 template <int> void raise_registers() {}
 template <int> void lower_registers() {}
 #endif

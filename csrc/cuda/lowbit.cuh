@@ -16,34 +16,49 @@ struct LowbitArgs {
   const void* x;              // [M, I] dtype, or int8 as written by act_quant_pack
   const float* act_scale;     // [M]; null for 16-bit activations
   const int* act_zero;        // [M]; null for 16-bit activations
-  const float* row_sum;       // [O], sums of q * scale over the inputs: zero points applied at the end (wgmma, int8,
-                              // bitplane); or null
+  const float* row_sum;       // [O], sums of q * scale over the inputs, for the zero points; or null
   void* y;                    // [M, O] dtype
   float* partial;             // [splits, M, O] if splits > 1
   int* locks;                 // [kLocks], zero before and after, if splits > 1
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
-  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile, wgmma), 16 or 32 (int8);
-                              // bitplane: tiles of 8 token planes, 1, 2 or 4
+  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile, wgmma), 16 or 32 (int8),
+                              // 2 to 32 (half); bitplane: tiles of 8 token planes, 1, 2 or 4
   int warp_rows;              // stream, bitplane: 64-row strips per block: 1, 2, 4 or 8
   int splits;                 // blocks along the inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
   int a_bits;                 // bitplane: planes per token
-  int cluster;                // int8: blocks that share their tokens' copies, 1 or 2
+  int cluster;                // int8, half: blocks that share their tokens' copies, 1 or 2; half also 4
 };
 
 constexpr int kTileRows = 16;
 constexpr int kGroup = 128;  // inputs per scale, and per tile
+constexpr int kBlockTiles = 8;  // of a block of many tokens: 128 rows
+constexpr int kBlockRows = kBlockTiles * kTileRows;
+constexpr int kPitch = kBlockRows + 4;  // floats per token of its final sums; + 4 keeps stores off each other's banks
+constexpr int kBand = 16;               // such blocks along the rows that run together, for L2
 constexpr int kLocks = 4096;  // as many as ops/lowbit/tiles.py allocates
 
 // What is wrong with the arguments every kernel shares, or kOk.
 inline int check(const LowbitArgs& p) {
-  const bool splits = p.splits == 1 || (p.splits > 1 && p.partial && p.locks), zeros = !p.act_scale || p.act_zero;
+  const bool splits = p.splits == 1 || (p.splits > 1 && p.partial && p.locks);
+  const bool zeros = !p.act_scale || (p.act_zero && p.row_sum);
   if (!splits || !zeros || p.inputs % kGroup || p.tokens < 1 || p.rows < 1) return kBadArgument;
   return aligned(p.weight, p.scale, p.x, p.y) ? kOk : kMisaligned;
 }
 
 JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
+// Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first.
+struct Part { int row_block, token_block; };
+JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
+  const int band = index / (kBand * token_blocks), rest = index - band * kBand * token_blocks;
+  const int width = min_of(kBand, row_blocks - band * kBand);
+  return {band * kBand + rest % width, rest / width};
+}
+JN_HOST_DEVICE int row_blocks_of(const LowbitArgs& p) {  // whole clusters
+  return ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
+}
 
 // Whether the blocks of a grid along x and z have a lock each.
 inline bool locked(const LowbitArgs& p, dim3 grid) { return p.splits == 1 || size_t(grid.x) * grid.z <= kLocks; }
@@ -62,12 +77,23 @@ JN_HOST_DEVICE int place_for_wgmma(int bytes, int input) {
   return bytes == 2 ? 32 * i + 16 * s + 8 * h + 2 * t + e : 32 * i + 16 * s + 4 * t + 2 * e + h;
 }
 
-// Where byte `at` of a token's group is for lowbit_int8: [group][token / 8][token % 8][128], 16-byte chunks swizzled, so
-// that any number of whole eights of tokens is one contiguous copy into wgmma's shared-memory layout.
+// Where byte `at` of a token's group is for lowbit_int8, and of half a group (64 inputs) for lowbit_half:
+// [group][token / 8][token % 8][128], 16-byte chunks swizzled, so that any number of whole eights of tokens is one
+// contiguous copy into wgmma's shared-memory layout.
 JN_HOST_DEVICE size_t place_swizzled(int tokens, int token, int group, int at) {
   return (static_cast<size_t>(group) * ((tokens + 7) / 8) + token / 8) * 1024 + token % 8 * 128 +
          (at / 16 ^ token % 8) * 16 + at % 16;
 }
+
+// A group's sums before the first product, and as numbers. Integers are counted from the bits of 1.5 * 2^23, whose last
+// mantissa bit is worth 1: |sum| <= 128 * 128 * 128 = 2^21 for any bits (spread() scales up to 8), so the sum is the
+// float's distance from there, exactly, by one FADD. I2F would take as long as 4 of them on sm_80 (16 lanes per clock,
+// FADD 64); mma.sync reads its first sums from registers that are set once, so beginning there costs nothing. (wgmma
+// adds in place, where a MOV per sum makes it 3 instructions for I2FP's 2.)
+template <class Sum> constexpr Sum kNothing = 0;
+template <> inline constexpr int kNothing<int> = 0x4B400000;
+JN_DEVICE float sum_of(float sum) { return sum; }
+JN_DEVICE float sum_of(int sum) { return ptx::bits_float(static_cast<uint32_t>(sum)) - 12582912.0f; }
 
 // Bits of a small number as F16 / BF16; exact for every constant used below.
 JN_HOST_DEVICE constexpr uint32_t half_bits(bool bf16, double v) {

@@ -16,7 +16,6 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
   uint32_t x[NT];
 
   JN_DEVICE static float combine(int plane) { return plane == ABITS - 1 ? -(1 << plane) : 1 << plane; }
-  JN_DEVICE void begin(const LowbitArgs&, int, int) {}
   JN_DEVICE void load(const LowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -32,6 +31,10 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
       for (int r = 0; r < 2; ++r)
 #pragma unroll
         for (int i = 0; i < BITS; ++i) {
+          if (i == 0) {  // counts onto the sum, whose beginning then costs nothing
+            ptx::mma_m16n8k128_and(sum[r][n], w[r][0], w[r][1], x[n]);
+            continue;
+          }
           int count[4] = {0, 0, 0, 0};
           ptx::mma_m16n8k128_and(count, w[r][2 * i], w[r][2 * i + 1], x[n]);
 #pragma unroll
@@ -46,7 +49,7 @@ template <int BITS, int ABITS, int NT> struct PlaneMath {
 // act_quant_pack(layout 3); warp_rows and splits as for the streaming kernel.
 int lowbit_bitplane(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  if (!p.act_scale || !p.row_sum) return kBadArgument;
+  if (!p.act_scale) return kBadArgument;
   return dispatch([&](auto type, auto bits, auto a_bits, auto tiles) {
     return run_stream<Half<type>, PlaneMath<bits, a_bits, tiles>, bits, tiles>(p, stream);
   }, Type{p.dtype}, OneOf<2, 4>{p.w_bits}, OneOf<2, 4, 8>{p.a_bits}, OneOf<1, 2, 4>{p.token_tiles});

@@ -8,10 +8,11 @@
 //
 // Cost per output and group of 128 inputs: 128 MACs, at 4096 per clock and SM 1/32 clock of tensor core; one I2FP and one
 // FFMA, 2/128 = 1/64 clock of issue slots (I2FP alone 1/64, 64 lanes per clock). So scaling can hide behind multiplying,
-// but takes half of all issue slots. Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256
+// but takes half of all issue slots. (Sums that begin at a float's bits, as kNothing, would need a MOV each: 3/128.) Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256
 // tokens in pairs and W4 24 KB per 1024 clocks at full rate.
 #include "cuda/hopper.cuh"
 #include "cuda/lowbit.cuh"
+#include "cuda/lowbit_finish.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace jointnas {
@@ -19,11 +20,7 @@ namespace {
 
 [[maybe_unused]] constexpr int kConsumers = 256;
 constexpr int kThreads = 384;
-constexpr int kBlockTiles = 8;  // 128 rows
-constexpr int kBlockRows = kBlockTiles * kTileRows;
 constexpr int kChunk = 64;            // tokens per product
-constexpr int kBand = 16;             // blocks along the rows that run together, for L2
-constexpr int kPitch = kBlockRows + 4;  // floats per token of the final exchange; + 4 keeps its stores off each other's banks
 constexpr int kMaxStages = 6;
 
 template <int BITS, int N> struct Shape {
@@ -36,18 +33,6 @@ template <int BITS, int N> struct Shape {
   static constexpr int bytes = stages * stage_bytes + 2 * kMaxStages * 8;
   static_assert(stages >= 4 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
 };
-
-// Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first.
-struct Part { int row_block, token_block; };
-[[maybe_unused]] JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
-  const int band = index / (kBand * token_blocks), rest = index - band * kBand * token_blocks;
-  const int width = min_of(kBand, row_blocks - band * kBand);
-  return {band * kBand + rest % width, rest / width};
-}
-
-JN_HOST_DEVICE int row_blocks_of(const LowbitArgs& p) {  // whole clusters
-  return ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
-}
 
 // The chunk's sums, times the scales of rows g (low) and g + 8, onto the totals.
 template <int N> JN_DEVICE void scale_chunk(float (&total)[N / 2], const int (&sum)[kChunk / 2], int chunk, float low, float high) {
@@ -163,30 +148,8 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
     for (int i = 0; i < N / 2; ++i)
       exchange[(i / 4 * 8 + 2 * t + i % 2) * kPitch + warp * kTileRows + g + i % 4 / 2 * 8] = total[i];
     ptx::sync_some(1, kConsumers);
-    const int row = part.row_block * kBlockRows + threadIdx.x % 16 * 8;  // eight rows, and every 16th token
-    float row_sum[8];
-#pragma unroll
-    for (int j = 0; j < 8; ++j) row_sum[j] = row + j < p.rows ? p.row_sum[row + j] : 0;
-    for (int token = threadIdx.x / 16; token < min_of(N, p.tokens - first_token); token += kConsumers / 16) {
-      const int m = first_token + token;
-      const float scale = p.act_scale[m], zero = static_cast<float>(p.act_zero[m]);
-      alignas(16) T out[8];
-#pragma unroll
-      for (int v = 0; v < 2; ++v) {
-        const Vec4 u = *reinterpret_cast<const Vec4*>(exchange + token * kPitch + threadIdx.x % 16 * 8 + 4 * v);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)  // spread() scaled the weights up
-          out[4 * v + j] = ptx::from_float<T>((ptx::bits_float(u.w[j]) * (1.0f / (1 << (8 - BITS))) - zero * row_sum[4 * v + j]) * scale);
-      }
-      T* y = static_cast<T*>(p.y) + size_t(m) * p.rows + row;
-      if (p.rows % 8 == 0) {
-        if (row < p.rows) *reinterpret_cast<Vec4*>(y) = *reinterpret_cast<const Vec4*>(out);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-          if (row + j < p.rows) y[j] = out[j];
-      }
-    }
+    constexpr float unit = 1.0f / (1 << (8 - BITS));
+    store_block<T, true>(p, unit, kConsumers, part.row_block * kBlockRows, first_token, N, exchange);
   }
   ptx::sync_warp();
   ptx::sync_cluster();  // a block's shared memory must outlive its neighbour's arrivals
@@ -196,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
 template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t stream) {
   using S = Shape<BITS, N>;
   const dim3 grid(row_blocks_of(p) * ((p.tokens + N - 1) / N));
-  return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kThreads), S::bytes, stream, p.cluster, p);
+  return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kThreads), S::bytes, stream, p.cluster, false, p);
 }
 }  // namespace
 
@@ -204,7 +167,7 @@ template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t st
 // act_quant_pack(layout 2); no splits.
 int lowbit_int8(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  if (p.splits != 1 || p.cluster < 1 || p.cluster > 2 || !p.act_scale || !p.row_sum) return kBadArgument;
+  if (p.splits != 1 || p.cluster < 1 || p.cluster > 2 || !p.act_scale) return kBadArgument;
   if (compute_capability() != 90) return kIsaMissing;
   return dispatch([&](auto type, auto bits, auto tiles) { return run<Half<type>, bits, tiles * 8>(p, stream); },
                   Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<16, 32>{p.token_tiles});

@@ -17,7 +17,6 @@ template <class T, int BITS, int NT> struct HalfMath {
   Vec4 x[NT][4];  // [token tile][i]: inputs 32i + 8t .. + 7 of token g
 
   JN_DEVICE static float combine(int) { return 1; }
-  JN_DEVICE void begin(const LowbitArgs&, int, int) {}
 
   JN_DEVICE void load(const LowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
@@ -57,16 +56,9 @@ template <int BITS, int NT> struct IntMath {
   using Sum = int;
   using Words = uint32_t[kTogether][2 * BITS];
   using Sums = int[kTogether][NT][4];
-  Vec4 x[NT][2];    // lane t's 32 bytes of the group, token g
-  int zero[NT][2];  // of tokens 2t, 2t + 1
+  Vec4 x[NT][2];  // lane t's 32 bytes of the group, token g
 
   JN_DEVICE static float combine(int) { return 1; }
-  JN_DEVICE void begin(const LowbitArgs& p, int first_token, int lane) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) zero[n][c] = p.act_zero[min_of(first_token + 8 * n + lane % 4 * 2 + c, p.tokens - 1)];
-  }
 
   JN_DEVICE void load(const LowbitArgs& p, int first_token, int group, int lane) {
 #pragma unroll
@@ -78,8 +70,7 @@ template <int BITS, int NT> struct IntMath {
     }
   }
 
-  template <int I>
-  JN_DEVICE void step(const Words& w, Sums& sum, int (&ones)[kTogether][4]) const {
+  template <int I> JN_DEVICE void step(const Words& w, Sums& sum) const {
     constexpr int n8 = 8 / BITS, f = 4 * I;
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
@@ -91,18 +82,10 @@ template <int BITS, int NT> struct IntMath {
         const Vec4& v = x[n][I / 2];
         ptx::mma_m16n8k32_s8(sum[r][n], a, v.w[I % 2 * 2], v.w[I % 2 * 2 + 1]);
       }
-      ptx::mma_m16n8k32_s8(ones[r], a, 0x01010101u, 0x01010101u);  // row sums of q, for the zero points
     }
   }
   JN_DEVICE void tiles(const Words& w, Sums& sum) const {
-    int ones[kTogether][4] = {};
-    step<0>(w, sum, ones); step<1>(w, sum, ones); step<2>(w, sum, ones); step<3>(w, sum, ones);
-#pragma unroll
-    for (int r = 0; r < kTogether; ++r)
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int c = 0; c < 4; ++c) sum[r][n][c] -= zero[n][c % 2] * ones[r][c / 2 * 2];
+    step<0>(w, sum); step<1>(w, sum); step<2>(w, sum); step<3>(w, sum);
   }
 };
 

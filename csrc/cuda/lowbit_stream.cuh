@@ -9,8 +9,7 @@
 // lowbit_bitplane.cu bit-planes. A Math has
 //   kWarps     warps per block; kTogether: tiles multiplied together, so that chains of dependent products overlap
 //   kColumns   columns of B per token
-//   Sum        type of a group's sums; kUnit: what they are to be multiplied with at the end
-//   begin(p, first token, lane)         once
+//   Sum        type of a group's sums, which start at kNothing<Sum>; kUnit: what they are to be multiplied with at the end
 //   load(p, first token, group, lane)   the tokens' part of a group, into registers
 //   tiles(words, sums)                  sums of kTogether tiles, all columns
 //   combine(column in token)            factor of a column in its token's result
@@ -77,7 +76,6 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const Lowb
 
   float acc[kStrip][NT][4] = {};
   Math math;
-  math.begin(p, first_token, lane);
   int stage = 0;
   for (int group = begin; group < end; group += k_warps) {
     math.load(p, first_token, group, lane);  // in flight while the weights are waited for
@@ -97,7 +95,13 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const Lowb
 #pragma unroll
           for (int j = 0; j < 4; ++j) w[r][4 * v + j] = u.w[j];
         }
-      typename Math::Sum sum[together][NT][4] = {};
+      typename Math::Sum sum[together][NT][4];
+#pragma unroll
+      for (int r = 0; r < together; ++r)
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int c = 0; c < 4; ++c) sum[r][n][c] = kNothing<typename Math::Sum>;
       math.tiles(w, sum);
 #pragma unroll
       for (int r = 0; r < together; ++r) {
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(Math::kWarps * 32, 1) stream_kernel(const Lowb
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
-          for (int c = 0; c < 4; ++c) acc[first + r][n][c] += static_cast<float>(sum[r][n][c]) * (c < 2 ? low : high);
+          for (int c = 0; c < 4; ++c) acc[first + r][n][c] += sum_of(sum[r][n][c]) * (c < 2 ? low : high);
       }
     }
     stage = (stage + 1) % stages;

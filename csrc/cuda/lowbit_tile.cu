@@ -12,9 +12,7 @@ namespace jointnas {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlockTiles = 8;  // 128 rows
 constexpr int kWarpTiles = 2;
-constexpr int kSumPitch = kBlockTiles * kTileRows + 4;
 
 // NT: 8-token tiles per warp; a block has 2 * 8 * NT tokens. BYTES: of one activation.
 template <int BITS, int NT, int BYTES> struct Shape {
@@ -25,7 +23,7 @@ template <int BITS, int NT, int BYTES> struct Shape {
   static constexpr int stage_bytes = weight_bytes + scale_bytes + tokens * token_bytes;
   static constexpr int fit = 160 * 1024 / stage_bytes;  // sm_80 has 163 KB
   static constexpr int stages = fit > 4 ? 4 : fit;
-  static constexpr int ring = stages * stage_bytes, sums = tokens * kSumPitch * 4;
+  static constexpr int ring = stages * stage_bytes, sums = tokens * kPitch * 4;
   static constexpr int bytes = ring > sums ? ring : sums;
 };
 
@@ -46,36 +44,41 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
   const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * S::tokens;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
-  const char* weight = static_cast<const char*>(p.weight);
-  const T* scale = static_cast<const T*>(p.scale);
-  const char* x = static_cast<const char*>(p.x);
+
+  // Rows and tokens past the end are copies of the last one; their results are not stored. Places are found once: a
+  // thread's tile and token of each round differ by whole rounds. They count vectors of 16 bytes: 32 bits reach 64 GB.
+  constexpr int per_tile = BITS * 16, per_token = S::token_bytes / 16;
+  constexpr int weight_rounds = kBlockTiles * per_tile / kThreads, token_rounds = S::tokens * per_token / kThreads;
+  static_assert(kThreads % per_tile == 0 && kThreads % per_token == 0);
+  const int thread = threadIdx.x;
+  uint32_t weight_at[weight_rounds], token_at[token_rounds];
+#pragma unroll
+  for (int j = 0; j < weight_rounds; ++j) {
+    const int tile = min_of(first_tile + (j * kThreads + thread) / per_tile, tiles - 1);
+    weight_at[j] = static_cast<uint32_t>(tile) * groups * per_tile + thread % per_tile;
+  }
+#pragma unroll
+  for (int j = 0; j < token_rounds; ++j) {
+    const int token = min_of(first_token + (j * kThreads + thread) / per_token, p.tokens - 1);
+    token_at[j] = static_cast<uint32_t>(token) * groups * per_token + thread % per_token;
+  }
+  const uint32_t scale_at = min_of(first_tile + thread / 2, tiles - 1) * 2 + thread % 2;
+  const int token_to = (thread / per_token * per_token + swizzle<bytes>(thread / per_token, thread % per_token)) * 16;
 
   auto fetch = [&](int group, int stage) {
-    unsigned char* dst = shared + stage * S::stage_bytes;
     if (group < end) {
-      constexpr int per_tile = BITS * 16;  // vectors
+      unsigned char* dst = shared + stage * S::stage_bytes;
+      const Vec4* weight = static_cast<const Vec4*>(p.weight) + group * per_tile;
 #pragma unroll
-      for (int i = threadIdx.x; i < kBlockTiles * per_tile; i += kThreads) {
-        const int tile = first_tile + i / per_tile;
-        const bool valid = tile < tiles;
-        ptx::cp_async16(dst + i * 16, weight + ((size_t(valid ? tile : 0) * groups + group) * per_tile + i % per_tile) * 16,
-                        valid);
-      }
+      for (int j = 0; j < weight_rounds; ++j)
+        ptx::cp_async16(dst + (j * kThreads + thread) * 16, weight + weight_at[j]);
       dst += S::weight_bytes;
-      if (threadIdx.x < S::scale_bytes / 16) {
-        const bool valid = first_tile + static_cast<int>(threadIdx.x) / 2 < tiles;
-        const size_t at = (size_t(group) * tiles + first_tile) * kTileRows + threadIdx.x * 8;
-        ptx::cp_async16(dst + threadIdx.x * 16, scale + (valid ? at : 0), valid);
-      }
+      if (thread < S::scale_bytes / 16)
+        ptx::cp_async16(dst + thread * 16, static_cast<const Vec4*>(p.scale) + (scale_at + group * tiles * 2));
       dst += S::scale_bytes;
-      constexpr int per_token = S::token_bytes / 16;
+      const Vec4* x = static_cast<const Vec4*>(p.x) + group * per_token;
 #pragma unroll
-      for (int i = threadIdx.x; i < S::tokens * per_token; i += kThreads) {
-        const int token = i / per_token, v = i % per_token;
-        const bool valid = first_token + token < p.tokens;
-        const char* src = x + (size_t(valid ? first_token + token : 0) * p.inputs + group * kGroup) * bytes + v * 16;
-        ptx::cp_async16(dst + (token * per_token + swizzle<bytes>(token, v)) * 16, src, valid);
-      }
+      for (int j = 0; j < token_rounds; ++j) ptx::cp_async16(dst + j * kThreads * 16 + token_to, x + token_at[j]);
     }
     ptx::cp_async_commit();
   };
@@ -85,16 +88,6 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
 #pragma unroll
   for (int s = 0; s < S::stages - 1; ++s) fetch(begin + s, s);
 
-  int zero[NT][2] = {};
-  if constexpr (QUANTIZED) {
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int token = first_token + warp_token + 8 * n + 2 * t + c;
-        zero[n][c] = token < p.tokens ? p.act_zero[token] : 0;
-      }
-  }
   float acc[kWarpTiles][NT][4] = {};
   int stage = 0;
   for (int group = begin; group < end; ++group) {
@@ -104,8 +97,13 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
     const unsigned char* src = shared + stage * S::stage_bytes;
     const unsigned char* tokens = src + S::weight_bytes + S::scale_bytes;
 
-    Sum sum[kWarpTiles][NT][4] = {};
-    int ones[kWarpTiles][4] = {};
+    Sum sum[kWarpTiles][NT][4];
+#pragma unroll
+    for (int r = 0; r < kWarpTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[r][n][c] = kNothing<Sum>;
     uint32_t w[kWarpTiles][4];  // the vector in use
     auto read = [&](int vector) {
 #pragma unroll
@@ -127,7 +125,6 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
           a[r][1] = spread<BITS, (f + 1) % per_word>(w[r][(f + 1) / per_word % 4]);
           a[r][2] = spread<BITS, (f + 2) % per_word>(w[r][(f + 2) / per_word % 4]);
           a[r][3] = spread<BITS, (f + 3) % per_word>(w[r][(f + 3) / per_word % 4]);
-          ptx::mma_m16n8k32_s8(ones[r], a[r], 0x01010101u, 0x01010101u);  // row sums, for the zero points
         }
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -183,11 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
 #pragma unroll
       for (int n = 0; n < NT; ++n)
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          Sum v = sum[r][n][c];
-          if constexpr (QUANTIZED) v -= zero[n][c % 2] * ones[r][c / 2 * 2];
-          acc[r][n][c] += static_cast<float>(v) * (c < 2 ? low : high);
-        }
+        for (int c = 0; c < 4; ++c) acc[r][n][c] += sum_of(sum[r][n][c]) * (c < 2 ? low : high);
     }
     stage = (stage + 1) % S::stages;
   }
@@ -201,11 +194,11 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int c = 0; c < 4; ++c)
-        sums[(warp_token + 8 * n + 2 * t + c % 2) * kSumPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
+        sums[(warp_token + 8 * n + 2 * t + c % 2) * kPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
   ptx::sync_threads();
   constexpr float unit = 1.0f / (1 << (8 - BITS));
-  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockTiles * kTileRows, first_token, S::tokens, shared,
-                  [&](int token, int row) { return sums[token * kSumPitch + row]; });
+  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockRows, first_token, S::tokens, shared,
+                  [&](int token, int row) { return sums[token * kPitch + row]; });
 }
 
 template <class T, int BITS, int NT, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {

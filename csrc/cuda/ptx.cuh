@@ -179,6 +179,8 @@ JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by oth
 
 // ---- threads ----
 JN_DEVICE void sync_threads() { __syncthreads(); }
+// Barrier `id` (1 to 15) of `threads` threads, whole warps.
+JN_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
 JN_DEVICE void sync_warp() { __syncwarp(); }
 JN_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 JN_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
@@ -209,8 +211,8 @@ inline int compute_capability() {
 }
 
 template <class... P, class... A>
-int launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-                cudaStream_t stream, A... args) {
+int launch_with(const cudaLaunchAttribute* attributes, int count, void (*kernel)(P...), dim3 grid, dim3 block,
+                size_t shared_bytes, cudaStream_t stream, A... args) {
   if (shared_bytes > 48 * 1024) {
     cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (e != cudaSuccess) return static_cast<int>(e);
@@ -220,29 +222,32 @@ int launch_with(const cudaLaunchAttribute* attribute, void (*kernel)(P...), dim3
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = const_cast<cudaLaunchAttribute*>(attribute);
-  config.numAttrs = attribute ? 1 : 0;
+  config.attrs = const_cast<cudaLaunchAttribute*>(attributes);
+  config.numAttrs = count;
   return static_cast<int>(cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...));
 }
-// Launch on `stream`; `early` allows the kernel to start before its predecessor ends (sm_90, programmatic dependent
-// launch). Returns the CUDA error code.
-template <class... P, class... A>
-int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+// Allows a kernel to start before its predecessor ends (sm_90, programmatic dependent launch).
+inline cudaLaunchAttribute early_launch() {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
-  const bool able = early && compute_capability() >= 90;
-  return launch_with(able ? &attribute : nullptr, kernel, grid, block, shared_bytes, stream, args...);
+  return attribute;
+}
+// Launch on `stream`, `early` or not. Returns the CUDA error code.
+template <class... P, class... A>
+int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool early, A... args) {
+  const cudaLaunchAttribute attribute = early_launch();
+  return launch_with(&attribute, early && compute_capability() >= 90, kernel, grid, block, shared_bytes, stream, args...);
 }
 // In clusters of `cluster` blocks along x (sm_90), which divides grid.x.
 template <class... P, class... A>
 int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, int cluster,
-                   A... args) {
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  return launch_with(&attribute, kernel, grid, block, shared_bytes, stream, args...);
+                   bool early, A... args) {
+  cudaLaunchAttribute attributes[] = {{}, early_launch()};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  return launch_with(attributes, early ? 2 : 1, kernel, grid, block, shared_bytes, stream, args...);
 }
 }  // namespace jointnas
 #endif

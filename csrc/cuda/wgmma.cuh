@@ -42,15 +42,21 @@ JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::ct
 // The operands of a product with N columns: sums of constraint `t`, then A, B and `add`; and their numbers.
 #define JN_4(t, i) "+" t(c[i]), "+" t(c[i + 1]), "+" t(c[i + 2]), "+" t(c[i + 3])
 #define JN_16(t, i) JN_4(t, i), JN_4(t, i + 4), JN_4(t, i + 8), JN_4(t, i + 12)
+#define JN_SUMS_16(t) JN_4(t, 0), JN_4(t, 4)
+#define JN_SUMS_32(t) JN_16(t, 0)
 #define JN_SUMS_64(t) JN_16(t, 0), JN_16(t, 16)
 #define JN_SUMS_128(t) JN_SUMS_64(t), JN_16(t, 32), JN_16(t, 48)
-#define JN_NUMBERS_32 \
+#define JN_FIRST_32 \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define JN_NUMBERS_64 "{" JN_NUMBERS_32 "}, {%32,%33,%34,%35}, %36"
+#define JN_NUMBERS_16 "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12"
+#define JN_NUMBERS_32 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20"
+#define JN_NUMBERS_64 "{" JN_FIRST_32 "}, {%32,%33,%34,%35}, %36"
 #define JN_NUMBERS_128 \
-  "{" JN_NUMBERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "{" JN_FIRST_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68"
+#define JN_ADD_16 "%13"
+#define JN_ADD_32 "%21"
 #define JN_ADD_64 "%37"
 #define JN_ADD_128 "%69"
 #define JN_WGMMA(N, shape, t, flags) \
@@ -61,11 +67,13 @@ JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::ct
 
 template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
   constexpr bool bf16 = std::is_same_v<T, BF16>;
-  static_assert(N == 64 || N == 128);
-  if constexpr (N == 64 && bf16) JN_WGMMA(64, "m64n64k16.f32.bf16.bf16", "f", ", 1, 1, 0");
-  else if constexpr (N == 64) JN_WGMMA(64, "m64n64k16.f32.f16.f16", "f", ", 1, 1, 0");
-  else if constexpr (bf16) JN_WGMMA(128, "m64n128k16.f32.bf16.bf16", "f", ", 1, 1, 0");
-  else JN_WGMMA(128, "m64n128k16.f32.f16.f16", "f", ", 1, 1, 0");
+  static_assert(N == 16 || N == 32 || N == 64);
+  if constexpr (N == 16 && bf16) JN_WGMMA(16, "m64n16k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else if constexpr (N == 16) JN_WGMMA(16, "m64n16k16.f32.f16.f16", "f", ", 1, 1, 0");
+  else if constexpr (N == 32 && bf16) JN_WGMMA(32, "m64n32k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else if constexpr (N == 32) JN_WGMMA(32, "m64n32k16.f32.f16.f16", "f", ", 1, 1, 0");
+  else if constexpr (bf16) JN_WGMMA(64, "m64n64k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else JN_WGMMA(64, "m64n64k16.f32.f16.f16", "f", ", 1, 1, 0");
 }
 template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
   static_assert(N == 64 || N == 128);

@@ -17,7 +17,8 @@ needs_nvcc = pytest.mark.skipif(not Path(sass.nvcc()).exists(), reason="nvcc is 
 SOURCES = {
     "lowbit_stream": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
     "lowbit_tile": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
-    "lowbit_wgmma": ("HGMMA.64x128x16.F32.BF16", "HGMMA.64x64x16.F32 ", "IGMMA.64x128x32.S8.S8"),
+    "lowbit_wgmma": ("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
+    "lowbit_half": ("HGMMA.64x64x16.F32.BF16", "HGMMA.64x16x16.F32 ", "UBLKCP.S.G.MULTICAST", "USETMAXREG"),
     # bulk copies to one block and to two, products whose accumulators another one's scaling runs beside
     "lowbit_int8": ("IGMMA.64x64x32.S8.S8", "UBLKCP.S.G ", "UBLKCP.S.G.MULTICAST", "I2FP.F32.S32", "USETMAXREG"),
     "lowbit_bitplane": ("BMMA.168128.AND.POPC", "LDGSTS.E.BYPASS.128"),
@@ -26,7 +27,7 @@ SOURCES = {
     "quant_lora_mix": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"),
 }
 # wgmma exists on sm_90a only; elsewhere its kernels are empty and the launcher refuses
-HOPPER_ONLY = (("lowbit_wgmma", "80"), ("lowbit_int8", "80"))
+HOPPER_ONLY = (("lowbit_wgmma", "80"), ("lowbit_int8", "80"), ("lowbit_half", "80"))
 CASES = [(name, arch) for name in SOURCES for arch in ("80", "90a") if (name, arch) not in HOPPER_ONLY]
 
 

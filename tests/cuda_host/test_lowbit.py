@@ -64,6 +64,8 @@ def test_stream_plans(plan, a_bits):
 @pytest.mark.parametrize(("shape", "plan"), [((70, 150, 384), (8, 1)), ((130, 129, 1280), (16, 3))], ids=str)
 @pytest.mark.parametrize("kernel", ["tile", "wgmma"])
 def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
+    if kernel == "wgmma" and a_bits == 16:
+        pytest.skip("wgmma takes quantized tokens")
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype)
     weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
@@ -93,6 +95,48 @@ def test_int8(shape, plan, w_bits, dtype):
         a, s, z = lowbit_cuda.quantize_pack(x, 8, layout=2)
         y = lowbit_cuda.multiply("int8", a, weight, (s, z), lowbit_cuda.Plan(plan[0], cluster=plan[1]))
     assert_close(y, expected(x, packed, scale, w_bits, 8), what=f"W{w_bits}A8")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [  # tokens, rows, inputs; 8-token tiles, splits, cluster: as many groups as stages and more, fewer than splits
+        ((1, 17, 128), (2, 2, 1)), ((21, 300, 1280), (2, 3, 2)), ((27, 150, 640), (4, 1, 4)),
+        ((61, 530, 1152), (8, 2, 4)), ((130, 129, 640), (16, 1, 2)), ((275, 300, 896), (32, 1, 2)),
+        ((140, 120, 384), (32, 2, 1)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_half(shape, plan, w_bits, dtype):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
+    x = torch.randn(tokens, inputs).to(dtype)
+    with poisoned():
+        tiles, splits, cluster = plan
+        y = lowbit_cuda.multiply("half", x, weight, None, lowbit_cuda.Plan(tiles, splits=splits, cluster=cluster))
+    assert_close(y, expected(x, packed, scale, w_bits, 16), what=f"W{w_bits}A16")
+    assert not weight.tensors[3].any()
+
+
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize(("kernel", "tiles"), [("stream", 1), ("tile", 8), ("wgmma", 8), ("int8", 16)])
+def test_the_largest_integer_sums_are_exact(kernel, tiles, w_bits):
+    """128 products of the least weight and the least activation, 2^21 with weights scaled up to 8 bits, and others."""
+    low, high = -(1 << (w_bits - 1)), (1 << (w_bits - 1)) - 1
+    q = torch.tensor([[low] * 256, [high] * 256, [low] * 128 + [high] * 128], dtype=torch.int8)
+    scale = torch.full((3, 2), 2.0**-10).half()
+    weight = LowbitWeight.pack(pack_weight(q, w_bits), scale, w_bits, 128, layout="cuda")
+    a = torch.tensor([[-128], [127]], dtype=torch.int8).expand(2, 256).contiguous()  # every layout of it is the same
+    stored = torch.zeros(2, 8, 128, dtype=torch.int8)
+    stored[:, :2] = a[:, :128]
+    activation = torch.full((2,), 2.0**-7), torch.tensor([0, 3], dtype=torch.int32)
+    with poisoned():
+        plan = lowbit_cuda.Plan(tiles)
+        y = lowbit_cuda.multiply(kernel, stored.view(2, -1) if kernel == "int8" else a, weight, activation, plan)
+    exact = (a.double() - activation[1].double()[:, None]) @ q.double().t() * 2.0**-17
+    assert torch.equal(y, exact.half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

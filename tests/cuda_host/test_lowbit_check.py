@@ -87,7 +87,7 @@ def test_packed_layers_are_checked_when_they_are_made(monkeypatch):
     monkeypatch.setattr(lowbit_check, "differences", lambda *key: checked.append(key[:2]) or "")
     packed, scale, _ = build(20, 128, 4)
     PackedLinear(packed, scale, None, 4, 8, backend="cuda")
-    assert sorted(checked) == [("int8", 4), ("wgmma", 4)]
+    assert sorted(checked) == [("half", 4), ("int8", 4), ("wgmma", 4)]
 
 
 @pytest.mark.parametrize("trusted", [True, False])
@@ -97,7 +97,8 @@ def test_choice(trusted, monkeypatch):
     chosen = [kernel_for(tokens, weight, 8) for tokens in (1, 32, 33, 127, 128, 4096)]
     some, many = ("wgmma", "int8") if trusted else ("tile", "tile")
     assert chosen == ["stream", "stream", some, some, many, many]
-    assert [kernel_for(tokens, weight, 16) for tokens in (1, 128, 129)] == ["stream", "stream", "dense"]
+    mid = ["half", "half"] if trusted else ["stream", "dense"]
+    assert [kernel_for(tokens, weight, 16) for tokens in (1, 128, 129, 2048)] == ["stream", *mid, "dense"]
     monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 132)  # too few blocks, and no splits
     assert kernel_for(128, weight, 8) == some
     _, _, planes = build(20, 128, 2, planes=True)

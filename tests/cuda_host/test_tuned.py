@@ -40,7 +40,7 @@ def test_every_candidate_computes_the_reference(shape: Shape, tokens: int) -> No
     contest = Products(CPU)(shape, tokens)
     assert len(contest.candidates) >= 2
     kernels = {candidate.kernel for candidate in contest.candidates}
-    several = {"tile", "stream", "wgmma", "dense" if shape.a_bits == 16 else "int8"}
+    several = {"tile", "stream"} | ({"half", "dense"} if shape.a_bits == 16 else {"wgmma", "int8"})
     assert kernels == ({"bitplane"} if shape.planes else several)
     assert {c: w for c in [contest.usual, *contest.candidates] if (w := contest.wrong(c))} == {}
     assert not contest.weights[0].tensors[3].any(), "locks"
@@ -84,7 +84,7 @@ def make(shape: Shape) -> tuple[LowbitWeight, torch.Tensor]:
     ("shape", "a_bits", "kernel", "plan"),
     [
         (SHAPES[0], 16, "stream", (4, 2, 3, 1)), (SHAPES[0], 16, "tile", (8, 2, 2, 1)),
-        (SHAPES[0], 16, "wgmma", (8, 2, 1, 1)), (SHAPES[0], 16, "dense", None),
+        (SHAPES[0], 16, "half", (4, 2, 2, 2)), (SHAPES[0], 16, "dense", None),
         (SHAPES[1], 8, "int8", (16, 2, 1, 2)), (SHAPES[1], 2, "tile", (8, 2, 1, 1)),
         (SHAPES[4], 4, "bitplane", (2, 4, 2, 1)),
     ],
@@ -117,7 +117,7 @@ def test_a_product_follows_its_row(
 
 def test_a_kernel_that_fails_its_check_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = make(SHAPES[0])
-    follow(monkeypatch, row(**SHAPES[0]._asdict(), kernel="wgmma", plan=(8, 2, 1, 1)))
+    follow(monkeypatch, row(**SHAPES[0]._asdict(), kernel="half", plan=(8, 2, 1, 1)))
     monkeypatch.setattr(lowbit_check, "_results", {})
     monkeypatch.setattr(lowbit_check, "differences", lambda *key: "wrong")
     assert chosen(9, weight, 16) == ("stream", None)

@@ -73,8 +73,8 @@ def test_stream_plans(plan, early, dtype, device):
 @pytest.mark.parametrize("plan", [(8, 1), (8, 3), (16, 1), (16, 4)], ids=str)
 @pytest.mark.parametrize("kernel", ["tile", "wgmma"])
 def test_many_tokens(kernel, plan, w_bits, a_bits, dtype, device):
-    if kernel == "wgmma" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma is Hopper's")
+    if kernel == "wgmma" and (a_bits == 16 or torch.cuda.get_device_capability() != (9, 0)):
+        pytest.skip("wgmma is Hopper's, for quantized tokens")
     packed, scale = make(300, 2048, w_bits, dtype, device)
     weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
     x = torch.randn(133, 2048, device=device).to(dtype)
@@ -92,6 +92,23 @@ def test_many_tokens(kernel, plan, w_bits, a_bits, dtype, device):
 
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 HOPPER = pytest.mark.skipif(not IS_HOPPER, reason="the kernel is Hopper's")
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize(
+    "plan", [(2, 5, 2), (4, 1, 1), (8, 2, 4), (16, 1, 2), (16, 3, 4), (32, 1, 2), (32, 2, 4)], ids=str
+)
+def test_half(plan, w_bits, dtype, device):
+    packed, scale = make(1100, 4096, w_bits, dtype, device)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
+    tiles, splits, cluster = plan
+    for tokens in (8 * tiles - 3, 8 * tiles + 5):
+        x = torch.randn(tokens, 4096, device=device).to(dtype)
+        y = lowbit_cuda.multiply("half", x, weight, None, lowbit_cuda.Plan(tiles, splits=splits, cluster=cluster))
+        assert_close(y, reference(x.double(), packed, scale, w_bits, 16, 128, False))
+        assert not weight.tensors[3].any()
 
 
 @HOPPER

@@ -48,7 +48,7 @@ def test_every_candidate_computes_the_reference(shape: Shape, tokens: int, here:
     sms = torch.cuda.get_device_properties(here).multi_processor_count
     kernels = {candidate.kernel for candidate in contest.candidates}
     left_out = {candidate.kernel for candidate in candidates(tokens, shape, sms)} - kernels
-    assert left_out <= ({"wgmma", "int8"} if torch.cuda.get_device_capability() != (9, 0) else set())
+    assert left_out <= ({"wgmma", "int8", "half"} if torch.cuda.get_device_capability() != (9, 0) else set())
     for _ in range(2):  # again, with all that the first time left behind
         assert {c: w for c in [contest.usual, *contest.candidates] if (w := contest.wrong(c))} == {}
     assert not contest.weights[0].tensors[3].any(), "locks"
@@ -79,14 +79,14 @@ def test_what_is_measured_is_followed(here: torch.device, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "plan"), [("stream", (4, 2, 3, 1)), ("tile", (8, 2, 2, 1)), ("wgmma", (8, 2, 2, 1)), ("dense", None)]
+    ("kernel", "plan"), [("stream", (4, 2, 3, 1)), ("tile", (8, 2, 2, 1)), ("half", (8, 2, 2, 2)), ("dense", None)]
 )
 def test_graphs_follow_a_plan(kernel: str, plan: tuple[int, ...] | None, here: torch.device, folder: Path) -> None:
     shape = Shape(4, 16, 1000, 2048)
     product = Products(here)(shape, 9)
     weight, x = product.weights[0], product.x
-    if kernel == "wgmma" and not check.verified("wgmma", 4, x.dtype, here):
-        pytest.skip("wgmma is Hopper's")
+    if kernel == "half" and not check.verified("half", 4, x.dtype, here):
+        pytest.skip("the kernel is Hopper's")
     described = tuned.describe(here)
     rows = (row(**shape._asdict(), kernel=kernel, plan=plan),)
     tuned.write(folder / tuned.file_name(described.name), tuned.Tuned(described, tuned.kernels_here(), MADE, rows))

@@ -78,6 +78,7 @@ def test_candidates_are_what_kernels_take(shape: Shape, tokens: int) -> None:
     found = candidates(tokens, shape, 132)
     assert len(found) == len(set(found)) <= 100
     tiles = {"stream": (1, 2, 4), "bitplane": (1, 2, 4), "tile": (8, 16), "wgmma": (8, 16), "int8": (16, 32)}
+    tiles["half"] = (2, 4, 8, 16, 32)
     for kernel, plan in found:
         if plan is None:
             assert (kernel, shape.a_bits) == ("dense", 16)
@@ -88,11 +89,12 @@ def test_candidates_are_what_kernels_take(shape: Shape, tokens: int) -> None:
             assert plan.warp_rows in (1, 2, 4, 8)
         else:
             assert plan.warp_rows == 2
-        assert plan.cluster == 1 or kernel == "int8"
+        assert plan.cluster == 1 or (kernel in ("int8", "half") and plan.token_tiles % plan.cluster == 0)
         columns = tokens * (shape.a_bits if kernel == "bitplane" else 1)
         assert plan.splits == 1 or plan.blocks(columns, shape.outputs) // plan.splits <= LOCKS
         assert (kernel == "bitplane") == shape.planes
-        assert kernel != "int8" or (shape.a_bits < 16 and plan.splits == 1)
+        assert kernel != "int8" or plan.splits == 1
+        assert kernel not in ("int8", "wgmma", "half") or (kernel == "half") == (shape.a_bits == 16)
     if tokens == 1:  # of few tokens the usual plan is among them
         kernel = "bitplane" if shape.planes else "stream"
         usual = usual_plan(kernel, 1, shape.outputs, shape.inputs, shape.w_bits, shape.a_bits, 132)

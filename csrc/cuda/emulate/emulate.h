@@ -373,6 +373,9 @@ inline void sync_threads() {
   emu::Block& b = emu::block();
   emu::meet(b.barriers_of_ranks[b.rank()], b.threads, [] {});
 }
+inline void sync_some(int id, int threads) {
+  emu::meet(emu::block().named[emu::block().rank() * 16 + id], threads, [] {});
+}
 inline void sync_warp() { emu::meet(emu::block().warps[emu::block().current / 32].meeting, 32, [] {}); }
 template <class T> T shuffle_xor(T v, int mask) {
   return emu::warp_wide<T, T>(v, [mask](const T* in, T* out) { for (int i = 0; i < 32; ++i) out[i] = in[i ^ mask]; });
@@ -387,7 +390,8 @@ inline void wait_dependencies() {}
 namespace jointnas {
 inline int compute_capability() { return 90; }
 template <class... P, class... A>
-int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, int cluster, A... args) {
+int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, int cluster, bool,
+                   A... args) {
   emu::grid_size() = grid;
   emu::block_size() = block;
   for (unsigned z = 0; z < grid.z; ++z)
@@ -400,6 +404,6 @@ int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
 }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool, A... args) {
-  return launch_cluster(kernel, grid, block, shared_bytes, stream, 1, args...);
+  return launch_cluster(kernel, grid, block, shared_bytes, stream, 1, false, args...);
 }
 }  // namespace jointnas

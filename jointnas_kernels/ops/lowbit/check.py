@@ -16,12 +16,16 @@ from jointnas_kernels.ops.lowbit.reference import product
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.quant.spec import level_range
 
-KERNELS = {"int8": (2, 4, 8), "wgmma": (2, 4, 8), "bitplane": (2, 4)}  # weight bits
+KERNELS = {"int8": (2, 4, 8), "wgmma": (2, 4, 8), "half": (2, 4, 8), "bitplane": (2, 4)}  # weight bits
 CASES = {  # tokens, bits of activations, plan
     "bitplane": ((5, 4, None), (17, 2, None)),
     "int8": ((133, 8, Plan(16, cluster=2)), (300, 4, Plan(32, cluster=2))),
-    "wgmma": tuple((m, a, Plan(t, splits=2)) for m, a, t in ((133, 8, 8), (300, 4, 16), (133, 16, 8), (300, 16, 16))),
-}
+    "wgmma": ((133, 8, Plan(8, splits=2)), (300, 4, Plan(16, splits=2))),
+    "half": (
+        (13, 16, Plan(2, splits=3, cluster=2)), (61, 16, Plan(8, splits=2, cluster=4)), (133, 16, Plan(4)),
+        (133, 16, Plan(16, splits=2, cluster=2)), (300, 16, Plan(32, cluster=2)),
+    ),
+}  # fmt: skip
 ROWS, INPUTS = 200, 1152  # rows off every tile, more groups than any pipeline has stages
 Key = tuple[str, int, torch.dtype, torch.device]
 _results: dict[Key, str] = {}  # "" or what went wrong; results of checks, not state of a device
@@ -63,7 +67,7 @@ def capturing(device: torch.device) -> bool:
 
 
 def verified(kernel: str, bits: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether ``kernel`` ("int8", "wgmma" or "bitplane") may be used for weights of ``bits`` bits on ``device``.
+    """Whether ``kernel``, one of KERNELS, may be used for weights of ``bits`` bits on ``device``.
 
     Raises:
         JointNASError: it was not checked before a capture that goes on.
@@ -83,7 +87,7 @@ def verified(kernel: str, bits: int, dtype: torch.dtype, device: torch.device) -
 def prepare(weight: LowbitWeight) -> None:
     """Check the kernels that are chosen for products with this weight only once they are verified."""
     if weight.layout == "cuda" and not weight.planes:
-        for kernel in ("int8", "wgmma"):
+        for kernel in ("int8", "wgmma", "half"):
             verified(kernel, weight.w_bits, weight.tensors[1].dtype, weight.tensors[1].device)
 
 

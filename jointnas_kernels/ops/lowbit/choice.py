@@ -16,10 +16,13 @@ from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.tuned import Shape
 
 NAME = "lowbit_matmul"
-# Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, wgmma 47,
-# tile 62, the library's GEMM on dequantised weights 84; at 512: wgmma 149, dense 130. 32 tokens more cost stream 18.
+# Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, tile 62, the
+# library's GEMM on dequantised weights 84; at 512: dense 130. 32 tokens more cost stream 18.
 STREAM_TOKENS = {16: 128, 8: 32, 4: 32, 2: 32}
 INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
+# 16-bit activations: the warp-specialised kernel takes these where it is verified. Not measured; predicted at least
+# 9 µs for the 64 tokens above, 72 for 512. At 4096 dequantising first costs 5 % of the time.
+HALF_TOKENS = range(33, 2048)
 PLANE_BITS = (2, 4, 8)  # activations of the bit-plane kernel
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # that are measured
@@ -43,11 +46,13 @@ def kernel_for(tokens: int, weight: LowbitWeight, a_bits: int) -> str:
         if a_bits not in PLANE_BITS:
             raise bad(NAME, f"bit-plane weights take activations of {PLANE_BITS} bits, got {a_bits}")
         return "bitplane"
+    key = weight.w_bits, weight.tensors[1].dtype, weight.tensors[1].device
+    if a_bits == 16 and tokens in HALF_TOKENS and check.verified("half", *key):
+        return "half"
     if tokens <= STREAM_TOKENS[a_bits]:
         return "stream"
     if a_bits == 16:
         return "dense"
-    key = weight.w_bits, weight.tensors[1].dtype, weight.tensors[1].device
     fills = 2 * Plan(16, cluster=2).blocks(tokens, weight.outputs) >= calls.multiprocessors(weight.tensors[1])
     if tokens >= INT8_TOKENS and fills and check.verified("int8", *key):  # it cannot split along the inputs
         return "int8"
@@ -87,7 +92,7 @@ def runs(kernel: str, weight: LowbitWeight) -> bool:
     if (kernel == "bitplane") != weight.planes:
         return False
     scale = weight.tensors[1]
-    return kernel not in ("int8", "wgmma") or check.verified(kernel, weight.w_bits, scale.dtype, scale.device)
+    return kernel not in ("int8", "wgmma", "half") or check.verified(kernel, weight.w_bits, scale.dtype, scale.device)
 
 
 def candidates(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
@@ -95,10 +100,17 @@ def candidates(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
     for those that launch more blocks or passes than could be of use."""
     found = [*_streams(tokens, shape, sms)]
     if not shape.planes:
-        for kernel in ("tile", "wgmma"):
+        for kernel in ("tile", *(("wgmma",) if shape.a_bits < 16 else ())):
             found += [Candidate(kernel, p) for tiles in (8, 16) for p in _split(Plan(tiles), tokens, shape, sms)]
         if shape.a_bits == 16:
             found.append(Candidate("dense", None))
+            for tiles in (2, 4, 8, 16, 32):
+                if (tiles > 2 and tokens <= 4 * tiles) or (tiles < 16 and tokens > 16 * tiles):
+                    continue  # half would be enough, or three passes
+                for n in (2, 4) if tiles > 2 else (2,):
+                    plan = Plan(tiles, cluster=n)
+                    one_wave = min(shape.inputs // INPUTS, sms // plan.blocks(tokens, shape.outputs))  # an SM has one
+                    found += [Candidate("half", p) for p in _split(plan, tokens, shape, sms, one_wave)]
         else:
             found += [Candidate("int8", Plan(tiles, cluster=n)) for tiles in (16, 32) for n in (1, 2)]
     return found

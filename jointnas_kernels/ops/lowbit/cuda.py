@@ -13,16 +13,18 @@ from jointnas_kernels.ops.core.tensors import without_autocast
 from jointnas_kernels.ops.lowbit.tiles import INPUTS
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 
-ACT_LAYOUTS = {"stream": 0, "tile": 0, "wgmma": 1, "int8": 2, "bitplane": 3}  # the order each reads activations in
+# the order each reads quantized activations in
+ACT_LAYOUTS = {"stream": 0, "tile": 0, "wgmma": 1, "int8": 2, "bitplane": 3}
 STRIP_ROWS = 64  # rows of one warp
-BLOCK_STRIPS = 2  # of the tile, wgmma and int8 kernels
+BLOCK_STRIPS = 2  # of the tile, wgmma, int8 and half kernels
 
 
 class Plan(NamedTuple):
     """How a kernel splits the work.
 
     token_tiles: 8-token tiles per block (stream and bitplane: per pass, 1, 2 or 4; tile and wgmma: 8 or 16; int8: 16 or
-    32). warp_rows: 64-row strips per block. splits: blocks along the inputs. cluster: blocks that share their tokens.
+    32; half: 2, 4, 8, 16 or 32). warp_rows: 64-row strips per block. splits: blocks along the inputs. cluster: blocks
+    that share their tokens.
     """
 
     token_tiles: int
@@ -72,11 +74,22 @@ def int8_plan(tokens: int, rows: int, sms: int) -> Plan:
     return wide if 2 * -(-wide.blocks(tokens, rows) // sms) <= 1.1 * -(-narrow.blocks(tokens, rows) // sms) else narrow
 
 
+@functools.cache
+def half_plan(tokens: int, rows: int, inputs: int, sms: int) -> Plan:
+    """The narrowest block that takes all tokens, or as `int8_plan`; splits only while they fit one wave."""
+    plan = int8_plan(tokens, rows, sms)
+    narrow = next((t for t in (2, 4, 8, 16) if tokens <= 8 * t), None)
+    plan = plan if narrow is None else plan._replace(token_tiles=narrow)
+    return plan._replace(splits=max(1, min(sms // plan.blocks(tokens, rows), inputs // INPUTS // 4)))
+
+
 def usual_plan(kernel: str, tokens: int, rows: int, inputs: int, w_bits: int, a_bits: int, sms: int) -> Plan:
     """The plan that a kernel takes where none is given."""
     if kernel in ("stream", "bitplane"):
         return stream_plan(tokens * (a_bits if kernel == "bitplane" else 1), rows, inputs, w_bits, sms)
-    return int8_plan(tokens, rows, sms) if kernel == "int8" else tile_plan(tokens, rows, inputs, sms)
+    if kernel == "int8":
+        return int8_plan(tokens, rows, sms)
+    return (half_plan if kernel == "half" else tile_plan)(tokens, rows, inputs, sms)
 
 
 def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,9 +111,10 @@ def multiply(
     """y [M, O] in the scales' dtype of x [M, I], or of a and ``activation`` (scale, zero) of `quantize_pack` in
     ACT_LAYOUTS[kernel].
 
-    Kernels are "stream" and "bitplane" (few tokens), "tile" and on sm_90a "wgmma" and "int8" (many); bitplane and int8
-    take quantized activations only, and bitplane alone weights of bit-planes. ``early``: stream and bitplane may fetch
-    weights before the previous kernel has ended (sm_90); it must not have written them.
+    Kernels are "stream" and "bitplane" (few tokens), "tile" and on sm_90a "wgmma", "int8" and "half" (many); bitplane,
+    wgmma and int8 take quantized activations only, half others only, and bitplane alone weights of bit-planes.
+    ``early``: stream and bitplane may fetch weights before the previous kernel has ended (sm_90); it must not have
+    written them.
     """
     tiles, scale, row_sum, locks = weight.tensors
     (act_scale, act_zero), rows, inputs = activation or (None, None), weight.outputs, weight.inputs
@@ -108,18 +122,17 @@ def multiply(
     if act_scale is not None:
         tokens = act_scale.numel()
         a_bits = x.shape[1] * 8 // inputs  # read by bitplane only: the others' levels take 8 bits whatever their width
-    streams = kernel in ("stream", "bitplane")
+    early = early and kernel in ("stream", "bitplane")
     plan = plan or usual_plan(kernel, tokens, rows, inputs, weight.w_bits, a_bits, cuda.multiprocessors(x))
-    if kernel == "wgmma" and activation is None:
-        ordered = torch.empty_like(x)
-        cuda.call("token_layout", x, ordered, *x.shape, on=x)
-        x = ordered
+    if kernel == "half" and activation is None:
+        ordered = x.new_empty(inputs // 64, -(-tokens // 8), 8, 64)
+        cuda.call("token_layout", x, ordered, *x.shape, on=x)  # beside which weights may be fetched
+        x, early = ordered, True
     y = scale.new_empty(tokens, rows)
     partial = torch.empty(plan.splits, tokens, rows, dtype=torch.float32, device=x.device) if plan.splits > 1 else None
     cuda.call(
-        f"lowbit_{kernel}", tiles, scale, x, act_scale, act_zero, None if kernel in ("stream", "tile") else row_sum, y,
-        partial, locks, tokens, rows, inputs, weight.w_bits, DTYPES[scale.dtype], *plan[:3], streams and early, a_bits,
-        plan.cluster, on=x,
+        f"lowbit_{kernel}", tiles, scale, x, act_scale, act_zero, row_sum, y, partial, locks, tokens, rows, inputs,
+        weight.w_bits, DTYPES[scale.dtype], *plan[:3], early, a_bits, plan.cluster, on=x,
     )  # fmt: skip
     return y
 
