@@ -361,16 +361,22 @@ def newest(out: Path) -> float:
     return max(times)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A campaign that nobody killed, on two processes."""
+    folder = tmp_path_factory.mktemp("whole")
+    campaigns.prepare(folder)
+    killed_and_continued(folder, 2, 0, seed=0)
+    return folder / "out"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path: Path, processes: int) -> None:
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        campaigns.prepare(tmp_path / name)
-    killed_and_continued(tmp_path / "whole", processes, 0, seed=0)
-    times = killed_and_continued(tmp_path / "killed", processes, int(os.environ.get("JOINTNAS_KILLS", "3")), seed=0)
+def test_killed_at_random_moments_it_ends_with_the_same_rows(tmp_path: Path, whole: Path, processes: int) -> None:
+    campaigns.prepare(tmp_path)
+    times = killed_and_continued(tmp_path, processes, int(os.environ.get("JOINTNAS_KILLS", "3")), seed=0)
     assert times > 0
-    assert untimed(tmp_path / "whole" / "out") == untimed(tmp_path / "killed" / "out")
+    assert untimed(whole) == untimed(tmp_path / "out")
 
 
 def test_clock_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

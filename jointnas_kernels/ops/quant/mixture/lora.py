@@ -8,6 +8,7 @@ in place of 8. U and V have P r columns, 96 of them as a rule, and T rows, too f
 cut into slices, and the last program to finish a tile adds the sums of its slices up, in their order.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -195,7 +196,8 @@ def gradients(grads: Sequence[Tensor], x: Tensor, mixes: Sequence[Mixture]) -> l
     (tokens, inputs), (precisions, rank, _) = x.shape, first.lora_a.shape
     padded, columns = width(precisions, rank)
     tile, outputs = config(columns), [g.shape[1] for g in grads]
-    found = [(torch.empty_like(mix.lora_a), torch.empty_like(mix.lora_b)) for mix in mixes]
+    like = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    found = [(like(mix.lora_a), like(mix.lora_b)) for mix in mixes]
     if not tokens:
         return [(da.zero_(), db.zero_()) for da, db in found]
     tiles, slices = -(-tokens // tile["BLOCK_T"]), -(-max(inputs, *outputs) // SLICE)
