@@ -91,11 +91,11 @@ def demo_config(out: str, device: str, seed: int, randoms: int) -> CompareConfig
                 "workload": "decode", "batch": 1, "seq": 128, "dtype": "bfloat16", "seconds_per_operation": 0.02,
             },
             "search": {
-                "steps": 60, "min_steps": 20, "lr_arch": 0.1, "lr_weight": 1e-3, "eta": 0.3,
+                "steps": 40, "min_steps": 20, "lr_arch": 0.15, "lr_weight": 1e-3, "eta": 0.3, "gap_batches": 8,
                 "gap_every": 20, "log_every": 5,
             },
             "quantizer": {"options": {"samples": 16, "epochs": 2}},
-            "finetune": {"steps": 60, "lr": 1e-3},
+            "finetune": {"steps": 50, "lr": 1e-3},
             "eval": {"tokens": 32768, "task_limit": 40},
         },
     )  # fmt: skip
