@@ -11,6 +11,8 @@ namespace jointnas {
 constexpr int kF16 = 0, kBF16 = 1;
 template <int CODE> using Half = std::conditional_t<CODE == kF16, F16, BF16>;
 
+JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
+
 // Whether 16-byte accesses can start there: on the device an odd address would end the process's use of it.
 template <class... P> bool aligned(const P*... addresses) {
   return (... | reinterpret_cast<uintptr_t>(addresses)) % 16 == 0;

@@ -47,8 +47,6 @@ inline int check(const LowbitArgs& p) {
   return aligned(p.weight, p.scale, p.x, p.y) ? kOk : kMisaligned;
 }
 
-JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-
 // Which part of y the block of this index computes: bands of kBand row blocks, inside a band along the rows first.
 struct Part { int row_block, token_block; };
 JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
@@ -135,6 +133,20 @@ template <class T, int BITS, int F, int H> JN_DEVICE uint32_t dequant(uint32_t w
     constexpr uint32_t off = both(half_bits(bf, -(double(1 << mantissa) / (1 << p) + offset)));
     return ptx::fma2<T>(ptx::and_or(word >> shift, mask, magic), down, off);
   }
+}
+
+// Vectors FIRST .. FIRST + COUNT - 1 of a lane's words of a tile; `tile` is at this lane's first vector.
+template <int BITS, int FIRST, int COUNT> JN_DEVICE void load_words(const unsigned char* tile, uint32_t (&w)[2 * BITS]) {
+#pragma unroll
+  for (int v = FIRST; v < FIRST + COUNT; ++v) {
+    const Vec4 u = *reinterpret_cast<const Vec4*>(tile + v * 512);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
+  }
+}
+// The words that half HALF of the tile's inputs needs; W2 has one vector.
+template <int BITS, int HALF> JN_DEVICE void load_half(const unsigned char* tile, uint32_t (&w)[2 * BITS]) {
+  load_words<BITS, HALF * BITS / 4, (BITS + 3) / 4>(tile, w);
 }
 
 // Four weights as signed bytes, times 2^(8-BITS): the field moved to the top of its byte, sign bit flipped.

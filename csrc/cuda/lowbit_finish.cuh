@@ -50,7 +50,16 @@ JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int fi
   }
 }
 
-// The same for kernels of sm_90a without splits: `sums` [token][kPitch] of kBlockRows rows in shared memory, eight rows
+// A warp's accumulators of wgmma, 16 rows by N tokens of kBlockRows, into `sums` [token][kPitch] in shared memory, so that
+// stores to y are coalesced.
+template <int N> JN_DEVICE void exchange(const float (&total)[N / 2], int warp, int lane, float* sums) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i)
+    sums[(i / 4 * 8 + 2 * t + i % 2) * kPitch + warp * kTileRows + g + i % 4 / 2 * 8] = total[i];
+}
+
+// As finish_block, for kernels of sm_90a without splits: `sums` [token][kPitch] of kBlockRows rows in shared memory, eight rows
 // of a token per thread, 16 bytes at a time where y allows.
 template <class T, bool QUANTIZED>
 JN_DEVICE void store_block(const LowbitArgs& p, float unit, int threads, int first_row, int first_token,

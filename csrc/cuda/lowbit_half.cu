@@ -9,40 +9,19 @@
 // Cost per output and group of 128 inputs: 128 MACs at 2048 per clock and SM, 1/16 clock, and one FFMA, 1/128 clock of
 // issue slots. Bytes per group from L2: N * 256 tokens / cluster + 2048 * bits weights, for 256 tokens in pairs and W4
 // 40 KB per 2048 clocks.
-#include "cuda/hopper.cuh"
-#include "cuda/lowbit.cuh"
 #include "cuda/lowbit_finish.cuh"
+#include "cuda/lowbit_ring.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {
 
-[[maybe_unused]] constexpr int kConsumers = 256;
-constexpr int kThreads = 384;
-constexpr int kMaxStages = 8;
-
-template <int BITS, int N> struct Shape {
-  static constexpr int chunk = N < 64 ? N : 64;  // tokens per product
-  static constexpr int segment_bytes = N * 128;  // tokens of 64 inputs, as wgmma swizzles them
-  static constexpr int token_bytes = 2 * segment_bytes;
-  static constexpr int tile_bytes = BITS * 256;
-  static constexpr int stage_bytes = token_bytes + kBlockTiles * tile_bytes + 1024;  // stages stay 1024-byte aligned
-  static constexpr int fit = 226 * 1024 / stage_bytes;
-  static constexpr int stages = fit > kMaxStages ? kMaxStages : fit;
-  static constexpr int bytes = stages * stage_bytes + 2 * kMaxStages * 8;
-  static_assert(N % chunk == 0 && stages >= 2 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
-};
+template <int BITS, int N> using Stages = Ring<BITS, N, 2, 8, 226 * 1024>;
 
 // Half HALF of the warp's tile at `src` (this lane's first vector): the A operands of 64 inputs.
 template <class T, int BITS, int HALF> JN_DEVICE void unpack(const unsigned char* src, uint32_t (&a)[4][4]) {
-  constexpr int first = HALF * BITS / 4, count = (BITS + 3) / 4;  // of the tile's vectors; W2 has one
   uint32_t w[2 * BITS];
-#pragma unroll
-  for (int v = first; v < first + count; ++v) {
-    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-  }
+  load_half<BITS, HALF>(src, w);
   dequant_steps<T, BITS, HALF * 4, 4>(w, a);
 }
 
@@ -54,69 +33,23 @@ JN_DEVICE void multiply(float (&sum)[CHUNK / 2], const uint32_t (&a)[4][4], ptx:
   for (int i = 0; i < 4; ++i) ptx::wgmma_m64k16<T, CHUNK>(sum, a[i], tokens.after(i * 32), HALF > 0 || i > 0);
 }
 
-template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 1) half_kernel(const LowbitArgs p) {
+template <class T, int BITS, int N> __global__ void __launch_bounds__(kRingThreads, 1) half_kernel(const LowbitArgs p) {
 #if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   JN_DYNAMIC_SHARED(shared);
-  using S = Shape<BITS, N>;
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + S::stages * S::stage_bytes);
-  uint64_t* empty = full + kMaxStages;
-  const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
+  using S = Stages<BITS, N>;
+  const int groups = p.inputs / kGroup;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
   const Part part = part_of(blockIdx.x, row_blocks_of(p), (p.tokens + N - 1) / N);
-  const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * N;
-
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < S::stages; ++s) {
-      ptx::barrier_init(full + s, 1);
-      ptx::barrier_init(empty + s, kConsumers / 32 * p.cluster);
-    }
-    ptx::fence_barrier_init();
-  }
-  ptx::sync_cluster();
-
+  const int first_token = part.token_block * N;
+  const S ring(shared, p.cluster);
   if (threadIdx.x >= kConsumers) {
     ptx::lower_registers<40>();
-    if (threadIdx.x < kConsumers + 32) {
-      // Lanes 0 .. 7 fetch a tile of weights each, lane 8 the scales, lanes 9 and 10 this block's share of the tokens.
-      const int lane = threadIdx.x % 32, rank = ptx::cluster_rank(), segment = lane - kBlockTiles - 1;
-      const int eights = (p.tokens + 7) / 8, mine = N / 8 / p.cluster;
-      const int all_eights = min_of(N / 8, eights - first_token / 8);   // of the block, and of the cluster
-      const int share = min_of(mine, all_eights - rank * mine);         // may be none
-      const int block_tiles = min_of(kBlockTiles, tiles - first_tile);  // none or less in a block beyond the rows
-      const int present = block_tiles > 0 ? block_tiles : 0;
-      const int bytes = all_eights * 2048 + present * (S::tile_bytes + kTileRows * 2);
-      if (segment >= 0) ptx::wait_dependencies();  // the kernel before wrote the tokens, not the weights
-      int stage = 0, parity = 1;
-      for (int group = begin; group < end; ++group) {
-        unsigned char* dst = shared + stage * S::stage_bytes;
-        ptx::barrier_wait(empty + stage, parity);
-        if (lane == 0) ptx::barrier_expect(full + stage, bytes);
-        if (lane < present) {
-          const size_t at = size_t(first_tile + lane) * groups + group;
-          const char* src = static_cast<const char*>(p.weight) + at * S::tile_bytes;
-          ptx::bulk_copy(dst + S::token_bytes + lane * S::tile_bytes, src, S::tile_bytes, full + stage);
-        } else if (lane == kBlockTiles && present) {
-          const char* src = static_cast<const char*>(p.scale) + (size_t(group) * tiles + first_tile) * kTileRows * 2;
-          unsigned char* to = dst + S::token_bytes + kBlockTiles * S::tile_bytes;
-          ptx::bulk_copy(to, src, present * kTileRows * 2, full + stage);
-        } else if ((segment == 0 || segment == 1) && share > 0) {
-          const size_t at = size_t(2 * group + segment) * eights + first_token / 8 + rank * mine;
-          const char* src = static_cast<const char*>(p.x) + at * 1024;
-          unsigned char* to = dst + segment * S::segment_bytes + rank * mine * 1024;
-          if (p.cluster > 1) ptx::bulk_copy_multicast(to, src, share * 1024, full + stage, (1 << p.cluster) - 1);
-          else ptx::bulk_copy(to, src, share * 1024, full + stage);
-        }
-        if (++stage == S::stages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-    }
+    if (threadIdx.x < kConsumers + 32) ring.fill(p, shared, part.row_block * kBlockTiles, first_token, begin, end);
   } else {
     ptx::raise_registers<232>();
-    constexpr int chunk = S::chunk, chunks = N / chunk;
+    constexpr int chunk = N < 64 ? N : 64, chunks = N / chunk;  // tokens per product
     constexpr int buffers = chunks == 2 ? 2 : 1;  // of sums; 256 tokens would spill 12 bytes
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     float total[N / 2] = {};
     auto scale = [&total](const float (&sum)[chunk / 2], int index, float low, float high) {
 #pragma unroll
@@ -124,10 +57,10 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
     };
     int stage = 0, parity = 0;
     for (int group = begin; group < end; ++group) {
-      ptx::barrier_wait(full + stage, parity);
+      ptx::barrier_wait(ring.full + stage, parity);
       const unsigned char* tokens = shared + stage * S::stage_bytes;
       const unsigned char* weights = tokens + S::token_bytes + warp * S::tile_bytes + lane * 16;
-      const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + kBlockTiles * S::tile_bytes);
+      const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes);
       const float low = ptx::to_float(scales[warp * kTileRows + 2 * g]);  // row g
       const float high = ptx::to_float(scales[warp * kTileRows + 2 * g + 1]);  // row g + 8
       uint32_t first[4][4], second[4][4];
@@ -153,7 +86,7 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
       // A product in flight across the loop's end would make ptxas serialize all; the other warpgroup fills the gap.
       ptx::wgmma_wait<0>();
       ptx::registers_fence(sum[(chunks - 1) % buffers]);
-      if (lane < p.cluster) ptx::barrier_arrive(empty + stage, lane);
+      if (lane < p.cluster) ptx::barrier_arrive(ring.empty + stage, lane);
       scale(sum[(chunks - 1) % buffers], chunks - 1, low, high);
       if (++stage == S::stages) {
         stage = 0;
@@ -163,17 +96,15 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
 
     // Through shared memory to y: everybody has read the ring, and every copy into it was waited for.
     ptx::sync_some(1, kConsumers);
-    float* exchange = reinterpret_cast<float*>(shared);  // [token][row]
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i)
-      exchange[(i / 4 * 8 + 2 * t + i % 2) * kPitch + warp * kTileRows + g + i % 4 / 2 * 8] = total[i];
+    float* sums = reinterpret_cast<float*>(shared);
+    exchange<N>(total, warp, lane, sums);
     ptx::sync_some(1, kConsumers);
     const int first_row = part.row_block * kBlockRows;
     if (p.splits == 1)
-      store_block<T, false>(p, 1.0f, kConsumers, first_row, first_token, N, exchange);
+      store_block<T, false>(p, 1.0f, kConsumers, first_row, first_token, N, sums);
     else
       finish_block<T>(p, 1.0f, kConsumers, first_row, kBlockRows, first_token, N, shared,
-                      [&](int token, int row) { return exchange[token * kPitch + row]; });
+                      [&](int token, int row) { return sums[token * kPitch + row]; });
   }
   ptx::sync_warp();
   ptx::sync_cluster();  // a block's shared memory must outlive its neighbours' arrivals
@@ -183,7 +114,7 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
 template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t stream) {
   const dim3 grid(row_blocks_of(p) * ((p.tokens + N - 1) / N), p.splits);
   if (!locked(p, grid)) return kBadArgument;
-  return launch_cluster(half_kernel<T, BITS, N>, grid, dim3(kThreads), Shape<BITS, N>::bytes, stream, p.cluster,
+  return launch_cluster(half_kernel<T, BITS, N>, grid, dim3(kRingThreads), Stages<BITS, N>::bytes, stream, p.cluster,
                         p.early != 0, p);
 }
 }  // namespace

@@ -8,31 +8,19 @@
 //
 // Cost per output and group of 128 inputs: 128 MACs, at 4096 per clock and SM 1/32 clock of tensor core; one I2FP and one
 // FFMA, 2/128 = 1/64 clock of issue slots (I2FP alone 1/64, 64 lanes per clock). So scaling can hide behind multiplying,
-// but takes half of all issue slots. (Sums that begin at a float's bits, as kNothing, would need a MOV each: 3/128.) Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256
-// tokens in pairs and W4 24 KB per 1024 clocks at full rate.
-#include "cuda/hopper.cuh"
-#include "cuda/lowbit.cuh"
+// but takes half of all issue slots. (Sums that begin at a float's bits, as kNothing, would need a MOV each: 3/128.)
+// Bytes per group from L2: N * 128 tokens / cluster + 2048 * bits weights, for 256 tokens in pairs and W4 24 KB per 1024
+// clocks at full rate.
 #include "cuda/lowbit_finish.cuh"
+#include "cuda/lowbit_ring.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace jointnas {
 namespace {
 
-[[maybe_unused]] constexpr int kConsumers = 256;
-constexpr int kThreads = 384;
-constexpr int kChunk = 64;            // tokens per product
-constexpr int kMaxStages = 6;
+constexpr int kChunk = 64;  // tokens per product
 
-template <int BITS, int N> struct Shape {
-  static constexpr int token_bytes = N * kGroup;
-  static constexpr int tile_bytes = BITS * 256;
-  static constexpr int weight_bytes = kBlockTiles * tile_bytes;
-  static constexpr int stage_bytes = token_bytes + weight_bytes + 1024;  // scales; stages stay 1024-byte aligned
-  static constexpr int fit = 220 * 1024 / stage_bytes;
-  static constexpr int stages = fit > kMaxStages ? kMaxStages : fit;
-  static constexpr int bytes = stages * stage_bytes + 2 * kMaxStages * 8;
-  static_assert(stages >= 4 && N * kPitch * 4 <= stages * stage_bytes && bytes <= 227 * 1024);
-};
+template <int BITS, int N> using Stages = Ring<BITS, N, 1, 6, 220 * 1024>;
 
 // The chunk's sums, times the scales of rows g (low) and g + 8, onto the totals.
 template <int N> JN_DEVICE void scale_chunk(float (&total)[N / 2], const int (&sum)[kChunk / 2], int chunk, float low, float high) {
@@ -41,78 +29,29 @@ template <int N> JN_DEVICE void scale_chunk(float (&total)[N / 2], const int (&s
 }
 
 template <class T, int BITS, int N>
-__global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
+__global__ void __launch_bounds__(kRingThreads, 1) int8_kernel(const LowbitArgs p) {
 #if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   JN_DYNAMIC_SHARED(shared);
-  using S = Shape<BITS, N>;
-  uint64_t* full = reinterpret_cast<uint64_t*>(shared + S::stages * S::stage_bytes);
-  uint64_t* empty = full + kMaxStages;
-  const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
-  const int row_blocks = row_blocks_of(p);
-  const Part part = part_of(blockIdx.x, row_blocks, (p.tokens + N - 1) / N);
-  const int first_tile = part.row_block * kBlockTiles, first_token = part.token_block * N;
-
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < S::stages; ++s) {
-      ptx::barrier_init(full + s, 1);
-      ptx::barrier_init(empty + s, kConsumers / 32 * p.cluster);
-    }
-    ptx::fence_barrier_init();
-  }
-  ptx::sync_cluster();
-
+  using S = Stages<BITS, N>;
+  const Part part = part_of(blockIdx.x, row_blocks_of(p), (p.tokens + N - 1) / N);
+  const int groups = p.inputs / kGroup, first_token = part.token_block * N;
+  const S ring(shared, p.cluster);
   if (threadIdx.x >= kConsumers) {
     ptx::lower_registers<40>();
-    if (threadIdx.x < kConsumers + 32) {
-      // Lanes 0 .. 7 fetch a tile of weights each, lane 8 the scales, lane 9 this block's share of the tokens.
-      const int lane = threadIdx.x % 32, rank = ptx::cluster_rank();
-      const int eights = (p.tokens + 7) / 8, mine = N / 8 / p.cluster;
-      const int all_eights = min_of(N / 8, eights - first_token / 8);  // of the block, and of the cluster
-      const int share = min_of(mine, all_eights - rank * mine);       // may be none
-      const int block_tiles = min_of(kBlockTiles, tiles - first_tile);  // none or less in a block beyond the rows
-      const int present = block_tiles > 0 ? block_tiles : 0;
-      const int bytes = all_eights * 1024 + present * (S::tile_bytes + kTileRows * 2);
-      int stage = 0, parity = 1;
-      for (int group = 0; group < groups; ++group) {
-        unsigned char* dst = shared + stage * S::stage_bytes;
-        ptx::barrier_wait(empty + stage, parity);
-        if (lane == 0) ptx::barrier_expect(full + stage, bytes);
-        if (lane < present) {
-          const char* src = static_cast<const char*>(p.weight) + (size_t(first_tile + lane) * groups + group) * S::tile_bytes;
-          ptx::bulk_copy(dst + S::token_bytes + lane * S::tile_bytes, src, S::tile_bytes, full + stage);
-        } else if (lane == kBlockTiles && present) {
-          const char* src = static_cast<const char*>(p.scale) + (size_t(group) * tiles + first_tile) * kTileRows * 2;
-          ptx::bulk_copy(dst + S::token_bytes + S::weight_bytes, src, present * kTileRows * 2, full + stage);
-        } else if (lane == kBlockTiles + 1 && share > 0) {
-          const char* src = static_cast<const char*>(p.x) + (size_t(group) * eights + first_token / 8 + rank * mine) * 1024;
-          unsigned char* to = dst + rank * mine * 1024;
-          if (p.cluster > 1) ptx::bulk_copy_multicast(to, src, share * 1024, full + stage, (1 << p.cluster) - 1);
-          else ptx::bulk_copy(to, src, share * 1024, full + stage);
-        }
-        if (++stage == S::stages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-    }
+    if (threadIdx.x < kConsumers + 32) ring.fill(p, shared, part.row_block * kBlockTiles, first_token, 0, groups);
   } else {
     ptx::raise_registers<232>();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     float total[N / 2] = {};
     int stage = 0, parity = 0;
     for (int group = 0; group < groups; ++group) {
-      ptx::barrier_wait(full + stage, parity);
+      ptx::barrier_wait(ring.full + stage, parity);
       const unsigned char* tokens = shared + stage * S::stage_bytes;
       const unsigned char* weights = tokens + S::token_bytes + warp * S::tile_bytes + lane * 16;
       const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes) + warp * kTileRows + 2 * g;
       const float low = ptx::to_float(scales[0]), high = ptx::to_float(scales[1]);  // rows g, g + 8
       uint32_t w[2 * BITS];
-#pragma unroll
-      for (int v = 0; v < BITS / 2; ++v) {
-        const Vec4 u = *reinterpret_cast<const Vec4*>(weights + v * 512);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-      }
+      load_words<BITS, 0, BITS / 2>(weights, w);
       uint32_t a[4][4];
       int sum[2][kChunk / 2];
       spread_tile<BITS>(w, a);
@@ -133,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
       // A product in flight across the loop's end would make ptxas serialize all; the other warpgroup fills the gap.
       ptx::wgmma_wait<0>();
       ptx::registers_fence(sum[1]);
-      if (lane < p.cluster) ptx::barrier_arrive(empty + stage, lane);
+      if (lane < p.cluster) ptx::barrier_arrive(ring.empty + stage, lane);
       scale_chunk<N>(total, sum[1], N / kChunk - 1, low, high);
       if (++stage == S::stages) {
         stage = 0;
@@ -143,13 +82,11 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
 
     // Through shared memory to y: everybody has read the ring, and every copy into it was waited for.
     ptx::sync_some(1, kConsumers);
-    float* exchange = reinterpret_cast<float*>(shared);  // [token][row]
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i)
-      exchange[(i / 4 * 8 + 2 * t + i % 2) * kPitch + warp * kTileRows + g + i % 4 / 2 * 8] = total[i];
+    float* sums = reinterpret_cast<float*>(shared);
+    exchange<N>(total, warp, lane, sums);
     ptx::sync_some(1, kConsumers);
     constexpr float unit = 1.0f / (1 << (8 - BITS));
-    store_block<T, true>(p, unit, kConsumers, part.row_block * kBlockRows, first_token, N, exchange);
+    store_block<T, true>(p, unit, kConsumers, part.row_block * kBlockRows, first_token, N, sums);
   }
   ptx::sync_warp();
   ptx::sync_cluster();  // a block's shared memory must outlive its neighbour's arrivals
@@ -157,9 +94,8 @@ __global__ void __launch_bounds__(kThreads, 1) int8_kernel(const LowbitArgs p) {
 }
 
 template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t stream) {
-  using S = Shape<BITS, N>;
   const dim3 grid(row_blocks_of(p) * ((p.tokens + N - 1) / N));
-  return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kThreads), S::bytes, stream, p.cluster, false, p);
+  return launch_cluster(int8_kernel<T, BITS, N>, grid, dim3(kRingThreads), Stages<BITS, N>::bytes, stream, p.cluster, false, p);
 }
 }  // namespace
 

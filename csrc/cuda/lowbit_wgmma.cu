@@ -28,14 +28,8 @@ constexpr int kSteps = 2;  // products per half of a group
 
 // Half HALF of the warp's tile at `src` (this lane's first vector) as A operands.
 template <int BITS, int HALF> JN_DEVICE void unpack(const unsigned char* src, uint32_t (&a)[kSteps][4]) {
-  constexpr int first = HALF * BITS / 4, count = (BITS + 3) / 4;  // of the tile's vectors; W2 has one
   uint32_t w[2 * BITS];
-#pragma unroll
-  for (int v = first; v < first + count; ++v) {
-    const Vec4 u = *reinterpret_cast<const Vec4*>(src + v * 512);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) w[4 * v + j] = u.w[j];
-  }
+  load_half<BITS, HALF>(src, w);
   spread_steps<BITS, HALF * kSteps, kSteps>(w, a);
 }
 
@@ -55,7 +49,7 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
 #if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
   JN_DYNAMIC_SHARED(shared);
   using S = Shape<BITS, N>;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
   const int first_tile = blockIdx.x * kBlockTiles, first_token = blockIdx.z * N;
   const int begin = groups * blockIdx.y / p.splits, end = groups * (blockIdx.y + 1) / p.splits;
@@ -125,10 +119,8 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
 
   ptx::cp_async_wait<0>();
   ptx::sync_threads();
-  float* sums = reinterpret_cast<float*>(shared);  // [token][row], so that stores to y are coalesced
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i)
-    sums[(i / 4 * 8 + 2 * t + i % 2) * kPitch + warp * kTileRows + g + i % 4 / 2 * 8] = acc[i];
+  float* sums = reinterpret_cast<float*>(shared);
+  exchange<N>(acc, warp, lane, sums);
   ptx::sync_threads();
   constexpr float unit = 1.0f / (1 << (8 - BITS));
   finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockRows, first_token, N, shared,

@@ -119,8 +119,6 @@ JN_DEVICE void load_lora_a(const Params& p, const Weight& m, Vec4* fragments, in
   }
 }
 
-JN_HOST_DEVICE int min_of(int a, int b) { return a < b ? a : b; }
-
 // Past the end the last row stands in: its dW is taken as 0, and it is not stored.
 JN_DEVICE int existing(int end, int row) { return row < end ? row : end - 1; }
 

@@ -278,7 +278,7 @@ class Repeats:
         except (JointNASError, RuntimeError) as error:  # no memory, above all; steps run as they did
             self.after = None
             net.release()
-            log.info("steps run without CUDA graphs: %s", error)
+            log.warning("steps run without CUDA graphs, and slower: %s", error)
 
     def __deepcopy__(self, _: Any) -> Repeats:
         copied = Repeats()

@@ -16,7 +16,6 @@ from jointnas_kernels.ops.quant.mixture import kernels
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want, tiles
 
 WARPS = 8  # per block; one block per multiprocessor (255 registers)
-MOST = 3  # weights of a launch
 # Elements of dW at a time: 128 MB, any matrix of an 8B model at once. Pieces of 2^23 would stay in the second-level
 # cache, which saves little: the kernel takes 26 us for as many (H200, forward), their dW 4 us from memory (predicted).
 # But each piece is two launches of the host: 56 in a block instead of 14.
@@ -142,7 +141,7 @@ def run(
 
 
 def forward_all(mixes: Sequence[Mixture], outs: Sequence[Tensor], how: Plan | None = None) -> None:
-    """W~ of each of up to MOST with the same inputs, all with clip ratios or none, in ``outs``, by one launch and the
+    """W~ of each of up to three with the same inputs, all with clip ratios or none, in ``outs``, by one launch and the
     usual plan if none is given."""
     mixes = operands(mixes)
     run(mixes, how or launch_plan(mixes[0], [len(mix.weight) for mix in mixes], False), outs)

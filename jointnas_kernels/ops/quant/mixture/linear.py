@@ -36,7 +36,7 @@ def _mixed(how: str, mixes: Sequence[Mixture]) -> Tensor:
     sizes = [len(mix.weight) for mix in mixes]
     found = cpu.empty_like(first, sum(sizes)) if how == "cpu" else first.new_empty(sum(sizes), first.shape[1])
     parts = found.split(sizes)
-    if how == "cuda" and len(mixes) <= cuda.MOST and len({mix.clip is None for mix in mixes}) == 1:
+    if how == "cuda" and len({mix.clip is None for mix in mixes}) == 1:
         cuda.forward_all(mixes, parts)
         return found
     for mix, part in zip(mixes, parts, strict=True):
