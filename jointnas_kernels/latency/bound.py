@@ -23,6 +23,7 @@ import itertools
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -181,6 +182,17 @@ class Bound:
             else:
                 total += float(value) * (choice.blocks if part.per_block else 1)
         return total, linear
+
+    def extremes(self) -> tuple[float, float]:
+        """Latency of the fastest and of the slowest choice of the space that this device runs; (inf, -inf): none."""
+        least, most = math.inf, -math.inf
+        for sizes, head in itertools.product(self.space.structures(), self.space.head_bits or (None,)):
+            fixed, linear = self.structure(replace(sizes, head_bits=head))
+            feasible = linear[linear.isfinite()]
+            if len(feasible) and math.isfinite(fixed):
+                least = min(least, fixed + sizes.blocks * feasible.min().item())
+                most = max(most, fixed + sizes.blocks * feasible.max().item())
+        return least, most
 
     def original(self) -> float:
         """The unquantized model with the largest size of every dimension: the objective's unit of latency."""

@@ -25,6 +25,9 @@ class CompareOptions(Section):
     target_shares: list[float] = Field(
         default=[], description="instead: as shares of the latency that the original is predicted at 16 bits"
     )
+    target_levels: list[float] = Field(
+        default=[], description="instead: how far from the fastest model of the space, 0, to the slowest, 1"
+    )
     seeds: list[int] = Field(default=[0], min_length=1)
     precisions: list[str] | None = Field(
         default=None, description="of methods that search no bits, as W4A8, or W4A8H8 with the head's; none: those of "
@@ -41,14 +44,16 @@ class CompareOptions(Section):
 
     @model_validator(mode="after")
     def _is_possible(self) -> CompareOptions:
-        if self.targets_ms and self.target_shares:
-            raise ValueError("give either targets_ms or target_shares, not both")
-        for name in ("methods", "targets_ms", "target_shares", "seeds", "precisions"):
+        if sum(map(bool, (self.targets_ms, self.target_shares, self.target_levels))) > 1:
+            raise ValueError("give one of targets_ms, target_shares and target_levels")
+        for name in ("methods", "targets_ms", "target_shares", "target_levels", "seeds", "precisions"):
             values: list[Any] = getattr(self, name) or []
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names something twice")
         if min(*self.targets_ms, *self.target_shares, math.inf, math.inf) <= 0:
             raise ValueError("targets must be positive")
+        if any(not 0 <= level <= 1 for level in self.target_levels):
+            raise ValueError("target_levels must be between 0 and 1")
         if min(self.seeds) < 0:
             raise ValueError("seeds must not be negative")
         return self

@@ -35,6 +35,7 @@ from jointnas.compare_config import CompareConfig
 from jointnas.config import build, dump
 from jointnas.verbs.compare import compare, text
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.watch import Measured
 from jointnas_kernels.space import Choice, read_yaml
 from tests.jointnas import campaigns, tiny
@@ -115,6 +116,13 @@ def test_resuming_a_finished_campaign_and_asking_for_more(root: Path, every: Pat
     assert [row["method"] for row in again] == ["original", "ilp", "ilp", "uniform"]
     before = {row["unit"]: row for row in rows_of(every)}
     assert [before.get(row["unit"]) == row for row in again] == [True, False, True, True]
+
+
+def test_targets_are_levels_of_the_space(root: Path) -> None:
+    config = campaigns.config(root, compare={"target_shares": [], "target_levels": [0.0, 1.0, 0.25]})
+    table, space = LatencyTable.load(root / "table.jsonl", force=True), config.space.build()
+    least, most = table.bind(space).extremes()
+    assert targets_of(config, space, table) == [most, least + 0.25 * (most - least), least]
 
 
 def test_a_campaign_goes_on_from_its_rows_alone(root: Path, every: Path) -> None:
@@ -215,9 +223,10 @@ BAD = {
     "method": ({"methods": ["joint", "subnet-selecton"]}, "method 'subnet-selecton' in compare.methods. Did you"),
     "twice": ({"seeds": [1, 1]}, "seeds names something twice"),
     "precision": ({"precisions": ["W3A8"]}, "unknown precision 'W3A8' in compare.precisions. Did you mean"),
-    "both": ({"targets_ms": [1.0]}, "give either targets_ms or target_shares, not both"),
-    "none": ({"target_shares": []}, "are both empty: give targets"),
+    "both": ({"targets_ms": [1.0]}, "give one of targets_ms, target_shares and target_levels"),
+    "none": ({"target_shares": []}, "are all empty: give targets"),
     "target": ({"target_shares": [1e-6]}, "its fastest choice takes"),
+    "level": ({"target_shares": [], "target_levels": [1.5]}, "target_levels must be between 0 and 1"),
     "negative": ({"target_shares": [-1.0]}, "targets must be positive"),
     "exhaustive": ({"methods": ["exhaustive"]}, "too many for the method exhaustive"),
     "key": ({"method": ["joint"]}, "Did you mean 'compare.methods'?"),
@@ -244,7 +253,7 @@ BAD = {
         "compare.variants.a: Value error, search.lora_pairs: shared does not go with",
     ),
     "variant target": (
-        {"methods": ["uniform"], "target_shares": [], "variants": {"a": {"search.eta": 0}}}, "are both empty: give"
+        {"methods": ["uniform"], "target_shares": [], "variants": {"a": {"search.eta": 0}}}, "are all empty: give"
     ),
 }  # fmt: skip
 

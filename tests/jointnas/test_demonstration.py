@@ -9,7 +9,7 @@ import pytest
 
 from jointnas.compare_config import CompareConfig
 from jointnas.verbs import demo
-from jointnas.verbs.demo import demo_config, least, named, sentence, single_precisions, with_target
+from jointnas.verbs.demo import demo_config, named, sentence, single_precisions, with_target
 from jointnas_kernels.space import Choice
 from tests.jointnas import tiny
 from tests.latency.tables import synthetic
@@ -24,13 +24,13 @@ def test_the_target_is_below_every_single_precision(tmp_path: Path, monkeypatch:
     aimed, table = with_target(config)
     bound = table.bind(table.restrict(space)[0])
     (target,) = aimed.compare.targets_ms
-    assert least(bound) < target < min(single_precisions(bound).values())
+    assert bound.extremes()[0] < target < min(single_precisions(bound).values())
     assert config.compare.targets_ms == [], "what was given is left as it is"
     assert aimed.compare.precisions == [str(p) for p in single_precisions(bound)][:2]
     assert seen == [tmp_path / "latency.jsonl"]
 
 
-def test_single_precisions_and_the_fastest_model(tmp_path: Path) -> None:
+def test_single_precisions_and_the_extremes(tmp_path: Path) -> None:
     """Against all choices of the space."""
     space = tiny.config(tmp_path).space.build()
     bound = synthetic(space).bind(space)
@@ -44,7 +44,8 @@ def test_single_precisions_and_the_fastest_model(tmp_path: Path) -> None:
         Choice(s.hidden, s.heads, s.head_dim, s.intermediate, s.blocks, (w,) * 3, (a,) * 3)
         for s in space.structures() for w in space.sizes("weight_bits") for a in space.sizes("act_bits")
     ]  # fmt: skip
-    assert least(bound) == pytest.approx(min(bound.predict(choice) for choice in choices))
+    every = [bound.predict(choice) for choice in choices]
+    assert bound.extremes() == pytest.approx((min(every), max(every)))
 
 
 def row(method: str, perplexity: float, precision: str | None = None, ms: float = 0.3) -> dict[str, Any]:

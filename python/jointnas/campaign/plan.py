@@ -107,8 +107,9 @@ def check(config: CompareConfig, space: SearchSpace) -> dict[str, Method]:
     for name in options.variants:
         variant(config, name)
     targeted = [METHODS[JOINT]] * len(options.variants) + list(chosen.values())
-    if not options.targets_ms + options.target_shares and any(method.targeted for method in targeted):
-        raise JointNASError("compare.targets_ms and compare.target_shares are both empty: give targets")
+    asked = options.targets_ms or options.target_shares or options.target_levels
+    if not asked and any(method.targeted for method in targeted):
+        raise JointNASError("compare.targets_ms, target_shares and target_levels are all empty: give targets")
     if any(method.precise for method in chosen.values()):
         asked_precisions(config, space)
     if "exhaustive" in chosen and (models := count(space)) > options.exhaustive_most:
@@ -158,8 +159,15 @@ def plan(config: CompareConfig, space: SearchSpace, table: LatencyTable, model_c
 
 def targets_of(config: CompareConfig, space: SearchSpace, table: LatencyTable) -> list[float]:
     """In ms, largest first."""
-    original, options = table.bind(space).original(), config.compare
-    return sorted(options.targets_ms or [share * original for share in options.target_shares], reverse=True)
+    bound, options = table.bind(space), config.compare
+    targets = options.targets_ms
+    if options.target_shares:
+        original = bound.original()
+        targets = [share * original for share in options.target_shares]
+    if options.target_levels:
+        least, most = bound.extremes()
+        targets = [least + level * (most - least) for level in options.target_levels]
+    return sorted(targets, reverse=True)
 
 
 def reference_of(methods: Sequence[str]) -> str:

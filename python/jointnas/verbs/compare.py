@@ -27,7 +27,7 @@ from jointnas_kernels.space import read_yaml
 
 log = logging.getLogger(__name__)
 # what more may be asked for later
-GROWS = ("methods", "variants", "targets_ms", "target_shares", "seeds", "precisions", "randoms")
+GROWS = ("methods", "variants", "targets_ms", "target_shares", "target_levels", "seeds", "precisions", "randoms")
 FREE: Any = {
     "out": True, "resume": True, "progress": True, "tensorboard": True,
     "compare": {*GROWS, "processes", "exhaustive_most", "confidence"}, "data": {"cache"},
