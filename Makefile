@@ -6,6 +6,8 @@ STAMP  := $(VENV)/.installed
 STAGE  := .ci/stage build/test
 SETUP  := .ci/stage build/setup
 PYTEST := $(BIN)/python -m pytest
+# of tests/conftest.py: what `make test` has minutes for
+CASES  := sample
 NO_GPU := CUDA_VISIBLE_DEVICES=
 TORCH_FOR_DIST ?= torch>=2.11
 # of the machine with a GPU
@@ -17,7 +19,7 @@ AHEAD_WITH := "transformers>=5.17" pydantic jsonargparse pytest pytest-timeout h
 # Two processes of one thread each: most tests are too small to share between threads.
 TWO    := OMP_NUM_THREADS=1
 
-.PHONY: help setup demo test lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package dist-check clean
+.PHONY: help setup demo test rest lint types contracts docs examples unit interpret aot bench gpu gpu-1 gpu-2 gpu-package dist-check clean
 
 help:
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
@@ -46,7 +48,10 @@ $(STAMP): pyproject.toml setup.py
 demo: setup ## the whole mission on the embedded small model: profile, search, prune, distil, export, evaluate
 	@$(BIN)/jointnas demo
 
-test: lint types contracts docs examples unit interpret aot ## everything that needs no GPU
+test: lint types contracts docs examples unit interpret aot ## what needs no GPU: of large matrices a sample, no slow tests
+
+rest: setup ## the cases that `make test` leaves out
+	@$(MAKE) --no-print-directory examples unit interpret aot CASES=rest
 
 lint: setup ## ruff
 	@$(STAGE) lint $(BIN)/ruff check .
@@ -61,17 +66,17 @@ docs: setup ## the API site, into site/
 	@$(STAGE) docs .ci/site $(BIN)
 
 examples: setup ## the scripts of examples/
-	@$(NO_GPU) $(TWO) $(STAGE) examples $(PYTEST) -n 2 tests/examples
+	@$(NO_GPU) $(TWO) $(STAGE) examples $(PYTEST) --cases $(CASES) -n 2 tests/examples
 
 unit: setup ## everything else under tests/
-	@$(NO_GPU) $(TWO) $(STAGE) unit $(PYTEST) -n 2 tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
+	@$(NO_GPU) $(TWO) $(STAGE) unit $(PYTEST) --cases $(CASES) -n 2 tests $(addprefix --ignore=tests/,contracts examples triton_interpret aot gpu)
 
 # own processes: the interpreter must be switched on before Triton is imported, and must be off to compile
 interpret: setup ## Triton kernels in its interpreter
-	@TRITON_INTERPRET=1 $(STAGE) interpret $(PYTEST) -n 2 tests/triton_interpret
+	@TRITON_INTERPRET=1 $(STAGE) interpret $(PYTEST) --cases $(CASES) -n 2 tests/triton_interpret
 
 aot: setup ## Triton kernels compiled for GPUs that are not there
-	@$(STAGE) aot $(PYTEST) -n 2 tests/aot
+	@$(STAGE) aot $(PYTEST) --cases $(CASES) -n 2 tests/aot
 
 bench: setup ## benchmarks on this machine, raw rows into benchmarks/results, tables and plots from them
 	$(BIN)/jointnas bench all
