@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import math
 import os
 import random
 import shutil
@@ -18,18 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from pyarrow import parquet
 
 from jointnas import budget, cli, loading
-from jointnas.baselines import methods
 from jointnas.campaign import measuring
 from jointnas.campaign.clock import EVERY, Clock, seconds
 from jointnas.campaign.page import Campaign
-from jointnas.campaign.plan import Shared, Unit, asked_precisions, check, plan, targets_of
+from jointnas.campaign.plan import Shared, Unit, plan, targets_of
 from jointnas.campaign.schedule import ordered
-from jointnas.campaign.statistics import at, interval, summary
-from jointnas.campaign.variants import starts_alike, variant
 from jointnas.campaign.worker import Base
 from jointnas.compare_config import CompareConfig
 from jointnas.config import build, dump
@@ -217,94 +212,6 @@ def test_exhaustive_has_every_model_once(tmp_path: Path) -> None:
     assert len(rows) == 4
 
 
-# ---- bad input ------------------------------------------------------------------------------------------------------
-
-BAD = {
-    "method": ({"methods": ["joint", "subnet-selecton"]}, "method 'subnet-selecton' in compare.methods. Did you"),
-    "twice": ({"seeds": [1, 1]}, "seeds names something twice"),
-    "precision": ({"precisions": ["W3A8"]}, "unknown precision 'W3A8' in compare.precisions. Did you mean"),
-    "both": ({"targets_ms": [1.0]}, "give one of targets_ms, target_shares and target_levels"),
-    "none": ({"target_shares": []}, "are all empty: give targets"),
-    "target": ({"target_shares": [1e-6]}, "its fastest choice takes"),
-    "level": ({"target_shares": [], "target_levels": [1.5]}, "target_levels must be between 0 and 1"),
-    "negative": ({"target_shares": [-1.0]}, "targets must be positive"),
-    "exhaustive": ({"methods": ["exhaustive"]}, "too many for the method exhaustive"),
-    "key": ({"method": ["joint"]}, "Did you mean 'compare.methods'?"),
-    "variant key": (
-        {"variants": {"a": {"search.etaa": 0}}},
-        "unknown key 'search.etaa' in compare.variants.a. Did you mean 'search.eta'",
-    ),
-    "variant section": (
-        {"variants": {"a": {"serach": {"eta": 0}}}},
-        "unknown key 'serach' in compare.variants.a. Did you mean 'search'",
-    ),
-    "variant value": ({"variants": {"a": {"search": {"eta": "x"}}}}, "compare.variants.a: search.eta: Input should be"),
-    "variant part": ({"variants": {"a": {"search.eta.x": 1}}}, "compare.variants.a: search.eta: Input should be"),
-    "variant data": ({"variants": {"a": {"data.seq_len": 8}}}, "compare.variants.a: data.seq_len is the same for all"),
-    "variant seed": ({"variants": {"a": {"seed": 3}}}, "compare.variants.a: seed is the same for all"),
-    "variant tokens": ({"variants": {"a": {"finetune.steps": 8}}}, "compare.variants.a: finetune.steps is the same"),
-    "variant longer": ({"variants": {"a": {"search.steps": 99}}}, "compare.variants.a: its search alone takes more"),
-    "variant gptq": ({"variants": {"a": {"quantizer.init": "gptq"}}}, "quantizer.init gptq is for plain models"),
-    "variant nothing": ({"variants": {"a": {}}}, "compare.variants.a changes nothing"),
-    "variant method": ({"variants": {"ilp": {"search.eta": 0}}}, "compare.variants: 'ilp' is a method"),
-    "variant name": ({"variants": {"a/b": {"search.eta": 0}}}, "compare.variants: 'a/b' names folders"),
-    "variant together": (
-        {"variants": {"a": {"search.lora_pairs": "shared", "quantizer.init": "reconstruct"}}},
-        "compare.variants.a: Value error, search.lora_pairs: shared does not go with",
-    ),
-    "variant target": (
-        {"methods": ["uniform"], "target_shares": [], "variants": {"a": {"search.eta": 0}}}, "are all empty: give"
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_before_any_work(
-    name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loaded(*_: object) -> None:
-        raise AssertionError("the model was loaded")
-
-    monkeypatch.setattr("jointnas.loading.load_model", loaded)
-    change, message = BAD[name]
-    values = yaml.safe_load(dump(campaigns.config(root, compare={"target_shares": [0.6], "precisions": ["W4A8"]})))
-    values["compare"] |= change
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    assert cli.main(["compare", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("jointnas")]
-    assert message in line
-    assert not (tmp_path / "out").exists()
-
-
-EXAMPLES = [path for name in ("compare", "ablations") for path in sorted((ROOT / "examples" / name).glob("*.yaml"))]
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_examples_name_what_exists(path: Path) -> None:
-    config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
-    assert set(check(config, config.space.build())) == set(config.compare.methods) <= set(methods.METHODS)
-    if config.compare.precisions is not None:
-        assert len(asked_precisions(config, config.space.build())) == len(config.compare.precisions)
-    if config.model.source == "embedded":
-        config.space.build().validate(loading.model_config(config.model))
-
-
-def test_the_ablations_ask_every_question() -> None:
-    path = ROOT / "examples" / "ablations" / "embedded.yaml"
-    config = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
-    found = {name: variant(config, name) for name in config.compare.variants}
-    for key, values in {
-        "depth": {"last"}, "importance": {False}, "relaxation": {"reinmax", "gumbel"}, "eta": {0},
-        "bit_relaxation": {"dirichlet", "reinmax", "gumbel"}, "penalty": {"expectation"}, "entropy_stop_on": {"mean"},
-        "lora_pairs": {"shared"},
-    }.items():  # fmt: skip
-        usual = getattr(config.search, key)
-        assert {getattr(v.search, key) for v in found.values()} == values | {usual}, key
-    assert {v.quantizer.init for v in found.values()} == {"reconstruct", "rtn", "clip", "omniquant"}
-    apart = {name for name, v in found.items() if not starts_alike(config, v)}
-    assert apart == {"last-blocks", "no-importance"} | {n for n in found if n.startswith(("init-", "one-pair"))}
-
-
 # ---- plans and processes --------------------------------------------------------------------------------------------
 
 
@@ -399,7 +306,7 @@ def test_clock_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert clock.seconds >= first >= 0.1
 
 
-# ---- what follows from the rows -------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------------------------------------
 
 
 def test_all_models_are_measured_in_turns(root: Path, every: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,97 +344,3 @@ def test_a_table_of_this_machine_is_made_and_models_are_measured(tmp_path: Path)
     assert [row["method"] for row in rows] == ["original", "uniform", "no-bits"]
     assert all(row["measured_ms"] > 0 for row in rows if row["status"] == "done")
     assert json.loads((out / "summary.json").read_text())["latency"] == "measured_ms"
-
-
-def row(
-    method: str, seed: int, ms: float, ce: float, acc: float | None = None, target: float | None = None
-) -> dict[str, Any]:
-    tasks = {} if acc is None else {"a": {"acc": acc}}
-    return {
-        "unit": f"{method}/{seed}/{ms}", "method": method, "seed": seed, "status": "done", "target_ms": target,
-        "predicted_ms": ms, "measured_ms": ms, "ce": ce, "tasks": tasks,
-    }  # fmt: skip
-
-
-def test_summary() -> None:
-    """Against numbers found by hand: b is 0.5 nats worse, and takes twice as long for what a reaches at 2 ms."""
-    rows = [row("original", 0, 9.0, 1.0)]
-    for seed in (0, 1):
-        rows += [row("a", seed, 1.0, 3.0), row("a", seed, 2.0, 2.0), row("a", seed, 3.0, 1.5)]
-        rows += [row("b", seed, 2.0, 2.5), row("b", seed, 4.0, 2.0), row("b", seed, 3.0, 2.6)]
-    found = summary(rows, [2.0, 1.0], "a", 0.9)
-    methods = found["cross_entropy"]["methods"]
-    assert found["latency"] == "measured_ms"
-    assert "error" not in found
-    assert methods["b"]["front"] == ["b/0/2.0", "b/0/4.0", "b/1/2.0", "b/1/4.0"]
-    assert methods["b"]["at_latency"][0]["it_minus_reference"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "seeds": 2}
-    twice = {"mean": 2.0, "low": 2.0, "high": 2.0, "seeds": 2}
-    assert methods["b"]["at_quality"][0] == {"quality": 2.0, "speed_up": twice}
-    assert methods["b"]["at_latency"][1]["quality"]["mean"] is None  # slower than the target
-    assert methods["a"]["of_all"]["reference_minus_it"]["mean"] == 0
-    x, y = 9.0 * 1.01, 3.0 * 1.01
-    assert found["cross_entropy"]["corner"] == pytest.approx((x, y))
-    area = (x - 1) * (y - 3) + (x - 2) * (3 - 2) + (x - 3) * (2 - 1.5)
-    assert methods["a"]["of_all"]["hypervolume"]["mean"] == pytest.approx(area / ((x - 1.0) * (y - 1.0)))
-    # over the targets: a reaches 3 within 1 ms and 2 within 2, b 2.5 within 2; its model at 3 ms counts nowhere
-    x, whole = 2 * 1.01, (2 * 1.01 - 1) * (y - 1)
-    over = {"a": ((x - 1) * (y - 3) + (x - 2) * (3 - 2)) / whole, "b": (x - 2) * (y - 2.5) / whole}
-    for name, volume in over.items():
-        assert methods[name]["over_targets"]["hypervolume"]["mean"] == pytest.approx(volume)
-    assert methods["b"]["over_targets"]["reference_minus_it"]["mean"] == pytest.approx(over["a"] - over["b"])
-
-
-def test_hypervolumes_that_there_are_not() -> None:
-    """Without targets, within none of them, and where nobody errs."""
-    rows = [row("a", 0, 1.0, 3.0, 1.0), row("b", 0, 2.0, 2.0, 1.0)]
-    found = summary(rows, [], "a", 0.9)
-    none = {"mean": None, "low": None, "high": None, "seeds": 0}
-    assert found["cross_entropy"]["methods"]["a"]["over_targets"]["hypervolume"] == none
-    assert found["error"]["methods"]["b"]["of_all"]["hypervolume"] == none
-    found = summary(rows, [1.5], "a", 0.9)
-    assert found["cross_entropy"]["methods"]["b"]["over_targets"]["hypervolume"] == none
-    assert found["cross_entropy"]["methods"]["a"]["over_targets"]["hypervolume"]["mean"] > 0
-
-
-def test_summary_of_accuracy_and_of_predictions() -> None:
-    rows = [row("a", 0, 1.0, 3.0, 0.5), row("b", 0, 1.0, 3.0, 0.25)]
-    rows[1]["measured_ms"] = None
-    found = summary(rows, [1.0], "a", 0.9)
-    assert found["latency"] == "predicted_ms"
-    assert found["error"]["methods"]["b"]["at_latency"][0]["it_minus_reference"]["mean"] == 0.25
-
-
-def test_a_quality_that_is_not_finite_is_on_no_front() -> None:
-    """And moves no corner."""
-    rows = [row("a", 0, 1.0, 3.0), row("b", 0, 1.5, 4.0)]
-    broken = [row("a", 0, 2.0, math.inf), row("c", 0, 9.0, math.inf)]
-    found, before = (summary(of, [1.0], "a", 0.9)["cross_entropy"] for of in (rows + broken, rows))
-    assert found == before
-
-
-def test_fixed_latencies_are_those_that_the_reference_has() -> None:
-    """Both seeds' models for 1 ms take a little longer."""
-    rows = [row("a", 0, 1.02, 3.0, target=1.0), row("a", 1, 1.05, 3.2, target=1.0), row("b", 0, 1.04, 4.0, target=1.0)]
-    found = summary(rows, [1.0, 0.5], "a", 0.9)
-    assert found["fixed_ms"] == [1.05, 0.5]
-    methods = found["cross_entropy"]["methods"]
-    assert methods["a"]["at_latency"][0]["quality"]["mean"] == pytest.approx(3.1)
-    assert methods["b"]["at_latency"][0]["it_minus_reference"]["mean"] == pytest.approx(1.0)
-
-
-def test_reading_a_front() -> None:
-    front = [(1.0, 4.0), (3.0, 2.0)]
-    assert at(front, 0.5) is None
-    assert [at(front, x) for x in (1.0, 2.0, 3.0, 9.0)] == [4.0, 3.0, 2.0, 2.0]
-    assert at([], 1.0) is None
-
-
-def test_interval() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(50, generator=generator).tolist()
-    found = interval(values, 0.95)
-    half = 1.96 * torch.tensor(values).std().item() / math.sqrt(50)
-    assert found["mean"] - found["low"] == pytest.approx(half, rel=0.15)
-    assert found["high"] - found["mean"] == pytest.approx(half, rel=0.15)
-    assert interval([1.0], 0.95) == {"mean": 1.0, "low": None, "high": None, "seeds": 1}
-    assert interval([], 0.95)["mean"] is None

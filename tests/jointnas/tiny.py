@@ -79,6 +79,11 @@ def search(run_config: RunConfig) -> tuple[Run, Found]:
     return run, optimise(run)
 
 
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Normal values that fp64 rounds to any dtype."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     search(config(sys.argv[1], resume="auto", search={"steps": int(sys.argv[2])}))
