@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.rows import PLOTS, table
 from jointnas.campaign.page import Campaign, draw
 from jointnas.campaign.plan import ORIGINAL
 from jointnas.campaign.statistics import comparison
+from jointnas.results import hypervolume
 from jointnas_kernels.latency import LatencyTable
 
+EXHAUSTIVE, BITS = "exhaustive", ("weight_bits", "act_bits")
 SEQUENTIAL = ("no-bits", "subnet-selection", "lonas", "tanglenas")
+Row = Mapping[str, Any]
 Best = tuple[float, str, int]  # perplexity, pipeline, seeds
 
 
@@ -58,6 +62,45 @@ def at_targets(of: Campaign) -> str:
     return table(["at most", f"{reference}: perplexity", "best sequential pipeline", "best of the rest"], body)
 
 
+def among_all(of: Campaign) -> str:
+    """The reference's choices among all models of the space, where the method exhaustive trained them; or nothing. The
+    last line says it in one sentence."""
+    reference, models = of.found["reference"], [row for row in of.done if row["method"] == EXHAUSTIVE]
+    ours = {row["target_ms"]: row for row in of.done if row["method"] == reference}
+    if not models or not ours:
+        return ""
+    known = {_model(row, models): row["ce"] for row in models}
+    body, fronts = [], list[list[tuple[float, float]]]([[], [], []])
+    for ms, row in ours.items():
+        within = sorted(other["ce"] for other in models if other["predicted_ms"] <= ms)
+        losses = (row["ce"], known[_model(row, models)], within[0])
+        for front, loss in zip(fronts, losses, strict=True):
+            front.append((ms, loss))
+        place = f"{within.index(losses[1]) + 1} of {len(within)}"
+        body.append([f"{ms:.3f} ms", *(f"{math.exp(loss):.1f}" for loss in losses), place])
+    corner = (1.01 * max(ours), of.found["cross_entropy"]["corner"][1])
+    trained, chosen, all_models = (hypervolume(front, corner) for front in fronts)
+    header = ["at most", f"{reference}: perplexity", "its choice, all tokens for training", "best of all", "place"]
+    return (
+        f"{table(header, body)}\n\nOver the targets {reference} has {trained / all_models:.3f} of the area that all "
+        f"{len(models)} models have, and its choices, trained by as many tokens as these, {chosen / all_models:.3f}."
+    )
+
+
+def _model(row: Row, models: Sequence[Row]) -> tuple[Any, ...]:
+    """What makes a row's choice another model than others: not the bits of removed blocks, which all models of its
+    structure share."""
+    size = {key: value for key, value in row["choice"].items() if key not in BITS}
+    alike = [other["choice"] for other in models if other["choice"].items() >= size.items()]
+    bits = [
+        value
+        for key in BITS
+        for block, value in enumerate(row["choice"][key] or ())
+        if len({other[key][block] for other in alike}) > 1
+    ]
+    return (*size.values(), *bits)
+
+
 def beside(peer: Best) -> str:
     return f"{peer[1]} {peer[0]:.1f} ({seeds(peer[2])})"
 
@@ -73,6 +116,10 @@ def opening(of: Campaign) -> str:
         f"{of.folder.name}, {work.workload} {work.batch} × {work.seq}, table of {device}; the original's "
         f"perplexity is {original['perplexity']:.1f} at {original['predicted_ms']:.3f} ms"
     )
+
+
+def with_intervals(of: Campaign) -> str:
+    return f"{at_targets(of)}\n\n{table(*comparison(of.found, 'cross_entropy'))}"
 
 
 def picture(of: Campaign, folder: str) -> str:
@@ -92,11 +139,15 @@ def pipelines(of: Campaign) -> list[str]:
 
 def headline(folder: Path) -> str:
     """What README shows: every comparison at its targets."""
-    parts = [
-        f"**{opening(of)}**; best model within each latency, of {', '.join(pipelines(of))}; ratio: "
-        f"{of.found['reference']}'s perplexity over the peer's\n\n{at_targets(of)}\n\n{picture(of, 'docs/plots')}"
-        for of in campaigns(folder)
-    ]
+    parts = []
+    for of in campaigns(folder):
+        if among := among_all(of):
+            parts.append(f"**{opening(of)}**; every model of a small space was trained. {among.splitlines()[-1]}")
+            continue
+        parts.append(
+            f"**{opening(of)}**; best model within each latency, of {', '.join(pipelines(of))}; ratio: "
+            f"{of.found['reference']}'s perplexity over the peer's\n\n{at_targets(of)}\n\n{picture(of, 'docs/plots')}"
+        )
     return "\n\n".join(["### Joint search against sequential pipelines, at one budget", *parts]) if parts else ""
 
 
@@ -108,6 +159,6 @@ def section(folder: Path) -> str:
         many = sum(row["method"] != ORIGINAL for row in of.done)
         parts.append(
             f"**{opening(of)}**; {many} models, {column} latency, intervals of {of.found['confidence']:.0%} over seeds"
-            f"\n\n{at_targets(of)}\n\n{table(*comparison(of.found, 'cross_entropy'))}\n\n{picture(of, 'plots')}"
+            f"\n\n{among_all(of) or with_intervals(of)}\n\n{picture(of, 'plots')}"
         )
     return "\n\n".join(["## Comparisons of methods", *parts]) if parts else ""
