@@ -41,6 +41,7 @@ def complete(out: Path) -> None:
     assert states(out) == dict.fromkeys(stub_device.STAGES, "done")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["group", "run alone", "asked to end"])
 def test_cut_at_random_seconds(how: str, tmp_path: Path) -> None:
     """17 times, three ways: no row that was written is ever lost or doubled, and --resume completes."""

@@ -113,6 +113,7 @@ def test_search_spaces_of_the_mask_benchmark() -> None:
     assert counts[3] == 15360
 
 
+@pytest.mark.slow
 def test_every_benchmark_runs_and_renders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -239,6 +240,7 @@ def test_contenders_that_compute_something_else_are_not_timed() -> None:
         bench_decode.alike("a", [1, 2, 3, 4], [1, 3, 2, 5])
 
 
+@pytest.mark.slow
 def test_predictions_of_whole_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

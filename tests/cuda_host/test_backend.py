@@ -8,6 +8,7 @@ from jointnas_kernels.latency.backends.ours import Ours
 from tests.latency.matrix import cases, check
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_width(dtype: str) -> None:

@@ -34,6 +34,7 @@ def _one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lowbit, "copies", lambda *_: 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [3, 21])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_candidate_computes_the_reference(shape: Shape, tokens: int) -> None:

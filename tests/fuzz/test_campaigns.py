@@ -28,16 +28,19 @@ def campaign(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_search_ends_as_the_whole_one() -> None:
     assert "10 kills" in campaign("kills", "--kills", "10", "--seed", "3")
 
 
+@pytest.mark.slow
 def test_a_search_on_small_disks_ends_as_the_whole_one() -> None:
     out = campaign("disks", "--disks", "4", "--seed", "1")
     assert ": 0 failures" in out
     assert int(out.split(" full disks")[0].split()[-1]) >= 4
 
 
+@pytest.mark.slow
 def test_changed_inputs_are_read_or_refused() -> None:
     out = campaign("inputs", "--cases", "300", "--seed", "1000")
     assert " 0 failures" in out

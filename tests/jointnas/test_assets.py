@@ -78,6 +78,7 @@ def test_token_streams_hold_every_document_once() -> None:
     assert int(held_out.max()) < 4096
 
 
+@pytest.mark.slow
 def test_training_streams_differ_by_seed_only_in_order() -> None:
     a, b = assets.train_tokens(0), assets.train_tokens(1)
     assert torch.equal(a, assets.train_tokens(0))
@@ -150,6 +151,7 @@ def test_model_is_as_good_as_its_record_says() -> None:
     assert found < 1.25 * record["saved_test_perplexity"]
 
 
+@pytest.mark.slow
 def test_model_is_clearly_above_chance(tokenizer) -> None:
     results = accuracy(assets.load_model(), tokenizer, load_tasks(EvalConfig()), limit=100)
     above = [name for name in EMBEDDED if results[name]["acc"] > CHANCE + 2.5 * results[name]["acc_stderr"]]

@@ -27,6 +27,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "phi3"])
 def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     monkeypatch.setattr("jointnas.data.load", lambda *a, **k: tiny.streams())

@@ -53,6 +53,7 @@ def test_what_stays_is_exact(space: SearchSpace) -> None:
     {"model": {"dtype": "bfloat16", "base_bits": 8}, "search": {"lora_rank": 4, "gradient_checkpointing": True},
      "finetune": {"train": "lora", "gradient_checkpointing": True}},
 ], ids=["plain", "checkpoints", "lora", "few tokens", "packed"])  # fmt: skip
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [64, 8192])
 def test_blocks_are_alike(options: dict[str, Any], vocabulary: int) -> None:
     """Steps of two and of three blocks give those of seven, also where gradients are the most there is in seven, and

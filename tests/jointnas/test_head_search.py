@@ -130,6 +130,7 @@ def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found_choice(tmp_path / "killed").head_bits in (4, 8, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["decode", "prefill"])
 def test_the_whole_mission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workload: str) -> None:
     """One quantized head is all there is to choose: profile, search, distil, export, reload, measure, report."""

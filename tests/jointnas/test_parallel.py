@@ -91,6 +91,7 @@ def is_told(found: list[ranks.Ended], killed: int, out: Path) -> None:
             assert when - died < 60
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
     """A rank dies as it writes its part of a checkpoint of the search, then one of the distillation."""
     whole = ranks.run(2, ranks.mission, with_bits(tmp_path / "whole", "full"))
@@ -113,6 +114,7 @@ def test_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_other_numbers_of_ranks_go_on(alone: Any, tmp_path: Path) -> None:
     """Four ranks begin, two go on, and one process ends; it finds whole tensors in what the four have left."""
     config = ranks.config(tmp_path, "full")
@@ -247,6 +249,7 @@ def test_options_that_mean_nothing(tmp_path: Path, options: dict[str, Any], mess
 # ---- torchrun -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:
     command = ["--nproc-per-node", "2", "-m", "jointnas", "search", "--data.batch_size=3", f"--out={tmp_path}"]
     done = subprocess.run(

@@ -48,6 +48,7 @@ def run_in_process(out: Path, kill_at: int | None = None) -> None:
         process.kill()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_bit_identical(tmp_path: Path) -> None:
     run_in_process(tmp_path / "whole")
     run_in_process(tmp_path / "killed", kill_at=6)

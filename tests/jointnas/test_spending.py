@@ -88,6 +88,7 @@ def test_sizes_change_places(tmp_path: Path) -> None:
     assert spend(run, check, deep, losses) == deep
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.15, 0.2, 0.3, 0.5])
 def test_steps_down_reach_the_target(tmp_path: Path, target: float) -> None:
     """No more than needed; the one of least loss where one is enough."""
@@ -107,6 +108,7 @@ def test_steps_down_reach_the_target(tmp_path: Path, target: float) -> None:
         assert fit(run, check, full, losses) == min(enough, key=losses.of)
 
 
+@pytest.mark.slow
 def test_other_limits_are_not_met_by_steps_down(tmp_path: Path) -> None:
     config = tiny.config(tmp_path, target_latency_ms=0.3)
     run = prepare(config, tiny.model(), tiny.streams(), synthetic(config.space.build()))
@@ -115,6 +117,7 @@ def test_other_limits_are_not_met_by_steps_down(tmp_path: Path) -> None:
         assert fit(run, Feasibility(run.model_config, run.bound, limits), full, losses) is None
 
 
+@pytest.mark.slow
 def test_the_search_ends_with_it(tmp_path: Path) -> None:
     """Without a target nothing changes; a search without bits spends on sizes."""
     run, found = tiny.search(tiny.config(tmp_path / "aimed", target_latency_ms=0.4))
