@@ -35,13 +35,12 @@ from jointnas_kernels.ops.width.swiglu import masked_swiglu
 class Step(NamedTuple):
     """What all blocks share in one forward pass."""
 
-    masks: Masks
-    sizes: tuple[int, ...]  # hidden sizes that masks.alpha weighs
+    sizes: tuple[int, ...]  # hidden sizes that the masks' alpha weighs
     cos: Tensor  # [1, T, D]
     sin: Tensor
     attention_mask: Tensor | None = None  # [B, 1, T, T] bool, True where a query may look; None: causal
     sliding_mask: Tensor | None = None  # the same for blocks with a sliding window
-    head_dims: tuple[int, ...] = ()  # head dims that masks.q_norm and k_norm weigh
+    head_dims: tuple[int, ...] = ()  # head dims that the masks' q_norm and k_norm weigh
     rope_masks: tuple[Tensor, Tensor] | None = None  # ones: what rope multiplies queries and keys by behind their norms
     mode: str = "full"  # which gradients: "weight" LoRA, "arch" masks and probabilities, "full" both
     original: bool = False  # the model before conversion: no LoRA, no quantizers
@@ -65,13 +64,12 @@ class _Norm(nn.Module):
 class SupernetNorm(_Norm):
     """RMSNorm with a frozen weight; the IN mask and the activation quantizer of the linears behind it are folded in."""
 
-    def forward(self, x: Tensor, step: Step, mixture: Mixture | None = None) -> Tensor:
+    def forward(self, x: Tensor, masks: Masks, sizes: tuple[int, ...], mixture: Mixture | None = None) -> Tensor:
         """x [..., N] -> [..., N], quantized if there is a mixture."""
         bits, probs, symmetric = mixture or (None, None, False)
         return mixed_rmsnorm(
-            x, self.weight, step.masks.alpha, step.sizes, self.eps, step.masks.hidden, self.backend, bits, probs,
-            symmetric,
-        )  # fmt: skip
+            x, self.weight, masks.alpha, sizes, self.eps, masks.hidden, self.backend, bits, probs, symmetric
+        )
 
 
 class HeadNorm(_Norm):
@@ -94,20 +92,21 @@ class ActQuant(nn.Module):
         super().__init__()
         self.bits, self.symmetric, self.backend = bits, symmetric, backend
 
-    def mixture(self, step: Step, sample: BlockSample) -> Mixture | None:
-        """What to mix; None where activations stay as they are."""
-        bits, probs = self.bits, sample.act_probs
+    def mixture(self, step: Step, sample: BlockSample, place: int) -> Mixture | None:
+        """What to mix at one of the block's four places; None where activations stay as they are."""
+        bits = self.bits
         if bits is not None and sample.act_index is not None:
             bits = bits[sample.act_index : sample.act_index + 1]
-            probs = torch.ones(1, dtype=torch.float32, device=step.masks.alpha.device)
         if bits is None or step.original or bits == (16,):
             return None
-        assert probs is not None  # a space with act_bits always samples them
-        return Mixture(bits, probs, self.symmetric)
+        if sample.act_index is not None:
+            one = torch.ones(1, dtype=torch.float32, device=sample.masks[0].alpha.device)
+            return Mixture(bits, one, self.symmetric)
+        assert sample.act_probs is not None  # a space with act_bits always samples them
+        return Mixture(bits, sample.act_probs[place], self.symmetric)
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mixture: Mixture | None, mask: Tensor | None = None) -> Tensor:
         """sum_q rho_q Q_q(mask * x)."""
-        mixture = self.mixture(step, sample)
         if mixture is None:
             return x if mask is None else channel_mask(x, mask, backend=self.backend)
         return act_quant_mix(x, *mixture, mask=mask, backend=self.backend)
@@ -127,8 +126,8 @@ class SupernetAttention(nn.Module):
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = apply_shared(x, (self.q_proj, self.k_proj, self.v_proj), step, sample)
-        q, k, masks = q.view(heads), k.view(heads), step.masks
+        q, k, v = apply_shared(x, (self.q_proj, self.k_proj, self.v_proj), step, sample, 0)
+        q, k, masks = q.view(heads), k.view(heads), sample.masks[0]
         rope_masks = (masks.q, masks.k)
         if len(self.norms) > 0:
             q = self.norms[0](q, masks.q, masks.q_norm, step.head_dims)
@@ -140,8 +139,8 @@ class SupernetAttention(nn.Module):
         y = nn.functional.scaled_dot_product_attention(
             q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa,
         )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
-        y = self.act(y.transpose(1, 2).flatten(2), step, sample, step.masks.value)
-        return apply_shared(y, (self.o_proj,), step, sample)[0]
+        y = self.act(y.transpose(1, 2).flatten(2), self.act.mixture(step, sample, 1), masks.value)
+        return apply_shared(y, (self.o_proj,), step, sample, 1)[0]
 
 
 class SupernetMLP(nn.Module):
@@ -154,10 +153,10 @@ class SupernetMLP(nn.Module):
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
-        gate, up = apply_shared(x, (self.gate_proj, self.up_proj), step, sample)
-        f = step.masks.intermediate
-        y = self.act(masked_swiglu(gate, up, f, f, backend=self.act.backend), step, sample)
-        return apply_shared(y, (self.down_proj,), step, sample)[0]
+        gate, up = apply_shared(x, (self.gate_proj, self.up_proj), step, sample, 2)
+        out_mask, in_mask = (masks.intermediate for masks in sample.masks[:2])
+        y = masked_swiglu(gate, up, out_mask, in_mask, backend=self.act.backend)
+        return apply_shared(self.act(y, self.act.mixture(step, sample, 3)), (self.down_proj,), step, sample, 3)[0]
 
 
 class SupernetBlock(nn.Module):
@@ -179,31 +178,34 @@ class SupernetBlock(nn.Module):
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N] -> [B, T, N]."""
-        h, y = self._sums(x, step, sample, step.masks.hidden)
+        h, y = self._sums(x, step, sample)
         gated = None if sample.gate is None else x
-        return gated_residual(h, y, step.masks.hidden, sample.gate, gated, backend=self.mlp.act.backend)
+        return gated_residual(h, y, sample.masks[2].hidden, sample.gate, gated, backend=self.mlp.act.backend)
 
     def skipped(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """The identity on x, with the exact gradient of a gate that is 0: the block runs without a graph of its own,
         because everything behind the gate is multiplied by 0."""
-        hidden = step.masks.hidden.detach()
         with torch.no_grad():
-            h, y = self._sums(x, step, sample, hidden)
+            h, y = self._sums(x, step, sample)
+        hidden = sample.masks[2].hidden.detach()
         return gated_residual(h, y, hidden, sample.gate, x, backend=self.mlp.act.backend)
 
-    def _sums(self, x: Tensor, step: Step, sample: BlockSample, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, x: Tensor, step: Step, sample: BlockSample) -> tuple[Tensor, Tensor]:
         """What attention leaves in the residual stream, and what the MLP adds to it."""
-        mixture = self.mlp.act.mixture(step, sample)
-        y = self.attention(self.input_norm(x, step, mixture), step, sample)
-        h = gated_residual(x, y, hidden, backend=self.mlp.act.backend)
-        return h, self.mlp(self.post_norm(h, step, mixture), step, sample)
+        act, (beginning, middle, _) = self.mlp.act, sample.masks
+        normed = self.input_norm(x, beginning, step.sizes, act.mixture(step, sample, 0))
+        h = gated_residual(x, self.attention(normed, step, sample), middle.hidden, backend=act.backend)
+        return h, self.mlp(self.post_norm(h, middle, step.sizes, act.mixture(step, sample, 2)), step, sample)
 
 
-def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample) -> list[Tensor]:
-    """Several linears on one input, as one op, which reads x once."""
+def apply_shared(
+    x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample, place: int
+) -> list[Tensor]:
+    """Several linears on one input, one of the block's four, as one op, which reads x once."""
     if step.original:
         return [linear.original(x) for linear in linears]
-    first, mode, probs, index = linears[0], step.mode, sample.weight_probs, sample.weight_index
+    first, mode, index = linears[0], step.mode, sample.weight_index
+    probs = None if sample.weight_probs is None else sample.weight_probs[place]
     if len(linears) == 1 or any(linear.kind != first.kind for linear in linears):
         return [linear(x, mode, probs, index) for linear in linears]
     weights = [linear.weight for linear in linears]
