@@ -25,6 +25,8 @@ from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.mixture.group import quant_lora_linear_group
+from jointnas_kernels.ops.quant.mixture.op import mix_ahead
+from jointnas_kernels.ops.quant.mixture.reference import Mixture as WeightMixture
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.ops.width.linear import mixed_linear_group
 from jointnas_kernels.ops.width.residual import gated_residual
@@ -85,6 +87,16 @@ Linears = Mapping[str, SupernetLinear]  # by their names in the layout
 Norms = Mapping[str, SupernetNorm | HeadNorm]
 
 
+class Shared(NamedTuple):
+    """Linears that read one input."""
+
+    linears: tuple[SupernetLinear, ...]
+    mixes: list[WeightMixture] | None = None  # of their precisions, if those are searched and all alike
+    probs: Tensor | None = None
+    only: int | None = None  # the one precision to compute
+    mixed: Tensor | None = None  # their W~ below each other
+
+
 class ActQuant(nn.Module):
     """Mixture of activation precisions, per token; 16 bits are the identity."""
 
@@ -123,10 +135,10 @@ class SupernetAttention(nn.Module):
         self.head_dim, self.sliding = head_dim, sliding
         self.gqa = self.q_proj.out_features != self.k_proj.out_features
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+    def forward(self, x: Tensor, step: Step, sample: BlockSample, qkv: Shared, o: Shared) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = apply_shared(x, (self.q_proj, self.k_proj, self.v_proj), step, sample, 0)
+        q, k, v = apply_shared(x, qkv, step)
         q, k, masks = q.view(heads), k.view(heads), sample.masks[0]
         rope_masks = (masks.q, masks.k)
         if len(self.norms) > 0:
@@ -140,7 +152,7 @@ class SupernetAttention(nn.Module):
             q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa,
         )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
         y = self.act(y.transpose(1, 2).flatten(2), self.act.mixture(step, sample, 1), masks.value)
-        return apply_shared(y, (self.o_proj,), step, sample, 1)[0]
+        return apply_shared(y, o, step)[0]
 
 
 class SupernetMLP(nn.Module):
@@ -151,12 +163,13 @@ class SupernetMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = (linears[name] for name in LINEARS[4:])
         self.act = act
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+    def forward(self, x: Tensor, step: Step, sample: BlockSample, gate_up: Shared, down: Shared) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
-        gate, up = apply_shared(x, (self.gate_proj, self.up_proj), step, sample, 2)
+        gate, up = apply_shared(x, gate_up, step)
         out_mask, in_mask = (masks.intermediate for masks in sample.masks[:2])
-        y = masked_swiglu(gate, up, out_mask, in_mask, backend=self.act.backend)
-        return apply_shared(self.act(y, self.act.mixture(step, sample, 3)), (self.down_proj,), step, sample, 3)[0]
+        bits, probs, symmetric = self.act.mixture(step, sample, 3) or (None, None, False)
+        y = masked_swiglu(gate, up, out_mask, in_mask, self.act.backend, bits, probs, symmetric)
+        return apply_shared(y, down, step)[0]
 
 
 class SupernetBlock(nn.Module):
@@ -194,28 +207,44 @@ class SupernetBlock(nn.Module):
         """What attention leaves in the residual stream, and what the MLP adds to it."""
         act, (beginning, middle, _) = self.mlp.act, sample.masks
         normed = self.input_norm(x, beginning, step.sizes, act.mixture(step, sample, 0))
-        h = gated_residual(x, self.attention(normed, step, sample), middle.hidden, backend=act.backend)
-        return h, self.mlp(self.post_norm(h, middle, step.sizes, act.mixture(step, sample, 2)), step, sample)
+        qkv, o, gate_up, down = self._shared(step, sample)
+        h = gated_residual(x, self.attention(normed, step, sample, qkv, o), middle.hidden, backend=act.backend)
+        normed = self.post_norm(h, middle, step.sizes, act.mixture(step, sample, 2))
+        return h, self.mlp(normed, step, sample, gate_up, down)
+
+    def _shared(self, step: Step, sample: BlockSample) -> list[Shared]:
+        """What multiplies the block's four inputs; where their bits are searched, on a GPU by one launch."""
+        a, m = self.attention, self.mlp
+        inputs = ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
+        found = []
+        for place, linears in enumerate(inputs):
+            probs, mixes, first = sample.weight_probs and sample.weight_probs[place], None, linears[0]
+            if first.bits is not None and not step.original:
+                mixes = [linear.mixture(step.mode, probs, sample.weight_index) for linear in linears]
+                mixes = mixes if all(linear.kind == first.kind for linear in linears) else None
+            found.append(Shared(linears, mixes, probs, sample.weight_index))
+        every = [of.mixes for of in found if of.mixes is not None]
+        if len(every) < len(found):
+            return found
+        return [of._replace(mixed=mixed) for of, mixed in zip(found, mix_ahead(every, m.act.backend), strict=True)]
 
 
-def apply_shared(
-    x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample, place: int
-) -> list[Tensor]:
-    """Several linears on one input, one of the block's four, as one op, which reads x once."""
+def apply_shared(x: Tensor, shared: Shared, step: Step) -> list[Tensor]:
+    """The linears of one input, as one op, which reads x once."""
+    linears, mixes, probs, only, mixed = shared
     if step.original:
         return [linear.original(x) for linear in linears]
-    first, mode, index = linears[0], step.mode, sample.weight_index
-    probs = None if sample.weight_probs is None else sample.weight_probs[place]
+    first, mode = linears[0], step.mode
+    if mixes is not None:
+        w, a, b, _, clips = zip(*(mix[:5] for mix in mixes), strict=True)
+        _, _, _, pi, _, scaling, bits, group_size, ste = mixes[0]
+        return list(quant_lora_linear_group(
+            x, w, a, b, scaling, bits, pi, group_size, clips, ste, mode, [linear.bias for linear in linears],
+            first.backend, mixed,
+        ))  # fmt: skip
     if len(linears) == 1 or any(linear.kind != first.kind for linear in linears):
-        return [linear(x, mode, probs, index) for linear in linears]
-    weights = [linear.weight for linear in linears]
-    if first.bits is None:
-        pairs = [linear.lora(mode) for linear in linears]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        a, b = [a for a, _ in pairs], [b for _, b in pairs]
-        return list(mixed_linear_group(x, weights, a, b, first.scaling, biases))
-    every = [linear.quantizers(mode, probs, index) for linear in linears]
-    return list(quant_lora_linear_group(
-        x, weights, [q[0] for q in every], [q[1] for q in every], first.scaling, every[0][2], every[0][4],
-        first.group_size, [q[3] for q in every], first.ste, mode, [linear.bias for linear in linears], first.backend,
-    ))  # fmt: skip
+        return [linear(x, mode, probs, only) for linear in linears]
+    pairs = [linear.lora(mode) for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    a, b = [a for a, _ in pairs], [b for _, b in pairs]
+    return list(mixed_linear_group(x, [linear.weight for linear in linears], a, b, first.scaling, biases))

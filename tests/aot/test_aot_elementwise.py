@@ -66,10 +66,26 @@ def test_swiglu_forward(arch: int) -> None:
 @ARCH
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "dmasks"])
 def test_swiglu_backward(arch: int, need: bool) -> None:
-    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need} | tile(need)
+    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need, "NEED_PROBS": False} | tile(need)
+    values |= dict.fromkeys(("probs_ptr", "levels_ptr", "dprobs_part_ptr", "dprobs_ptr"))
+    values |= constants(torch.bfloat16, (), False, True, False)
     if not need:
         values |= dict.fromkeys(("dr_part_ptr", "dc_part_ptr", "dr_ptr", "dc_ptr", "counter_ptr"))
     check(compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+@pytest.mark.parametrize("bits", [(2, 4, 8, 16), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
+def test_swiglu_quant_backward(arch: int, need: bool, bits: tuple[int, ...]) -> None:
+    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need, "NEED_PROBS": need} | tile(need)
+    values |= constants(torch.bfloat16, bits, False, True, False)
+    if not need:
+        names = ("dr_part", "dc_part", "dprobs_part", "dr", "dc", "dprobs", "counter", "levels")
+        values |= {f"{name}_ptr": None for name in names}
+    compiled = compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8)
+    check(compiled)
+    assert compiled.count("F2F.") < 16, "elements are converted one by one, at an eighth of the packed rate"
 
 
 @ARCH

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jointnas_kernels import ops
 from tests.fuzz.check import SUMMED, Bounds, Case, Named, limit
+from tests.fuzz.fused import FUSED
 from tests.fuzz.norms import mixed_rmsnorm, mixed_rmsnorm_quant
 from tests.fuzz.quantizers import QUANTIZERS
 from tests.fuzz.source import Source, describe, keep, layouts, sizes_of, structural_size
@@ -332,6 +333,7 @@ OPS: dict[str, Builder] = {
     "channel_mask": channel_mask,
     "reinmax": reinmax,
     **QUANTIZERS,
+    **FUSED,
 }
 
 # Ops whose one implementation torch provides: they take no backend and run on either device.
@@ -341,4 +343,5 @@ LIBRARY = ("mixed_linear_group", "reinmax", "pack_weight")
 CPU_KERNELS = (
     "mixed_weight_factored", "mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "channel_mask",
     "quant_lora_mix", "quant_lora_linear", "act_quant_mix", "mixed_rmsnorm_quant", "lowbit_linear",
+    "masked_swiglu_quant", "quant_lora_linear_group",
 )  # fmt: skip

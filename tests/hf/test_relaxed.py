@@ -104,10 +104,10 @@ def test_norms_quantize_what_their_linears_share(fixed: bool, monkeypatch: pytes
     taken: list[torch.Tensor] = []
     apply_shared = nn_block.apply_shared
 
-    def shared(x: torch.Tensor, linears: tuple, *args: Any) -> list[torch.Tensor]:
-        if len(linears) > 1:
+    def shared(x: torch.Tensor, of: nn_block.Shared, *args: Any) -> list[torch.Tensor]:
+        if len(of.linears) > 1:
             taken.append(x)
-        return apply_shared(x, linears, *args)
+        return apply_shared(x, of, *args)
 
     monkeypatch.setattr(nn_block, "apply_shared", shared)
     for block in supernet.blocks:
