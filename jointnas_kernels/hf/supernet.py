@@ -267,7 +267,7 @@ class Supernet(Pretrained):
                 x = checkpoint(block, x, step, one, use_reentrant=False)
             else:
                 x = block(x, step, one)
-        x = self.norm(x, sample.masks, step.sizes)
+        _, x = self.norm(x, sample.masks, step.sizes)
         if graphs is not None:
             x = graphs.guard(x, ticket)
         wanted = labels is None or not self.training if return_logits is None else return_logits
@@ -322,7 +322,8 @@ class Supernet(Pretrained):
         step = step._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
         for block in self.blocks:
             x = block(x, step, sample)
-        states: Tensor = self.norm(x, masks, step.sizes)
+        _, states = self.norm(x, masks, step.sizes)
+        assert isinstance(states, Tensor)
         return states
 
     def tables(self, probs: Tensor | None = None, index: int | None = None) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,9 @@
     out = x + g (out - x)                                                       g the block's depth gate
 
 m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. What q, k, v and
-gate, up share is quantized once, by the norm that makes it; o and down have quantizers of their own. Where queries and
-keys are normalised, rope sees q_norm(q_mask * q) and k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of
-each head.
+gate, up share is quantized once, by the norm that makes it, what down reads by the gate, and o has a quantizer of its
+own. The norm in the middle makes h, too. Where queries and keys are normalised, rope sees q_norm(q_mask * q) and
+k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of each head.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jointnas_kernels.nn.choices import BlockSample, Masks
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.residual import residual_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.mixture.group import quant_lora_linear_group
 from jointnas_kernels.ops.quant.mixture.op import mix_ahead
@@ -66,12 +67,14 @@ class _Norm(nn.Module):
 class SupernetNorm(_Norm):
     """RMSNorm with a frozen weight; the IN mask and the activation quantizer of the linears behind it are folded in."""
 
-    def forward(self, x: Tensor, masks: Masks, sizes: tuple[int, ...], mixture: Mixture | None = None) -> Tensor:
-        """x [..., N] -> [..., N], quantized if there is a mixture."""
-        bits, probs, symmetric = mixture or (None, None, False)
-        return mixed_rmsnorm(
-            x, self.weight, masks.alpha, sizes, self.eps, masks.hidden, self.backend, bits, probs, symmetric
-        )
+    def forward(
+        self, x: Tensor, masks: Masks, sizes: tuple[int, ...], mixture: Mixture | None = None, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x and y [..., N] -> h = x + m * y, or x itself, and what is made of h, quantized if there is a mixture."""
+        alpha, mask, rest = masks.alpha, masks.hidden, (self.backend, *(mixture or (None, None, False)))
+        if y is None:
+            return x, mixed_rmsnorm(x, self.weight, alpha, sizes, self.eps, mask, *rest)
+        return residual_rmsnorm(x, y, self.weight, alpha, sizes, self.eps, mask, *rest)
 
 
 class HeadNorm(_Norm):
@@ -146,10 +149,10 @@ class SupernetAttention(nn.Module):
             k = self.norms[1](k, masks.k, masks.k_norm, step.head_dims)
             assert step.rope_masks is not None
             rope_masks = step.rope_masks
-        q, k = masked_rope(q, k, step.cos, step.sin, *rope_masks, backend=self.act.backend)
+        q, k, v = masked_rope(q, k, step.cos, step.sin, *rope_masks, self.act.backend, v.view(heads))
         look = step.sliding_mask if self.sliding else step.attention_mask
         y = nn.functional.scaled_dot_product_attention(
-            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa,
+            q, k, v, attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa
         )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
         y = self.act(y.transpose(1, 2).flatten(2), self.act.mixture(step, sample, 1), masks.value)
         return apply_shared(y, o, step)[0]
@@ -206,10 +209,10 @@ class SupernetBlock(nn.Module):
     def _sums(self, x: Tensor, step: Step, sample: BlockSample) -> tuple[Tensor, Tensor]:
         """What attention leaves in the residual stream, and what the MLP adds to it."""
         act, (beginning, middle, _) = self.mlp.act, sample.masks
-        normed = self.input_norm(x, beginning, step.sizes, act.mixture(step, sample, 0))
+        _, normed = self.input_norm(x, beginning, step.sizes, act.mixture(step, sample, 0))
         qkv, o, gate_up, down = self._shared(step, sample)
-        h = gated_residual(x, self.attention(normed, step, sample, qkv, o), middle.hidden, backend=act.backend)
-        normed = self.post_norm(h, middle, step.sizes, act.mixture(step, sample, 2))
+        y = self.attention(normed, step, sample, qkv, o)
+        h, normed = self.post_norm(x, middle, step.sizes, act.mixture(step, sample, 2), y)
         return h, self.mlp(normed, step, sample, gate_up, down)
 
     def _shared(self, step: Step, sample: BlockSample) -> list[Shared]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from jointnas_kernels import ops
 from tests.fuzz.check import SUMMED, Bounds, Case, Named, limit
 from tests.fuzz.levels import Mixture, constant, token_levels, wide
+from tests.fuzz.norms import Norm
 from tests.fuzz.quantizers import clip_ratios, draw_mixture, grid, mixture_text
 from tests.fuzz.source import Source, describe, layouts
 
@@ -63,6 +64,54 @@ def masked_swiglu_quant(source: Source) -> Case:
         wanted=source.subset(tuple(tensors)),
         layouts=layouts(source, ("out_mask", "in_mask", "probs"), gate=len(shape), up=len(shape)),
         bounds=lambda t, _: Bounds(scale={"out0": levels.mixture(t["probs"], Tensor.abs)}),
+    )
+
+
+def residual_rmsnorm(source: Source) -> Case:
+    """The quantizer and the norm see h rounded; all gradients are of sums that nothing rounds."""
+    norm, levels = Norm(source), Levels(source) if source.flag() else None
+    n = norm.shape[-1]
+    tensors = norm.tensors | {"y": source.randn(*norm.shape), "in_mask": source.mask(n)}
+    norm.masked = True
+    if levels is not None:
+        tensors["probs"] = levels.probs
+    wanted = source.subset(tuple(name for name in tensors if name != "weight"))
+
+    def stream(t: Named) -> Tensor:
+        return t["x"] + t["in_mask"] * t["y"]
+
+    def call(t: Named) -> tuple[Tensor, ...]:
+        quantize = () if levels is None else (levels.bits, t["probs"], levels.symmetric)
+        h, out = ops.residual_rmsnorm(
+            t["x"], t["y"], t["weight"], t["alpha"], norm.sizes, norm.eps, t["in_mask"], source.backend, *quantize
+        )
+        if levels is not None:
+            levels.of(norm.call(t | {"x": h.detach()}))
+        return h, out
+
+    def truth(t: Named, _: object) -> tuple[Tensor, ...]:
+        h = stream(t)
+        v = norm.truth(t | {"x": h})
+        return h, v if levels is None else levels.mixture(t["probs"], lambda value: constant(value, v))
+
+    def bounds(t: Named, incoming: list[Tensor]) -> Bounds:
+        own = t | {"x": stream(t)}
+        terms = norm.terms(own, incoming[1] * (1.0 if levels is None else t["probs"].sum())) + incoming[0].abs()
+        found = Bounds(terms={"dx": terms, "dy": terms * t["in_mask"].abs()})
+        if levels is not None:
+            found.scale["out1"] = levels.mixture(t["probs"], Tensor.abs)
+        return found
+
+    text = "" if levels is None else describe(bits=levels.bits, symmetric=levels.symmetric)
+    return Case(
+        f"{norm.text} {text}",
+        tensors,
+        call,
+        truth,
+        limits={"out0": limit(source.dtype), "": limit(source.dtype, SUMMED + 1)},  # h is rounded before all but itself
+        wanted=wanted,
+        layouts=layouts(source, ("weight", "alpha", "in_mask", "probs"), x=len(norm.shape), y=len(norm.shape)),
+        bounds=bounds,
     )
 
 
@@ -159,4 +208,5 @@ def each(name: str, count: int) -> list[str]:
 FUSED: dict[str, Callable[[Source], Case]] = {
     "masked_swiglu_quant": masked_swiglu_quant,
     "quant_lora_linear_group": quant_lora_linear_group,
+    "residual_rmsnorm": residual_rmsnorm,
 }
