@@ -52,7 +52,8 @@ def lowbit_kernels() -> str:
     """A hash of the CUDA low-bit kernels' code, for plans that were measured with it (jointnas_kernels/tuned): of what
     the compiler reads, so that a comment does not make plans stale."""
     cuda = ROOT / "csrc" / "cuda"
-    files = [*cuda.glob("*.cuh"), *cuda.glob("lowbit_*.cu"), cuda / "act_quant_pack.cu"]
+    headers = [file for file in cuda.glob("*.cuh") if file.name != "quant_lora_mix.cuh"]
+    files = [*headers, *cuda.glob("lowbit_*.cu"), cuda / "act_quant_pack.cu"]
     code = [re.sub(r"//.*|\s+", " ", file.read_text()) for file in sorted(files)]
     return hashlib.sha256("\0".join(" ".join(text.split()) for text in code).encode()).hexdigest()[:16]
 

@@ -138,9 +138,7 @@ class BlockGraphs:
         sample = self._typical(net, vectors)
         with torch.no_grad():
             x, _ = net.embed(ids, sample)
-        own_masks: list[Any] = [None if m is None else _leaf(m, vectors) for m in sample.masks]
-        masks = type(sample.masks)(*own_masks)
-        step = self.step._replace(masks=masks, mode=mode)
+        step = self.step._replace(mode=mode)
         always = min(net.arch.space.blocks)
         functions: list[Callable[..., Tensor]] = []
         block: Any
@@ -148,14 +146,13 @@ class BlockGraphs:
         captured: list[tuple[int, bool, tuple[Any, ...]]] = []
         with stand_ins(net.blocks) as leaves:
             for index, (block, drawn) in enumerate(zip(net.blocks, sample.blocks, strict=True)):
-                gate, weight, act = (None if t is None else _leaf(t, vectors) for t in drawn[:3])
-                one = drawn._replace(gate=gate, weight_probs=weight, act_probs=act)
+                one = drawn.leaves(vectors)
                 own = _trained(block) if weights else []
                 for skipped in (False, True) if vectors and net.arch.block_rank.index(index) >= always else (False,):
                     into = vectors or index > 0  # the embedding is frozen: only its mask wants a gradient
-                    tensors = [one.gate] if skipped else [*(_vectors(step, one) if vectors else ()), *own]
+                    tensors = [one.gate] if skipped else [*(one.vectors if vectors else ()), *own]
                     functions.append(_function(block.skipped if skipped else block, step, one))
-                    arguments.append((_leaf(x.clone(), into), *(t for t in tensors if t is not None)))
+                    arguments.append((x.clone().requires_grad_(into), *(t for t in tensors if t is not None)))
                     parameters = () if skipped else tuple(leaves[p] for p in own)
                     captured.append((index, skipped, (parameters, vectors, _kind(drawn), into)))
             with torch.enable_grad():
@@ -194,9 +191,9 @@ class BlockGraphs:
         return replay
 
     @staticmethod
-    def run(replay: Replay, x: Tensor, step: Step, one: BlockSample, skipped: bool) -> Tensor:
+    def run(replay: Replay, x: Tensor, one: BlockSample, skipped: bool) -> Tensor:
         """Replay a block on x; gradients reach x, the parameters and the sample's vectors."""
-        vectors = [one.gate] if skipped else _vectors(step, one) if replay.vectors else ()
+        vectors = [one.gate] if skipped else one.vectors if replay.vectors else ()
         y: Tensor = replay.call(x, *vectors, *replay.parameters)
         return y
 
@@ -335,16 +332,6 @@ def stand_ins(module: nn.Module) -> Iterator[dict[Tensor, nn.Parameter]]:
 
 def _trained(module: nn.Module) -> list[Any]:
     return [p for p in module.parameters() if p.requires_grad]
-
-
-def _leaf(tensor: Tensor, grad: bool) -> Tensor:
-    """A leaf on the same memory."""
-    return tensor.detach().requires_grad_(grad)
-
-
-def _vectors(step: Step, one: BlockSample) -> list[Tensor]:
-    """What a block takes gradients for in "arch" and "full" mode."""
-    return [t for t in (*step.masks, one.gate, one.weight_probs, one.act_probs) if t is not None]
 
 
 def _kind(one: BlockSample) -> tuple[Any, ...]:

@@ -260,14 +260,14 @@ class Supernet(Pretrained):
                 continue
             replay = None if graphs is None else graphs.find(index, self._mode, skipped, one, x)
             if replay is not None:
-                x = BlockGraphs.run(replay, x, step, one, skipped)
+                x = BlockGraphs.run(replay, x, one, skipped)
             elif skipped:
                 x = block.skipped(x, step, one)
             elif self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, step, one, use_reentrant=False)
             else:
                 x = block(x, step, one)
-        x = self.norm(x, step)
+        _, x = self.norm(x, sample.masks, step.sizes)
         if graphs is not None:
             x = graphs.guard(x, ticket)
         wanted = labels is None or not self.training if return_logits is None else return_logits
@@ -318,10 +318,12 @@ class Supernet(Pretrained):
         )  # fmt: skip
         x = self._tokens(input_ids, masks, self.embedding)
         step = self._step(x, masks, attention_mask, position_ids)
+        sample = BlockSample((masks, masks, masks))
         step = step._replace(sizes=(s["hidden"],), head_dims=(dim,), original=True)
         for block in self.blocks:
-            x = block(x, step, BlockSample())
-        states: Tensor = self.norm(x, step)
+            x = block(x, step, sample)
+        _, states = self.norm(x, masks, step.sizes)
+        assert isinstance(states, Tensor)
         return states
 
     def tables(self, probs: Tensor | None = None, index: int | None = None) -> tuple[Tensor, Tensor]:
@@ -340,7 +342,7 @@ class Supernet(Pretrained):
         `embedding` [V, N]: of this pass, None: the unquantized one."""
         x = self._tokens(input_ids, sample.masks, self.embedding if embedding is None else embedding)
         if known is not None:
-            return x, known._replace(masks=sample.masks, mode=self._mode)
+            return x, known._replace(mode=self._mode)
         return x, self._step(x, sample.masks, attention_mask, position_ids)
 
     def _tokens(self, input_ids: Tensor, masks: Masks, embedding: Tensor) -> Tensor:
@@ -359,9 +361,8 @@ class Supernet(Pretrained):
             near = look if length <= self._window else visible(length, device, attention_mask, packed, self._window)
         ones = (torch.ones_like(masks.q), torch.ones_like(masks.k)) if self._qk_norm else None
         return Step(
-            masks, self.space.hidden, cos, sin, look, near, head_dims=self.space.head_dim, rope_masks=ones,
-            mode=self._mode,
-        )  # fmt: skip
+            self.space.hidden, cos, sin, look, near, head_dims=self.space.head_dim, rope_masks=ones, mode=self._mode
+        )
 
     def _output(
         self, x: Tensor, head: Tensor, labels: Tensor | None, return_logits: bool, items: Tensor | int | None = None

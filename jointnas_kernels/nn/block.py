@@ -5,9 +5,9 @@
     out = x + g (out - x)                                                       g the block's depth gate
 
 m, f: masks of the hidden and intermediate size, norm: the expectation of RMSNorm over hidden sizes. What q, k, v and
-gate, up share is quantized once, by the norm that makes it; o and down have quantizers of their own. Where queries and
-keys are normalised, rope sees q_norm(q_mask * q) and k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of
-each head.
+gate, up share is quantized once, by the norm that makes it, what down reads by the gate, and o has a quantizer of its
+own. The norm in the middle makes h, too. Where queries and keys are normalised, rope sees q_norm(q_mask * q) and
+k_norm(k_mask * k): the expectation, over head dims, of RMSNorm of each head.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ from jointnas_kernels.nn.choices import BlockSample, Masks
 from jointnas_kernels.nn.linear import SupernetLinear
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.residual import residual_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.mixture.group import quant_lora_linear_group
+from jointnas_kernels.ops.quant.mixture.op import mix_ahead
+from jointnas_kernels.ops.quant.mixture.reference import Mixture as WeightMixture
 from jointnas_kernels.ops.width.channel import channel_mask
 from jointnas_kernels.ops.width.linear import mixed_linear_group
 from jointnas_kernels.ops.width.residual import gated_residual
@@ -35,13 +38,12 @@ from jointnas_kernels.ops.width.swiglu import masked_swiglu
 class Step(NamedTuple):
     """What all blocks share in one forward pass."""
 
-    masks: Masks
-    sizes: tuple[int, ...]  # hidden sizes that masks.alpha weighs
+    sizes: tuple[int, ...]  # hidden sizes that the masks' alpha weighs
     cos: Tensor  # [1, T, D]
     sin: Tensor
     attention_mask: Tensor | None = None  # [B, 1, T, T] bool, True where a query may look; None: causal
     sliding_mask: Tensor | None = None  # the same for blocks with a sliding window
-    head_dims: tuple[int, ...] = ()  # head dims that masks.q_norm and k_norm weigh
+    head_dims: tuple[int, ...] = ()  # head dims that the masks' q_norm and k_norm weigh
     rope_masks: tuple[Tensor, Tensor] | None = None  # ones: what rope multiplies queries and keys by behind their norms
     mode: str = "full"  # which gradients: "weight" LoRA, "arch" masks and probabilities, "full" both
     original: bool = False  # the model before conversion: no LoRA, no quantizers
@@ -65,13 +67,14 @@ class _Norm(nn.Module):
 class SupernetNorm(_Norm):
     """RMSNorm with a frozen weight; the IN mask and the activation quantizer of the linears behind it are folded in."""
 
-    def forward(self, x: Tensor, step: Step, mixture: Mixture | None = None) -> Tensor:
-        """x [..., N] -> [..., N], quantized if there is a mixture."""
-        bits, probs, symmetric = mixture or (None, None, False)
-        return mixed_rmsnorm(
-            x, self.weight, step.masks.alpha, step.sizes, self.eps, step.masks.hidden, self.backend, bits, probs,
-            symmetric,
-        )  # fmt: skip
+    def forward(
+        self, x: Tensor, masks: Masks, sizes: tuple[int, ...], mixture: Mixture | None = None, y: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x and y [..., N] -> h = x + m * y, or x itself, and what is made of h, quantized if there is a mixture."""
+        alpha, mask, rest = masks.alpha, masks.hidden, (self.backend, *(mixture or (None, None, False)))
+        if y is None:
+            return x, mixed_rmsnorm(x, self.weight, alpha, sizes, self.eps, mask, *rest)
+        return residual_rmsnorm(x, y, self.weight, alpha, sizes, self.eps, mask, *rest)
 
 
 class HeadNorm(_Norm):
@@ -87,6 +90,16 @@ Linears = Mapping[str, SupernetLinear]  # by their names in the layout
 Norms = Mapping[str, SupernetNorm | HeadNorm]
 
 
+class Shared(NamedTuple):
+    """Linears that read one input."""
+
+    linears: tuple[SupernetLinear, ...]
+    mixes: list[WeightMixture] | None = None  # of their precisions, if those are searched and all alike
+    probs: Tensor | None = None
+    only: int | None = None  # the one precision to compute
+    mixed: Tensor | None = None  # their W~ below each other
+
+
 class ActQuant(nn.Module):
     """Mixture of activation precisions, per token; 16 bits are the identity."""
 
@@ -94,20 +107,21 @@ class ActQuant(nn.Module):
         super().__init__()
         self.bits, self.symmetric, self.backend = bits, symmetric, backend
 
-    def mixture(self, step: Step, sample: BlockSample) -> Mixture | None:
-        """What to mix; None where activations stay as they are."""
-        bits, probs = self.bits, sample.act_probs
+    def mixture(self, step: Step, sample: BlockSample, place: int) -> Mixture | None:
+        """What to mix at one of the block's four places; None where activations stay as they are."""
+        bits = self.bits
         if bits is not None and sample.act_index is not None:
             bits = bits[sample.act_index : sample.act_index + 1]
-            probs = torch.ones(1, dtype=torch.float32, device=step.masks.alpha.device)
         if bits is None or step.original or bits == (16,):
             return None
-        assert probs is not None  # a space with act_bits always samples them
-        return Mixture(bits, probs, self.symmetric)
+        if sample.act_index is not None:
+            one = torch.ones(1, dtype=torch.float32, device=sample.masks[0].alpha.device)
+            return Mixture(bits, one, self.symmetric)
+        assert sample.act_probs is not None  # a space with act_bits always samples them
+        return Mixture(bits, sample.act_probs[place], self.symmetric)
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mixture: Mixture | None, mask: Tensor | None = None) -> Tensor:
         """sum_q rho_q Q_q(mask * x)."""
-        mixture = self.mixture(step, sample)
         if mixture is None:
             return x if mask is None else channel_mask(x, mask, backend=self.backend)
         return act_quant_mix(x, *mixture, mask=mask, backend=self.backend)
@@ -124,24 +138,24 @@ class SupernetAttention(nn.Module):
         self.head_dim, self.sliding = head_dim, sliding
         self.gqa = self.q_proj.out_features != self.k_proj.out_features
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+    def forward(self, x: Tensor, step: Step, sample: BlockSample, qkv: Shared, o: Shared) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
         heads = (*x.shape[:-1], -1, self.head_dim)
-        q, k, v = apply_shared(x, (self.q_proj, self.k_proj, self.v_proj), step, sample)
-        q, k, masks = q.view(heads), k.view(heads), step.masks
+        q, k, v = apply_shared(x, qkv, step)
+        q, k, masks = q.view(heads), k.view(heads), sample.masks[0]
         rope_masks = (masks.q, masks.k)
         if len(self.norms) > 0:
             q = self.norms[0](q, masks.q, masks.q_norm, step.head_dims)
             k = self.norms[1](k, masks.k, masks.k_norm, step.head_dims)
             assert step.rope_masks is not None
             rope_masks = step.rope_masks
-        q, k = masked_rope(q, k, step.cos, step.sin, *rope_masks, backend=self.act.backend)
+        q, k, v = masked_rope(q, k, step.cos, step.sin, *rope_masks, self.act.backend, v.view(heads))
         look = step.sliding_mask if self.sliding else step.attention_mask
         y = nn.functional.scaled_dot_product_attention(
-            q, k, v.view(heads).transpose(1, 2), attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa,
+            q, k, v, attn_mask=look, is_causal=look is None, scale=1.0, enable_gqa=self.gqa
         )  # [B, H, T, D]; the scale is in the query mask, or in q_norm
-        y = self.act(y.transpose(1, 2).flatten(2), step, sample, step.masks.value)
-        return apply_shared(y, (self.o_proj,), step, sample)[0]
+        y = self.act(y.transpose(1, 2).flatten(2), self.act.mixture(step, sample, 1), masks.value)
+        return apply_shared(y, o, step)[0]
 
 
 class SupernetMLP(nn.Module):
@@ -152,12 +166,13 @@ class SupernetMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = (linears[name] for name in LINEARS[4:])
         self.act = act
 
-    def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
+    def forward(self, x: Tensor, step: Step, sample: BlockSample, gate_up: Shared, down: Shared) -> Tensor:
         """x [B, T, N], masked, normalised and quantized -> [B, T, N], to be masked."""
-        gate, up = apply_shared(x, (self.gate_proj, self.up_proj), step, sample)
-        f = step.masks.intermediate
-        y = self.act(masked_swiglu(gate, up, f, f, backend=self.act.backend), step, sample)
-        return apply_shared(y, (self.down_proj,), step, sample)[0]
+        gate, up = apply_shared(x, gate_up, step)
+        out_mask, in_mask = (masks.intermediate for masks in sample.masks[:2])
+        bits, probs, symmetric = self.act.mixture(step, sample, 3) or (None, None, False)
+        y = masked_swiglu(gate, up, out_mask, in_mask, self.act.backend, bits, probs, symmetric)
+        return apply_shared(y, down, step)[0]
 
 
 class SupernetBlock(nn.Module):
@@ -179,41 +194,60 @@ class SupernetBlock(nn.Module):
 
     def forward(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """x [B, T, N] -> [B, T, N]."""
-        h, y = self._sums(x, step, sample, step.masks.hidden)
+        h, y = self._sums(x, step, sample)
         gated = None if sample.gate is None else x
-        return gated_residual(h, y, step.masks.hidden, sample.gate, gated, backend=self.mlp.act.backend)
+        return gated_residual(h, y, sample.masks[2].hidden, sample.gate, gated, backend=self.mlp.act.backend)
 
     def skipped(self, x: Tensor, step: Step, sample: BlockSample) -> Tensor:
         """The identity on x, with the exact gradient of a gate that is 0: the block runs without a graph of its own,
         because everything behind the gate is multiplied by 0."""
-        hidden = step.masks.hidden.detach()
         with torch.no_grad():
-            h, y = self._sums(x, step, sample, hidden)
+            h, y = self._sums(x, step, sample)
+        hidden = sample.masks[2].hidden.detach()
         return gated_residual(h, y, hidden, sample.gate, x, backend=self.mlp.act.backend)
 
-    def _sums(self, x: Tensor, step: Step, sample: BlockSample, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def _sums(self, x: Tensor, step: Step, sample: BlockSample) -> tuple[Tensor, Tensor]:
         """What attention leaves in the residual stream, and what the MLP adds to it."""
-        mixture = self.mlp.act.mixture(step, sample)
-        y = self.attention(self.input_norm(x, step, mixture), step, sample)
-        h = gated_residual(x, y, hidden, backend=self.mlp.act.backend)
-        return h, self.mlp(self.post_norm(h, step, mixture), step, sample)
+        act, (beginning, middle, _) = self.mlp.act, sample.masks
+        _, normed = self.input_norm(x, beginning, step.sizes, act.mixture(step, sample, 0))
+        qkv, o, gate_up, down = self._shared(step, sample)
+        y = self.attention(normed, step, sample, qkv, o)
+        h, normed = self.post_norm(x, middle, step.sizes, act.mixture(step, sample, 2), y)
+        return h, self.mlp(normed, step, sample, gate_up, down)
+
+    def _shared(self, step: Step, sample: BlockSample) -> list[Shared]:
+        """What multiplies the block's four inputs; where their bits are searched, on a GPU by one launch."""
+        a, m = self.attention, self.mlp
+        inputs = ((a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,))
+        found = []
+        for place, linears in enumerate(inputs):
+            probs, mixes, first = sample.weight_probs and sample.weight_probs[place], None, linears[0]
+            if first.bits is not None and not step.original:
+                mixes = [linear.mixture(step.mode, probs, sample.weight_index) for linear in linears]
+                mixes = mixes if all(linear.kind == first.kind for linear in linears) else None
+            found.append(Shared(linears, mixes, probs, sample.weight_index))
+        every = [of.mixes for of in found if of.mixes is not None]
+        if len(every) < len(found):
+            return found
+        return [of._replace(mixed=mixed) for of, mixed in zip(found, mix_ahead(every, m.act.backend), strict=True)]
 
 
-def apply_shared(x: Tensor, linears: tuple[SupernetLinear, ...], step: Step, sample: BlockSample) -> list[Tensor]:
-    """Several linears on one input, as one op, which reads x once."""
+def apply_shared(x: Tensor, shared: Shared, step: Step) -> list[Tensor]:
+    """The linears of one input, as one op, which reads x once."""
+    linears, mixes, probs, only, mixed = shared
     if step.original:
         return [linear.original(x) for linear in linears]
-    first, mode, probs, index = linears[0], step.mode, sample.weight_probs, sample.weight_index
+    first, mode = linears[0], step.mode
+    if mixes is not None:
+        w, a, b, _, clips = zip(*(mix[:5] for mix in mixes), strict=True)
+        _, _, _, pi, _, scaling, bits, group_size, ste = mixes[0]
+        return list(quant_lora_linear_group(
+            x, w, a, b, scaling, bits, pi, group_size, clips, ste, mode, [linear.bias for linear in linears],
+            first.backend, mixed,
+        ))  # fmt: skip
     if len(linears) == 1 or any(linear.kind != first.kind for linear in linears):
-        return [linear(x, mode, probs, index) for linear in linears]
-    weights = [linear.weight for linear in linears]
-    if first.bits is None:
-        pairs = [linear.lora(mode) for linear in linears]
-        biases = [linear.bias for linear in linears if linear.bias is not None]
-        a, b = [a for a, _ in pairs], [b for _, b in pairs]
-        return list(mixed_linear_group(x, weights, a, b, first.scaling, biases))
-    every = [linear.quantizers(mode, probs, index) for linear in linears]
-    return list(quant_lora_linear_group(
-        x, weights, [q[0] for q in every], [q[1] for q in every], first.scaling, every[0][2], every[0][4],
-        first.group_size, [q[3] for q in every], first.ste, mode, [linear.bias for linear in linears], first.backend,
-    ))  # fmt: skip
+        return [linear(x, mode, probs, only) for linear in linears]
+    pairs = [linear.lora(mode) for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    a, b = [a for a, _ in pairs], [b for _, b in pairs]
+    return list(mixed_linear_group(x, [linear.weight for linear in linears], a, b, first.scaling, biases))

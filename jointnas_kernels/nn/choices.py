@@ -24,8 +24,9 @@ and the masks of a step travel in a single copy.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -67,20 +68,45 @@ class Masks(NamedTuple):
     k_norm: Tensor | None = None
 
 
+READS = (2, 3, 1, 1, 1, 2, 1, 1)  # of each mask in a block, in their order
+Probs = tuple[Tensor, Tensor, Tensor, Tensor]  # for the inputs of q/k/v, o, gate/up, down
+
+
 class BlockSample(NamedTuple):
-    """What one block needs to know.
+    """What one block needs to know. What it reads at several places is there once for each, all of one memory: each
+    place then has a gradient of its own, and those of all blocks are summed at once (`_Shared`).
 
     Attributes:
+        masks: of its beginning, its middle (behind attention) and its end.
         gate: scalar; None: the block runs as it is.
         weight_probs, act_probs: [P] and [Q] of its precisions.
         weight_index, act_index: the one precision to compute, known on the host.
     """
 
+    masks: tuple[Masks, Masks, Masks]
     gate: Tensor | None = None
-    weight_probs: Tensor | None = None
-    act_probs: Tensor | None = None
+    weight_probs: Probs | None = None
+    act_probs: Probs | None = None
     weight_index: int | None = None
     act_index: int | None = None
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """What a block takes gradients for in "arch" and "full" mode, each once."""
+        own = (*chain(*self.masks), self.gate, *(self.weight_probs or ()), *(self.act_probs or ()))
+        return list({id(t): t for t in own if t is not None}.values())
+
+    def leaves(self, grad: bool) -> BlockSample:
+        """The same with leaves on the same memory."""
+        found = {id(t): t.detach().requires_grad_(grad) for t in self.vectors}
+
+        def each(vectors: Iterable[Tensor | None]) -> list[Any]:
+            return [None if t is None else found[id(t)] for t in vectors]
+
+        beginning, middle, end = (Masks(*each(masks)) for masks in self.masks)
+        weight, act = (None if p is None else tuple(each(p)) for p in (self.weight_probs, self.act_probs))
+        gate, masks = each([self.gate])[0], (beginning, middle, end)
+        return self._replace(masks=masks, gate=gate, weight_probs=weight, act_probs=act)
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,40 @@ class _ToDevice(torch.autograd.Function):
     def unpack(flat: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
         parts = flat.split([shape.numel() + -shape.numel() % _ToDevice.ALIGN for shape in shapes])
         return tuple(part[: shape.numel()].view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+class _Shared(torch.autograd.Function):
+    """Each row of a tensor, `reads` times. Autograd would add the gradients up one by one: 20 launches in a block; here
+    a step stacks and sums them."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, reads: int) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.reads = tensor.shape, reads
+        ctx.set_materialize_grads(False)
+        return tuple(row.detach() for row in tensor for _ in range(reads))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows, *shape = ctx.shape
+        found = [g for g in grads if g is not None]
+        if not found:
+            return None, None
+        if rows > 1 and len(found) < len(grads):  # a block that did not run
+            zero = torch.zeros(shape, dtype=found[0].dtype, device=found[0].device)
+            found = [zero if g is None else g for g in grads]
+        return torch.stack(found).view(rows, -1, *shape).sum(1), None
+
+
+def _cut(found: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
+    """In parts of a size."""
+    return [found[i : i + size] for i in range(0, len(found), size)]
+
+
+def _shared(tensor: Tensor, reads: int) -> list[tuple[Tensor, ...]]:
+    """For each row of a tensor so many references, which share its memory."""
+    if not tensor.requires_grad:
+        return [(row,) * reads for row in tensor]
+    return _cut(_Shared.apply(tensor, reads), reads)  # type: ignore[no-untyped-call]
 
 
 class ArchParameters(nn.Module):
@@ -307,17 +367,29 @@ class ArchParameters(nn.Module):
         moved = host if same else _ToDevice.apply(device, out, *host)  # type: ignore[no-untyped-call]
         values: tuple[float, ...] = tuple(host[at].detach().tolist())
         gates: Sequence[Tensor | None] = moved[at].unbind()
+        shared = Masks(*moved[:at])
         if not host[at].requires_grad:  # a certain gate of 1 is no gate at all
             gates = [None if v == 1 else gate for v, gate in zip(values, gates, strict=True)]
         searched, none = [k for k in BITS if k in alphas], (None,) * len(gates)
-        probs = {k: bits.unbind() for k, bits in zip(searched, moved[at + 1 :], strict=False)}
+        probs = {k: _shared(bits, 4) for k, bits in zip(searched, moved[at + 1 :], strict=False)}
         index = {k: self._certain(alphas[k]) for k in searched}
-        rows = zip(gates, *(probs.get(k, none) for k in BITS), *(index.get(k, none) for k in BITS), strict=True)
-        blocks = tuple(BlockSample(*row) for row in rows)
-        sample = ArchSample(dict(alphas), values, Masks(*moved[:at]), blocks)
+        columns = (self._of_blocks(shared), gates, *(of.get(k, none) for of in (probs, index) for k in BITS))
+        blocks = tuple(BlockSample(*row) for row in zip(*columns, strict=True))
+        sample = ArchSample(dict(alphas), values, shared, blocks)
         if "head_bits" not in alphas:
             return sample
         return replace(sample, head_probs=moved[-1], head_index=self._certain(alphas["head_bits"][None])[0])
+
+    def _of_blocks(self, masks: Masks) -> list[tuple[Masks, Masks, Masks]]:
+        """The masks for the three places of every block; a place that does not read a mask has that of the first."""
+        blocks = len(self.block_rank)
+        if not masks.hidden.requires_grad:
+            return [(masks, masks, masks)] * blocks
+        columns: list[list[tuple[Any, ...]]] = []
+        for mask, reads in zip(masks, READS, strict=True):
+            one = [(None,)] * blocks if mask is None else _cut(_shared(mask[None], reads * blocks)[0], reads)
+            columns.append([(own + own[:1] * 2)[:3] for own in one])
+        return [tuple(Masks(*place) for place in zip(*own, strict=True)) for own in zip(*columns, strict=True)]  # type: ignore[misc]
 
     @staticmethod
     def _certain(probs: Tensor) -> tuple[int | None, ...]:

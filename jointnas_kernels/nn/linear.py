@@ -24,6 +24,7 @@ from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.grid import Grid
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
 from jointnas_kernels.ops.quant.mixture.op import quant_lora_mix
+from jointnas_kernels.ops.quant.mixture.reference import Mixture
 from jointnas_kernels.ops.width.linear import mixed_linear
 
 MODES = ("weight", "arch", "full")
@@ -182,16 +183,14 @@ class SupernetLinear(nn.Module):
             return mixed_linear(
                 x, self.weight, lora_a=a, lora_b=b, scaling=self.scaling, bias=self.bias, backend=self.backend
             )
-        a, b, bits, clip, probs = self.quantizers(mode, probs, index)
+        w, a, b, probs, clip, scaling, bits, group_size, ste = self.mixture(mode, probs, index)
         return quant_lora_linear(
-            x, self.weight, a, b, self.scaling, bits, probs, self.group_size, clip=clip, ste=self.ste, mode=mode,
-            bias=self.bias, backend=self.backend,
-        )
+            x, w, a, b, scaling, bits, probs, group_size, clip=clip, ste=ste, mode=mode, bias=self.bias,
+            backend=self.backend,
+        )  # fmt: skip
 
-    def quantizers(
-        self, mode: str, probs: Tensor | None, index: int | None
-    ) -> tuple[Tensor, Tensor, Sequence[int], Tensor | None, Tensor]:
-        """(A, B, bits, clip ratios, probabilities) of the precisions that `forward` mixes.
+    def mixture(self, mode: str, probs: Tensor | None, index: int | None) -> Mixture:
+        """What `forward` multiplies by.
 
         Raises:
             JointNASError: neither probabilities nor an index.
@@ -204,7 +203,7 @@ class SupernetLinear(nn.Module):
             probs = a.new_ones(1, dtype=torch.float32)
         if probs is None:
             raise JointNASError("a linear with searched bits needs their probabilities.")
-        return a, b, bits, clip, probs
+        return Mixture(self.weight, a, b, probs, clip, self.scaling, bits, self.group_size, self.ste)
 
     def original(self, x: Tensor) -> Tensor:
         """The layer as it was before conversion (up to the reordering)."""

@@ -8,6 +8,7 @@ from jointnas_kernels.ops.lowbit.pack import pack_weight, unpack_weight
 from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.ops.norm.heads import head_rmsnorm
 from jointnas_kernels.ops.norm.rms.op import mixed_rmsnorm
+from jointnas_kernels.ops.norm.rms.residual import residual_rmsnorm
 from jointnas_kernels.ops.quant.activations import act_quant_mix
 from jointnas_kernels.ops.quant.mixture.group import quant_lora_linear_group
 from jointnas_kernels.ops.quant.mixture.linear import quant_lora_linear
@@ -45,5 +46,6 @@ __all__ = [
     "quant_lora_linear_group",
     "quant_lora_mix",
     "reinmax",
+    "residual_rmsnorm",
     "unpack_weight",
 ]

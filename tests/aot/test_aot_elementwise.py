@@ -66,10 +66,26 @@ def test_swiglu_forward(arch: int) -> None:
 @ARCH
 @pytest.mark.parametrize("need", [False, True], ids=["dx", "dmasks"])
 def test_swiglu_backward(arch: int, need: bool) -> None:
-    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need} | tile(need)
+    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need, "NEED_PROBS": False} | tile(need)
+    values |= dict.fromkeys(("probs_ptr", "levels_ptr", "dprobs_part_ptr", "dprobs_ptr"))
+    values |= constants(torch.bfloat16, (), False, True, False)
     if not need:
         values |= dict.fromkeys(("dr_part_ptr", "dc_part_ptr", "dr_ptr", "dc_ptr", "counter_ptr"))
     check(compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8))
+
+
+@ARCH
+@pytest.mark.parametrize("bits", [(2, 4, 8, 16), (4, 8, 16)], ids=str)
+@pytest.mark.parametrize("need", [False, True], ids=["dx", "all"])
+def test_swiglu_quant_backward(arch: int, need: bool, bits: tuple[int, ...]) -> None:
+    values: dict[str, object] = {"gate_ptr": HALF, "NEED_OUT": need, "NEED_IN": need, "NEED_PROBS": need} | tile(need)
+    values |= constants(torch.bfloat16, bits, False, True, False)
+    if not need:
+        names = ("dr_part", "dc_part", "dprobs_part", "dr", "dc", "dprobs", "counter", "levels")
+        values |= {f"{name}_ptr": None for name in names}
+    compiled = compile_kernel(swiglu_backward_kernel, types(swiglu_backward_kernel, values), arch, num_warps=8)
+    check(compiled)
+    assert compiled.count("F2F.") < 16, "elements are converted one by one, at an eighth of the packed rate"
 
 
 @ARCH
@@ -91,8 +107,11 @@ def test_residual_backward(arch: int, need: bool) -> None:
     check(compile_kernel(residual_backward_kernel, types(residual_backward_kernel, values), arch, num_warps=8))
 
 
-# a norm without quantization
-ALONE: dict[str, object] = {"probs_ptr": None, "levels_ptr": None, **constants(torch.bfloat16, (), False, True, False)}
+# a norm of what is there, and that without quantization
+HERE: dict[str, object] = {"ADDS": False, **dict.fromkeys(("add_ptr", "gh_ptr", "dadd_ptr"))}
+ALONE: dict[str, object] = {
+    "probs_ptr": None, "levels_ptr": None, **HERE, **constants(torch.bfloat16, (), False, True, False)
+}  # fmt: skip
 WIDTHS = pytest.mark.parametrize("width, sizes", [(4096, HIDDEN), (8192, (4096, 6144, 8192)), (4096, (4096,))], ids=str)
 
 
@@ -124,7 +143,7 @@ def test_rmsnorm_backward(arch: int, need: bool, width: int, sizes: tuple[int, .
 def test_rmsnorm_quant(arch: int, mode: str, bits: tuple[int, ...], width: int, sizes: tuple[int, ...]) -> None:
     backward, need = mode != "forward", mode == "all"
     s, seg, warps, stages = launch_shape(sizes, width, (4 if backward else 2) * width)
-    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, **HERE,
                                  "LOOP_STAGES": stages, **constants(torch.bfloat16, bits, False, True, False)}
     values |= {"NEED_ALPHA": need, "NEED_COLUMN": need, "NEED_PROBS": need} if backward else {"norm_eps": "fp32"}
     if mode == "dx":
@@ -140,11 +159,37 @@ def test_rmsnorm_quant(arch: int, mode: str, bits: tuple[int, ...], width: int, 
 
 @ARCH
 @WIDTHS
+@pytest.mark.parametrize("bits", [(), (2, 4, 8, 16)], ids=str)
+@pytest.mark.parametrize("mode", ["forward", "dx", "all"])
+def test_residual_rmsnorm(arch: int, mode: str, bits: tuple[int, ...], width: int, sizes: tuple[int, ...]) -> None:
+    backward, need = mode != "forward", mode == "all"
+    s, seg, warps, stages = launch_shape(sizes, width, (8 if backward else 4) * width)
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, "ADDS": True,
+                                 "LOOP_STAGES": stages, **constants(torch.bfloat16, bits, False, True, False)}
+    values |= dict.fromkeys(("add_ptr", "gh_ptr", "dadd_ptr"), HALF)
+    if backward:
+        values |= {"NEED_ALPHA": need, "NEED_COLUMN": need, "NEED_PROBS": need and bool(bits)}
+    else:
+        values["norm_eps"] = "fp32"
+    if not bits:
+        values |= {"probs_ptr": None, "levels_ptr": None}
+    if mode == "dx":
+        values |= {"shares_ptr": None, "column_ptr": None}
+    kernel = rmsnorm_backward_kernel if backward else rmsnorm_forward_kernel
+    compiled = compile_kernel(kernel, types(kernel, values), arch, num_warps=warps)
+    if (width, mode) == (8192, "all") and bits:  # 16 warps leave 128 registers per thread: six of them spill
+        assert compiled.spilled <= 24
+    else:
+        check(compiled)
+
+
+@ARCH
+@WIDTHS
 def test_rmsnorm_quant_normalises_as_the_norm_alone(arch: int, width: int, sizes: tuple[int, ...]) -> None:
     """The same levels with and without fusion need the same v to the last bit: the sum of squares and both scans must
     add in the same order."""
     s, seg, warps, stages = launch_shape(sizes, width, 2 * width)
-    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg,
+    values: dict[str, object] = {"w_ptr": HALF, "SIZES": sizes, "K": len(sizes), "S": s, "SEG": seg, **HERE,
                                  "LOOP_STAGES": stages, "norm_eps": "fp32"}
     kernel = rmsnorm_forward_kernel
     alone = compile_kernel(kernel, types(kernel, values | ALONE), arch, num_warps=warps)
@@ -184,11 +229,13 @@ def test_head_rmsnorm(arch: int, mode: str, heads: int) -> None:
 @ARCH
 @pytest.mark.parametrize("mode", ["forward", "dx", "all"])
 def test_rope(arch: int, mode: str) -> None:
-    need = mode == "all"
-    values: dict[str, object] = {"BACKWARD": mode != "forward", "NEED_Q": need, "NEED_K": need, "HP": 32, "KP": 8,
-                                 "HALF": 64, "per_program": "i32", "LOOP_STAGES": STAGES}
-    tensors = ("q", "k", "xq", "xk", "cos", "sin", "q_out", "k_out")
+    need, backward = mode == "all", mode != "forward"
+    values: dict[str, object] = {"BACKWARD": backward, "HAS_V": backward, "NEED_Q": need, "NEED_K": need, "HP": 32,
+                                 "KP": 8, "HALF": 64, "per_program": "i32", "LOOP_STAGES": STAGES}
+    tensors = ("q", "k", "v", "xq", "xk", "cos", "sin", "q_out", "k_out", "v_out")
     values |= {f"{name}_ptr": HALF for name in tensors}
+    if not backward:
+        values |= {"v_ptr": None, "v_out_ptr": None}
     if not need:
         values |= dict.fromkeys(("xq_ptr", "xk_ptr", "dqm_ptr", "dkm_ptr"))
     check(compile_kernel(rope_kernel, types(rope_kernel, values), arch, num_warps=16 if need else 8))

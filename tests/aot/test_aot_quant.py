@@ -30,7 +30,7 @@ BITS = (2, 4, 8)
 def compile_with(kernel, values: dict[str, object], arch: int, half: str, stages: int = 1) -> Compiled:
     """Pointers named in fp32 below, all others of the half type; integers are multiples of 16."""
     single = {"probs_ptr", "clip_ptr", "mask_ptr", "da_ptr", "db_ptr", "dprobs_ptr", "dclip_ptr", "dmask_ptr"}
-    single |= {"levels_ptr"}
+    single |= {"levels_ptr", "r_ptr", "dprobs_part_ptr", "dmask_part_ptr"}
     warps = int(values.pop("num_warps", 4))  # type: ignore[call-overload]
     arguments: dict[str, object] = {}
     for parameter in kernel.params:
@@ -39,6 +39,8 @@ def compile_with(kernel, values: dict[str, object], arch: int, half: str, stages
             arguments[name] = values[name]
         elif name.endswith("_ptr"):
             arguments[name] = "*fp32:16" if name in single else f"*{half}:16"
+            if name == "counter_ptr":
+                arguments[name] = "*i32:16"
         else:
             arguments[name] = "fp32" if name == "scaling" else "i32:16"
     return compile_kernel(kernel, arguments, arch, num_warps=warps, num_stages=stages)
@@ -116,12 +118,15 @@ def test_fake_quant(backward: bool, symmetric: bool, arch: int) -> None:
 
 @ARCH
 @pytest.mark.parametrize("columns", [4096, 14336])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_act_quant(backward: bool, columns: int, arch: int) -> None:
+@pytest.mark.parametrize("what", ["forward", "backward", "behind swiglu"])
+def test_act_quant(what: str, columns: int, arch: int) -> None:
     values: dict[str, object] = dict(constants(torch.bfloat16, (2, 4, 8, 16), False, True, False))
+    backward = what == "backward"
     values |= act_backward_config(columns) if backward else row_config(columns)
     if backward:
         values |= {"WANT_X": True, "WANT_PROBS": True, "WANT_MASK": True}
+    else:
+        values |= {"SWIGLU": what == "behind swiglu"}
     compiled = compile_with(act_backward_kernel if backward else act_forward_kernel, values, arch, "bf16")
     compiled.assert_sound()
     assert compiled.count("LDG.E.128") > 0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from jointnas_kernels import ops
 from tests.fuzz.check import SUMMED, Bounds, Case, Named, limit
+from tests.fuzz.fused import FUSED
 from tests.fuzz.norms import mixed_rmsnorm, mixed_rmsnorm_quant
 from tests.fuzz.quantizers import QUANTIZERS
 from tests.fuzz.source import Source, describe, keep, layouts, sizes_of, structural_size
@@ -143,6 +144,8 @@ def masked_rope(source: Source) -> Case:
         "q_mask": source.mask(heads, dim),
         "k_mask": source.mask(kv, dim),
     }
+    if source.flag():
+        tensors["v"] = source.randn(batch, length, kv, dim)
     half = dim // 2
 
     def rotated(t: Named, name: str) -> Tensor:
@@ -154,11 +157,11 @@ def masked_rope(source: Source) -> Case:
         describe(batch=batch, length=length, heads=heads, kv=kv, dim=dim, cos_batch=cos_batch, sin_batch=sin_batch),
         tensors,
         lambda t: ops.masked_rope(
-            t["q"], t["k"], t["cos"], t["sin"], t["q_mask"], t["k_mask"], backend=source.backend
+            t["q"], t["k"], t["cos"], t["sin"], t["q_mask"], t["k_mask"], source.backend, t.get("v")
         ),
-        lambda t, _: (rotated(t, "q"), rotated(t, "k")),
-        wanted=source.subset(("q", "k", "q_mask", "k_mask")),
-        layouts=layouts(source, ("q_mask", "k_mask"), q=4, k=4, cos=3, sin=3),
+        lambda t, _: (rotated(t, "q"), rotated(t, "k"), *([t["v"].transpose(1, 2)] if "v" in t else [])),
+        wanted=source.subset(tuple(name for name in tensors if name not in ("cos", "sin"))),
+        layouts=layouts(source, ("q_mask", "k_mask"), q=4, k=4, v=4, cos=3, sin=3),
     )
 
 
@@ -332,6 +335,7 @@ OPS: dict[str, Builder] = {
     "channel_mask": channel_mask,
     "reinmax": reinmax,
     **QUANTIZERS,
+    **FUSED,
 }
 
 # Ops whose one implementation torch provides: they take no backend and run on either device.
@@ -341,4 +345,5 @@ LIBRARY = ("mixed_linear_group", "reinmax", "pack_weight")
 CPU_KERNELS = (
     "mixed_weight_factored", "mixed_rmsnorm", "masked_rope", "masked_swiglu", "gated_residual", "channel_mask",
     "quant_lora_mix", "quant_lora_linear", "act_quant_mix", "mixed_rmsnorm_quant", "lowbit_linear",
+    "masked_swiglu_quant", "quant_lora_linear_group", "residual_rmsnorm",
 )  # fmt: skip

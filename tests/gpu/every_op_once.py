@@ -105,11 +105,23 @@ def mixed_weight() -> None:
 def masked_rope() -> None:
     q, k, table = leaf(2, 5, 4, 6), leaf(2, 5, 2, 6), torch.rand(1, 5, 6, device="cuda").bfloat16()
     backward(ops.masked_rope(q, k, table, table, unit(4, 6), unit(2, 6)))
+    backward(ops.masked_rope(q, k, table, table, unit(4, 6), unit(2, 6), None, leaf(2, 5, 2, 6)))
 
 
 CASES: dict[str, Callable[[], None]] = {
     "channel_mask": lambda: backward(ops.channel_mask(leaf(7, 129), unit(129))),
     "masked_swiglu": lambda: backward(ops.masked_swiglu(leaf(7, 129), leaf(7, 129), unit(129), unit(129))),
+    "masked_swiglu_quant": lambda: backward(
+        ops.masked_swiglu(
+            leaf(7, 129), leaf(7, 129), unit(129), unit(129), act_bits=(2, 4, 8, 16), act_probs=unit(4)
+        )
+    ),
+    "residual_rmsnorm": lambda: backward(
+        ops.residual_rmsnorm(
+            leaf(7, 129), leaf(7, 129), torch.rand(129, device="cuda"), unit(3), (32, 100, 129), 1e-5, unit(129),
+            act_bits=(2, 4, 8, 16), act_probs=unit(4),
+        )
+    ),
     "gated_residual": lambda: backward(
         ops.gated_residual(
             leaf(7, 129), leaf(7, 129), unit(129), torch.rand((), device="cuda").requires_grad_(), leaf(7, 129)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, shrink
 from jointnas_kernels.nn import block as nn_block
-from jointnas_kernels.ops import act_quant_mix
+from jointnas_kernels.ops import act_quant_mix, gated_residual
 from jointnas_kernels.space import Choice, SearchSpace
 from tests.hf.hf_models import (
     QUANT_SPACE,
@@ -104,10 +104,10 @@ def test_norms_quantize_what_their_linears_share(fixed: bool, monkeypatch: pytes
     taken: list[torch.Tensor] = []
     apply_shared = nn_block.apply_shared
 
-    def shared(x: torch.Tensor, linears: tuple, *args: Any) -> list[torch.Tensor]:
-        if len(linears) > 1:
+    def shared(x: torch.Tensor, of: nn_block.Shared, *args: Any) -> list[torch.Tensor]:
+        if len(of.linears) > 1:
             taken.append(x)
-        return apply_shared(x, linears, *args)
+        return apply_shared(x, of, *args)
 
     monkeypatch.setattr(nn_block, "apply_shared", shared)
     for block in supernet.blocks:
@@ -116,9 +116,10 @@ def test_norms_quantize_what_their_linears_share(fixed: bool, monkeypatch: pytes
     with torch.no_grad():
         supernet(x)
         mixtures = []
-        for (norm, (h, step, mixture), out), given in zip(ran, taken, strict=True):
+        for (norm, (stream, masks, sizes, mixture, *added), (h, out)), given in zip(ran, taken, strict=True):
             assert given is out
-            apart = norm.forward(h, step)
+            assert torch.equal(h, gated_residual(stream, *added, masks.hidden) if added else stream)
+            _, apart = norm.forward(h, masks, sizes)
             assert torch.equal(out, apart if mixture is None else act_quant_mix(apart, *mixture))
             mixtures.append(mixture)
     assert (None in mixtures) == fixed  # 16 bits are left alone

@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from jointnas_kernels import ops
 from jointnas_kernels.errors import JointNASError
+from jointnas_kernels.ops.quant.mixture.linear import beside
 from jointnas_kernels.testing import assert_close, poisoned
 from tests.ops.test_quant_lora_mix import BITS, TOLERANCE, make
 
@@ -54,7 +55,7 @@ def alone(x: Tensor, layers: list[dict[str, Tensor]], biases: list[Tensor], **op
 @pytest.mark.parametrize("ste", ["identity", "clip"])
 @pytest.mark.parametrize("mode", ["weight", "arch", "full"])
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("outputs", [OUTPUTS, OUTPUTS[:2]], ids=["three", "two"])
+@pytest.mark.parametrize("outputs", [OUTPUTS, OUTPUTS[:2], OUTPUTS[:1]], ids=["three", "two", "one"])
 def test_equals_each_alone(
     outputs: tuple[int, ...], backend: str | None, mode: str, ste: str, dtype: torch.dtype
 ) -> None:
@@ -84,22 +85,53 @@ def test_an_output_without_gradient() -> None:
         assert_close(a, b, TOLERANCE[torch.float32])
 
 
+@pytest.mark.parametrize("outputs", [OUTPUTS, OUTPUTS[:1]], ids=["three", "one"])
+def test_a_mixture_that_is_there(outputs: tuple[int, ...]) -> None:
+    """Made ahead, W~ of all is multiplied as it is, with the same gradients."""
+    layers, x = members(outputs, torch.float32), torch.randn(3, 64, requires_grad=True)
+    wanted = [x, *leaves(layers, ("lora_a", "lora_b"))]
+    mixed = torch.cat([
+        ops.quant_lora_mix(scaling=0.5, bits=BITS, group_size=GROUP, **t).detach() for t in layers
+    ])  # fmt: skip
+    found = []
+    for ahead in (mixed, None):
+        ys = group(x, layers, [], mixed=ahead)
+        found.append([*ys, *torch.autograd.grad(sum((y.square().sum() for y in ys), torch.zeros(())), wanted)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    with pytest.raises(JointNASError, match="mixed is"):
+        group(x, layers, [], mixed=mixed[1:])
+
+
+def test_gradients_beside_each_other_are_one() -> None:
+    both, apart = torch.randn(7, 24), torch.randn(7, 8)
+    first, second, third = both.split((8, 11, 5), dim=1)
+    joined = beside([first, second, third])
+    assert len(joined) == 1
+    assert torch.equal(joined[0], both)
+    assert joined[0].data_ptr() == both.data_ptr()
+    for grads in ([first, third], [second, first, third], [first, apart], [first, second.clone()]):
+        kept = beside(grads)
+        assert len(kept) == len(grads)
+        assert all(torch.equal(a, b) for a, b in zip(kept, grads, strict=True))
+    assert len(beside([first, second, apart])) == 2
+
+
 def test_registration() -> None:
     layers, x = members(OUTPUTS[:2], torch.float32), torch.randn(3, 64, requires_grad=True)
     parts = [t[name] for t in layers for name in ("weight", "lora_a", "lora_b", "clip")]
     values = (0.5, list(BITS), GROUP, "clip", None)
     opcheck(
         torch.ops.jointnas.quant_lora_linear_group.default,
-        (x, layers[0]["probs"], *parts, *[None] * 7, *values),
+        (x, layers[0]["probs"], *parts, *[None] * 8, *values),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
 
 def test_bad_arguments() -> None:
     layers, x = members(OUTPUTS, torch.float32), torch.randn(3, 64)
-    with pytest.raises(JointNASError, match="two or three linears"):
-        group(x, layers[:1], [])
-    with pytest.raises(JointNASError, match=r"two or three linears.* 2 biases"):
+    with pytest.raises(JointNASError, match="one to three linears"):
+        group(x, [*layers, *layers], [])
+    with pytest.raises(JointNASError, match=r"one to three linears.* 2 biases"):
         group(x, layers, [torch.zeros(33), torch.zeros(5)])
     with pytest.raises(JointNASError, match="x has 63 channels"):
         group(x[:, 1:], layers, [])

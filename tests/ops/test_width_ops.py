@@ -209,7 +209,10 @@ CASES = {
     "mixed_rmsnorm": lambda: (leaf(3, 17), leaf(17), leaf(2), leaf(17), [9, 17], 1e-5, None),
     "head_rmsnorm": lambda: (leaf(2, 3, 4, 6), rand(6), leaf(4, 6), leaf(2), [2, 6], 1e-5, None),
     "masked_rope": lambda: (leaf(2, 3, 4, 6), leaf(2, 3, 2, 6), rand(1, 3, 6), rand(1, 3, 6), leaf(4, 6), leaf(2, 6),
-                            None),
+                            leaf(2, 3, 2, 6), None),
+    "masked_swiglu_quant": lambda: (leaf(3, 17), leaf(3, 17), leaf(17), leaf(17), leaf(2), [4, 16], False, None),
+    "residual_rmsnorm": lambda: (leaf(3, 17), leaf(3, 17), rand(17), leaf(2), leaf(17), leaf(2), [8, 17], 1e-5, [4, 16],
+                                 False, None),
 }
 
 

@@ -27,6 +27,22 @@ def mixed_rmsnorm_quant(x: Tensor, w: Tensor, alpha: Tensor, mask: Tensor, p: Te
     return ops.mixed_rmsnorm(x, w, alpha, (8, N), 1e-5, mask, backend, BITS, p)
 
 
+def masked_swiglu_quant(g: Tensor, u: Tensor, r: Tensor, c: Tensor, p: Tensor, backend: str | None) -> Tensor:
+    return ops.masked_swiglu(g, u, r, c, backend, BITS, p)
+
+
+def residual_rmsnorm(
+    x: Tensor, y: Tensor, w: Tensor, alpha: Tensor, mask: Tensor, p: Tensor, backend: str | None
+) -> tuple[Tensor, ...]:
+    return ops.residual_rmsnorm(x, y, w, alpha, (8, N), 1e-5, mask, backend, BITS, p)
+
+
+def rope_and_values(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, m: Tensor, n: Tensor, v: Tensor, backend: str | None
+) -> tuple[Tensor, ...]:
+    return ops.masked_rope(q, k, cos, sin, m, n, backend, v)
+
+
 def head_rmsnorm(x: Tensor, w: Tensor, mask: Tensor, alpha: Tensor, backend: str | None) -> Tensor:
     return ops.head_rmsnorm(x, w, mask, alpha, (4, 8), 1e-5, backend)
 
@@ -44,6 +60,11 @@ def quant_lora_linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, probs: Tensor,
 CASES: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[tuple[int, ...]]]] = {
     "channel_mask": (ops.channel_mask, [(0, N), (N,)]),
     "masked_swiglu": (ops.masked_swiglu, [(0, N), (0, N), (N,), (N,)]),
+    "masked_swiglu_quant": (masked_swiglu_quant, [(0, N), (0, N), (N,), (N,), (4,)]),
+    "residual_rmsnorm": (residual_rmsnorm, [(0, N), (0, N), (N,), (2,), (N,), (4,)]),
+    "rope_and_values": (
+        rope_and_values, [(2, 0, 3, 8), (2, 0, 1, 8), (1, 0, 8), (1, 0, 8), (3, 8), (1, 8), (2, 0, 1, 8)]
+    ),
     "gated_residual": (ops.gated_residual, [(0, N), (0, N), (N,), (), (0, N)]),
     "masked_residual": (ops.gated_residual, [(0, N), (0, N), (N,)]),
     "act_quant_mix": (act_quant_mix, [(0, N), (4,), (N,)]),
@@ -54,7 +75,8 @@ CASES: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[tuple[in
     "mixed_linear": (mixed_linear, [(0, N), (7, N), (N,), (7,), (3, N), (7, 3)]),
     "quant_lora_linear": (quant_lora_linear, [(0, N), (7, N), (2, 3, N), (2, 7, 3), (2,), (2, 7, 3)]),
 }
-FROZEN = {"head_rmsnorm": (1,), "masked_rope": (2, 3), "mixed_linear": (1,), "quant_lora_linear": (1,)}
+FROZEN = {"head_rmsnorm": (1,), "masked_rope": (2, 3), "mixed_linear": (1,), "quant_lora_linear": (1,),
+          "residual_rmsnorm": (2,), "rope_and_values": (2, 3)}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", CASES)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels import ops
+from jointnas_kernels.ops.quant.mixture.linear import beside
 from tests.comparison import compare
-from tests.ops import norm_quant
+from tests.ops import norm_quant, test_fused
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 
@@ -134,6 +135,29 @@ def test_masked_rope_of_strided_views() -> None:
     fused = rand(2, 3, 6, 8)
     check(ops.masked_rope, [fused[:, :, :4], fused[:, :, 4:], rand(1, 3, 8), rand(1, 3, 8), torch.rand(4, 8),
                               torch.rand(2, 8)], [0, 1, 4, 5])
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (7, 31), (2, 3, 1030)], ids=str)
+def test_two_in_one_pass(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The values of the two apart, bit for bit."""
+    for one in (False, True):
+        test_fused.check_swiglu(shape, dtype, "triton", one)
+        test_fused.check_residual(shape, dtype, "triton", one)
+
+
+def test_gradients_of_one_linear_lie_beside_each_other() -> None:
+    """One product then makes its dx, and one its dW."""
+    q, k, v, gate, up = leaves = [rand(*shape).requires_grad_() for shape in ((2, 3, 4, 8), *[(2, 3, 2, 8)] * 2)] + [
+        rand(2, 3, 20).requires_grad_() for _ in range(2)
+    ]
+    table, mask = rand(1, 3, 8), torch.rand(20)
+    outs = ops.masked_rope(q, k, table, table, torch.rand(4, 8), torch.rand(2, 8), "triton", v)
+    outs = (*outs, ops.masked_swiglu(gate, up, mask, mask, "triton"))
+    grads = torch.autograd.grad(outs, leaves, [torch.randn_like(out) for out in outs])
+    flat = [g.flatten(2).flatten(0, 1) for g in grads]
+    assert [g.shape for g in beside(flat[:3])] == [(6, 64)]
+    assert [g.shape for g in beside(flat[3:])] == [(6, 40)]
 
 
 @DTYPES

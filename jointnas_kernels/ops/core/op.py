@@ -40,14 +40,14 @@ def _dense(output: Any) -> Any:
 
 
 def _apart(output: Any, args: Sequence[Any]) -> Any:
-    """Outputs as the dispatcher knows them: none is absent (but empty), none shares memory with another."""
+    """Outputs as the dispatcher knows them: none is absent (but empty), none shares memory with another or an input."""
     if not isinstance(output, tuple):
         return output
     device = next(a.device for a in args if isinstance(a, Tensor))
-    parts: list[Tensor] = []
+    inputs, parts = {a.untyped_storage()._cdata for a in args if isinstance(a, Tensor)}, list[Tensor]()
     for part in (torch.empty(0, dtype=torch.float32, device=device) if part is None else part for part in output):
         memory = part.untyped_storage()._cdata
-        shared = any(memory == other.untyped_storage()._cdata for other in parts)
+        shared = memory in inputs or any(memory == other.untyped_storage()._cdata for other in parts)
         parts.append(part.clone() if shared else part)
     return tuple(parts)
 

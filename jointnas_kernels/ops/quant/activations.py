@@ -21,8 +21,9 @@ from torch import Tensor
 
 from jointnas_kernels.errors import unknown
 from jointnas_kernels.ops.core import cpu
+from jointnas_kernels.ops.core.arrival import counters, last_to_arrive, sum_columns
 from jointnas_kernels.ops.core.backends import interpreting
-from jointnas_kernels.ops.core.columns import column_sums
+from jointnas_kernels.ops.core.columns import partial_sums, total_of
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
 from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
@@ -49,10 +50,11 @@ def _reference(
     x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
 ) -> tuple[Tensor, Tensor]:
     """y, and the rows' scales and zero points [rows, Q, 2]; zeros from a backend that does not need them."""
-    return act_quant_mix_reference(x, bits, probs, symmetric, mask), _no_levels(x, bits)
+    return act_quant_mix_reference(x, bits, probs, symmetric, mask), no_levels(x, bits)
 
 
-def _no_levels(x: Tensor, bits: Sequence[int]) -> Tensor:
+def no_levels(x: Tensor, bits: Sequence[int]) -> Tensor:
+    """Zeros in their place."""
     return torch.zeros(x.shape[:-1].numel(), len(bits), 2, dtype=torch.float32, device=x.device)
 
 
@@ -80,43 +82,63 @@ def _reference_backward(
 
 
 @triton.jit
+def swiglu_value(a, v, c):
+    """silu(a) v c. In one place, because the quantizers of forward and backward pass have to see the same bits."""
+    return a / (1.0 + tl.exp(-a)) * v * c
+
+
+@triton.jit
 def masked_tile(
-    x_ptr, mask_ptr, row, col, count, N, stride, dtype: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr
+    x_ptr, up_ptr, r_ptr, mask_ptr, row, col, count, N, stride, up_stride, dtype: tl.constexpr, HAS_MASK: tl.constexpr,
+    SWIGLU: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """mask * x, rounded to ``dtype``, [rows, columns] in fp32; 0 outside."""
+    """mask * x, or with SWIGLU silu(r x) (r up) mask, rounded to ``dtype``, [rows, columns] in fp32; 0 outside."""
     ok = (row < count)[:, None] & (col < N)[None, :]
     x = tl.load(x_ptr + row[:, None] * stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
-    if HAS_MASK:
+    if SWIGLU:
+        r = tl.load(r_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :]
+        u = r * tl.load(up_ptr + row[:, None] * up_stride + col[None, :], mask=ok, other=0.0).to(tl.float32)
+        x = swiglu_value(r * x, u, tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :])
+        x = round_tile(x, dtype, EXACT)
+    elif HAS_MASK:
         x = round_tile(x * tl.load(mask_ptr + col, mask=col < N, other=0.0).to(tl.float32)[None, :], dtype, EXACT)
     return x
 
 
 @triton.jit
 def act_forward_kernel(
-    x_ptr, mask_ptr, probs_ptr, out_ptr, levels_ptr, count, N, stride,
+    x_ptr, up_ptr, r_ptr, mask_ptr, probs_ptr, out_ptr, levels_ptr, count, N, stride, up_stride,
     Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr,
-    EXACT: tl.constexpr,
+    SWIGLU: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """ROWS tokens per program, whole in registers or BLOCK columns at a time, read twice. LOW[q] = -2^(b-1), 0 for the
     identity (16 bits); levels [count, Q, 2] gets (s, z)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     col = tl.arange(0, BLOCK)
-    x = masked_tile(x_ptr, mask_ptr, row, col, count, N, stride, dtype, HAS_MASK, EXACT)
+    x = masked_tile(
+        x_ptr, up_ptr, r_ptr, mask_ptr, row, col, count, N, stride, up_stride, dtype, HAS_MASK, SWIGLU, EXACT
+    )
     low, high = x, x
     if WHOLE:
         until = 1
     else:
         until = N
         for start in range(BLOCK, N, BLOCK):
-            more = masked_tile(x_ptr, mask_ptr, row, start + col, count, N, stride, dtype, HAS_MASK, EXACT)
+            more = masked_tile(
+                x_ptr, up_ptr, r_ptr, mask_ptr, row, start + col, count, N, stride, up_stride, dtype, HAS_MASK, SWIGLU,
+                EXACT,
+            )  # fmt: skip
             low, high = smaller(low, more), larger(high, more)
     least = smaller(tl.reduce(low, 1, smaller), 0.0)
     most = larger(tl.reduce(high, 1, larger), 0.0)
     for start in range(0, until, BLOCK):
         if not WHOLE:
-            x = masked_tile(x_ptr, mask_ptr, row, start + col, count, N, stride, dtype, HAS_MASK, EXACT)
+            x = masked_tile(
+                x_ptr, up_ptr, r_ptr, mask_ptr, row, start + col, count, N, stride, up_stride, dtype, HAS_MASK, SWIGLU,
+                EXACT,
+            )  # fmt: skip
         mixed = tl.zeros([ROWS, BLOCK], tl.float32)
         for q in tl.static_range(Q):
             pi = tl.load(probs_ptr + q).to(tl.float32)
@@ -150,14 +172,16 @@ def product(
 
 @triton.jit
 def act_backward_kernel(
-    grad_ptr, x_ptr, mask_ptr, probs_ptr, levels_ptr, dx_ptr, dprobs_ptr, dmask_ptr, count, N, grad_stride, stride,
+    grad_ptr, x_ptr, mask_ptr, probs_ptr, levels_ptr, dx_ptr, dprobs_part_ptr, dmask_part_ptr, dprobs_ptr, dmask_ptr,
+    counter_ptr, count, N, grad_stride, stride,
     Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MASK: tl.constexpr, EXACT: tl.constexpr,
     WANT_X: tl.constexpr, WANT_PROBS: tl.constexpr, WANT_MASK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns, ROWS tokens at a time: program (c, i) takes row tiles i, i + programs, ...
 
-    Partial sums: dprobs_ptr [programs of the whole grid, Q] (Q <= 4), dmask_ptr [programs of axis 1, N].
+    Partial sums: of dprobs [programs of the whole grid, Q] (Q <= 4), of dmask [programs of axis 1, N]; their sums by
+    the last program of all, and of those with the same columns.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -197,7 +221,7 @@ def act_backward_kernel(
                 if Q > 3:
                     sum3 += product(g, x, levels_ptr, row, count, 3, Q, LOW, dtype, SYMMETRIC, EXACT)
     if WANT_PROBS:
-        at = dprobs_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * Q
+        at = dprobs_part_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * Q
         tl.store(at, tl.sum(sum0))
         if Q > 1:
             tl.store(at + 1, tl.sum(sum1))
@@ -206,7 +230,14 @@ def act_backward_kernel(
         if Q > 3:
             tl.store(at + 3, tl.sum(sum3))
     if WANT_MASK:
-        tl.store(dmask_ptr + tl.program_id(1) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
+        tl.store(dmask_part_ptr + tl.program_id(1) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
+        if last_to_arrive(counter_ptr + 1 + tl.program_id(0), tl.num_programs(1)):
+            sum_columns(dmask_part_ptr, dmask_ptr, tl.num_programs(1), N, col, col_ok, BLOCK)
+    if WANT_PROBS:
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        if last_to_arrive(counter_ptr, programs):
+            one = tl.arange(0, 16)
+            sum_columns(dprobs_part_ptr, dprobs_ptr, programs, Q, one, one < Q, 16, 128)
 
 
 def row_config(columns: int) -> dict[str, int | bool]:
@@ -225,16 +256,20 @@ def backward_config(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "ROWS": min(32, 4096 // block), "num_warps": 8}
 
 
-def _launch(
-    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
-) -> tuple[Tensor, Tensor]:
+def launch(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool, up: Tensor | None = None,
+    out_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and the rows' levels; with ``up``, of masked_swiglu(x, up, out_mask, mask) in place of mask * x."""
     out, flat, config = dense_like(x), rows(x), row_config(x.shape[-1])
+    other = flat if up is None else rows(up)
     count, n = flat.shape
     levels = torch.empty(count, len(bits), 2, dtype=torch.float32, device=x.device)
     if out.numel():
         with torch.cuda.device_of(x):
             act_forward_kernel[(triton.cdiv(count, config["ROWS"]),)](
-                flat, dense(mask), probs.contiguous(), out, levels, count, n, flat.stride(0), **config,
+                flat, other, dense(out_mask), dense(mask), probs.contiguous(), out, levels, count, n, flat.stride(0),
+                other.stride(0), SWIGLU=up is not None, **config,
                 **constants(x.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
             )  # fmt: skip
     return out, levels
@@ -251,32 +286,38 @@ def _launch_backward(
     # four per multiprocessor of an H200; none of no rows, whose partial sums nobody would write
     programs = min(triton.cdiv(count, config["ROWS"]), max(1, 528 // blocks))
     dx = dense_like(grad) if want_x else None
-    dprobs = grad.new_empty(programs * blocks, len(bits), dtype=torch.float32) if want_probs else None
-    dmask = grad.new_empty(programs, n, dtype=torch.float32) if want_mask else None
+    parts = (
+        partial_sums(want_probs, programs * blocks, len(bits), g.device), partial_sums(want_mask, programs, n, g.device)
+    )  # fmt: skip
+    of_probs, of_mask = map(total_of, parts)
     if grad.numel():
         with torch.cuda.device_of(grad):
             act_backward_kernel[(blocks, programs)](
-                g, flat, dense(mask), probs.contiguous(), levels, dx, dprobs, dmask, count, n, g.stride(0),
-                flat.stride(0), WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask, **config,
+                g, flat, dense(mask), probs.contiguous(), levels, dx, *parts, of_probs, of_mask,
+                counters(g, 1 + blocks) if want_probs or want_mask else None, count, n, g.stride(0), flat.stride(0),
+                WANT_X=want_x, WANT_PROBS=want_probs, WANT_MASK=want_mask, **config,
                 **constants(grad.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
             )  # fmt: skip
-    of_mask, of_probs = column_sums(dmask, dprobs)
     return dx, in_dtype_of(of_probs, probs), in_dtype_of(of_mask, mask)
 
 
-def _cpu(x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool) -> tuple[Tensor, Tensor]:
+def on_cpu(
+    x: Tensor, probs: Tensor, mask: Tensor | None, bits: Sequence[int], symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """The same by the C++ kernel."""
     x = x.contiguous()
     count, width, per_chunk, _ = cpu.chunking(x)
     y = cpu.empty_like(x)
     cpu.call("act_quant_mix", x, cpu.vector(probs), cpu.optional(mask), cpu.integers(bits), y, count, width, len(bits),
              symmetric, per_chunk, cpu.DTYPES[x.dtype])
-    return y, _no_levels(x, bits)
+    return y, no_levels(x, bits)
 
 
-def _cpu_backward(
+def backward_on_cpu(
     grad: Tensor, x: Tensor | None, probs: Tensor, mask: Tensor | None, levels: Tensor | None, bits: Sequence[int],
     symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
+    """Of the C++ kernel."""
     g = grad.contiguous()
     need_mask = need[2] and mask is not None
     count, width, per_chunk, chunks = cpu.chunking(g, need_mask)
@@ -292,8 +333,8 @@ def _cpu_backward(
 
 _op = Op(
     "act_quant_mix",
-    {"triton": _launch, "cpu": _cpu, "reference": _reference},
-    {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
+    {"triton": launch, "cpu": on_cpu, "reference": _reference},
+    {"triton": _launch_backward, "cpu": backward_on_cpu, "reference": _reference_backward},
     read_for={"x": ("probs", "mask"), "saved0": ("probs", "mask")},
 )
 

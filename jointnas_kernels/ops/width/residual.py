@@ -118,7 +118,7 @@ def residual_backward_kernel(
         tl.store(gate_part_ptr + tl.program_id(0), tl.sum(tl.sum(dgate, axis=1), axis=0))
         if last_to_arrive(counter_ptr, tl.num_programs(0)):
             one = tl.arange(0, 16)
-            sum_columns(gate_part_ptr, dgate_ptr, tl.num_programs(0), 1, one, one < 1, 16)
+            sum_columns(gate_part_ptr, dgate_ptr, tl.num_programs(0), 1, one, one < 1, 16, 128)
 
 
 def _launch(h: Tensor, y: Tensor, mask: Tensor | None, gate: Tensor | None = None, x: Tensor | None = None) -> Tensor:
@@ -190,9 +190,10 @@ _gated = Op(
     {"triton": _launch_backward, "cpu": _cpu_backward, "reference": _reference_backward},
     read_for={"h": ("gate",), "y": ("mask", "gate"), "x": ("gate",)},
 )
+FORWARD = {"triton": _launch, "cpu": _cpu, "reference": _reference_masked}  # without a gate; also of residual_rmsnorm
 _masked = Op(
     "masked_residual",
-    {"triton": _launch, "cpu": _cpu, "reference": _reference_masked},
+    FORWARD,
     {how: lambda g, h, y, mask, need, of=of: of(g, y, mask, need) for how, of in channel.BACKWARD.items()},
     identity=("h",),
     read_for={"h": (), "y": ("mask",)},

@@ -50,12 +50,14 @@ def spread(value, ends):
 
 @triton.jit
 def rmsnorm_forward_kernel(
-    x_ptr, w_ptr, alpha_ptr, mask_ptr, probs_ptr, y_ptr, inv_ptr, levels_ptr, count, width, x_stride, norm_eps,
+    x_ptr, add_ptr, w_ptr, alpha_ptr, mask_ptr, probs_ptr, h_ptr, y_ptr, inv_ptr, levels_ptr, count, width, x_stride,
+    add_stride, norm_eps,
     SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
     Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
-    SYMMETRIC: tl.constexpr, EXACT: tl.constexpr, LOOP_STAGES: tl.constexpr,
+    SYMMETRIC: tl.constexpr, EXACT: tl.constexpr, ADDS: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows pid, pid + programs, ..; t is the suffix scan of alpha_i inv_i placed where the sizes end."""
+    """Rows pid, pid + programs, ..; t is the suffix scan of alpha_i inv_i placed where the sizes end. ADDS: of h = x +
+    mask add, which is written, too."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     col, ok, scale, segment, end, at_end, ends = of_every_row(
         w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK
@@ -64,6 +66,10 @@ def rmsnorm_forward_kernel(
     for index in tl.range(tl.program_id(0), count, tl.num_programs(0), num_stages=LOOP_STAGES):
         row = tl.cast(index, tl.int64)
         x = tl.load(x_ptr + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
+        if ADDS:
+            add = tl.load(add_ptr + row * add_stride + col, mask=ok, other=0.0).to(tl.float32)
+            x = round_tile(add * tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32) + x, dtype, EXACT)
+            tl.store(h_ptr + row * width + col, x.to(dtype), mask=ok)
         inv = tl.rsqrt(tl.cumsum(tl.sum(x * x, axis=1), axis=0) / end + norm_eps)  # [S]
         t = spread(at_end * inv, ends)
         y = x * scale * t[:, None]
@@ -112,15 +118,19 @@ def product(
 
 @triton.jit
 def rmsnorm_backward_kernel(
-    g_ptr, x_ptr, w_ptr, alpha_ptr, mask_ptr, probs_ptr, inv_ptr, levels_ptr, dx_ptr, shares_ptr, column_ptr, count,
-    width, g_stride, x_stride,
+    g_ptr, x_ptr, w_ptr, alpha_ptr, mask_ptr, probs_ptr, inv_ptr, levels_ptr, gh_ptr, add_ptr, dx_ptr, dadd_ptr,
+    shares_ptr, column_ptr, count, width, g_stride, x_stride, gh_stride, add_stride,
     SIZES: tl.constexpr, K: tl.constexpr, S: tl.constexpr, SEG: tl.constexpr, HAS_MASK: tl.constexpr,
     Q: tl.constexpr, LOW: tl.constexpr, INVERSE: tl.constexpr, REST: tl.constexpr, eps: tl.constexpr,
     SYMMETRIC: tl.constexpr, EXACT: tl.constexpr, NEED_ALPHA: tl.constexpr, NEED_COLUMN: tl.constexpr,
-    NEED_PROBS: tl.constexpr, LOOP_STAGES: tl.constexpr,
+    NEED_PROBS: tl.constexpr, ADDS: tl.constexpr, LOOP_STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx of the rows pid, pid + programs, .., and this program's share of dalpha and dprobs (a row of shares: K columns
-    if NEED_ALPHA, then Q <= 4 if NEED_PROBS) and of the column sums of P g x t (NEED_COLUMN), P the sum of probs."""
+    if NEED_ALPHA, then Q <= 4 if NEED_PROBS) and of the column sums of P g x t (NEED_COLUMN), P the sum of probs.
+
+    ADDS: x is h = x + mask add, and gh what h has from elsewhere. dx = dh, dadd = mask dh, and the column sums are the
+    mask's: w P g x t + dh add. Weight and mask are then read for each row, from the first-level cache: they are 32 of
+    90 registers."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     col, ok, scale, segment, end, at_end, ends = of_every_row(
         w_ptr, mask_ptr, alpha_ptr, width, SIZES, K, S, SEG, HAS_MASK
@@ -148,9 +158,19 @@ def rmsnorm_backward_kernel(
         whole = t * total
         if NEED_ALPHA:
             dalpha += share
-        tl.store(dx_ptr + row * width + col, h * whole[:, None] - x * back[:, None], mask=ok)
+        dx = h * whole[:, None] - x * back[:, None]
+        of_mask = g * x * whole[:, None]
+        if ADDS:
+            dx += tl.load(gh_ptr + row * gh_stride + col, mask=ok, other=0.0).to(tl.float32)
+            mask = tl.load(mask_ptr + col, mask=ok, other=0.0).to(tl.float32)
+            tl.store(dadd_ptr + row * width + col, mask * dx, mask=ok)
+            if NEED_COLUMN:
+                add = tl.load(add_ptr + row * add_stride + col, mask=ok, other=0.0).to(tl.float32)
+                w = tl.load(w_ptr + col, mask=ok, other=0.0).to(tl.float32)
+                of_mask = w * of_mask + dx * add
+        tl.store(dx_ptr + row * width + col, dx, mask=ok)
         if NEED_COLUMN:
-            column += g * x * whole[:, None]
+            column += of_mask
         if NEED_PROBS:
             v = round_tile(x * scale * t[:, None], dtype, EXACT)
             sum0 += product(g, v, levels_ptr, row, 0, Q, LOW, S, SEG, dtype, SYMMETRIC, EXACT)
@@ -196,10 +216,19 @@ def launch(
     bits: Sequence[int], symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """y, inv and, with probs, levels."""
-    flat = rows(x)
+    return launch_sum(x, None, weight, alpha, in_mask, probs, sizes, eps, bits, symmetric)[1:]
+
+
+def launch_sum(
+    x: Tensor, add: Tensor | None, weight: Tensor, alpha: Tensor, mask: Tensor | None, probs: Tensor | None,
+    sizes: Sizes, eps: float, bits: Sequence[int], symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """h = x + mask add, or x itself, and y, inv, levels of h."""
+    flat, more = rows(x), None if add is None else rows(add)
     count, width = flat.shape
     if width > MAX_WIDTH:
         raise bad("mixed_rmsnorm", f"the Triton kernel holds rows of at most {MAX_WIDTH}, got {width}")
+    h = x if add is None else dense_like(x)
     y, inv = dense_like(x), torch.empty(count, len(sizes), dtype=torch.float32, device=x.device)
     levels = None if probs is None else torch.empty(count, len(bits), 2, dtype=torch.float32, device=x.device)
     s, seg, warps, stages = launch_shape(tuple(sizes), width, width * x.element_size())
@@ -207,11 +236,12 @@ def launch(
     if count > 0:
         with torch.cuda.device_of(x):
             rmsnorm_forward_kernel[(programs,)](
-                flat, weight.contiguous(), alpha.contiguous(), dense(in_mask), dense(probs), y, inv, levels, count,
-                width, flat.stride(0), eps, SIZES=tuple(sizes), K=len(sizes), S=s, SEG=seg, LOOP_STAGES=stages,
-                num_warps=warps, **constants(x.dtype, tuple(bits), symmetric, in_mask is not None, interpreting()),
+                flat, more, weight.contiguous(), alpha.contiguous(), dense(mask), dense(probs), h, y, inv, levels,
+                count, width, flat.stride(0), 0 if more is None else more.stride(0), eps, SIZES=tuple(sizes),
+                K=len(sizes), S=s, SEG=seg, ADDS=add is not None, LOOP_STAGES=stages, num_warps=warps,
+                **constants(x.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
             )  # fmt: skip
-    return y, inv, levels
+    return h, y, inv, levels
 
 
 def launch_backward(
@@ -219,26 +249,42 @@ def launch_backward(
     levels: Tensor | None, sizes: Sizes, eps: float, bits: Sequence[int], symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Of both; without probs of the norm alone."""
-    g, flat, weight, in_mask = rows(grad), rows(x), weight.contiguous(), dense(in_mask)
+    dx, _, dalpha, column, dprobs = launch_sum_backward(
+        None, grad, x, None, weight, alpha, in_mask, probs, inv, levels, sizes, eps, bits, symmetric,
+        (True, True, need[2], need[1] or (need[3] and in_mask is not None), need[4]), scaled=not need[1],
+    )  # fmt: skip
+    dw, dmask = of_column(column, weight, in_mask, need, scaled=not need[1])
+    return dx, dw, dalpha, dmask, dprobs
+
+
+def launch_sum_backward(
+    of_h: Tensor | None, grad: Tensor, h: Tensor, add: Tensor | None, weight: Tensor, alpha: Tensor,
+    mask: Tensor | None, probs: Tensor | None, inv: Tensor, levels: Tensor | None, sizes: Sizes, eps: float,
+    bits: Sequence[int], symmetric: bool, need: Sequence[bool], scaled: bool = False,
+) -> Gradients:  # fmt: skip
+    """dx, dadd, dalpha, dmask, dprobs from the gradients of h and y. Without one of h, nothing was added: then column
+    sums P (``scaled``: w P) in place of dmask, no dadd."""
+    g, flat, weight, mask, adds = rows(grad), rows(h), weight.contiguous(), dense(mask), of_h is not None
+    gh, more = g if of_h is None else rows(of_h), g if add is None else rows(add)
     count, width = flat.shape
-    need_column = need[1] or (need[3] and in_mask is not None)
-    s, seg, warps, stages = launch_shape(tuple(sizes), width, 2 * width * x.element_size())
+    need_column = need[3]
+    s, seg, warps, stages = launch_shape(tuple(sizes), width, (4 if adds else 2) * width * h.element_size())
     # what fits beside ~90 registers per thread; beside few rows, half of it keeps the partial column sums small
-    programs = min(count, max(1, (8 if need_column and count < 4096 else 16) // warps) * processors(x))
+    programs = min(count, max(1, (8 if need_column and count < 4096 else 16) // warps) * processors(h))
     alphas, precisions = len(sizes) * need[2], len(bits) * need[4]
-    dx, shares = dense_like(x), partial_sums(need[2] or need[4], programs, alphas + precisions, x.device)
-    column = partial_sums(need_column, programs, width, x.device)
+    dx, shares = dense_like(h), partial_sums(need[2] or need[4], programs, alphas + precisions, h.device)
+    dadd, column = dense_like(h) if adds else None, partial_sums(need_column, programs, width, h.device)
     if count > 0:
-        with torch.cuda.device_of(x):
+        with torch.cuda.device_of(h):
             rmsnorm_backward_kernel[(programs,)](
-                g, flat, weight, alpha.contiguous(), in_mask, dense(probs), inv, levels, dx, shares, column, count,
-                width, g.stride(0), flat.stride(0), SIZES=tuple(sizes), K=len(sizes), S=s, SEG=seg,
-                NEED_ALPHA=need[2], NEED_COLUMN=need_column, NEED_PROBS=need[4], LOOP_STAGES=stages, num_warps=warps,
-                **constants(x.dtype, tuple(bits), symmetric, in_mask is not None, interpreting()),
+                g, flat, weight, alpha.contiguous(), mask, dense(probs), inv, levels, gh, more, dx, dadd, shares,
+                column, count, width, g.stride(0), flat.stride(0), gh.stride(0), more.stride(0), SIZES=tuple(sizes),
+                K=len(sizes), S=s, SEG=seg, NEED_ALPHA=need[2], NEED_COLUMN=need_column, NEED_PROBS=need[4], ADDS=adds,
+                LOOP_STAGES=stages, num_warps=warps,
+                **constants(h.dtype, tuple(bits), symmetric, mask is not None, interpreting()),
             )  # fmt: skip
     # dm = w P; with a weight gradient too, P itself is needed and scaled by torch
-    total, sums = column_sums(column, shares, None if need[1] else weight)
-    dw, dmask = of_column(total, weight, in_mask, need, scaled=not need[1])
+    total, sums = column_sums(column, shares, weight if scaled else None)
     dalpha = in_dtype_of(sums[:alphas], alpha) if sums is not None and need[2] else None
     dprobs = in_dtype_of(sums[alphas:], probs) if sums is not None and need[4] else None
-    return dx, dw, dalpha, dmask, dprobs
+    return dx, dadd, dalpha, in_dtype_of(total, mask) if adds else total, dprobs

@@ -29,10 +29,11 @@ def _scale(weight: Tensor, in_mask: Tensor | None) -> Tensor:
     return cpu.vector(weight) if in_mask is None else cpu.vector(weight) * cpu.vector(in_mask)
 
 
-def _cpu(
+def on_cpu(
     x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, probs: Tensor | None, sizes: Sizes, eps: float,
     bits: Sequence[int], symmetric: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """y, inv and, with probs, levels, by the C++ kernels."""
     x = x.contiguous()
     count, width, per_chunk, _ = cpu.chunking(x)
     ends, kept = _segments(tuple(sizes))
@@ -49,13 +50,14 @@ def _cpu(
     return y, inv, levels
 
 
-def _cpu_backward(
+def backward_on_cpu(
     grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, probs: Tensor | None, inv: Tensor,
     levels: Tensor | None, sizes: Sizes, eps: float, bits: Sequence[int], symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
+    """Of both; without probs of the norm alone."""
     mass = 1.0 if probs is None else float(probs.float().sum())
     if probs is not None and not need[4]:  # the norm's backward of P g, P put into the weight
-        dx, dw, *others = _cpu_backward(
+        dx, dw, *others = backward_on_cpu(
             grad, x, cpu.vector(weight) * mass, alpha, in_mask, None, inv, None, sizes, eps, (), False, need
         )  # fmt: skip
         return dx, None if dw is None else (dw * mass).to(weight.dtype), others[0], others[1], None
@@ -87,19 +89,38 @@ def _alone_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     )[:4]
 
 
-_BACKWARD = {"triton": launch_backward, "cpu": _cpu_backward, "reference": reference.backward}
+_BACKWARD = {"triton": launch_backward, "cpu": backward_on_cpu, "reference": reference.backward}
 _norm = Op(
     "mixed_rmsnorm",
-    {"triton": _alone(launch), "cpu": _alone(_cpu), "reference": reference.forward},
+    {"triton": _alone(launch), "cpu": _alone(on_cpu), "reference": reference.forward},
     {how: _alone_backward(run) for how, run in _BACKWARD.items()},
 )
 _quantized = Op(
     "mixed_rmsnorm_quant",
-    {"triton": launch, "cpu": _cpu, "reference": reference.forward_quantized},
+    {"triton": launch, "cpu": on_cpu, "reference": reference.forward_quantized},
     _BACKWARD,
     read_for={"saved1": ("probs",)},
     public="mixed_rmsnorm",
 )
+
+
+def check(
+    op: str, n: int, weight: Tensor, alpha: Tensor, sizes: Sequence[int], mask: Tensor | None,
+    act_bits: Sequence[int] | None, act_probs: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise unless they fit rows of n channels."""
+    if weight.shape != (n,):
+        raise bad(op, f"weight {tuple(weight.shape)} does not match {n} channels")
+    if len(sizes) <= 0 or alpha.shape != (len(sizes),):
+        raise bad(op, f"alpha {tuple(alpha.shape)} does not match {len(sizes)} sizes")
+    if min(sizes) <= 0 or max(sizes) > n:
+        raise bad(op, f"sizes {tuple(sizes)} must lie in 1..{n}")
+    if mask is not None and mask.shape != (n,):
+        raise bad(op, f"the mask must be [{n}]")
+    if (act_bits is None) != (act_probs is None):
+        raise bad(op, "act_bits and act_probs go together")
+    if act_bits is not None and act_probs is not None:
+        check_precisions(op, act_bits, act_probs)
 
 
 def mixed_rmsnorm(
@@ -130,18 +151,7 @@ def mixed_rmsnorm(
     Raises:
         JointNASError: shapes, sizes or bits that do not fit, half of a quantizer, or a backend that cannot run.
     """
-    n = x.shape[-1]
-    if weight.shape != (n,):
-        raise bad("mixed_rmsnorm", f"weight {tuple(weight.shape)} does not match x {tuple(x.shape)}")
-    if len(sizes) <= 0 or alpha.shape != (len(sizes),):
-        raise bad("mixed_rmsnorm", f"alpha {tuple(alpha.shape)} does not match {len(sizes)} sizes")
-    if min(sizes) <= 0 or max(sizes) > n:
-        raise bad("mixed_rmsnorm", f"sizes {tuple(sizes)} must lie in 1..{n}")
-    if in_mask is not None and in_mask.shape != (n,):
-        raise bad("mixed_rmsnorm", f"in_mask must be [{n}]")
-    if (act_bits is None) != (act_probs is None):
-        raise bad("mixed_rmsnorm", "act_bits and act_probs go together")
+    check("mixed_rmsnorm", x.shape[-1], weight, alpha, sizes, in_mask, act_bits, act_probs)
     if act_bits is None or act_probs is None:
         return _norm(x, weight, alpha, in_mask, list(sizes), eps, backend)[0]
-    check_precisions("mixed_rmsnorm", act_bits, act_probs)
     return _quantized(x, weight, alpha, in_mask, act_probs, list(sizes), eps, list(act_bits), act_symmetric, backend)[0]

@@ -84,6 +84,15 @@ def backward(
     levels: Tensor | None, sizes: Sizes, eps: float, bits: Sequence[int], symmetric: bool, need: Sequence[bool],
 ) -> Gradients:  # fmt: skip
     """Of both; without probs of the norm alone."""
+    dx, *others = unrounded(grad, x, weight, alpha, in_mask, probs, inv, levels, sizes, eps, bits, symmetric, need)
+    return dx.to(x.dtype), *others  # type: ignore[return-value]
+
+
+def unrounded(
+    grad: Tensor, x: Tensor, weight: Tensor, alpha: Tensor, in_mask: Tensor | None, probs: Tensor | None, inv: Tensor,
+    levels: Tensor | None, sizes: Sizes, eps: float, bits: Sequence[int], symmetric: bool, need: Sequence[bool],
+) -> Gradients:  # fmt: skip
+    """The same, dx in what it was computed in."""
     acc = compute_dtype(x.dtype)
     n, dalpha, dprobs = x.shape[-1], None, None
     v, g, a = rows(x).to(acc), rows(grad).to(acc), alpha.to(acc)
@@ -99,7 +108,7 @@ def backward(
     if need[2]:
         dalpha = (inv * prefix).sum(0).to(alpha.dtype)
     dw, dmask = of_column((g * v * t).sum(0) if need[1] or need[3] else None, weight, in_mask, need)
-    return dx.to(x.dtype).reshape(x.shape), dw, dalpha, dmask, dprobs
+    return dx.reshape(x.shape), dw, dalpha, dmask, dprobs
 
 
 def of_column(

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from jointnas_kernels.ops.core import cuda
+from jointnas_kernels.ops.core.arrival import counters
 from jointnas_kernels.ops.quant.mixture import kernels
 from jointnas_kernels.ops.quant.mixture.reference import Gradients, Mixture, Upstream, Want, tiles
 
 WARPS = 8  # per block; one block per multiprocessor (255 registers)
-# Elements of dW at a time: 128 MB, any matrix of an 8B model at once. Pieces of 2^23 would stay in the second-level
-# cache, which saves little: the kernel takes 26 us for as many (H200, forward), their dW 4 us from memory (predicted).
-# But each piece is two launches of the host: 56 in a block instead of 14.
-CHUNK = 64 << 20
+MOST = 8  # weights of a launch: kMost in csrc/cuda/quant_lora_mix.cuh
+# Elements of dW at a time: 256 MB, those of one input of an 8B model at once. Pieces of 2^23 would stay in the
+# second-level cache, which saves little: the kernel takes 26 us for as many (H200, forward), their dW 4 us from memory
+# (predicted). But each piece is two launches of the host: 56 in a block instead of 8.
+CHUNK = 128 << 20
 
 
 def unsupported(mix: Mixture) -> str | None:
@@ -45,6 +47,9 @@ def most_columns(group_size: int, precisions: int, clip: bool, reduce: bool, lim
     return min(4, (limit - WARPS * warp) // (precisions * 8192))
 
 
+Shapes = tuple[tuple[int, int], ...]  # (rows, inputs) of each weight of a launch
+
+
 class Plan(NamedTuple):
     """How the blocks, one per multiprocessor, share the work.
 
@@ -55,34 +60,38 @@ class Plan(NamedTuple):
     columns: int
     blocks: int
 
-    def stretches(self, rows: Sequence[int], inputs: int) -> list[int]:
+    def stretches(self, shapes: Shapes) -> list[int]:
         """Units of every group of columns of every weight, in their order."""
-        groups = math.ceil(inputs / 128 / self.columns)
-        return [units for count in rows for units in [math.ceil(count / 16 / WARPS)] * groups]
+        return [
+            units
+            for rows, inputs in shapes
+            for units in [math.ceil(rows / 16 / WARPS)] * math.ceil(inputs / 128 / self.columns)
+        ]
 
-    def busiest(self, rows: Sequence[int], inputs: int) -> tuple[int, int]:
-        """(units of the busiest block, groups of columns of the block with most); ``rows``: of each weight."""
-        ends = list(itertools.accumulate(self.stretches(rows, inputs)))
+    def busiest(self, shapes: Shapes) -> tuple[int, int]:
+        """(units of the busiest block, groups of columns of the block with most)."""
+        ends = list(itertools.accumulate(self.stretches(shapes)))
         bounds = [ends[-1] * i // self.blocks for i in range(self.blocks + 1)]
         shares = [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
         groups = [bisect.bisect_left(ends, b) - bisect.bisect_right(ends, a) + 1 for a, b in shares]
         return max(b - a for a, b in shares), max(groups)
 
-    def cost(self, rows: Sequence[int], inputs: int) -> float:
+    def cost(self, shapes: Shapes) -> float:
         """In units of a warp's work on a tile, about 2000 instructions. Fetching B of a row tile is 50 of them; while A
         comes nothing else is done, which is predicted to take 0.5, and 0.25 for each column."""
-        units, groups = self.busiest(rows, inputs)
+        units, groups = self.busiest(shapes)
         return units * (self.columns + 0.025) + groups * (0.5 + 0.25 * self.columns)
 
 
 @functools.cache
-def plan(rows: tuple[int, ...], inputs: int, most: int, multiprocessors: int) -> Plan:
-    """The plan of least cost with at most ``most`` columns, and no more blocks than its busiest block needs."""
+def plan(shapes: Shapes, most: int, multiprocessors: int) -> Plan:
+    """The plan of least cost for weights of these shapes with at most ``most`` columns, and no more blocks than its
+    busiest block needs."""
     plans = []
     for columns in range(1, most + 1):
-        units = sum(Plan(columns, 1).stretches(rows, inputs))
+        units = sum(Plan(columns, 1).stretches(shapes))
         plans.append(Plan(columns, math.ceil(units / math.ceil(units / multiprocessors))))
-    return min(plans, key=lambda how: how.cost(rows, inputs))
+    return min(plans, key=lambda how: how.cost(shapes))
 
 
 @functools.cache
@@ -117,41 +126,64 @@ def operands(mixes: Sequence[Mixture]) -> list[Mixture]:
     return found
 
 
-def launch_plan(mix: Mixture, rows: Sequence[int], reduce: bool) -> Plan:
-    """`plan` for weights of so many rows on this device."""
-    most = most_columns(mix.group_size, len(mix.bits), mix.clip is not None, reduce, shared_limit(mix.weight))
-    return plan(tuple(rows), mix.weight.shape[1], most, cuda.multiprocessors(mix.weight))
+class Piece(NamedTuple):
+    """Some rows of one of `operands`, and W~ to write, or their dW to read."""
+
+    mix: Mixture
+    rows: slice
+    target: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, inputs)."""
+        return self.rows.stop - self.rows.start, self.mix.weight.shape[1]
 
 
-def run(
-    mixes: Sequence[Mixture], how: Plan, outs: Sequence[Tensor | None] = (None,), grad: Tensor | None = None,
-    begin: int = 0, end: int = 0, partial: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Write the W~ of each, or to ``partial`` [blocks * WARPS, P] the sums <grad, Q_p> for grad = G[begin:end] of one;
-    of `operands`."""
-    (mix, *_), (precisions, rank, inputs) = mixes, mixes[0].lora_a.shape
-    bits = sum(width << (8 * p) for p, width in enumerate(mix.bits))
+def launch_plan(pieces: Sequence[Piece], reduce: bool) -> Plan:
+    """`plan` of a launch on this device."""
+    first, finest = pieces[0].mix, min(piece.mix.group_size for piece in pieces)
+    most = most_columns(finest, len(first.bits), first.clip is not None, reduce, shared_limit(first.weight))
+    return plan(tuple(piece.shape for piece in pieces), most, cuda.multiprocessors(first.weight))
+
+
+def run(pieces: Sequence[Piece], how: Plan | None = None, total: Tensor | None = None) -> None:
+    """One launch: write W~, or to ``total`` [P] the sums <dW, Q_p> over all pieces; by the usual plan if none is given.
+    All have clip ratios or none."""
+    how = how or launch_plan(pieces, total is not None)
+    mix = pieces[0].mix
+    precisions, rank, _ = mix.lora_a.shape
     weights = cuda.addresses("quant_lora_mix", mix.weight.device, [
-        value for one, out in zip(mixes, outs, strict=True) for value in (*one[:3], one.clip, out, len(one.weight))
+        value
+        for one, rows, target in pieces
+        for value in (*one[:3], one.clip, target, len(one.weight), rows.start, rows.stop, one.weight.shape[1],
+                      one.group_size)
     ])  # fmt: skip
+    partial = None if total is None else total.new_empty(how.blocks, precisions)
+    arrived = None if total is None else counters(total, 1)
+    bits = sum(width << (8 * p) for p, width in enumerate(mix.bits))
     cuda.call(
-        "quant_lora_mix", weights.buffer_info()[0], len(mixes), grad, mix.probs, partial, begin, end, inputs, rank,
-        precisions, mix.group_size, bits, cuda.DTYPES[mix.weight.dtype], *how, float(mix.scaling), on=mix.weight,
+        "quant_lora_mix", weights.buffer_info()[0], len(pieces), mix.probs, partial, total, arrived, rank, precisions,
+        bits, cuda.DTYPES[mix.weight.dtype], *how, float(mix.scaling), on=mix.weight,
     )  # fmt: skip
 
 
 def forward_all(mixes: Sequence[Mixture], outs: Sequence[Tensor], how: Plan | None = None) -> None:
-    """W~ of each of up to three with the same inputs, all with clip ratios or none, in ``outs``, by one launch and the
-    usual plan if none is given."""
-    mixes = operands(mixes)
-    run(mixes, how or launch_plan(mixes[0], [len(mix.weight) for mix in mixes], False), outs)
+    """W~ of each in ``outs``, by one launch for up to MOST. Inputs and groups may differ, what is left may not, and all
+    have clip ratios or none. The kernel takes groups of 32 or of 64 beside those of 128, so both are two launches."""
+    pieces = [Piece(mix, slice(0, len(mix.weight)), out) for mix, out in zip(operands(mixes), outs, strict=True)]
+    pieces = [piece for piece in pieces if piece.target.numel()]
+    small = {piece.mix.group_size for piece in pieces} - {128}
+    first = min(small, default=128)
+    for group in sorted(small | {first}):
+        own = [one for one in pieces if one.mix.group_size == group or (group == first and one.mix.group_size == 128)]
+        for start in range(0, len(own), MOST):
+            run(own[start : start + MOST], how)
 
 
 def forward(mix: Mixture, out: Tensor | None = None, how: Plan | None = None) -> Tensor:
     """W~, in ``out`` if there is one."""
     out = torch.empty_like(mix.weight, memory_format=torch.contiguous_format) if out is None else out
-    if out.numel():
-        forward_all([mix], [out], how)
+    forward_all([mix], [out], how)
     return out
 
 
@@ -160,20 +192,29 @@ def reduces(mix: Mixture) -> bool:
     return most_columns(mix.group_size, len(mix.bits), mix.clip is not None, True, shared_limit(mix.weight)) > 0
 
 
-def probs_gradient(mixes: Sequence[Mixture], upstream: Sequence[Upstream]) -> Tensor:
-    """dprobs of linears that share them. The library GEMM writes G, at most CHUNK of it, and the forward's kernel
-    reduces it: at 1024 tokens that GEMM is twice as fast as one with registers left for this epilogue. One sum at the
-    end adds up what all these launches left."""
-    launches: list[tuple[Mixture, Upstream, slice, Plan]] = []
-    for mix, of in zip(operands(mixes), upstream, strict=True):
-        for tile in tiles(len(mix.weight), max(256, CHUNK // mix.weight.shape[1] // 256 * 256)):
-            launches.append((mix, of, tile, launch_plan(mix, [tile.stop - tile.start], True)))
-    counts = [how.blocks * WARPS for _, _, _, how in launches]
-    sums = mixes[0].weight.new_empty(sum(counts), len(mixes[0].bits), dtype=torch.float32)
-    for (mix, of, tile, how), partial in zip(launches, sums.split(counts), strict=True):
-        grad = cuda.aligned(of.rows(tile).to(mix.weight.dtype))
-        run([mix], how, grad=grad, begin=tile.start, end=tile.stop, partial=partial)
-    return sums.sum(0).to(mixes[0].probs.dtype)
+def probs_gradient(mixes: Sequence[Mixture], upstreams: Sequence[Upstream]) -> Tensor:
+    """dprobs of linears below each other that share them, G of some of them after the other in each of ``upstreams``.
+    The library GEMM writes G, at most CHUNK of it, and the forward's kernel reduces it: at 1024 tokens that GEMM is
+    twice as fast as one with registers left for this epilogue."""
+    mixes = operands(mixes)
+    ends = [0, *itertools.accumulate(len(mix.weight) for mix in mixes)]
+    launches: list[tuple[Upstream, slice, int]] = []
+    start = 0
+    for of in upstreams:
+        step = max(256, CHUNK // mixes[0].weight.shape[1] // 256 * 256)
+        launches += [(of, tile, start) for tile in tiles(of.height, step)]
+        start += of.height
+    totals = mixes[0].weight.new_empty(len(launches), len(mixes[0].bits), dtype=torch.float32)
+    for (of, tile, start), total in zip(launches, totals, strict=True):
+        grad = cuda.aligned(of.rows(tile).to(mixes[0].weight.dtype))
+        first = start + tile.start  # of the rows of all
+        pieces = []
+        for mix, begin, end in zip(mixes, ends, ends[1:], strict=False):
+            low, high = max(begin, first), min(end, start + tile.stop)
+            if low < high:
+                pieces.append(Piece(mix, slice(low - begin, high - begin), grad[low - first : high - first]))
+        run(pieces, total=total)
+    return (totals[0] if len(launches) == 1 else totals.sum(0)).to(mixes[0].probs.dtype)
 
 
 def gradients(mix: Mixture, upstream: Upstream, want: Want) -> Gradients:

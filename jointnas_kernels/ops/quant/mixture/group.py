@@ -1,7 +1,8 @@
-"""quant_lora_linear_group: y_j = x W~_j^T + bias_j of two or three linears that read the same input (q/k/v, gate/up).
+"""quant_lora_linear_group: y_j = x W~_j^T + bias_j of up to three linears that read the same input (q/k/v, gate/up).
 
-W~ of all lie below each other, so that on a GPU one product makes all y, and dx = sum_j g_j W~_j is added up in one
-accumulator; dA and dB of all are two launches (lora.py), and dprobs, which they share, one sum. Tensor lists would cost
+W~ of all lie below each other, so that on a GPU one product makes all y. So is dx, and dL/dW~ of all, where their
+gradients lie beside each other (masked_rope and masked_swiglu see to that). dA and dB of all are two launches
+(lora.py), dprobs, which they share, is one. `mix_ahead` makes the W~ of several inputs at once. Tensor lists would cost
 200 us of flattening per call: the op takes three of everything, absent ones as None.
 """
 
@@ -30,22 +31,23 @@ def _mixes(tensors: Sequence[Tensor | None], probs: Tensor, *values: Any) -> lis
 def _forward(
     how: str, x: Tensor, probs: Tensor, w0: Tensor, a0: Tensor, b0: Tensor, c0: Tensor | None, w1: Tensor | None,
     a1: Tensor | None, b1: Tensor | None, c1: Tensor | None, w2: Tensor | None, a2: Tensor | None, b2: Tensor | None,
-    c2: Tensor | None, bias0: Tensor | None, bias1: Tensor | None, bias2: Tensor | None, scaling: float,
-    bits: Sequence[int], group_size: int, ste: str,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """The three y, then W~ of all in the dtype of x."""
+    c2: Tensor | None, bias0: Tensor | None, bias1: Tensor | None, bias2: Tensor | None, mixed: Tensor | None,
+    scaling: float, bits: Sequence[int], group_size: int, ste: str,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The three y, then W~ of all in the dtype of x, where it is not `mixed` itself."""
     layers = (w0, a0, b0, c0, w1, a1, b1, c1, w2, a2, b2, c2)
     mixes = _mixes(layers, probs, scaling, bits, group_size, ste)
-    found, mixed = products(how, x, mixes, (bias0, bias1, bias2)[: len(mixes)])
+    found, multiplied = products(how, x, mixes, (bias0, bias1, bias2)[: len(mixes)], mixed)
     first, second, third = [*found, None, None][:MOST]
-    return first, second, third, mixed
+    return first, second, third, None if multiplied is mixed else multiplied
 
 
 def _backward(
     how: str, g0: Tensor, g1: Tensor | None, g2: Tensor | None, x: Tensor | None, probs: Tensor, *rest: Any
 ) -> tuple[Tensor | None, ...]:
     """dx, dprobs, then dA_j, dB_j and dclip_j of each linear, then three dbias."""
-    *tensors, mixed, scaling, bits, group_size, ste, need = rest
+    *tensors, mixed, saved, scaling, bits, group_size, ste, need = rest
+    mixed = mixed if saved is None or not saved.numel() else saved
     mixes = _mixes(tensors, probs, scaling, bits, group_size, ste)
     biases = tensors[_PARTS * MOST :]
     of_layers, of_biases = need[2 : 2 + 3 * MOST], need[2 + 3 * MOST :]
@@ -73,8 +75,8 @@ _op = Op(
     {how: partial(_forward, how) for how in IMPLEMENTATIONS},
     {how: partial(_backward, how) for how in IMPLEMENTATIONS},
     results=MOST,
-    frozen=("w0", "w1", "w2"),
-    read_for={"x": ("probs", *_EACH), "saved0": ("x",)},
+    frozen=("w0", "w1", "w2", "mixed"),
+    read_for={"x": ("probs", *_EACH), "mixed": ("x",), "saved0": ("x",)},
     choose=_choose,
 )
 
@@ -82,9 +84,9 @@ _op = Op(
 def quant_lora_linear_group(
     x: Tensor, weights: Sequence[Tensor], lora_as: Sequence[Tensor], lora_bs: Sequence[Tensor], scaling: float,
     bits: Sequence[int], probs: Tensor, group_size: int, clips: Sequence[Tensor | None] = (), ste: str = "identity",
-    mode: str = "full", biases: Sequence[Tensor | None] = (), backend: str | None = None,
+    mode: str = "full", biases: Sequence[Tensor | None] = (), backend: str | None = None, mixed: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(`quant_lora_linear` of x for each of two or three linears with the same rank, precisions and probabilities).
+    """(`quant_lora_linear` of x for each of one to three linears with the same rank, precisions and probabilities).
 
     Args:
         x: [..., I] in any floating dtype.
@@ -92,6 +94,7 @@ def quant_lora_linear_group(
             [P, O_j, I / group_size] or None, and [O_j] or None; no clips or biases: none of any.
         probs: [P], fp32: of all.
         scaling, bits, group_size, ste, mode, backend: as in `quant_lora_linear`, of all.
+        mixed: [sum of O_j, I], what `mix_ahead` made of them; None: it is made here.
 
     Returns:
         [..., O_j] each in x's dtype, or autocast's.
@@ -101,8 +104,8 @@ def quant_lora_linear_group(
     """
     op, k = "quant_lora_linear_group", len(weights)
     clips, biases = clips or [None] * k, biases or [None] * k
-    if not 1 < k <= MOST or any(len(part) != k for part in (lora_as, lora_bs, clips, biases)):
-        raise bad(op, f"it takes two or three linears and as many of each part, got {k} weights, {len(lora_as)} "
+    if not 0 < k <= MOST or any(len(part) != k for part in (lora_as, lora_bs, clips, biases)):
+        raise bad(op, f"it takes one to three linears and as many of each part, got {k} weights, {len(lora_as)} "
                       f"lora_as, {len(lora_bs)} lora_bs, {len(clips)} clips, {len(biases)} biases")
     layers: list[Tensor | None] = []
     for weight, a, b, clip in zip(weights, lora_as, lora_bs, clips, strict=True):
@@ -112,8 +115,9 @@ def quant_lora_linear_group(
             raise bad(op, f"x has {x.shape[-1]} channels and lora_as[0] is {tuple(lora_as[0].shape)}; they do not fit "
                           f"a weight {tuple(weight.shape)} with a lora_a {tuple(a.shape)}")
         layers += [mix.weight, mix.lora_a, mix.lora_b, mix.clip]
+    if mixed is not None and mixed.shape != (sum(len(weight) for weight in weights), x.shape[-1]):
+        raise bad(op, f"mixed is {tuple(mixed.shape)}; it must be the rows of all weights by {x.shape[-1]}")
     absent = [None] * (MOST - k)
-    found = _op(
-        x.to(autocast_dtype(x) or x.dtype), mix.probs, *layers, *absent * _PARTS, *biases, *absent, *mix[5:], backend
-    )
+    x = x.to(autocast_dtype(x) or x.dtype)
+    found = _op(x, mix.probs, *layers, *absent * _PARTS, *biases, *absent, mixed, *mix[5:], backend)
     return tuple(found[:k])

@@ -48,15 +48,31 @@ def _mixed(how: str, mixes: Sequence[Mixture]) -> Tensor:
 
 
 def products(
-    how: str, x: Tensor, mixes: Sequence[Mixture], biases: Sequence[Tensor | None]
+    how: str, x: Tensor, mixes: Sequence[Mixture], biases: Sequence[Tensor | None], mixed: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """The y of each linear, and W~ in the dtype of x. On a GPU one product: the y are views of its result."""
+    """The y of each linear, and W~ in the dtype of x; `mixed`: it is there. On a GPU one product: the y are views of
+    its result."""
     with without_autocast(x):
-        mixed, sizes = _mixed(how, mixes).to(x.dtype), [len(mix.weight) for mix in mixes]
+        mixed = (_mixed(how, mixes) if mixed is None else mixed).to(x.dtype)
+        sizes = [len(mix.weight) for mix in mixes]
         if how in ON_GPU and all(b is None for b in biases):
             return list(F.linear(x, mixed).split(sizes, dim=-1)), mixed
         parts = zip(mixed.split(sizes), biases, strict=True)
         return [F.linear(x, part, None if bias is None else bias.to(x.dtype)) for part, bias in parts], mixed
+
+
+def beside(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Matrices [T, O_j]; those that lie beside each other in memory are one."""
+    found = [grads[0]]
+    for grad in grads[1:]:
+        last = found[-1]
+        at, width = last.storage_offset(), last.shape[1]
+        together = grad.untyped_storage()._cdata == last.untyped_storage()._cdata and grad.stride() == last.stride()
+        if together and grad.stride(1) == 1 and grad.storage_offset() == at + width <= at + grad.stride(0):
+            found[-1] = last.as_strided((len(last), width + grad.shape[1]), last.stride())
+        else:
+            found.append(grad)
+    return found
 
 
 class Need(NamedTuple):
@@ -75,19 +91,20 @@ def gradients(
     dx = dprobs = None
     sums: list[Gradients] = [(None, None, None, None)] * len(mixes)
     flat = [g.reshape(-1, g.shape[-1]) for g in grads]
+    joined = beside(flat)
     if need.x and mixed is not None:
-        for g, part in zip(flat, mixed.split([len(mix.weight) for mix in mixes]), strict=True):
+        for g, part in zip(joined, mixed.split([g.shape[1] for g in joined]), strict=True):
             dx = g @ part if dx is None else dx.addmm_(g, part)
         assert dx is not None
         dx = dx.view(*grads[0].shape[:-1], mixed.shape[1])
     if x is not None:  # else no other gradient is wanted
         x2, rank_only = x.reshape(-1, x.shape[-1]), need.lora and mixes[0].ste == "identity"
         want = Want(need.lora and not rank_only, need.probs, need.clip)
-        upstream = [Upstream(g, x2) for g in flat]
         if how == "cuda" and want == (False, True, False) and all(map(cuda.reduces, mixes)):
-            dprobs = cuda.probs_gradient(mixes, upstream)
+            dprobs = cuda.probs_gradient(mixes, [Upstream(g, x2) for g in joined])
         elif any(want):
-            sums = [IMPLEMENTATIONS[how].gradients(mix, g, want) for mix, g in zip(mixes, upstream, strict=True)]
+            pairs = zip(mixes, flat, strict=True)
+            sums = [IMPLEMENTATIONS[how].gradients(mix, Upstream(g, x2), want) for mix, g in pairs]
             for _, _, one, _ in sums:
                 dprobs = one if dprobs is None or one is None else dprobs + one
         if rank_only:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jointnas_kernels.errors import unknown
@@ -75,6 +76,25 @@ def checked(op: str, mix: Mixture, mode: str) -> Mixture:
     if clip is not None and (ste == "identity" or mode == "arch"):
         clip = clip.detach()
     return Mixture(weight, lora_a, lora_b, probs, clip, scaling, bits, group_size, ste)
+
+
+@torch.no_grad()
+def mix_ahead(inputs: Sequence[Sequence[Mixture]], backend: str | None = None) -> list[Tensor | None]:
+    """W~ of the linears of each input below each other, [sum of O, I], of all inputs by one launch; without gradients:
+    for `quant_lora_linear_group`, which has them. All linears have the same probabilities. None for each where the CUDA
+    kernel is not what runs: elsewhere nothing is gained by making them at once."""
+    every = [mix for mixes in inputs for mix in mixes]
+    alike = {(m.scaling, tuple(m.bits), m.lora_a.shape[1], m.clip is None, m.weight.dtype) for m in every}
+    if len(alike) > 1 or any(choose(*mix, backend) != "cuda" for mix in every):
+        return [None] * len(inputs)
+    found = [mixes[0].weight.new_empty(sum(len(m.weight) for m in mixes), mixes[0].weight.shape[1]) for mixes in inputs]
+    parts = [
+        part
+        for mixes, of in zip(inputs, found, strict=True)
+        for part in of.split([len(mix.weight) for mix in mixes])
+    ]
+    cuda.forward_all(every, parts)
+    return [*found]
 
 
 def quant_lora_mix(

@@ -55,6 +55,11 @@ class Upstream(NamedTuple):
     grad: Tensor
     x: Tensor | None = None
 
+    @property
+    def height(self) -> int:
+        """O."""
+        return self.grad.shape[0 if self.x is None else 1]
+
     def rows(self, tile: slice) -> Tensor:
         """G[tile]."""
         return self.grad[tile] if self.x is None else self.grad[:, tile].T @ self.x
