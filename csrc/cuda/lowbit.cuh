@@ -18,14 +18,14 @@ struct LowbitArgs {
   const int* act_zero;        // [M]; null for 16-bit activations
   const float* row_sum;       // [O], sums of q * scale over the inputs, for the zero points; or null
   void* y;                    // [M, O] dtype
-  float* partial;             // [splits, M, O] if splits > 1
+  float* partial;             // [splits, M, O] if splits > 1; stripe: see there
   int* locks;                 // [kLocks], zero before and after, if splits > 1
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
-  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile, wgmma), 16 or 32 (int8),
-                              // 2 to 32 (half); bitplane: tiles of 8 token planes, 1, 2 or 4
+  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 4 or 8 (stripe), 8 or 16 (tile, wgmma),
+                              // 16 or 32 (int8), 2 to 32 (half); bitplane: tiles of 8 token planes, 1, 2 or 4
   int warp_rows;              // stream, bitplane: 64-row strips per block: 1, 2, 4 or 8
-  int splits;                 // blocks along the inputs
+  int splits;                 // blocks along the inputs; stripe: of a pass over all rows and inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
   int a_bits;                 // bitplane: planes per token
   int cluster;                // int8, half: blocks that share their tokens' copies, 1 or 2; half also 4

@@ -68,6 +68,7 @@ template <class T> JN_DEVICE uint32_t larger2(uint32_t a, uint32_t b);
 
 // ---- conversions, round to nearest even ----
 JN_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
+JN_DEVICE uint32_t float_bits(float f) { return __float_as_uint(f); }
 JN_DEVICE float to_float(float v) { return v; }
 JN_DEVICE float to_float(F16 v) {
   float f;
@@ -148,6 +149,16 @@ JN_DEVICE void cp_async16(void* dst, const void* src, bool valid) {
 JN_DEVICE void cp_async16(void* dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(dst)), "l"(src) : "memory");
 }
+// The same of what nobody reads again: L2 gives its place away first.
+JN_DEVICE uint64_t read_once() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  return policy;
+}
+JN_DEVICE void cp_async16_once(void* dst, const void* src, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0],[%1],16,%2;" ::"r"(shared_address(dst)), "l"(src),
+               "l"(policy) : "memory");
+}
 JN_DEVICE void cp_async4(void* dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(shared_address(dst)), "l"(src) : "memory");
 }
@@ -175,7 +186,12 @@ JN_DEVICE void ldmatrix4(uint32_t (&a)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(shared_address(row)) : "memory");
 }
-JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by other blocks: L1 may be stale
+// Written by other blocks: L1 may be stale.
+JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }
+JN_DEVICE Vec4 load16_l2(const void* p) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
 
 // ---- threads ----
 JN_DEVICE void sync_threads() { __syncthreads(); }

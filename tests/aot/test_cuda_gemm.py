@@ -16,6 +16,7 @@ needs_nvcc = pytest.mark.skipif(not Path(sass.nvcc()).exists(), reason="nvcc is 
 # file: instructions that must be there. IMMA / HMMA: tensor cores; LDGSTS: cp.async.
 SOURCES = {
     "lowbit_stream": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
+    "lowbit_stripe": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDG.E.128.STRONG.GPU"),
     "lowbit_tile": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
     "lowbit_wgmma": ("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
     "lowbit_half": ("HGMMA.64x64x16.F32.BF16", "HGMMA.64x16x16.F32 ", "UBLKCP.S.G.MULTICAST", "USETMAXREG"),

@@ -325,6 +325,8 @@ inline void cp_async16(void* dst, const void* src, bool valid) {
   fiber().open.push_back({dst, src, valid});
 }
 inline void cp_async16(void* dst, const void* src) { cp_async16(dst, src, true); }
+inline uint64_t read_once() { return 0; }
+inline void cp_async16_once(void* dst, const void* src, uint64_t) { cp_async16(dst, src); }
 inline void cp_async4(void* dst, const void* src) {
   std::memset(dst, 0xFF, 4);
   fiber().open.push_back({dst, src, true, 4});
@@ -368,6 +370,7 @@ inline void ldmatrix4(uint32_t (&a)[4], const void* row) {
   std::memcpy(a, out.a, 16);
 }
 inline float load_l2(const float* p) { return *p; }
+inline Vec4 load16_l2(const void* p) { return load_readonly(p); }
 
 inline void sync_threads() {
   emu::Block& b = emu::block();
