@@ -66,7 +66,7 @@ def chosen_today(rows: list[Row]) -> list[Row]:
         bits, tokens = int(p["scheme"].split("a")[1]), p["m"]
         if bits == 16:
             few = "stream" if tokens <= STREAM_TOKENS[16] else "stripe"
-            today = ("half", few if tokens <= STRIPE_TOKENS else "dense")
+            today: tuple[str, ...] = ("half", few if tokens <= STRIPE_TOKENS else "dense")
         else:
             today = ("stream",) if tokens <= STREAM_TOKENS[bits] else ("int8", "wgmma", "tile")
         of_its_day = "stream" if tokens <= 32 else "dense" if tokens >= 2048 else "wgmma"

@@ -23,7 +23,7 @@ template <int BITS, int NT> struct Shape {
   static constexpr int tile_bytes = BITS * 256, warp_bytes = kWarpTiles * (tile_bytes + 32);  // weights, then scales
   static constexpr int stage_bytes = token_bytes + kWarps * warp_bytes;
   static constexpr int fit = 160 * 1024 / stage_bytes;  // sm_80 has 163 KB
-  // 41 KB or more on their way (W2, 32 tokens): bandwidth x latency is 15 KB per SM of an A100, 26 KB of an H200
+  // 26 KB of weights or more on their way (W2): bandwidth x latency is 15 KB per SM of an A100, 26 KB of an H200
   static constexpr int stages = fit > 4 ? 4 : fit;
   static_assert(stages >= 3);
   static constexpr int bytes = stages * stage_bytes + 16;  // and a flag

@@ -33,6 +33,12 @@ JN_DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Four bits: nibbles 0 to 7 of a register are neighbours along the 64 inputs. Emulated, slowly, from sm_90 on.
+JN_DEVICE void mma_m16n8k64_s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 // c[i][j] += popcount(A row i AND B column j) over 128 bits; `low`, `high`: rows g and g + 8
 JN_DEVICE void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
@@ -49,6 +55,12 @@ JN_DEVICE uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) {
 JN_DEVICE uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) {
   uint32_t d;
   asm("lop3.b32 %0,%1,%2,%3,0x6A;" : "=r"(d) : "r"(v), "r"(mask), "r"(bits));
+  return d;
+}
+
+JN_DEVICE uint32_t bits_of(uint32_t a, uint32_t mask, uint32_t b) {  // a's where the mask has ones, otherwise b's
+  uint32_t d;
+  asm("lop3.b32 %0,%1,%2,%3,0xE2;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
   return d;
 }
 

@@ -131,6 +131,34 @@ def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
     assert not weight.tensors[3].any()
 
 
+@pytest.mark.parametrize(
+    ("w_bits", "a_bits", "dtype"), [(2, 2, DTYPES[0]), (2, 4, DTYPES[1]), (4, 4, DTYPES[0]), (8, 4, DTYPES[1])], ids=str
+)
+@pytest.mark.parametrize(("shape", "plan"), [((70, 150, 384), (8, 1)), ((130, 129, 1280), (16, 3))], ids=str)
+def test_four_bits_multiply_as_bytes_do(shape, plan, w_bits, a_bits, dtype, monkeypatch):
+    """Before sm_90 they have instructions of their own: the same results, bit for bit."""
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
+    x = torch.randn(tokens, inputs).to(dtype)
+    a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+
+    def multiply(levels: torch.Tensor) -> torch.Tensor:
+        how = lowbit_cuda.Plan(plan[0], splits=plan[1])
+        with poisoned():
+            return lowbit_cuda.multiply("tile", levels, weight, (s, z), how, a_bits=a_bits)
+
+    bytewise = multiply(a)
+    assert_close(bytewise, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
+    extremes = a.clone()
+    extremes[0], extremes[1] = -(1 << (a_bits - 1)), (1 << (a_bits - 1)) - 1
+    too_large, most = multiply(a * 8), multiply(extremes)
+    monkeypatch.setenv("JN_EMULATED_CAPABILITY", "80")
+    assert torch.equal(multiply(a), bytewise)
+    assert torch.equal(multiply(extremes), most)
+    assert torch.equal(multiply(a * 8), too_large) == (w_bits == 8), "levels of more bits are cut"
+
+
 @pytest.mark.parametrize(("w_bits", "dtype"), [(2, DTYPES[0]), (4, DTYPES[1]), (8, DTYPES[0])], ids=str)
 @pytest.mark.parametrize(
     ("shape", "plan"),

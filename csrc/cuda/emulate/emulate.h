@@ -270,6 +270,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t order) {
   return d;
 }
 inline uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
+inline uint32_t bits_of(uint32_t a, uint32_t mask, uint32_t b) { return (a & mask) | (b & ~mask); }
 inline uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) ^ bits; }
 
 struct MmaIn { uint32_t a[4], b[2]; uint32_t c[4]; };
@@ -308,6 +309,13 @@ inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
   mma(c, a, b0, b1, [](uint32_t x, uint32_t y) {
     int s = 0;
     for (int i = 0; i < 4; ++i) s += int(int8_t(x >> (8 * i))) * int(int8_t(y >> (8 * i)));
+    return s;
+  });
+}
+inline void mma_m16n8k64_s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint32_t x, uint32_t y) {
+    int s = 0;
+    for (int up = 28; up >= 0; up -= 4) s += (int(x << up) >> 28) * (int(y << up) >> 28);
     return s;
   });
 }
@@ -391,7 +399,10 @@ inline void wait_dependencies() {}
 }  // namespace jointnas::ptx
 
 namespace jointnas {
-inline int compute_capability() { return 90; }
+inline int compute_capability() {
+  const char* given = std::getenv("JN_EMULATED_CAPABILITY");
+  return given ? std::atoi(given) : 90;
+}
 template <class... P, class... A>
 int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, int cluster, bool,
                    A... args) {

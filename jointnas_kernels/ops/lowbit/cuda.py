@@ -134,7 +134,7 @@ def quantize_pack(x: Tensor, bits: int, symmetric: bool = False, layout: int = 0
 
 def multiply(
     kernel: str, x: Tensor, weight: LowbitWeight, activation: Sequence[Tensor] | None = None, plan: Plan | None = None,
-    early: bool = True,
+    early: bool = True, a_bits: int = 8,
 ) -> Tensor:  # fmt: skip
     """y [M, O] in the scales' dtype of x [M, I], or of a and ``activation`` (scale, zero) of `quantize_pack` in
     ACT_LAYOUTS[kernel].
@@ -142,14 +142,13 @@ def multiply(
     Kernels are "stream" and "bitplane" (few tokens), "stripe" (more), "tile" and on sm_90a "wgmma", "int8" and "half"
     (many); bitplane, wgmma and int8 take quantized activations only, stripe and half others only, and bitplane alone
     weights of bit-planes. ``early``: stream, bitplane and stripe may fetch weights before the previous kernel has ended
-    (sm_90); it must not have written them.
+    (sm_90); it must not have written them. ``a_bits`` of the levels: tile multiplies 4 and less as such before sm_90.
     """
     tiles, scale, row_sum, locks = weight.tensors
     (act_scale, act_zero), rows, inputs = activation or (None, None), weight.outputs, weight.inputs
-    tokens, a_bits = len(x), 16
-    if act_scale is not None:
-        tokens = act_scale.numel()
-        a_bits = x.shape[1] * 8 // inputs  # read by bitplane only: the others' levels take 8 bits whatever their width
+    tokens = len(x) if act_scale is None else act_scale.numel()
+    if act_scale is None or kernel == "bitplane":
+        a_bits = 16 if act_scale is None else x.shape[1] * 8 // inputs
     early = early and kernel in ("stream", "bitplane", "stripe")
     plan = plan or usual_plan(kernel, tokens, rows, inputs, weight.w_bits, a_bits, cuda.multiprocessors(x))
     if kernel == "half" and activation is None:
@@ -196,4 +195,4 @@ def product(
     if a_bits == 16:
         return multiply(kernel, x, weight, None, plan)
     a, *activation = quantize_pack(x, a_bits, symmetric, ACT_LAYOUTS[kernel])
-    return multiply(kernel, a, weight, activation, plan)
+    return multiply(kernel, a, weight, activation, plan, a_bits=a_bits)
