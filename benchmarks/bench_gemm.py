@@ -26,7 +26,7 @@ from jointnas_kernels.latency import OpSpec, Target, Workload
 from jointnas_kernels.latency.backends import Gemlite, Humming, Marlin
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
-from jointnas_kernels.ops.lowbit.choice import INT8_TOKENS, STREAM_TOKENS, chosen
+from jointnas_kernels.ops.lowbit.choice import INT8_TOKENS, STREAM_TOKENS, STRIPE_TOKENS, chosen
 from jointnas_kernels.ops.quant.spec import quantize_tokens
 
 GROUP = 128
@@ -146,7 +146,7 @@ def variants(x: Tensor, a_bits: int) -> dict[str, Callable[[Any], Tensor]]:
             a, s, z = lowbit_cuda.quantize_pack(x, a_bits, layout=lowbit_cuda.ACT_LAYOUTS[kernel])
             found[name] = partial(given, kernel, a, (s, z))
     elif x.shape[0] >= 64:
-        for kernel in (*(("stream",) if x.shape[0] == 64 else ()), *(("half",) if hopper else ()), "tile"):
+        for kernel in (*(("stripe",) if x.shape[0] <= STRIPE_TOKENS else ()), *(("half",) if hopper else ()), "tile"):
             found[f"ours, {kernel}"] = partial(given, kernel, x, None)
         found["ours, dense"] = lambda w: x @ lowbit_cuda.dense(w).t()
     return found
@@ -264,7 +264,7 @@ def planned(x: Tensor, case: Case, a_bits: int, sms: int) -> dict[tuple[str, Any
         operand, s, z = lowbit_cuda.quantize_pack(x, a_bits)
         activation = (s, z)
     found: dict[tuple[str, Any, bool], Callable[[Any], Tensor]] = {}
-    default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, case.bits, sms)
+    default = lowbit_cuda.stream_plan(tokens, case.rows, case.inputs, case.bits, a_bits, sms)
     for warp_rows in (1, 2, 4) if tokens <= 64 else ():
         for splits in (1, 2, 3, 4, 6, 8):
             plan = default._replace(warp_rows=warp_rows, splits=splits)

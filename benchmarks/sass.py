@@ -44,7 +44,8 @@ class Item:
 
     ``kernel`` is a pattern of its mangled name, ``loop`` of an instruction of its main loop (`Code.loop`); without
     ``loop`` the whole kernel counts. ``per``: what one trip of one warp does. ``warps``: trips of all warps in
-    ``product``, which moves ``bytes`` to or from memory.
+    ``product``, which moves ``bytes`` to or from memory; where SMs have unequal shares, as many as if all
+    were as busy as the busiest (`_uneven`).
     """
 
     name: str
@@ -71,7 +72,7 @@ class Gpu:
     hertz: float
     copy: float  # bytes per second
     lanes: dict[str, int]  # of a pipe, per clock and SM
-    tensor: dict[str, float]  # multiply-adds per clock and SM by instruction
+    tensor: dict[str, float]  # multiply-adds per clock and SM by instruction, or by instruction and shape
 
     @staticmethod
     def rate(operations: float, sms: int, hertz: float) -> float:
@@ -87,7 +88,8 @@ GPUS = {
     ),
     "80": Gpu(
         "A100", *A100, 1.7e12, {"FMA": 64, "ALU": 64, "XU": 16, "memory": 32},
-        {"HMMA": Gpu.rate(312e12, *A100), "IMMA": Gpu.rate(624e12, *A100), "BMMA": Gpu.rate(4.992e15, *A100)},
+        {"HMMA": Gpu.rate(312e12, *A100), "IMMA": Gpu.rate(624e12, *A100),
+         "IMMA.16864": Gpu.rate(1248e12, *A100), "BMMA": Gpu.rate(4.992e15, *A100)},
     ),
 }  # fmt: skip
 
@@ -118,6 +120,11 @@ def _product(tokens: int, bits: int, token_bytes: int) -> float:
     return _weights(bits) + tokens * 8192 * (token_bytes + 2)
 
 
+def _uneven(trips: int, arch: str) -> int:
+    """Of the busiest SM's ``trips``."""
+    return trips * GPUS[arch].sms
+
+
 ITEMS = (
     *(
         Item(f"int8, W{bits}A8, {n} tokens", "lowbit_int8", "90a", rf"int8_kernelINS_4BF16ELi{bits}ELi{n}E", "IGMMA",
@@ -126,9 +133,10 @@ ITEMS = (
         for bits, n in ((4, 256), (4, 128), (8, 256))
     ),
     *(
-        Item(f"tile, W4A8, 128 tokens, sm_{arch}", "lowbit_tile", arch, r"tile_kernelINS_4BF16ELi4ELi8ELb1E", "IMMA",
-             "group, 32 rows x 64 tokens", "W4A8 8192², M = 512", TILES / 2 * GROUPS * 8, _product(512, 4, 1))
-        for arch in ("80", "90a")
+        Item(f"tile, W{bits}A{a_bits}, 128 tokens, sm_{arch}", "lowbit_tile", arch,
+             rf"tile_kernelINS_4BF16ELi{bits}ELi8ELi{a_bits}E", "IMMA", "group, 32 rows x 64 tokens",
+             f"W{bits}A{a_bits} 8192², M = 512", TILES / 2 * GROUPS * 8, _product(512, bits, 1))
+        for arch, bits, a_bits in (("80", 4, 8), ("80", 4, 4), ("80", 2, 4), ("90a", 4, 8))
     ),
     *(
         Item(f"stream, W{bits}A8, {8 * nt} tokens, sm_{arch}", "lowbit_stream", arch,
@@ -136,6 +144,18 @@ ITEMS = (
              f"W{bits}A8 8192², M = {8 * nt if nt > 1 else 1}", TILES / 4 * GROUPS,
              _product(8 * nt if nt > 1 else 1, bits, 1))
         for arch in ("80", "90a") for bits, nt in ((4, 1), (4, 4), (2, 1))
+    ),
+    *(  # a block has 128 of the rows, so that 64 of 108 SMs have one
+        Item(f"stream, W4A16, {8 * nt} tokens, sm_80", "lowbit_stream", "80",
+             rf"stream_kernelINS_4BF16E.*HalfMathIS1_Li4ELi{nt}EE", "HMMA", f"group, 64 rows x {8 * nt} tokens",
+             f"W4A16 8192², M = {m}", _uneven(2 * GROUPS, "80"), _product(m, 4, 2))
+        for nt, m in ((1, 1), (2, 16))
+    ),
+    *(
+        Item(f"W4A16, M = {m}, sm_{arch}", "lowbit_stripe", arch, rf"stripe_kernelINS_4BF16ELi4ELi{nt}E", "HMMA",
+             f"group, 32 rows x {8 * nt} tokens", f"W4A16 8192², M = {m}",
+             _uneven(8 * -(-(TILES // 16 * GROUPS) // GPUS[arch].sms), arch), _product(m, 4, 2))
+        for arch, nt, m in (("80", 4, 32), ("80", 8, 64), ("90a", 4, 32))
     ),
     Item("planes, W2A8, 1 token, sm_90a", "lowbit_bitplane", "90a",
          r"stream_kernelINS_4BF16E.*PlaneMathILi2ELi8ELi1EE", "BMMA", "group, 64 rows x 8 planes",
@@ -288,7 +308,8 @@ def clocks(counts: dict[str, int], gpu: Gpu) -> dict[str, float]:
         name = kind(instruction)
         pipe = KINDS[name][1]
         if name == "tensor":
-            found[pipe] += n * multiply_adds(instruction) / gpu.tensor[instruction.split(".")[0]]
+            what, shape, *_ = instruction.split(".")
+            found[pipe] += n * multiply_adds(instruction) / gpu.tensor.get(f"{what}.{shape}", gpu.tensor[what])
         elif pipe:
             words = {"64": 2, "128": 4}.get(instruction.split(".")[-1], 1) if pipe == "memory" else 1
             found[pipe] += n * words * 32 / (min(64, gpu.lanes[pipe]) if name == "IMAD" else gpu.lanes[pipe])

@@ -12,7 +12,7 @@ from benchmarks.model_sections import decode, depth, depth_plot, gguf, memory, p
 from benchmarks.rows import PLOTS, Row, gigabytes, one_shape, pick, seconds, slug, table, where
 from jointnas import plots
 from jointnas_kernels.latency.schema import Calibration
-from jointnas_kernels.ops.lowbit.choice import STREAM_TOKENS
+from jointnas_kernels.ops.lowbit.choice import STREAM_TOKENS, STRIPE_TOKENS
 
 
 def masks(rows: list[Row], device: str) -> str:
@@ -64,8 +64,11 @@ def chosen_today(rows: list[Row]) -> list[Row]:
             found.append(row)
             continue
         bits, tokens = int(p["scheme"].split("a")[1]), p["m"]
-        few, many = (("half", "stream"), ("half", "dense")) if bits == 16 else (("stream",), ("int8", "wgmma", "tile"))
-        today = few if tokens <= STREAM_TOKENS[bits] else many
+        if bits == 16:
+            few = "stream" if tokens <= STREAM_TOKENS[16] else "stripe"
+            today: tuple[str, ...] = ("half", few if tokens <= STRIPE_TOKENS else "dense")
+        else:
+            today = ("stream",) if tokens <= STREAM_TOKENS[bits] else ("int8", "wgmma", "tile")
         of_its_day = "stream" if tokens <= 32 else "dense" if tokens >= 2048 else "wgmma"
         timed = row["extra"].get("kernel", of_its_day if bits == 16 else today[0])
         if timed in today:

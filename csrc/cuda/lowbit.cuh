@@ -18,16 +18,16 @@ struct LowbitArgs {
   const int* act_zero;        // [M]; null for 16-bit activations
   const float* row_sum;       // [O], sums of q * scale over the inputs, for the zero points; or null
   void* y;                    // [M, O] dtype
-  float* partial;             // [splits, M, O] if splits > 1
+  float* partial;             // [splits, M, O] if splits > 1; stripe: see there
   int* locks;                 // [kLocks], zero before and after, if splits > 1
   int tokens, rows, inputs;   // M, O, I
   int w_bits, dtype;
-  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 8 or 16 (tile, wgmma), 16 or 32 (int8),
-                              // 2 to 32 (half); bitplane: tiles of 8 token planes, 1, 2 or 4
+  int token_tiles;            // 8-token tiles per block: 1, 2 or 4 (stream), 4 or 8 (stripe), 8 or 16 (tile, wgmma),
+                              // 16 or 32 (int8), 2 to 32 (half); bitplane: tiles of 8 token planes, 1, 2 or 4
   int warp_rows;              // stream, bitplane: 64-row strips per block: 1, 2, 4 or 8
-  int splits;                 // blocks along the inputs
+  int splits;                 // blocks along the inputs; stripe: of a pass over all rows and inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
-  int a_bits;                 // bitplane: planes per token
+  int a_bits;                 // bitplane: planes per token; tile: bits of int8 levels
   int cluster;                // int8, half: blocks that share their tokens' copies, 1 or 2; half also 4
 };
 
@@ -173,6 +173,20 @@ JN_DEVICE void spread_steps(const uint32_t (&w)[2 * BITS], uint32_t (&a)[COUNT][
   a[I / 4][I % 4] = spread<BITS, f % per_word>(w[f / per_word]);
   if constexpr (I + 1 < 4 * COUNT) spread_steps<BITS, FROM, COUNT, I + 1>(w, a);
 }
+// For mma.m16n8k64.s4, of which a tile has 2: 32 inputs of rows g (low) and g + 8 (high), the I-th ones of a vector, as
+// signed nibbles, times 2^(4-BITS). Nibble 2j + s is byte j of s.
+template <int BITS, int I> JN_DEVICE void spread_nibbles(const uint32_t (&w)[4], uint32_t& low, uint32_t& high) {
+  constexpr uint32_t signs = 0x88888888u;
+  if constexpr (BITS == 4) {  // a byte of word 2I + s holds both rows
+    low = ptx::and_xor(w[2 * I + 1] << 4, 0xf0f0f0f0u, ptx::and_xor(w[2 * I], 0x0f0f0f0fu, signs));
+    high = ptx::and_xor(w[2 * I + 1], 0xf0f0f0f0u, ptx::and_xor(w[2 * I] >> 4, 0x0f0f0f0fu, signs));
+  } else {  // a byte of word I: both rows of s = 0, then of s = 1
+    low = ptx::and_xor(w[I] << 2, 0xccccccccu, signs);
+    high = ptx::and_xor(w[I], 0xccccccccu, signs);
+  }
+}
+// A token's levels in that order, from their bytes (place_in_token).
+JN_DEVICE uint32_t pair_nibbles(uint32_t s0, uint32_t s1) { return ptx::bits_of(s0, 0x0f0f0f0fu, s1 << 4); }
 template <int BITS> JN_DEVICE void spread_tile(const uint32_t (&w)[2 * BITS], uint32_t (&a)[4][4]) {
   spread_steps<BITS, 0, 4>(w, a);
 }

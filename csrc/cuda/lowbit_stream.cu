@@ -9,7 +9,7 @@ template <int BITS, int NT> constexpr int stream_warps = BITS == 8 || NT > 1 ? 8
 
 // 16-bit activations: T is F16 or BF16.
 template <class T, int BITS, int NT> struct HalfMath {
-  static constexpr int kWarps = stream_warps<BITS, NT>, kTogether = NT < 4 ? 2 : 1, kColumns = 1;
+  static constexpr int kWarps = stream_warps<BITS, NT>, kTogether = 2, kColumns = 1;
   static constexpr float kUnit = 1;
   using Sum = float;
   using Words = uint32_t[kTogether][2 * BITS];
@@ -94,11 +94,13 @@ template <int BITS, int NT> struct IntMath {
 // Few tokens: each warp streams weights of its own, once.
 int lowbit_stream(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  return dispatch([&](auto type, auto bits, auto tiles) {
-    using T = Half<type>;
-    return p.act_scale ? run_stream<T, IntMath<bits, tiles>, bits, tiles>(p, stream)
-                       : run_stream<T, HalfMath<T, bits, tiles>, bits, tiles>(p, stream);
-  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<1, 2, 4>{p.token_tiles});
+  const Type type{p.dtype};
+  const OneOf<2, 4, 8> bits{p.w_bits};
+  return p.act_scale ? dispatch([&](auto type, auto bits, auto tiles) {
+    return run_stream<Half<type>, IntMath<bits, tiles>, bits, tiles>(p, stream);
+  }, type, bits, OneOf<1, 2, 4>{p.token_tiles}) : dispatch([&](auto type, auto bits, auto tiles) {
+    return run_stream<Half<type>, HalfMath<Half<type>, bits, tiles>, bits, tiles>(p, stream);
+  }, type, bits, OneOf<1, 2>{p.token_tiles});  // of 16 bits lowbit_stripe has more
 }
 JN_EXPORT(lowbit_stream);
 

@@ -33,12 +33,13 @@ template <int BYTES> JN_HOST_DEVICE constexpr int swizzle(int token, int v) {
   return BYTES == 2 ? v ^ (token % 2 * 4) : v ^ (token % 2);
 }
 
-template <class T, int BITS, int NT, bool QUANTIZED>
+// ABITS: 16, 8 or 4 bits of activations; levels of 4 bits are stored as bytes, too.
+template <class T, int BITS, int NT, int ABITS>
 __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
   JN_DYNAMIC_SHARED(shared);
-  constexpr int bytes = QUANTIZED ? 1 : 2;
+  constexpr int bytes = ABITS == 16 ? 2 : 1;
   using S = Shape<BITS, NT, bytes>;
-  using Sum = std::conditional_t<QUANTIZED, int, float>;
+  using Sum = std::conditional_t<ABITS == 16, float, int>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp % 4 * kWarpTiles, warp_token = warp / 4 * NT * 8;
   const int tiles = (p.rows + kTileRows - 1) / kTileRows, groups = p.inputs / kGroup;
@@ -114,7 +115,30 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
       }
     };
     constexpr int per_word = 8 / BITS;
-    if constexpr (QUANTIZED) {
+    if constexpr (ABITS == 4) {
+#if defined(JN_EMULATE) || __CUDA_ARCH__ < 900
+      auto step = [&](auto index) {  // 64 inputs: fields 8J .. 8J + 7, a vector of W4 and half a one of W2
+        constexpr int J = decltype(index)::value, first = BITS == 4 ? 0 : 2 * J;  // among the words of the vector
+        if constexpr (J * BITS % 4 == 0) read(J * BITS / 4);
+        uint32_t a[kWarpTiles][4];
+#pragma unroll
+        for (int r = 0; r < kWarpTiles; ++r) {
+          spread_nibbles<BITS, first>(w[r], a[r][0], a[r][1]);
+          spread_nibbles<BITS, first + 1>(w[r], a[r][2], a[r][3]);
+        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const int token = warp_token + 8 * n + g;
+          const Vec4 b = *reinterpret_cast<const Vec4*>(tokens + (token * 8 + swizzle<1>(token, 2 * t + J)) * 16);
+          const uint32_t b0 = pair_nibbles(b.w[0], b.w[1]), b1 = pair_nibbles(b.w[2], b.w[3]);
+#pragma unroll
+          for (int r = 0; r < kWarpTiles; ++r) ptx::mma_m16n8k64_s4(sum[r][n], a[r], b0, b1);
+        }
+      };
+      step(std::integral_constant<int, 0>{});
+      step(std::integral_constant<int, 1>{});
+#endif
+    } else if constexpr (ABITS == 8) {
       auto step = [&](auto index) {  // 32 inputs: fields 4I .. 4I + 3
         constexpr int I = decltype(index)::value, f = 4 * I, word = f / per_word;
         if constexpr (word % 4 == 0 && f % per_word == 0) read(word / 4);
@@ -196,26 +220,29 @@ __global__ void __launch_bounds__(kThreads, 1) tile_kernel(const LowbitArgs p) {
       for (int c = 0; c < 4; ++c)
         sums[(warp_token + 8 * n + 2 * t + c % 2) * kPitch + (warp_row + r) * kTileRows + g + c / 2 * 8] = acc[r][n][c];
   ptx::sync_threads();
-  constexpr float unit = 1.0f / (1 << (8 - BITS));
+  constexpr float unit = 1.0f / (1 << (ABITS == 4 ? 4 - BITS : 8 - BITS));
   finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockRows, first_token, S::tokens, shared,
                   [&](int token, int row) { return sums[token * kPitch + row]; });
 }
 
-template <class T, int BITS, int NT, bool QUANTIZED> int run(const LowbitArgs& p, cudaStream_t stream) {
-  using S = Shape<BITS, NT, QUANTIZED ? 1 : 2>;
+template <class T, int BITS, int NT, int ABITS> int run(const LowbitArgs& p, cudaStream_t stream) {
+  using S = Shape<BITS, NT, ABITS == 16 ? 2 : 1>;
   const int block_rows = kBlockTiles * kTileRows;
   const dim3 grid((p.rows + block_rows - 1) / block_rows, p.splits, (p.tokens + S::tokens - 1) / S::tokens);
   if (!locked(p, grid)) return kBadArgument;
-  return launch(tile_kernel<T, BITS, NT, QUANTIZED>, grid, dim3(kThreads), S::bytes, stream, p.early != 0, p);
+  return launch(tile_kernel<T, BITS, NT, ABITS>, grid, dim3(kThreads), S::bytes, stream, p.early != 0, p);
 }
 }  // namespace
 
-// Many tokens: blocks of 128 rows x 64 or 128 tokens.
+// Many tokens: blocks of 128 rows x 64 or 128 tokens. Weights and levels of at most 4 bits multiply as such where the
+// tensor cores have it, before sm_90.
 int lowbit_tile(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  return dispatch([&](auto type, auto bits, auto tiles, auto quantized) {
-    return run<Half<type>, bits, tiles / 2, quantized != 0>(p, stream);
-  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<8, 16>{p.token_tiles}, OneOf<0, 1>{p.act_scale != nullptr});
+  const bool four = p.a_bits <= 4 && p.w_bits <= 4 && compute_capability() < 90;
+  return dispatch([&](auto type, auto bits, auto tiles, auto levels) {
+    if constexpr (bits == 8 && levels == 4) return kBadArgument;
+    else return run<Half<type>, bits, tiles / 2, levels>(p, stream);
+  }, Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<8, 16>{p.token_tiles}, OneOf<16, 8, 4>{!p.act_scale ? 16 : four ? 4 : 8});
 }
 JN_EXPORT(lowbit_tile);
 

@@ -33,6 +33,12 @@ JN_DEVICE void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// Four bits: nibbles 0 to 7 of a register are neighbours along the 64 inputs. Emulated, slowly, from sm_90 on.
+JN_DEVICE void mma_m16n8k64_s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 // c[i][j] += popcount(A row i AND B column j) over 128 bits; `low`, `high`: rows g and g + 8
 JN_DEVICE void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
@@ -52,6 +58,12 @@ JN_DEVICE uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) {
   return d;
 }
 
+JN_DEVICE uint32_t bits_of(uint32_t a, uint32_t mask, uint32_t b) {  // a's where the mask has ones, otherwise b's
+  uint32_t d;
+  asm("lop3.b32 %0,%1,%2,%3,0xE2;" : "=r"(d) : "r"(a), "r"(mask), "r"(b));
+  return d;
+}
+
 // a ^ b, computed here and once: the compiler neither moves nor repeats it.
 JN_DEVICE uint32_t xor_here(uint32_t a, uint32_t b) {
   uint32_t d;
@@ -68,6 +80,7 @@ template <class T> JN_DEVICE uint32_t larger2(uint32_t a, uint32_t b);
 
 // ---- conversions, round to nearest even ----
 JN_DEVICE float bits_float(uint32_t u) { return __uint_as_float(u); }
+JN_DEVICE uint32_t float_bits(float f) { return __float_as_uint(f); }
 JN_DEVICE float to_float(float v) { return v; }
 JN_DEVICE float to_float(F16 v) {
   float f;
@@ -148,6 +161,16 @@ JN_DEVICE void cp_async16(void* dst, const void* src, bool valid) {
 JN_DEVICE void cp_async16(void* dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(shared_address(dst)), "l"(src) : "memory");
 }
+// The same of what nobody reads again: L2 gives its place away first.
+JN_DEVICE uint64_t read_once() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0,1.0;" : "=l"(policy));
+  return policy;
+}
+JN_DEVICE void cp_async16_once(void* dst, const void* src, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0],[%1],16,%2;" ::"r"(shared_address(dst)), "l"(src),
+               "l"(policy) : "memory");
+}
 JN_DEVICE void cp_async4(void* dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0],[%1],4;" ::"r"(shared_address(dst)), "l"(src) : "memory");
 }
@@ -175,7 +198,12 @@ JN_DEVICE void ldmatrix4(uint32_t (&a)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(shared_address(row)) : "memory");
 }
-JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }  // written by other blocks: L1 may be stale
+// Written by other blocks: L1 may be stale.
+JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }
+JN_DEVICE Vec4 load16_l2(const void* p) {
+  const uint4 v = __ldcg(static_cast<const uint4*>(p));
+  return {{v.x, v.y, v.z, v.w}};
+}
 
 // ---- threads ----
 JN_DEVICE void sync_threads() { __syncthreads(); }

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from jointnas_kernels.errors import JointNASError, unknown
 
 FORMAT, VERSION = "jointnas-tuned", 1
-KERNELS = ("stream", "tile", "wgmma", "int8", "half", "bitplane", "dense")
+KERNELS = ("stream", "stripe", "tile", "wgmma", "int8", "half", "bitplane", "dense")
 DTYPES = ("float16", "bfloat16")
 FOLDER_VARIABLE = "JOINTNAS_TUNED"
 T = TypeVar("T")

@@ -16,6 +16,7 @@ needs_nvcc = pytest.mark.skipif(not Path(sass.nvcc()).exists(), reason="nvcc is 
 # file: instructions that must be there. IMMA / HMMA: tensor cores; LDGSTS: cp.async.
 SOURCES = {
     "lowbit_stream": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
+    "lowbit_stripe": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDG.E.128.STRONG.GPU"),
     "lowbit_tile": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
     "lowbit_wgmma": ("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
     "lowbit_half": ("HGMMA.64x64x16.F32.BF16", "HGMMA.64x16x16.F32 ", "UBLKCP.S.G.MULTICAST", "USETMAXREG"),
@@ -26,6 +27,8 @@ SOURCES = {
     "act_quant_pack": ("LDG.E.128",),
     "quant_lora_mix": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDGSTS.E.BYPASS.128", "LDG.E.128", "STG.E.128"),
 }
+# what sm_90a emulates by hundreds of others
+AMPERE_ONLY = {"lowbit_tile": "IMMA.16864.S4.S4"}
 # wgmma exists on sm_90a only; elsewhere its kernels are empty and the launcher refuses
 HOPPER_ONLY = (("lowbit_wgmma", "80"), ("lowbit_int8", "80"), ("lowbit_half", "80"))
 CASES = [(name, arch) for name in SOURCES for arch in ("80", "90a") if (name, arch) not in HOPPER_ONLY]
@@ -55,10 +58,11 @@ def test_nothing_spills(cubin):
 
 @needs_nvcc
 def test_instructions(cubin):
-    name, _, target = cubin
+    name, arch, target = cubin
     text = cuobjdump(target, "-sass")
     for instruction in SOURCES[name]:
         assert instruction in text, f"{name} has no {instruction}"
+    assert name not in AMPERE_ONLY or (AMPERE_ONLY[name] in text) == (arch == "80")
 
 
 @needs_nvcc
@@ -82,6 +86,8 @@ def test_loops_are_found_and_floors_follow_from_them():
     found = sass.clocks(counts, sass.GPUS["90a"])
     assert found["tensor"] == pytest.approx(64 * 64 * 32 / 4 / 4122, rel=1e-3)  # 1.91 POP/s
     assert {k: v for k, v in found.items() if k != "tensor"} == {"issue": 4, "FMA": 1.5, "ALU": 1.5, "memory": 8}
+    rates = [sass.clocks({f"IMMA.168{k}": 1}, sass.GPUS["80"])["tensor"] for k in ("32.S8.S8", "64.S4.S4")]
+    assert rates[0] == rates[1], "twice the work at twice the rate"
 
 
 def test_the_page_shows_the_rows():

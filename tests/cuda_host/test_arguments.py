@@ -33,10 +33,10 @@ def weight(rows: int, inputs: int, bits: int = 4, planes: bool = False) -> Lowbi
     return LowbitWeight.pack(pack_weight(q, bits), scale, bits, 128, layout="cuda", planes=planes)
 
 
-@pytest.mark.parametrize("kernel", ["stream", "tile", "wgmma", "int8", "half", "dense", "bitplane"])
+@pytest.mark.parametrize("kernel", ["stream", "stripe", "tile", "wgmma", "int8", "half", "dense", "bitplane"])
 @pytest.mark.parametrize("a_bits", [16, 4])
 def test_activations_at_an_odd_address(kernel, a_bits, monkeypatch):
-    if (a_bits == 16 and kernel in ("wgmma", "int8", "bitplane")) or (a_bits < 16 and kernel in ("half", "dense")):
+    if kernel in (("wgmma", "int8", "bitplane") if a_bits == 16 else ("stripe", "half", "dense")):
         pytest.skip("not this kernel's activations")
     monkeypatch.setattr(choice, "kernel_for", lambda *_: kernel)
     w, x = weight(40, 256, planes=kernel == "bitplane"), torch.randn(9, 256).half()
@@ -44,7 +44,7 @@ def test_activations_at_an_odd_address(kernel, a_bits, monkeypatch):
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("kernel", ["stream", "tile", "half"])
+@pytest.mark.parametrize("kernel", ["stream", "stripe", "tile", "half"])
 def test_weights_at_an_odd_address(kernel, which):
     w = weight(40, 256)
     moved = w._replace(tensors=[odd(t) if i == which else t for i, t in enumerate(w.tensors)])
@@ -81,7 +81,9 @@ def test_activations_without_zero_points(kernel):
         lowbit_cuda.multiply(kernel, a, w, (scale, None))
 
 
-@pytest.mark.parametrize(("kernel", "a_bits"), [("half", 8), ("wgmma", 16), ("int8", 16), ("bitplane", 16)])
+@pytest.mark.parametrize(
+    ("kernel", "a_bits"), [("stripe", 8), ("half", 8), ("wgmma", 16), ("int8", 16), ("bitplane", 16)]
+)
 def test_activations_of_another_kernel(kernel, a_bits):
     w, x = weight(40, 256), torch.randn(9, 256).half()
     a, *activation = lowbit_cuda.quantize_pack(x, 8) if a_bits == 8 else (x,)
@@ -89,7 +91,7 @@ def test_activations_of_another_kernel(kernel, a_bits):
         lowbit_cuda.multiply(kernel, a, w, activation or None)
 
 
-@pytest.mark.parametrize(("kernel", "tiles"), [("stream", 1), ("tile", 8), ("half", 8)])
+@pytest.mark.parametrize(("kernel", "tiles"), [("stream", 1), ("stripe", 4), ("tile", 8), ("half", 8)])
 def test_more_split_blocks_than_locks(kernel, tiles):
     w = weight(64, 256)
     x = torch.zeros(8 * tiles * 4100, 256, dtype=torch.float16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops import LowbitWeight, lowbit_matmul
 from jointnas_kernels.ops.lowbit import cuda as lowbit_cuda
 from jointnas_kernels.ops.lowbit.pack import pack_weight
@@ -42,8 +43,14 @@ def test_matmul(shape, w_bits, a_bits, dtype):
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
 
 
-@pytest.mark.parametrize("a_bits", [16, 8], ids=lambda b: f"A{b}")
-@pytest.mark.parametrize("plan", [(1, 1, 3), (1, 2, 4), (2, 4, 2), (2, 8, 1), (4, 2, 5)], ids=str)
+@pytest.mark.parametrize(
+    ("plan", "a_bits"),
+    [
+        ((1, 1, 3), 16), ((1, 2, 4), 16), ((2, 4, 2), 16), ((2, 8, 1), 16),
+        ((1, 1, 3), 8), ((2, 4, 2), 8), ((2, 8, 1), 8), ((4, 2, 5), 8),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_stream_plans(plan, a_bits):
     packed, scale = make(150, 1024, 4, torch.float16)
     weight = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda")
@@ -56,6 +63,50 @@ def test_stream_plans(plan, a_bits):
         y = lowbit_cuda.multiply("stream", operand, weight, activation, lowbit_cuda.Plan(*plan))
     assert_close(y, expected(x, packed, scale, 4, a_bits))
     assert not weight.tensors[3].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [  # tokens, rows, inputs; 8-token tiles, stripes: one; inside row blocks and across; one step each; passes
+        ((1, 1, 128), (4, 1)), ((17, 300, 1280), (4, 1)), ((32, 600, 640), (4, 7)), ((21, 513, 896), (4, 3)),
+        ((70, 300, 384), (4, 6)), ((64, 530, 1152), (8, 4)), ((33, 255, 1152), (8, 9)), ((67, 270, 640), (8, 3)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_stripe(shape, plan, w_bits, dtype):
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
+    x = torch.randn(tokens, inputs).to(dtype)
+    with poisoned():
+        y = lowbit_cuda.multiply("stripe", x, weight, None, lowbit_cuda.Plan(plan[0], splits=plan[1]))
+    assert_close(y, expected(x, packed, scale, w_bits, 16), what=f"W{w_bits}A16")
+    assert not weight.tensors[3].any()
+
+
+@pytest.mark.parametrize("sms", [1, 4, 108, 132])
+def test_stripes_are_even_and_no_row_block_is_in_more_than_are_expected(sms):
+    for rows in (1, 256, 1000, 1024, 4096, 8192, 14336, 128256):
+        for inputs in (128, 256, 640, 4096, 14336):
+            for tokens in (17, 64, 128):
+                plan = lowbit_cuda.stripe_plan(tokens, rows, inputs, sms)
+                passes = -(-tokens // (8 * plan.token_tiles))
+                assert plan.splits * passes <= max(sms, passes)
+                steps, groups = lowbit_cuda.stripe_steps(rows, inputs), inputs // 128
+                for stripes in {plan.splits, min(sms, steps)}:
+                    begin = [steps * i // stripes for i in range(stripes + 1)]
+                    spread = [sum(begin[i] < b + groups and begin[i + 1] > b for i in range(stripes))
+                              for b in range(0, steps, groups)]  # fmt: skip
+                    assert max(spread) <= lowbit_cuda.stripe_shares(rows, inputs, stripes)
+
+
+def test_stripes_with_nothing_to_do_are_refused():
+    packed, scale = make(40, 256, 4, torch.float16)
+    weight = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda")
+    with pytest.raises(JointNASError, match="an argument it does not support"):
+        lowbit_cuda.multiply("stripe", torch.randn(20, 256).half(), weight, None, lowbit_cuda.Plan(4, splits=3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,6 +129,34 @@ def test_many_tokens(kernel, shape, plan, w_bits, a_bits, dtype):
         y = lowbit_cuda.multiply(kernel, operand, weight, activation, lowbit_cuda.Plan(plan[0], splits=plan[1]))
     assert_close(y, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
     assert not weight.tensors[3].any()
+
+
+@pytest.mark.parametrize(
+    ("w_bits", "a_bits", "dtype"), [(2, 2, DTYPES[0]), (2, 4, DTYPES[1]), (4, 4, DTYPES[0]), (8, 4, DTYPES[1])], ids=str
+)
+@pytest.mark.parametrize(("shape", "plan"), [((70, 150, 384), (8, 1)), ((130, 129, 1280), (16, 3))], ids=str)
+def test_four_bits_multiply_as_bytes_do(shape, plan, w_bits, a_bits, dtype, monkeypatch):
+    """Before sm_90 they have instructions of their own: the same results, bit for bit."""
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
+    x = torch.randn(tokens, inputs).to(dtype)
+    a, s, z = lowbit_cuda.quantize_pack(x, a_bits)
+
+    def multiply(levels: torch.Tensor) -> torch.Tensor:
+        how = lowbit_cuda.Plan(plan[0], splits=plan[1])
+        with poisoned():
+            return lowbit_cuda.multiply("tile", levels, weight, (s, z), how, a_bits=a_bits)
+
+    bytewise = multiply(a)
+    assert_close(bytewise, expected(x, packed, scale, w_bits, a_bits), what=f"W{w_bits}A{a_bits}")
+    extremes = a.clone()
+    extremes[0], extremes[1] = -(1 << (a_bits - 1)), (1 << (a_bits - 1)) - 1
+    too_large, most = multiply(a * 8), multiply(extremes)
+    monkeypatch.setenv("JN_EMULATED_CAPABILITY", "80")
+    assert torch.equal(multiply(a), bytewise)
+    assert torch.equal(multiply(extremes), most)
+    assert torch.equal(multiply(a * 8), too_large) == (w_bits == 8), "levels of more bits are cut"
 
 
 @pytest.mark.parametrize(("w_bits", "dtype"), [(2, DTYPES[0]), (4, DTYPES[1]), (8, DTYPES[0])], ids=str)

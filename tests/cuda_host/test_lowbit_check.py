@@ -97,8 +97,8 @@ def test_choice(trusted, monkeypatch):
     chosen = [kernel_for(tokens, weight, 8) for tokens in (1, 32, 33, 127, 128, 4096)]
     some, many = ("wgmma", "int8") if trusted else ("tile", "tile")
     assert chosen == ["stream", "stream", some, some, many, many]
-    mid = ["half", "half"] if trusted else ["stream", "dense"]
-    assert [kernel_for(tokens, weight, 16) for tokens in (1, 128, 129, 2048)] == ["stream", *mid, "dense"]
+    mid = ["half", "half"] if trusted else ["stripe", "dense"]
+    assert [kernel_for(n, weight, 16) for n in (16, 17, 128, 129, 2048)] == ["stream", "stripe", *mid, "dense"]
     monkeypatch.setattr(cuda, "multiprocessors", lambda tensor: 132)  # too few blocks, and no splits
     assert kernel_for(128, weight, 8) == some
     _, _, planes = build(20, 128, 2, planes=True)

@@ -21,10 +21,12 @@ __global__ void mma_int(const uint32_t* in, uint32_t* out) {
   in += threadIdx.x * kWords;
   out += threadIdx.x * kWords;
   int c[4] = {int(in[6]), int(in[7]), int(in[8]), int(in[9])}, d[4] = {c[0], c[1], c[2], c[3]};
+  int e[4] = {c[0], c[1], c[2], c[3]};
   const uint32_t a[4] = {in[0], in[1], in[2], in[3]};
   ptx::mma_m16n8k32_s8(c, a, in[4], in[5]);
   ptx::mma_m16n8k128_and(d, in[0], in[1], in[4]);
-  for (int i = 0; i < 4; ++i) out[i] = c[i], out[4 + i] = d[i];
+  ptx::mma_m16n8k64_s4(e, a, in[4], in[5]);
+  for (int i = 0; i < 4; ++i) out[i] = c[i], out[4 + i] = d[i], out[8 + i] = e[i];
 }
 template <class T> __global__ void scalars(const uint32_t* in, uint32_t* out) {
   in += threadIdx.x * kWords;
@@ -38,6 +40,7 @@ template <class T> __global__ void scalars(const uint32_t* in, uint32_t* out) {
   }
   out[103] = ptx::and_or(in[0], in[1], in[2]);
   out[104] = ptx::and_xor(in[0], in[1], in[2]);
+  out[107] = ptx::bits_of(in[0], in[1], in[2]);
   out[105] = ptx::shuffle_xor(in[0], 5);
   out[106] = ptx::permute(in[0], in[1], in[2] & 0x7777);
   for (int i = 0; i < 4; ++i) {

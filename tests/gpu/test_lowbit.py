@@ -52,18 +52,25 @@ def test_cuda_matches_reference(shape, w_bits, a_bits, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("plan", [(1, 1, 3), (1, 2, 4), (2, 4, 2), (2, 8, 1), (4, 2, 5), (4, 8, 2)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "plan"),
+    [
+        *(("stream", plan) for plan in ((1, 1, 3), (1, 2, 4), (2, 4, 2), (2, 8, 1))),
+        *(("stripe", plan) for plan in ((4, 2, 1), (4, 2, 11), (8, 2, 5), (8, 2, 32))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("early", [False, True])
-def test_stream_plans(plan, early, dtype, device):
+def test_plans_of_few_tokens(kernel, plan, early, dtype, device):
     packed, scale = make(300, 2048, 4, dtype, device)
     weight = LowbitWeight.pack(packed, scale, 4, 128, layout="cuda")
     x = torch.randn(21, 2048, device=device).to(dtype)
     torch.cuda.synchronize()
-    first = lowbit_cuda.multiply("stream", x, weight, plan=lowbit_cuda.Plan(*plan), early=early)
+    first = lowbit_cuda.multiply(kernel, x, weight, plan=lowbit_cuda.Plan(*plan), early=early)
     assert_close(first, reference(x.double(), packed, scale, 4, 16, 128, False))
     assert not weight.tensors[3].any()
     for _ in range(20):  # the order of the final sum is fixed
-        again = lowbit_cuda.multiply("stream", x, weight, plan=lowbit_cuda.Plan(*plan), early=early)
+        again = lowbit_cuda.multiply(kernel, x, weight, plan=lowbit_cuda.Plan(*plan), early=early)
         assert torch.equal(first, again)
 
 

@@ -79,8 +79,12 @@ def test_what_is_measured_is_followed(here: torch.device, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "plan"), [("stream", (4, 2, 3, 1)), ("tile", (8, 2, 2, 1)), ("half", (8, 2, 2, 2)), ("dense", None)]
-)
+    ("kernel", "plan"),
+    [
+        ("stream", (2, 2, 3, 1)), ("stripe", (4, 2, 7, 1)), ("tile", (8, 2, 2, 1)), ("half", (8, 2, 2, 2)),
+        ("dense", None),
+    ],
+)  # fmt: skip
 def test_graphs_follow_a_plan(kernel: str, plan: tuple[int, ...] | None, here: torch.device, folder: Path) -> None:
     shape = Shape(4, 16, 1000, 2048)
     product = Products(here)(shape, 9)

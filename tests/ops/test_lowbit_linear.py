@@ -108,10 +108,11 @@ def test_bad_input():
     st.integers(1, 256),
     st.sampled_from((1, 78, 108, 132)),
     st.sampled_from(W),
+    st.sampled_from((8, 16)),
 )
-def test_plans_are_one_wave_where_possible(tokens, rows, groups, sms, bits):
-    plan = stream_plan(tokens, rows, groups * 128, bits, sms)
-    assert plan.token_tiles in (1, 2, 4)
+def test_plans_are_one_wave_where_possible(tokens, rows, groups, sms, bits, a_bits):
+    plan = stream_plan(tokens, rows, groups * 128, bits, a_bits, sms)
+    assert plan.token_tiles in ((1, 2) if a_bits == 16 else (1, 2, 4))
     assert plan.warp_rows in (1, 2, 4, 8)
     assert plan.splits >= 1
     assert plan.splits == 1 or plan.blocks(tokens, rows) <= sms

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, Phi3Config, PretrainedConfig
 
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.ops.lowbit.choice import LOCKS, candidates
-from jointnas_kernels.ops.lowbit.cuda import usual_plan
+from jointnas_kernels.ops.lowbit.cuda import stripe_steps, usual_plan
 from jointnas_kernels.space import SearchSpace
 from jointnas_kernels.tuned import Shape
 from jointnas_kernels.tuning import jobs
@@ -77,14 +77,16 @@ def test_candidates_are_what_kernels_take(shape: Shape, tokens: int) -> None:
     """The checks of csrc/cuda: values they are compiled for, a lock for every block that is split, no empty split."""
     found = candidates(tokens, shape, 132)
     assert len(found) == len(set(found)) <= 100
-    tiles = {"stream": (1, 2, 4), "bitplane": (1, 2, 4), "tile": (8, 16), "wgmma": (8, 16), "int8": (16, 32)}
+    tiles = {"bitplane": (1, 2, 4), "tile": (8, 16), "wgmma": (8, 16), "int8": (16, 32), "stripe": (4, 8)}
+    tiles["stream"] = (1, 2) if shape.a_bits == 16 else (1, 2, 4)
     tiles["half"] = (2, 4, 8, 16, 32)
     for kernel, plan in found:
         if plan is None:
             assert (kernel, shape.a_bits) == ("dense", 16)
             continue
         assert plan.token_tiles in tiles[kernel]
-        assert 1 <= plan.splits <= shape.inputs // 128
+        most = stripe_steps(shape.outputs, shape.inputs) if kernel == "stripe" else shape.inputs // 128
+        assert 1 <= plan.splits <= most
         if kernel in ("stream", "bitplane"):
             assert plan.warp_rows in (1, 2, 4, 8)
         else:
@@ -94,7 +96,7 @@ def test_candidates_are_what_kernels_take(shape: Shape, tokens: int) -> None:
         assert plan.splits == 1 or plan.blocks(columns, shape.outputs) // plan.splits <= LOCKS
         assert (kernel == "bitplane") == shape.planes
         assert kernel != "int8" or plan.splits == 1
-        assert kernel not in ("int8", "wgmma", "half") or (kernel == "half") == (shape.a_bits == 16)
+        assert kernel in ("stream", "tile", "bitplane") or (kernel in ("half", "stripe")) == (shape.a_bits == 16)
     if tokens == 1:  # of few tokens the usual plan is among them
         kernel = "bitplane" if shape.planes else "stream"
         usual = usual_plan(kernel, 1, shape.outputs, shape.inputs, shape.w_bits, shape.a_bits, 132)

@@ -270,6 +270,7 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t order) {
   return d;
 }
 inline uint32_t and_or(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) | bits; }
+inline uint32_t bits_of(uint32_t a, uint32_t mask, uint32_t b) { return (a & mask) | (b & ~mask); }
 inline uint32_t and_xor(uint32_t v, uint32_t mask, uint32_t bits) { return (v & mask) ^ bits; }
 
 struct MmaIn { uint32_t a[4], b[2]; uint32_t c[4]; };
@@ -311,6 +312,13 @@ inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, ui
     return s;
   });
 }
+inline void mma_m16n8k64_s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  mma(c, a, b0, b1, [](uint32_t x, uint32_t y) {
+    int s = 0;
+    for (int up = 28; up >= 0; up -= 4) s += (int(x << up) >> 28) * (int(y << up) >> 28);
+    return s;
+  });
+}
 // A: two registers, rows g and g + 8; B: one. Lane t holds bits 32t .. 32t + 31 of the 128.
 inline void mma_m16n8k128_and(int (&c)[4], uint32_t low, uint32_t high, uint32_t b) {
   const uint32_t a[4] = {low, high, 0, 0};
@@ -325,6 +333,8 @@ inline void cp_async16(void* dst, const void* src, bool valid) {
   fiber().open.push_back({dst, src, valid});
 }
 inline void cp_async16(void* dst, const void* src) { cp_async16(dst, src, true); }
+inline uint64_t read_once() { return 0; }
+inline void cp_async16_once(void* dst, const void* src, uint64_t) { cp_async16(dst, src); }
 inline void cp_async4(void* dst, const void* src) {
   std::memset(dst, 0xFF, 4);
   fiber().open.push_back({dst, src, true, 4});
@@ -368,6 +378,7 @@ inline void ldmatrix4(uint32_t (&a)[4], const void* row) {
   std::memcpy(a, out.a, 16);
 }
 inline float load_l2(const float* p) { return *p; }
+inline Vec4 load16_l2(const void* p) { return load_readonly(p); }
 
 inline void sync_threads() {
   emu::Block& b = emu::block();
@@ -388,7 +399,10 @@ inline void wait_dependencies() {}
 }  // namespace jointnas::ptx
 
 namespace jointnas {
-inline int compute_capability() { return 90; }
+inline int compute_capability() {
+  const char* given = std::getenv("JN_EMULATED_CAPABILITY");
+  return given ? std::atoi(given) : 90;
+}
 template <class... P, class... A>
 int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, int cluster, bool,
                    A... args) {

@@ -16,17 +16,19 @@ from jointnas_kernels.ops.lowbit.weight import LowbitWeight
 from jointnas_kernels.tuned import Shape
 
 NAME = "lowbit_matmul"
-# Most tokens the streaming kernel takes. W4A16, 8192 x 8192, H200, microseconds at 64 tokens: stream 36, tile 62, the
-# library's GEMM on dequantised weights 84; at 512: dense 130. 32 tokens more cost stream 18.
-STREAM_TOKENS = {16: 128, 8: 32, 4: 32, 2: 32}
+STREAM_TOKENS = {16: 16, 8: 32, 4: 32, 2: 32}  # most that the streaming kernel takes
+# 16-bit activations: most that the stripe kernel takes. Not measured; predicted at least 28 µs for 64 tokens of W4A16,
+# 8192 x 8192, on an A100, where the library's GEMM on dequantised weights moves 300 MB, 178 µs.
+STRIPE_TOKENS = 128
 INT8_TOKENS = 128  # quantized activations: from here on the warp-specialised kernel, where it is verified
 # 16-bit activations: the warp-specialised kernel takes these where it is verified. Not measured; predicted at least
-# 9 µs for the 64 tokens above, 72 for 512. At 4096 dequantising first costs 5 % of the time.
+# 9 µs for 64 tokens of W4A16, 8192 x 8192, 72 for 512. At 4096 dequantising first costs 5 % of the time.
 HALF_TOKENS = range(33, 2048)
 PLANE_BITS = (2, 4, 8)  # activations of the bit-plane kernel
 
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)  # that are measured
 PASSES = 16  # of the streaming kernels: they read activations again for every 64 rows, and only a few columns at a time
+STRIPE_PASSES = 4
 WAVES = 4  # of split blocks: a split is there to fill the chip
 
 
@@ -52,7 +54,7 @@ def kernel_for(tokens: int, weight: LowbitWeight, a_bits: int) -> str:
     if tokens <= STREAM_TOKENS[a_bits]:
         return "stream"
     if a_bits == 16:
-        return "dense"
+        return "stripe" if tokens <= STRIPE_TOKENS else "dense"
     fills = 2 * Plan(16, cluster=2).blocks(tokens, weight.outputs) >= calls.multiprocessors(weight.tensors[1])
     if tokens >= INT8_TOKENS and fills and check.verified("int8", *key):  # it cannot split along the inputs
         return "int8"
@@ -103,7 +105,7 @@ def candidates(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
         for kernel in ("tile", *(("wgmma",) if shape.a_bits < 16 else ())):
             found += [Candidate(kernel, p) for tiles in (8, 16) for p in _split(Plan(tiles), tokens, shape, sms)]
         if shape.a_bits == 16:
-            found.append(Candidate("dense", None))
+            found += [Candidate("dense", None), *_stripes(tokens, shape, sms)]
             for tiles in (2, 4, 8, 16, 32):
                 if (tiles > 2 and tokens <= 4 * tiles) or (tiles < 16 and tokens > 16 * tiles):
                     continue  # half would be enough, or three passes
@@ -116,10 +118,22 @@ def candidates(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
     return found
 
 
+def _stripes(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
+    found = []
+    for tiles in (4, 8):
+        passes = -(-tokens // (8 * tiles))
+        if passes > STRIPE_PASSES or (tiles > 4 and tokens <= 4 * tiles):  # half of it would be enough
+            continue
+        plan = cuda.stripe_plan(tokens, shape.outputs, shape.inputs, sms, tiles)
+        most = max(1, min(sms // passes, cuda.stripe_steps(shape.outputs, shape.inputs)))
+        found += [Candidate("stripe", plan._replace(splits=n)) for n in sorted({plan.splits, most, -(-most // 2)})]
+    return found
+
+
 def _streams(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
     kernel, columns = ("bitplane", tokens * shape.a_bits) if shape.planes else ("stream", tokens)
     strips, groups, found = -(-shape.outputs // STRIP_ROWS), shape.inputs // INPUTS, []
-    for tiles in (1, 2, 4):
+    for tiles in (1, 2) if shape.a_bits == 16 else (1, 2, 4):
         if -(-columns // (8 * tiles)) > PASSES or (tiles > 1 and columns <= 4 * tiles):  # half of it would be enough
             continue
         for warp_rows in (1, 2, 4, 8):
