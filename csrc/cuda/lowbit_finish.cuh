@@ -45,7 +45,9 @@ JN_DEVICE void add_shares(const LowbitArgs& p, int threads, int first_row, int b
 // `shared` may be overwritten. Called by the first `threads` threads of a block, with nobody at barrier 1.
 // With quantized activations (act_scale) the sums are multiplied by `unit` (spread() scales weights up), the zero point
 // times the row's sum of weights is taken off, and the token's scale applied.
-template <class T, class Sum>
+// MANY tokens are worth the registers of add_shares; few are not: the bit-plane kernel would have 128 instead of 78, and a
+// block of it no room beside the kernel before.
+template <class T, bool MANY = false, class Sum>
 JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int first_row, int block_rows, int first_token,
                             int block_tokens, void* shared, Sum sum) {
   const int tokens = p.tokens - first_token < block_tokens ? p.tokens - first_token : block_tokens;
@@ -76,8 +78,22 @@ JN_DEVICE void finish_block(const LowbitArgs& p, float unit, int threads, int fi
   ptx::sync_some(1, threads);
   if (!*last) return;
   ptx::fence_device();
-  if (p.rows % 4 == 0) add_shares<4>(p, threads, first_row, block_rows, first_token, tokens, store);
-  else add_shares<1>(p, threads, first_row, block_rows, first_token, tokens, store);
+  if constexpr (MANY) {
+    if (p.rows % 4 == 0) add_shares<4>(p, threads, first_row, block_rows, first_token, tokens, store);
+    else add_shares<1>(p, threads, first_row, block_rows, first_token, tokens, store);
+  } else {
+    for (int i = threadIdx.x; i < tokens * block_rows; i += threads) {
+      const int token = i / block_rows, row = i % block_rows;
+      if (first_row + row >= p.rows) continue;
+      float v = 0;
+      for (int s = 0; s < p.splits; ++s) {
+        float share[1];
+        ptx::load_l2(p.partial + (size_t(s) * p.tokens + first_token + token) * p.rows + first_row + row, share);
+        v += share[0];
+      }
+      store(token, row, v);
+    }
+  }
 }
 
 // A warp's accumulators of wgmma, 16 rows by N tokens of kBlockRows, into `sums` [token][kPitch] in shared memory, so that

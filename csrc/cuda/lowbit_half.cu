@@ -94,8 +94,8 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kRingThrea
       float* sums = reinterpret_cast<float*>(shared);
       exchange<N>(total, warp, lane, sums);
       ptx::sync_some(1, kConsumers);
-      finish_block<T>(p, 1.0f, kConsumers, first_row, kBlockRows, first_token, N, shared,
-                      [&](int token, int row) { return sums[token * kPitch + row]; });
+      finish_block<T, true>(p, 1.0f, kConsumers, first_row, kBlockRows, first_token, N, shared,
+                            [&](int token, int row) { return sums[token * kPitch + row]; });
     }
   }
   ptx::sync_warp();
