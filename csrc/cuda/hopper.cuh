@@ -49,6 +49,13 @@ JN_DEVICE int cluster_rank() {
   asm("mov.u32 %0,%%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
+// Four 8 x 8 tiles of halves into rows of 16 bytes. A lane holds two halves of column lane / 4 of each, rows
+// 2 (lane % 4) and the next; lane 8 i + j gives the address of row j of tile i.
+JN_DEVICE void store_transposed4(void* row, const uint32_t (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0],{%1,%2,%3,%4};" ::"r"(shared_address(row)),
+               "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+               : "memory");
+}
 JN_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -98,6 +105,21 @@ inline void bulk_copy_multicast(void* dst, const void* src, int bytes, uint64_t*
 }
 inline void bulk_copy(void* dst, const void* src, int bytes, uint64_t* barrier) {
   bulk_copy_multicast(dst, src, bytes, barrier, 1 << cluster_rank());
+}
+struct RowsIn { unsigned char* row; uint32_t a[4]; };
+struct RowsOut {};
+inline void store_transposed4(void* row, const uint32_t (&a)[4]) {
+  emu::require_aligned(row, "stmatrix with an address that is no multiple of 16");
+  RowsIn in{static_cast<unsigned char*>(row), {}};
+  std::memcpy(in.a, a, 16);
+  emu::warp_wide<RowsIn, RowsOut>(in, [](const RowsIn* all, RowsOut*) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i)
+        for (int e = 0; e < 2; ++e) {
+          const auto half = static_cast<uint16_t>(all[lane].a[i] >> 16 * e);
+          std::memcpy(all[8 * i + 2 * (lane % 4) + e].row + 2 * (lane / 4), &half, 2);
+        }
+  });
 }
 inline void sync_cluster() { emu::meet(emu::block().cluster_barrier, static_cast<int>(emu::block().fibers.size()), [] {}); }
 template <int> void raise_registers() {}

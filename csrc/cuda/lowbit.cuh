@@ -28,7 +28,7 @@ struct LowbitArgs {
   int splits;                 // blocks along the inputs; stripe: of a pass over all rows and inputs
   int early;                  // 1: programmatic dependent launch; the weights must not come from the kernel before
   int a_bits;                 // bitplane: planes per token; tile: bits of int8 levels
-  int cluster;                // int8, half: blocks that share their tokens' copies, 1 or 2; half also 4
+  int cluster;                // int8, half: blocks that share their tokens' copies, 1, 2 or 4
 };
 
 constexpr int kTileRows = 16;
@@ -56,6 +56,11 @@ JN_HOST_DEVICE Part part_of(int index, int row_blocks, int token_blocks) {
 }
 JN_HOST_DEVICE int row_blocks_of(const LowbitArgs& p) {  // whole clusters
   return ((p.rows + kBlockRows - 1) / kBlockRows + p.cluster - 1) / p.cluster * p.cluster;
+}
+
+// Whether a cluster can be such and every block of it has whole tiles of tokens to fetch.
+inline bool shares_tokens(const LowbitArgs& p) {
+  return (p.cluster == 1 || p.cluster == 2 || p.cluster == 4) && p.token_tiles % p.cluster == 0;
 }
 
 // Whether the blocks of a grid along x and z have a lock each.

@@ -4,7 +4,7 @@
 // A block owns 128 rows x N tokens. A third warpgroup only fetches (bulk copies onto barriers); blocks of a cluster
 // share their tokens and each fetches its part of them for all. The two consumer warpgroups own 64 rows each and walk
 // the tokens in chunks: the tensor cores sum a chunk's group, then one FFMA per output applies the scale, beside the
-// next chunk's products. Few tokens are split along the inputs so that all SMs have work.
+// other warpgroup's products. Few tokens are split along the inputs so that all SMs have work.
 //
 // Cost per output and group of 128 inputs: 128 MACs at 2048 per clock and SM, 1/16 clock, and one FFMA, 1/128 clock of
 // issue slots. Bytes per group from L2: N * 256 tokens / cluster + 2048 * bits weights, for 256 tokens in pairs and W4
@@ -15,6 +15,8 @@
 
 namespace jointnas {
 namespace {
+
+constexpr int kFetching = 24;  // registers of a fetching thread; with 40 the sums of 256 tokens spill
 
 template <int BITS, int N> using Stages = Ring<BITS, N, 2, 8, 226 * 1024>;
 
@@ -43,68 +45,58 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kRingThrea
   const int first_token = part.token_block * N;
   const S ring(shared, p.cluster);
   if (threadIdx.x >= kConsumers) {
-    ptx::lower_registers<40>();
-    if (threadIdx.x < kConsumers + 32) ring.fill(p, shared, part.row_block * kBlockTiles, first_token, begin, end);
+    ptx::lower_registers<kFetching>();
+    if (threadIdx.x < kConsumers + 32) {
+      auto at = S::of_producer();
+      ring.fill(p, shared, part.row_block * kBlockTiles, first_token, begin, end, at);
+    }
   } else {
-    ptx::raise_registers<232>();
-    constexpr int chunk = N < 64 ? N : 64, chunks = N / chunk;  // tokens per product
-    constexpr int buffers = chunks == 2 ? 2 : 1;  // of sums; 256 tokens would spill 12 bytes
+    ptx::raise_registers<kConsumerRegisters<kFetching>>();
+    constexpr int chunk = N < 128 ? N : 128, chunks = N / chunk;  // tokens per product
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4;
     float total[N / 2] = {};
-    auto scale = [&total](const float (&sum)[chunk / 2], int index, float low, float high) {
-#pragma unroll
-      for (int i = 0; i < chunk / 2; ++i) total[index * (chunk / 2) + i] += sum[i] * (i % 4 < 2 ? low : high);
-    };
-    int stage = 0, parity = 0;
-    for (int group = begin; group < end; ++group) {
-      ptx::barrier_wait(ring.full + stage, parity);
-      const unsigned char* tokens = shared + stage * S::stage_bytes;
+    Stagger stagger;
+    auto at = S::of_consumer();
+    for (int group = begin; group < end; ++group, at.advance()) {
+      ptx::barrier_wait(ring.full + at.stage, at.parity);
+      const unsigned char* tokens = shared + at.stage * S::stage_bytes;
       const unsigned char* weights = tokens + S::token_bytes + warp * S::tile_bytes + lane * 16;
       const T* scales = reinterpret_cast<const T*>(tokens + S::token_bytes + S::weight_bytes);
       const float low = ptx::to_float(scales[warp * kTileRows + 2 * g]);  // row g
       const float high = ptx::to_float(scales[warp * kTileRows + 2 * g + 1]);  // row g + 8
       uint32_t first[4][4], second[4][4];
-      float sum[buffers][chunk / 2];
       unpack<T, BITS, 0>(weights, first);
+      stagger.before_product();
       const ptx::Operand operand(tokens);
 #pragma unroll
       for (int c = 0; c < chunks; ++c) {
-        multiply<T, 0, chunk>(sum[c % buffers], first, operand.after(c * chunk * 128));
+        float sum[chunk / 2];
+        multiply<T, 0, chunk>(sum, first, operand.after(c * chunk * 128));
         if (c == 0) unpack<T, BITS, 1>(weights, second);  // while the first half is multiplied
-        multiply<T, 1, chunk>(sum[c % buffers], second, operand.after(S::segment_bytes + c * chunk * 128));
+        multiply<T, 1, chunk>(sum, second, operand.after(S::segment_bytes + c * chunk * 128));
         ptx::wgmma_commit();
-        if (c > 0 && buffers == 2) {
-          ptx::wgmma_wait<1>();
-          ptx::registers_fence(sum[(c + 1) % buffers]);
-          scale(sum[(c + 1) % buffers], c - 1, low, high);
-        } else if (c + 1 < chunks && buffers == 1) {  // the other warpgroup multiplies
-          ptx::wgmma_wait<0>();
-          ptx::registers_fence(sum[0]);
-          scale(sum[0], c, low, high);
-        }
-      }
-      // A product in flight across the loop's end would make ptxas serialize all; the other warpgroup fills the gap.
-      ptx::wgmma_wait<0>();
-      ptx::registers_fence(sum[(chunks - 1) % buffers]);
-      if (lane < p.cluster) ptx::barrier_arrive(ring.empty + stage, lane);
-      scale(sum[(chunks - 1) % buffers], chunks - 1, low, high);
-      if (++stage == S::stages) {
-        stage = 0;
-        parity ^= 1;
+        ptx::wgmma_wait<0>();  // the other warpgroup multiplies
+        ptx::registers_fence(sum);
+        stagger.after_product();
+        if (c + 1 == chunks && lane < p.cluster) ptx::barrier_arrive(ring.empty + at.stage, lane);
+#pragma unroll
+        for (int i = 0; i < chunk / 2; ++i) total[c * (chunk / 2) + i] += sum[i] * (i % 4 < 2 ? low : high);
       }
     }
 
     // Through shared memory to y: everybody has read the ring, and every copy into it was waited for.
     ptx::sync_some(1, kConsumers);
-    float* sums = reinterpret_cast<float*>(shared);
-    exchange<N>(total, warp, lane, sums);
-    ptx::sync_some(1, kConsumers);
     const int first_row = part.row_block * kBlockRows;
-    if (p.splits == 1)
-      store_block<T, false>(p, 1.0f, kConsumers, first_row, first_token, N, sums);
-    else
-      finish_block<T>(p, 1.0f, kConsumers, first_row, kBlockRows, first_token, N, shared,
-                      [&](int token, int row) { return sums[token * kPitch + row]; });
+    if (p.splits == 1) {
+      store_warp<T, false, N>(p, 1.0f, total, first_row + warp * kTileRows, first_token, shared + warp * kTurnBytes);
+    } else {
+      static_assert(N * kPitch * 4 <= S::barriers_at);
+      float* sums = reinterpret_cast<float*>(shared);
+      exchange<N>(total, warp, lane, sums);
+      ptx::sync_some(1, kConsumers);
+      finish_block<T, true>(p, 1.0f, kConsumers, first_row, kBlockRows, first_token, N, shared,
+                            [&](int token, int row) { return sums[token * kPitch + row]; });
+    }
   }
   ptx::sync_warp();
   ptx::sync_cluster();  // a block's shared memory must outlive its neighbours' arrivals
@@ -122,8 +114,7 @@ template <class T, int BITS, int N> int run(const LowbitArgs& p, cudaStream_t st
 // 16-bit tokens in the order of token_layout, sm_90a only, warp-specialised: blocks of 128 rows x 16 .. 256 tokens.
 int lowbit_half(const LowbitArgs& p, cudaStream_t stream) {
   if (const int error = check(p)) return error;
-  const bool shared = p.cluster == 1 || p.cluster == 2 || p.cluster == 4;
-  if (!shared || p.token_tiles % p.cluster || p.act_scale) return kBadArgument;
+  if (!shares_tokens(p) || p.act_scale) return kBadArgument;
   if (compute_capability() != 90) return kIsaMissing;
   return dispatch([&](auto type, auto bits, auto tiles) { return run<Half<type>, bits, tiles * 8>(p, stream); },
                   Type{p.dtype}, OneOf<2, 4, 8>{p.w_bits}, OneOf<2, 4, 8, 16, 32>{p.token_tiles});

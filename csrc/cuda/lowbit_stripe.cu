@@ -90,9 +90,10 @@ JN_DEVICE bool gather(const LowbitArgs& p, float (&acc)[kWarpTiles][NT][4], int 
   for (int s = 0; s < shares; ++s)
 #pragma unroll
     for (int v = 0; v < vectors; ++v) {
-      const Vec4 u = ptx::load16_l2(at(s, v));
+      float u[4];
+      ptx::load_l2(reinterpret_cast<const float*>(at(s, v)), u);
 #pragma unroll
-      for (int c = 0; c < 4; ++c) acc[v / NT][v % NT][c] += ptx::bits_float(u.w[c]);
+      for (int c = 0; c < 4; ++c) acc[v / NT][v % NT][c] += u[c];
     }
   return true;
 }

@@ -123,8 +123,8 @@ template <class T, int BITS, int N> __global__ void __launch_bounds__(kThreads, 
   exchange<N>(acc, warp, lane, sums);
   ptx::sync_threads();
   constexpr float unit = 1.0f / (1 << (8 - BITS));
-  finish_block<T>(p, unit, kThreads, first_tile * kTileRows, kBlockRows, first_token, N, shared,
-                  [&](int token, int row) { return sums[token * kPitch + row]; });
+  finish_block<T, true>(p, unit, kThreads, first_tile * kTileRows, kBlockRows, first_token, N, shared,
+                        [&](int token, int row) { return sums[token * kPitch + row]; });
 #endif
 }
 

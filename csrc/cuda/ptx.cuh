@@ -198,17 +198,25 @@ JN_DEVICE void ldmatrix4(uint32_t (&a)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3},[%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(shared_address(row)) : "memory");
 }
-// Written by other blocks: L1 may be stale.
-JN_DEVICE float load_l2(const float* p) { return __ldcg(p); }
-JN_DEVICE Vec4 load16_l2(const void* p) {
-  const uint4 v = __ldcg(static_cast<const uint4*>(p));
-  return {{v.x, v.y, v.z, v.w}};
+// N floats (1 or 4) written by other blocks: L1 may be stale.
+template <int N> JN_DEVICE void load_l2(const float* p, float (&v)[N]) {
+  static_assert(N == 1 || N == 4);
+  if constexpr (N == 1) {
+    v[0] = __ldcg(p);
+  } else {
+    const float4 u = __ldcg(reinterpret_cast<const float4*>(p));
+    v[0] = u.x, v[1] = u.y, v[2] = u.z, v[3] = u.w;
+  }
 }
 
 // ---- threads ----
 JN_DEVICE void sync_threads() { __syncthreads(); }
 // Barrier `id` (1 to 15) of `threads` threads, whole warps.
 JN_DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory"); }
+// Arrives there without waiting.
+JN_DEVICE void arrive_some(int id, int threads) {
+  asm volatile("bar.arrive %0,%1;" ::"r"(id), "r"(threads) : "memory");
+}
 JN_DEVICE void sync_warp() { __syncwarp(); }
 JN_DEVICE uint32_t shuffle_xor(uint32_t v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 JN_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
@@ -267,15 +275,46 @@ int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cud
   const cudaLaunchAttribute attribute = early_launch();
   return launch_with(&attribute, early && compute_capability() >= 90, kernel, grid, block, shared_bytes, stream, args...);
 }
+inline cudaLaunchAttribute in_clusters(int cluster) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  return attribute;
+}
 // In clusters of `cluster` blocks along x (sm_90), which divides grid.x.
 template <class... P, class... A>
 int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, int cluster,
                    bool early, A... args) {
-  cudaLaunchAttribute attributes[] = {{}, early_launch()};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = cluster;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  const cudaLaunchAttribute attributes[] = {in_clusters(cluster), early_launch()};
   return launch_with(attributes, early ? 2 : 1, kernel, grid, block, shared_bytes, stream, args...);
+}
+// How many blocks of a kernel run at once in such clusters, for one whose blocks stay; 0 if nobody can say. Clusters
+// of 4 need not fill every GPC. Asked of the driver once per thread, device and cluster.
+template <auto KERNEL> int resident_blocks(dim3 block, size_t shared_bytes, int cluster) {
+  struct Known { int device = -1, blocks = 0; };
+  thread_local Known all[5];
+  Known& known = all[cluster];
+  int device = 0;
+  cudaGetDevice(&device);
+  if (known.device == device) return known.blocks;
+  const cudaLaunchAttribute attribute = in_clusters(cluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(cluster);
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = const_cast<cudaLaunchAttribute*>(&attribute);
+  config.numAttrs = 1;
+  int clusters = 0;
+  cudaError_t e =
+      cudaFuncSetAttribute(KERNEL, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (e == cudaSuccess) e = cudaOccupancyMaxActiveClusters(&clusters, KERNEL, &config);
+  if (e != cudaSuccess) {
+    cudaGetLastError();  // the launch that follows reports its own
+    return 0;
+  }
+  known = {device, clusters * cluster};
+  return known.blocks;
 }
 }  // namespace jointnas
 #endif

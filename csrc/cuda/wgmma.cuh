@@ -67,13 +67,15 @@ JN_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::ct
 
 template <class T, int N> JN_DEVICE void wgmma_m64k16(float (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
   constexpr bool bf16 = std::is_same_v<T, BF16>;
-  static_assert(N == 16 || N == 32 || N == 64);
+  static_assert(N == 16 || N == 32 || N == 64 || N == 128);
   if constexpr (N == 16 && bf16) JN_WGMMA(16, "m64n16k16.f32.bf16.bf16", "f", ", 1, 1, 0");
   else if constexpr (N == 16) JN_WGMMA(16, "m64n16k16.f32.f16.f16", "f", ", 1, 1, 0");
   else if constexpr (N == 32 && bf16) JN_WGMMA(32, "m64n32k16.f32.bf16.bf16", "f", ", 1, 1, 0");
   else if constexpr (N == 32) JN_WGMMA(32, "m64n32k16.f32.f16.f16", "f", ", 1, 1, 0");
-  else if constexpr (bf16) JN_WGMMA(64, "m64n64k16.f32.bf16.bf16", "f", ", 1, 1, 0");
-  else JN_WGMMA(64, "m64n64k16.f32.f16.f16", "f", ", 1, 1, 0");
+  else if constexpr (N == 64 && bf16) JN_WGMMA(64, "m64n64k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else if constexpr (N == 64) JN_WGMMA(64, "m64n64k16.f32.f16.f16", "f", ", 1, 1, 0");
+  else if constexpr (bf16) JN_WGMMA(128, "m64n128k16.f32.bf16.bf16", "f", ", 1, 1, 0");
+  else JN_WGMMA(128, "m64n128k16.f32.f16.f16", "f", ", 1, 1, 0");
 }
 template <int N> JN_DEVICE void wgmma_m64k32_s8(int (&c)[N / 2], const uint32_t (&a)[4], Operand b, bool add) {
   static_assert(N == 64 || N == 128);

@@ -20,8 +20,10 @@ SOURCES = {
     "lowbit_tile": ("HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "IMMA.16832.S8.S8", "LDGSTS.E.BYPASS.128"),
     "lowbit_wgmma": ("IGMMA.64x128x32.S8.S8", "IGMMA.64x64x32.S8.S8"),
     "lowbit_half": ("HGMMA.64x64x16.F32.BF16", "HGMMA.64x16x16.F32 ", "UBLKCP.S.G.MULTICAST", "USETMAXREG"),
-    # bulk copies to one block and to two, products whose accumulators another one's scaling runs beside
-    "lowbit_int8": ("IGMMA.64x64x32.S8.S8", "UBLKCP.S.G ", "UBLKCP.S.G.MULTICAST", "I2FP.F32.S32", "USETMAXREG"),
+    # bulk copies to one block and to a cluster, rows turned round by stmatrix
+    "lowbit_int8": (
+        "IGMMA.64x128x32.S8.S8", "UBLKCP.S.G ", "UBLKCP.S.G.MULTICAST", "I2FP.F32.S32", "USETMAXREG", "STSM.16.MT88.4",
+    ),
     "lowbit_bitplane": ("BMMA.168128.AND.POPC", "LDGSTS.E.BYPASS.128"),
     "lowbit_dequant": ("LDG.E.128", "STG.E.128"),
     "act_quant_pack": ("LDG.E.128",),

@@ -162,7 +162,10 @@ def test_four_bits_multiply_as_bytes_do(shape, plan, w_bits, a_bits, dtype, monk
 @pytest.mark.parametrize(("w_bits", "dtype"), [(2, DTYPES[0]), (4, DTYPES[1]), (8, DTYPES[0])], ids=str)
 @pytest.mark.parametrize(
     ("shape", "plan"),
-    [((130, 300, 640), (16, 2)), ((275, 129, 896), (32, 2)), ((9, 120, 256), (16, 1)), ((140, 17, 128), (32, 2))],
+    [  # tokens, rows, inputs; 8-token tiles, cluster: blocks of one part and of many, few groups and many
+        ((130, 300, 640), (16, 2)), ((275, 129, 896), (32, 2)), ((9, 120, 256), (16, 1)), ((140, 17, 128), (32, 2)),
+        ((300, 545, 256), (16, 4)), ((513, 1004, 128), (32, 1)), ((270, 400, 1152), (32, 4)),
+    ],
     ids=str,
 )
 def test_int8(shape, plan, w_bits, dtype):

@@ -15,7 +15,7 @@ PROGRAM = """
 using namespace jointnas;
 int main() {
   long checked = 0;
-  for (int cluster = 1; cluster <= 2; ++cluster)
+  for (int cluster : {1, 2, 4})
     for (int rows = 1; rows <= 70 * kBlockRows; rows += 61)
       for (int token_blocks : {1, 2, 3, 7, 16, 33}) {
         LowbitArgs p{};

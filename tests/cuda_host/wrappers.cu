@@ -1,5 +1,6 @@
 // One kernel per PTX wrapper: 32 lanes (128 for wgmma) read their operands from `in` and write the result to `out`.
 // Built by nvcc for a device and by g++ on the emulation; both must give the same (tests/gpu/test_wrappers.py).
+#include "cuda/hopper.cuh"
 #include "cuda/lowbit.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -93,14 +94,28 @@ template <class T> __global__ void __launch_bounds__(128) wgmma(const uint32_t* 
 #endif
 }
 
+// Four tiles of 8 x 8 halves into rows.
+__global__ void turned(const uint32_t* in, uint32_t* out) {
+#if defined(JN_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  JN_DYNAMIC_SHARED(shared);
+  in += threadIdx.x * kWords;
+  out += threadIdx.x * kWords;
+  ptx::store_transposed4(shared + threadIdx.x * 16, {in[0], in[1], in[2], in[3]});
+  ptx::sync_warp();
+  for (int i = 0; i < 4; ++i) out[i] = reinterpret_cast<const uint32_t*>(shared)[threadIdx.x * 4 + i];
+#endif
+}
+
 }  // namespace
 }  // namespace jointnas
 
 // name: 0 mma f16, 1 mma bf16, 2 integer mma, 3 scalars f16, 4 scalars bf16, 5 tiles f16, 6 tiles bf16, 7 wgmma f16,
-// 8 wgmma bf16
+// 8 wgmma bf16, 9 stmatrix
 extern "C" int run_wrapper(int name, const uint32_t* in, uint32_t* out, void* stream) {
   using namespace jointnas;
   void (*kernels[])(const uint32_t*, uint32_t*) = {mma_half<F16>, mma_half<BF16>, mma_int,     scalars<F16>, scalars<BF16>,
-                                                   tiles<F16>,    tiles<BF16>,    wgmma<F16>, wgmma<BF16>};
-  return launch(kernels[name], dim3(1), dim3(name < 7 ? 32 : 128), 8192, static_cast<cudaStream_t>(stream), false, in, out);
+                                                   tiles<F16>,    tiles<BF16>,    wgmma<F16>, wgmma<BF16>,
+                                                   turned};
+  const int threads = name == 7 || name == 8 ? 128 : 32;
+  return launch(kernels[name], dim3(1), dim3(threads), 8192, static_cast<cudaStream_t>(stream), false, in, out);
 }

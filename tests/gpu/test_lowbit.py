@@ -121,8 +121,10 @@ def test_half(plan, w_bits, dtype, device):
 @HOPPER
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("w_bits", "a_bits"), [(2, 8), (4, 8), (8, 8), (4, 4), (2, 2)])
-@pytest.mark.parametrize("plan", [(16, 1), (16, 2), (32, 1), (32, 2)], ids=str)
-@pytest.mark.parametrize("shape", [(1, 17, 128), (133, 300, 2048), (521, 1000, 1152), (300, 2500, 640)], ids=str)
+@pytest.mark.parametrize("plan", [(16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (32, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 17, 128), (133, 300, 2048), (521, 1000, 1152), (300, 2500, 640), (2050, 5003, 128)], ids=str
+)
 def test_int8(shape, plan, a_bits, w_bits, dtype, device):
     tokens, rows, inputs = shape
     packed, scale = make(rows, inputs, w_bits, dtype, device)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "cuda_host" / "wrappers.cu"
 NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
 NAMES = ["mma f16", "mma bf16", "integer mma", "scalars f16", "scalars bf16", "tiles f16", "tiles bf16"]
-HOPPER = ["wgmma f16", "wgmma bf16"]
+HOPPER = ["wgmma f16", "wgmma bf16", "stmatrix"]
 WORDS = 512
 pytestmark = pytest.mark.skipif(not Path(NVCC).exists(), reason="nvcc is not installed")
 
@@ -47,7 +47,7 @@ def operands(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", NAMES + HOPPER)
 def test_wrapper(name, builds):
     if name in HOPPER and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("wgmma is Hopper's")
+        pytest.skip("only Hopper has it")
     given = operands(name)
     results = []
     for library, tensor in zip(builds, (given.cuda(), given.clone()), strict=True):

@@ -377,8 +377,10 @@ inline void ldmatrix4(uint32_t (&a)[4], const void* row) {
   });
   std::memcpy(a, out.a, 16);
 }
-inline float load_l2(const float* p) { return *p; }
-inline Vec4 load16_l2(const void* p) { return load_readonly(p); }
+template <int N> void load_l2(const float* p, float (&v)[N]) {
+  emu::require(reinterpret_cast<uintptr_t>(p) % sizeof(v) == 0, "load at an address that is no multiple of its size");
+  std::memcpy(v, p, sizeof(v));
+}
 
 inline void sync_threads() {
   emu::Block& b = emu::block();
@@ -386,6 +388,13 @@ inline void sync_threads() {
 }
 inline void sync_some(int id, int threads) {
   emu::meet(emu::block().named[emu::block().rank() * 16 + id], threads, [] {});
+}
+inline void arrive_some(int id, int threads) {
+  emu::Meeting& m = emu::block().named[emu::block().rank() * 16 + id];
+  emu::block().idle = 0;
+  if (++m.arrived < threads) return;
+  m.arrived = 0;
+  ++m.generation;
 }
 inline void sync_warp() { emu::meet(emu::block().warps[emu::block().current / 32].meeting, 32, [] {}); }
 template <class T> T shuffle_xor(T v, int mask) {
@@ -416,6 +425,7 @@ int launch_cluster(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
       }
   return 0;
 }
+template <auto> int resident_blocks(dim3, size_t, int cluster) { return 4 / cluster * cluster; }
 template <class... P, class... A>
 int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, bool, A... args) {
   return launch_cluster(kernel, grid, block, shared_bytes, stream, 1, false, args...);

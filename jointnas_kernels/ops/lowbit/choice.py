@@ -114,7 +114,7 @@ def candidates(tokens: int, shape: Shape, sms: int) -> list[Candidate]:
                     one_wave = min(shape.inputs // INPUTS, sms // plan.blocks(tokens, shape.outputs))  # an SM has one
                     found += [Candidate("half", p) for p in _split(plan, tokens, shape, sms, one_wave)]
         else:
-            found += [Candidate("int8", Plan(tiles, cluster=n)) for tiles in (16, 32) for n in (1, 2)]
+            found += [Candidate("int8", Plan(tiles, cluster=n)) for tiles in (16, 32) for n in (1, 2, 4)]
     return found
 
 

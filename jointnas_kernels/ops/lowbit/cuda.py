@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     cluster: int = 1
 
     def blocks(self, tokens: int, rows: int) -> int:
-        """How many blocks are launched for an output [tokens, rows]."""
+        """How many parts an output [tokens, rows] has: a block each, or, of int8, whose blocks stay, one of a few."""
         row_blocks = -(-rows // (STRIP_ROWS * self.warp_rows * self.cluster)) * self.cluster
         return row_blocks * self.splits * -(-tokens // (8 * self.token_tiles))
 
