@@ -70,7 +70,11 @@ JN_DEVICE void add_up(const Params& p, const float* sums, unsigned char* shared,
   if (t == 0) *p.arrived = 0;
   if (warp >= p.precisions) return;
   float v = 0;
-  for (int i = lane; i < static_cast<int>(gridDim.x); i += 32) v += ptx::load_l2(p.partial + i * p.precisions + warp);
+  for (int i = lane; i < static_cast<int>(gridDim.x); i += 32) {
+    float part[1];
+    ptx::load_l2(p.partial + i * p.precisions + warp, part);
+    v += part[0];
+  }
 #pragma unroll
   for (int m = 16; m; m /= 2) v += ptx::shuffle_xor(v, m);
   if (lane == 0) p.total[warp] = v;
