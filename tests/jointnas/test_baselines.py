@@ -261,7 +261,8 @@ def test_mixture_of_prefixes(tmp_path: Path, mode: str) -> None:
     for beta, block, one in zip([0.3, -0.5, 1.0], supernet.blocks, sample.blocks, strict=True):
         x = block(x, step, one._replace(gate=None))
         mixed = mixed + math.exp(beta) / sum(map(math.exp, (0.3, -0.5, 1.0))) * x
-    logits = F.linear(supernet.norm(mixed, step), supernet.head)[:, :-1].flatten(0, 1)
+    _, states = supernet.norm(mixed, sample.masks, step.sizes)
+    logits = F.linear(states, supernet.head)[:, :-1].flatten(0, 1)
     assert loss.item() == pytest.approx(F.cross_entropy(logits, ids[:, 1:].flatten()).item(), rel=1e-5)
     loss.backward()
     assert (supernet.arch.logits["blocks"].grad is not None) == (mode == "arch")

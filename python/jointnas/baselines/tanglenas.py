@@ -44,4 +44,5 @@ def mixture_of_prefixes(supernet: Supernet, batch: Batch) -> Tensor:
         if depth in weights:
             mixed = mixed + weights[depth].to(x.dtype) * x
     target = nn.functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORE).flatten()
-    return linear_cross_entropy(supernet.norm(mixed, step).flatten(0, 1), head.to(x.dtype), target)
+    _, states = supernet.norm(mixed, sample.masks, step.sizes)
+    return linear_cross_entropy(states.flatten(0, 1), head.to(x.dtype), target)
