@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import pytest
 
-SAMPLE = 8
+SAMPLE = 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
