@@ -29,6 +29,18 @@ def expected(x, packed, scale, w_bits, a_bits, symmetric=False):
     return reference(x.double(), packed, scale, w_bits, 16, 128, False)
 
 
+def multiplies_halves(kernel, shape, plan, w_bits, dtype):
+    """16-bit activations of a shape (tokens, rows, inputs), by a plan; locks are left as they were."""
+    tokens, rows, inputs = shape
+    packed, scale = make(rows, inputs, w_bits, dtype)
+    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
+    x = torch.randn(tokens, inputs).to(dtype)
+    with poisoned():
+        y = lowbit_cuda.multiply(kernel, x, weight, None, plan)
+    assert_close(y, expected(x, packed, scale, w_bits, 16), what=f"W{w_bits}A16")
+    assert not weight.tensors[3].any()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("a_bits", [16, 8, 4, 2], ids=lambda b: f"A{b}")
 @pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")
@@ -76,14 +88,7 @@ def test_stream_plans(plan, a_bits):
     ids=str,
 )  # fmt: skip
 def test_stripe(shape, plan, w_bits, dtype):
-    tokens, rows, inputs = shape
-    packed, scale = make(rows, inputs, w_bits, dtype)
-    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
-    x = torch.randn(tokens, inputs).to(dtype)
-    with poisoned():
-        y = lowbit_cuda.multiply("stripe", x, weight, None, lowbit_cuda.Plan(plan[0], splits=plan[1]))
-    assert_close(y, expected(x, packed, scale, w_bits, 16), what=f"W{w_bits}A16")
-    assert not weight.tensors[3].any()
+    multiplies_halves("stripe", shape, lowbit_cuda.Plan(plan[0], splits=plan[1]), w_bits, dtype)
 
 
 @pytest.mark.parametrize("sms", [1, 4, 108, 132])
@@ -191,15 +196,8 @@ def test_int8(shape, plan, w_bits, dtype):
     ids=str,
 )  # fmt: skip
 def test_half(shape, plan, w_bits, dtype):
-    tokens, rows, inputs = shape
-    packed, scale = make(rows, inputs, w_bits, dtype)
-    weight = LowbitWeight.pack(packed, scale, w_bits, 128, layout="cuda")
-    x = torch.randn(tokens, inputs).to(dtype)
-    with poisoned():
-        tiles, splits, cluster = plan
-        y = lowbit_cuda.multiply("half", x, weight, None, lowbit_cuda.Plan(tiles, splits=splits, cluster=cluster))
-    assert_close(y, expected(x, packed, scale, w_bits, 16), what=f"W{w_bits}A16")
-    assert not weight.tensors[3].any()
+    tiles, splits, cluster = plan
+    multiplies_halves("half", shape, lowbit_cuda.Plan(tiles, splits=splits, cluster=cluster), w_bits, dtype)
 
 
 @pytest.mark.parametrize("w_bits", [2, 4, 8], ids=lambda b: f"W{b}")

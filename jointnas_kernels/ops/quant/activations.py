@@ -26,7 +26,15 @@ from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.columns import partial_sums, total_of
 from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, rows
-from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
+from jointnas_kernels.ops.quant.kernels import (
+    constants,
+    larger,
+    round_tile,
+    scale_and_zero,
+    smaller,
+    store_sums,
+    token_levels,
+)
 from jointnas_kernels.ops.quant.spec import ACT_BITS, fake_quant_tokens, straight_through
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dprobs, dmask
@@ -222,13 +230,7 @@ def act_backward_kernel(
                     sum3 += product(g, x, levels_ptr, row, count, 3, Q, LOW, dtype, SYMMETRIC, EXACT)
     if WANT_PROBS:
         at = dprobs_part_ptr + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * Q
-        tl.store(at, tl.sum(sum0))
-        if Q > 1:
-            tl.store(at + 1, tl.sum(sum1))
-        if Q > 2:
-            tl.store(at + 2, tl.sum(sum2))
-        if Q > 3:
-            tl.store(at + 3, tl.sum(sum3))
+        store_sums(at, sum0, sum1, sum2, sum3, Q)
     if WANT_MASK:
         tl.store(dmask_part_ptr + tl.program_id(1) * N + col, tl.sum(dmask, axis=0) * total, mask=col_ok)
         if last_to_arrive(counter_ptr + 1 + tl.program_id(0), tl.num_programs(1)):

@@ -101,6 +101,18 @@ def round_tile(x, dtype: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def store_sums(at, sum0, sum1, sum2, sum3, Q: tl.constexpr):
+    """The sums of the first Q of four tiles, beside each other."""
+    tl.store(at, tl.sum(sum0))
+    if Q > 1:
+        tl.store(at + 1, tl.sum(sum1))
+    if Q > 2:
+        tl.store(at + 2, tl.sum(sum2))
+    if Q > 3:
+        tl.store(at + 3, tl.sum(sum3))
+
+
+@triton.jit
 def scale_and_zero(
     least, most, low: tl.constexpr, inverse: tl.constexpr, rest: tl.constexpr, eps: tl.constexpr, dtype: tl.constexpr,
     SYMMETRIC: tl.constexpr, EXACT: tl.constexpr,

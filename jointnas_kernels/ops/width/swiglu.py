@@ -27,7 +27,7 @@ from jointnas_kernels.ops.core.op import Op
 from jointnas_kernels.ops.core.tensors import bad, compute_dtype, dense, dense_like, in_dtype_of, processors, rows
 from jointnas_kernels.ops.quant import activations as act
 from jointnas_kernels.ops.quant.activations import product, swiglu_value
-from jointnas_kernels.ops.quant.kernels import constants, round_tile
+from jointnas_kernels.ops.quant.kernels import constants, round_tile, store_sums
 
 Gradients = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # dgate, dup, dr, dc
 Quantized = tuple[Tensor, Tensor]  # y, levels [rows, Q, 2]
@@ -151,13 +151,7 @@ def swiglu_backward_kernel(
                 sum_columns(dc_part_ptr, dc_ptr, chunks, width, col, col_ok, BLOCK_N)
     if NEED_PROBS:
         at = dprobs_part_ptr + tl.program_id(0) * Q
-        tl.store(at, tl.sum(sum0))
-        if Q > 1:
-            tl.store(at + 1, tl.sum(sum1))
-        if Q > 2:
-            tl.store(at + 2, tl.sum(sum2))
-        if Q > 3:
-            tl.store(at + 3, tl.sum(sum3))
+        store_sums(at, sum0, sum1, sum2, sum3, Q)
         if last_to_arrive(counter_ptr, tl.num_programs(0)):
             one = tl.arange(0, 16)
             sum_columns(dprobs_part_ptr, dprobs_ptr, tl.num_programs(0), Q, one, one < Q, 16, 128)

@@ -14,7 +14,15 @@ from jointnas_kernels.ops.core.backends import interpreting
 from jointnas_kernels.ops.core.columns import STAGES, column_sums, partial_sums
 from jointnas_kernels.ops.core.tensors import bad, dense, dense_like, in_dtype_of, power_of_two, processors, rows
 from jointnas_kernels.ops.norm.rms.reference import Gradients, Sizes, of_column
-from jointnas_kernels.ops.quant.kernels import constants, larger, round_tile, scale_and_zero, smaller, token_levels
+from jointnas_kernels.ops.quant.kernels import (
+    constants,
+    larger,
+    round_tile,
+    scale_and_zero,
+    smaller,
+    store_sums,
+    token_levels,
+)
 
 MAX_WIDTH = 32768  # a row is held in the registers of one program: 64 fp32 values per thread at 16 warps
 
@@ -189,13 +197,7 @@ def rmsnorm_backward_kernel(
     elif NEED_PROBS:
         at += tl.program_id(0) * Q
     if NEED_PROBS:
-        tl.store(at, tl.sum(sum0))
-        if Q > 1:
-            tl.store(at + 1, tl.sum(sum1))
-        if Q > 2:
-            tl.store(at + 2, tl.sum(sum2))
-        if Q > 3:
-            tl.store(at + 3, tl.sum(sum3))
+        store_sums(at, sum0, sum1, sum2, sum3, Q)
     if NEED_COLUMN:
         tl.store(column_ptr + tl.program_id(0).to(tl.int64) * width + col, column, mask=ok)
 
