@@ -12,11 +12,11 @@ from jointnas.campaign.statistics import at, interval, summary
 
 
 def row(
-    method: str, seed: int, ms: float, ce: float, acc: float | None = None, target: float | None = None
+    pipeline: str, seed: int, ms: float, ce: float, acc: float | None = None, target: float | None = None
 ) -> dict[str, Any]:
     tasks = {} if acc is None else {"a": {"acc": acc}}
     return {
-        "unit": f"{method}/{seed}/{ms}", "method": method, "seed": seed, "status": "done", "target_ms": target,
+        "unit": f"{pipeline}/{seed}/{ms}", "method": pipeline.partition("+")[0], "pipeline": pipeline, "seed": seed, "status": "done", "target_ms": target,
         "predicted_ms": ms, "measured_ms": ms, "ce": ce, "tasks": tasks,
     }  # fmt: skip
 
@@ -59,6 +59,19 @@ def test_hypervolumes_that_there_are_not() -> None:
     found = summary(rows, [1.5], "a", 0.9)
     assert found["cross_entropy"]["methods"]["b"]["over_targets"]["hypervolume"] == none
     assert found["cross_entropy"]["methods"]["a"]["over_targets"]["hypervolume"]["mean"] > 0
+
+
+def test_a_method_of_several_precisions_is_there_once_more_per_precision() -> None:
+    """Together they have more models than the reference; each of them has as many."""
+    rows = [row("original", 0, 9.0, 1.0), row("a", 0, 1.0, 3.0), row("a", 0, 2.0, 2.0), row("d+W4A8", 0, 2.0, 2.5)]
+    rows += [row("b+W2A8", 0, 1.0, 3.0), row("c+W8A8", 0, 2.0, math.inf), row("b+W4A8", 0, 2.0, 2.5)]
+    methods = summary(rows, [2.0], "a", 0.9)["cross_entropy"]["methods"]
+    assert list(methods) == ["a", "d", "b", "b+W2A8", "b+W4A8"]
+    assert methods["b"]["front"] == [*methods["b+W2A8"]["front"], *methods["b+W4A8"]["front"]]
+    volumes = {name: of["of_all"]["hypervolume"]["mean"] for name, of in methods.items()}
+    assert volumes["b"] > volumes["b+W4A8"] == volumes["d"] > volumes["b+W2A8"] > 0
+    over = {name: of["over_targets"]["hypervolume"]["mean"] for name, of in methods.items()}
+    assert over["a"] > over["b"] == over["b+W4A8"] == over["d"] > over["b+W2A8"]
 
 
 def test_summary_of_accuracy_and_of_predictions() -> None:

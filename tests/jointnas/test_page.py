@@ -146,11 +146,11 @@ def test_numbers_are_those_of_the_summary_and_lead_to_their_rows(tmp_path: Path)
     rows = [row(unit) for unit in units(2)]
     found = summary(rows, TARGETS, "joint", 0.95)
     assert Campaign.load(folder).found == found
-    for method, of in found["cross_entropy"]["methods"].items():
+    for of in found["cross_entropy"]["methods"].values():
         for part in ("over_targets", "of_all"):
             volume = of[part]["hypervolume"]
             text = f"{volume['mean']:.3f} [{volume['low']:.3f}, {volume['high']:.3f}]"
-            assert f'<a href="#rows-{method}">{text}</a>' in source
+            assert f'<a href="#rows-{of["method"]}">{text}</a>' in source
     for one in rows:
         anchor = "row-" + re.sub(r"[/+]", "-", one["unit"])
         assert f'<a href="#{anchor}">{one["perplexity"]:,.2f}</a>' in source

@@ -171,7 +171,7 @@ def opening(campaign: Campaign) -> Iterator[str]:
 def verdict(found: Mapping[str, Any], kind: str) -> str:
     """A sentence: the reference's hypervolume against that of the strongest other method, as HTML."""
     own, methods, name = found["reference"], found[kind]["methods"], html.escape(NAMES[kind])
-    others = [method for method in methods if method != own]
+    others = [method for method, of in methods.items() if method != own and method == of["method"]]
     if own not in methods or not others:
         missing = "another method than " * (own in methods) + html.escape(own)
         return f"Nothing to compare in {name}: there is no model of {missing}."
@@ -248,13 +248,16 @@ def qualities(campaign: Campaign) -> Iterator[str]:
     for kind in KINDS:
         if kind in campaign.found and campaign.found[kind]["methods"]:
             header, cells = comparison(campaign.found, kind)
-            rows = [[marked(line[0], of_method(line[0], line[0])), *(of_method(c, line[0]) for c in line[1:])]
-                    for line in cells]  # fmt: skip
+            rows = []
+            for line in cells:
+                method = campaign.found[kind]["methods"][line[0]]["method"]
+                rows.append([marked(method, of_method(line[0], method)), *(of_method(cell, method) for cell in line[1:])])
             yield f"<h2>Hypervolume and {html.escape(NAMES[kind])}</h2>{table(header, rows)}"
     if any(kind in campaign.found for kind in KINDS):
         yield (
             "<p>Hypervolume: the share of the area between the best and the worst values that a front dominates. "
-            f"In brackets: {campaign.found['confidence']:.0%} intervals over seeds; a single seed has none.</p>"
+            f"In brackets: {campaign.found['confidence']:.0%} intervals over seeds; a single seed has none. A method of "
+            "several precisions has as many models more than the reference; each precision alone has as many.</p>"
         )
 
 

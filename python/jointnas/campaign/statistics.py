@@ -1,11 +1,13 @@
 """What the rows of a campaign say: fronts, hypervolumes, quality at fixed latency, speed-up at fixed quality.
 
-A method's models are those of all its precisions and targets; per seed they have one front. Between the points of a
-front quality is read off by straight lines. Intervals are bootstrapped over seeds, and there are none of a single seed;
-differences and ratios are taken between models of the same seed.
+A method's models are those of all its precisions and targets; per seed they have one front. A method of several
+precisions is there once more per precision, as pipelines: each of these has had the budget that the reference has had,
+the method several times as much. Between the points of a front quality is read off by straight lines. Intervals are
+bootstrapped over seeds, and there are none of a single seed; differences and ratios are taken between models of the
+same seed.
 
-Over the targets: a front of the best quality within each target, at the target. All methods have as many points there;
-among all models a method of several precisions has more, and steps between more points enclose more area.
+Over the targets: a front of the best quality within each target, at the target. All have as many points there; among
+all models a method of several precisions has more, and steps between more points enclose more area.
 
 Fixed latencies are those of the reference's models for the targets, of the slowest seed: when measured, a model may be
 a little slower than its target.
@@ -30,6 +32,7 @@ from jointnas.results import hypervolume, pareto
 RESAMPLES = 10_000
 Row = Mapping[str, Any]
 Point = tuple[float, float]  # ms, quality
+Cloud = list[tuple[Row, Point]]
 Fronts = dict[int, list[Point]]  # by seed
 
 
@@ -65,12 +68,12 @@ def summary(rows: Sequence[Row], targets: Sequence[float], reference: str, confi
         points = [(row, (float(row[column]), value)) for row, value in values if value is not None]
         points = [(row, point) for row, point in points if math.isfinite(point[1])]
         if points:
-            found[kind] = _of_quality(points, found)
+            found[kind] = _of_quality(points, _names(done), found)
     return found
 
 
 def comparison(found: Mapping[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
-    """(header, cells) of a summary's quality, a line per method."""
+    """(header, cells) of a summary's quality, a line per method and pipeline."""
     own = found["reference"]
     header = ["method", "hypervolume over the targets", f"{own} - it", "of all models", f"{own} - it"]
     header += [part for ms in found["fixed_ms"] for part in (f"{kind} at {ms:.4g} ms", f"{own} faster by")]
@@ -90,26 +93,40 @@ def shown(of: Mapping[str, Any]) -> str:
     return f"{of['mean']:.3f}" + ("" if of["low"] is None else f" [{of['low']:.3f}, {of['high']:.3f}]")
 
 
-def _of_quality(points: Sequence[tuple[Row, Point]], facts: Mapping[str, Any]) -> dict[str, Any]:
+def _names(done: Sequence[Row]) -> dict[str, list[str]]:
+    """What models of a pipeline count for, by pipeline: the method and, where that has several, the pipeline too. In
+    the order of the rows, a method before its pipelines."""
+    of: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in done:
+        if row["method"] != ORIGINAL:
+            of[row["method"]][row["pipeline"]] = None
+    return {name: [method, name] if len(own) > 1 else [method] for method, own in of.items() for name in own}
+
+
+def _of_quality(
+    points: Sequence[tuple[Row, Point]], names: Mapping[str, Sequence[str]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     places = [point for _, point in points]
     corner = tuple(max(p[i] for p in places) * 1.01 for i in (0, 1))
     best = tuple(min(p[i] for p in places) for i in (0, 1))
-    fronts = _fronts(points)
+    clouds = _clouds(points, names)
+    fronts = _fronts(clouds)
     own = fronts.get(facts["reference"], {})
     levels = [statistics.mean(known) if (known := _known(at(front, ms) for front in own.values())) else None
               for ms in facts["fixed_ms"]]  # fmt: skip
     confidence, methods = facts["confidence"], {}
-    grid = _within(points, facts["targets_ms"])
+    grid = _within(clouds, facts["targets_ms"])
     near = (min(facts["targets_ms"], default=0.0), best[1])
     far = (1.01 * max(facts["targets_ms"], default=0.0), corner[1])
     for name, front in fronts.items():
         both = sorted(own.keys() & front.keys())
         methods[name] = {
+            "method": clouds[name][0][0]["method"],
             "over_targets": _volumes(grid.get(facts["reference"], {}), grid.get(name, {}), near, far, confidence),
             "of_all": _volumes(own, front, (best[0], best[1]), (corner[0], corner[1]), confidence),
             "at_latency": [_at_latency(own, front, both, ms, confidence) for ms in facts["fixed_ms"]],
             "at_quality": [_at_quality(own, front, both, level, confidence) for level in levels],
-            "front": [row["unit"] for row, point in points if row["method"] == name and point in front[row["seed"]]],
+            "front": [row["unit"] for row, point in clouds[name] if point in front[row["seed"]]],
         }
     return {"corner": corner, "methods": methods}
 
@@ -127,29 +144,37 @@ def _volumes(own: Fronts, front: Fronts, near: Point, far: Point, confidence: fl
     }
 
 
-def _within(points: Sequence[tuple[Row, Point]], targets: Sequence[float]) -> dict[str, Fronts]:
-    """Of every method and seed the best quality of its models that are predicted to take no longer than each target."""
+def _clouds(points: Sequence[tuple[Row, Point]], names: Mapping[str, Sequence[str]]) -> dict[str, Cloud]:
+    """The models of every name, in the names' order."""
+    found: dict[str, Cloud] = {name: [] for both in names.values() for name in both}
+    for row, point in points:
+        for name in names.get(row["pipeline"], ()):
+            found[name].append((row, point))
+    return {name: cloud for name, cloud in found.items() if cloud}
+
+
+def _within(clouds: Mapping[str, Cloud], targets: Sequence[float]) -> dict[str, Fronts]:
+    """Of every name and seed the best quality of its models that are predicted to take no longer than each target."""
     found: dict[str, Fronts] = defaultdict(dict)
-    for ms in targets:
-        best: dict[tuple[str, int], float] = {}
-        for row, (_, quality) in points:
-            if row["method"] != ORIGINAL and row["predicted_ms"] <= ms:
-                key = row["method"], row["seed"]
-                best[key] = min(quality, best.get(key, math.inf))
-        for (method, seed), quality in best.items():
-            found[method].setdefault(seed, []).append((ms, quality))
+    for name, cloud in clouds.items():
+        for ms in targets:
+            best: dict[int, float] = {}
+            for row, (_, quality) in cloud:
+                if row["predicted_ms"] <= ms:
+                    best[row["seed"]] = min(quality, best.get(row["seed"], math.inf))
+            for seed, quality in best.items():
+                found[name].setdefault(seed, []).append((ms, quality))
     return found
 
 
-def _fronts(points: Sequence[tuple[Row, Point]]) -> dict[str, Fronts]:
-    clouds: dict[str, Fronts] = defaultdict(lambda: defaultdict(list))
-    for row, point in points:
-        if row["method"] != ORIGINAL:
-            clouds[row["method"]][row["seed"]].append(point)
-    return {
-        name: {seed: [cloud[i] for i in pareto(cloud)] for seed, cloud in seeds.items()}
-        for name, seeds in clouds.items()
-    }
+def _fronts(clouds: Mapping[str, Cloud]) -> dict[str, Fronts]:
+    found: dict[str, Fronts] = {}
+    for name, cloud in clouds.items():
+        seeds: dict[int, list[Point]] = defaultdict(list)
+        for row, point in cloud:
+            seeds[row["seed"]].append(point)
+        found[name] = {seed: [own[i] for i in pareto(own)] for seed, own in seeds.items()}
+    return found
 
 
 def _at_latency(own: Fronts, front: Fronts, both: Sequence[int], ms: float, confidence: float) -> dict[str, Any]:
