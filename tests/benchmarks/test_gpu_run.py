@@ -142,6 +142,7 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "log.txt").read_text().count("\nfine") == 6, "load once more, and gemm's second command"
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_survive_a_cut(tmp_path: Path) -> None:
     """What passed or was skipped is not run again; two workers."""
     file, cases = tmp_path / "tests.jsonl", tmp_path / "test_cases.py"

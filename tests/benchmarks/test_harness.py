@@ -157,6 +157,7 @@ def test_choices_in_llama_cpp(
     assert "| embedded | 1 |" in render.sections()
 
 
+@pytest.mark.slow
 def test_depth_by_importance_and_from_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -183,6 +184,7 @@ def test_depth_by_importance_and_from_the_end(
     assert len(list((tmp_path / "plots").glob("depth-*-embedded.png"))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_is_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of its own takes what the dry run says; what it needs besides is a few MB, of some 100 here."""
@@ -196,6 +198,7 @@ def test_memory_is_as_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "| tiny | " in render.sections()
 
 
+@pytest.mark.slow
 def test_tokens_of_whole_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -126,6 +126,7 @@ def test_a_kernel_that_fails_its_check_is_not_followed(monkeypatch: pytest.Monke
     assert chosen(9, weight, 16) == ("stream", None)
 
 
+@pytest.mark.slow
 def test_nothing_tuned_changes_nothing() -> None:
     for shape in SHAPES:
         weight, _ = make(shape)

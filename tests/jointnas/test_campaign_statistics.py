@@ -16,8 +16,8 @@ def row(
 ) -> dict[str, Any]:
     tasks = {} if acc is None else {"a": {"acc": acc}}
     return {
-        "unit": f"{pipeline}/{seed}/{ms}", "method": pipeline.partition("+")[0], "pipeline": pipeline, "seed": seed, "status": "done", "target_ms": target,
-        "predicted_ms": ms, "measured_ms": ms, "ce": ce, "tasks": tasks,
+        "unit": f"{pipeline}/{seed}/{ms}", "method": pipeline.partition("+")[0], "pipeline": pipeline, "seed": seed,
+        "status": "done", "target_ms": target, "predicted_ms": ms, "measured_ms": ms, "ce": ce, "tasks": tasks,
     }  # fmt: skip
 
 

@@ -96,6 +96,7 @@ def test_a_quantized_folder(folder: Path) -> None:
     assert row["bytes"] < plain["bytes"]
 
 
+@pytest.mark.slow
 def test_the_embedded_text_in_tokens_of_the_model(folder: Path) -> None:
     """A model with the embedded tokenizer sees the embedded held-out text, document by document or as a whole."""
     (row,) = evaluate(str(folder / "plain"), tasks=[], tokens=2048, context=128)

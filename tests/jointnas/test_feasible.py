@@ -166,6 +166,7 @@ def test_a_table_that_misses_whole_models(busy: str, tmp_path: Path, monkeypatch
     assert synthetic().tolerance == math.inf
 
 
+@pytest.mark.slow
 def test_profile_and_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What once was a traceback after minutes: random whole models, some of which no stock model could be."""
     out = tmp_path / "table.jsonl"

@@ -98,6 +98,7 @@ def test_operations_of_a_product_with_lora() -> None:
     assert flops.get_total_flops() == 2 * 5 * (3 * 7 + 2 * 7 + 3 * 2)
 
 
+@pytest.mark.slow
 def test_less_is_kept_with_checkpoints_and_lora() -> None:
     long = {"batch_size": 4, "seq_len": 64}
     plain = footprint.footprint(config(data=long), tiny_config(), SPACE)
@@ -109,6 +110,7 @@ def test_less_is_kept_with_checkpoints_and_lora() -> None:
     assert less["distillation"].kinds["optimizer"] < plain["distillation"].kinds["optimizer"]
 
 
+@pytest.mark.slow
 def test_packed_base_weights_take_half() -> None:
     more = {"search": {"lora_rank": 4, "gradient_checkpointing": True},
             "finetune": {"train": "lora", "gradient_checkpointing": True}}  # fmt: skip
@@ -124,6 +126,7 @@ def test_packed_base_weights_take_half() -> None:
     assert usual["trained weights"] - packed["trained weights"] == pytest.approx(linears, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_loss_of_distillation_is_that_of_the_device() -> None:
     """A CPU takes fewer logits at once."""
     model_config = tiny_config()

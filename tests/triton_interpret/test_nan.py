@@ -17,5 +17,6 @@ def test_alike(case: str, dtype: torch.dtype) -> None:
     getattr(nan_cases, case)("triton", dtype)
 
 
+@pytest.mark.slow
 def test_lowbit(dtype: torch.dtype) -> None:
     nan_cases.lowbit("triton", dtype, 32, "storage")

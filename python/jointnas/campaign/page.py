@@ -251,13 +251,14 @@ def qualities(campaign: Campaign) -> Iterator[str]:
             rows = []
             for line in cells:
                 method = campaign.found[kind]["methods"][line[0]]["method"]
-                rows.append([marked(method, of_method(line[0], method)), *(of_method(cell, method) for cell in line[1:])])
+                name, *values = (of_method(cell, method) for cell in line)
+                rows.append([marked(method, name), *values])
             yield f"<h2>Hypervolume and {html.escape(NAMES[kind])}</h2>{table(header, rows)}"
     if any(kind in campaign.found for kind in KINDS):
         yield (
             "<p>Hypervolume: the share of the area between the best and the worst values that a front dominates. "
-            f"In brackets: {campaign.found['confidence']:.0%} intervals over seeds; a single seed has none. A method of "
-            "several precisions has as many models more than the reference; each precision alone has as many.</p>"
+            f"In brackets: {campaign.found['confidence']:.0%} intervals over seeds; a single seed has none. A method "
+            "of several precisions has several models per target; each precision alone has one, as the reference.</p>"
         )
 
 
