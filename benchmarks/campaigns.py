@@ -1,7 +1,7 @@
 """What comparisons of methods (`jointnas compare`) say, from their rows in results/campaigns/NAME.
 
 A folder there has what a campaign goes on from (config.yaml, latency.jsonl, results.jsonl, variants.json), and may be
-copied and continued with `jointnas compare --out COPY --resume auto`, on another machine, too.
+copied and continued: `jointnas compare --config COPY/config.yaml --out COPY --resume auto`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ config = RunConfig(
     latency={"seq": 64, "seconds_per_operation": 0.001, "calibrate": 0},
     data={"batch_size": 2, "seq_len": 64},
     search={"steps": 4, "lr_arch": 0.05, "budget_max": 0.9, "importance_batches": 1},  # budget: share of the parameters
-    quantizer={"options": {"samples": 8, "epochs": 1}},  # calibration windows and passes; the defaults are 128 and 6
+    quantizer={"options": {"samples": 8, "epochs": 1}},  # calibration windows and passes; the defaults are 128 and 1
     finetune={"steps": 4},
     eval={"tokens": 2048, "tasks": []},
 )

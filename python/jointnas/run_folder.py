@@ -80,7 +80,7 @@ class Found:
 
     choice: Choice
     argmax: Choice
-    repaired: list[str]  # what the argmax violated; empty if it was taken as it is
+    repaired: list[str]  # what the argmax violated; without that, `spend` may have changed it all the same
     converged: bool
     steps: int
     predicted_ms: float
@@ -227,5 +227,5 @@ def _put(run: Run, state: Mapping[str, Tensor]) -> None:
 def resumable(config: RunConfig) -> dict[str, Any]:
     """The part of a configuration that a resumed run must share."""
     free = {"out", "resume", "progress", "tensorboard", "finetune", "eval", "latency", "parallel"}
-    search = {"compared", "log_every", "save_every", "keep_checkpoints", "capture", "skip_most", "collapse"}
+    search = {"log_every", "save_every", "keep_checkpoints", "capture", "skip_most", "collapse"}
     return config.model_dump(mode="json", exclude={**dict.fromkeys(free, True), "search": search, "data": {"cache"}})

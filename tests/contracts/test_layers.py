@@ -12,7 +12,7 @@ LINT = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports
 
 
 def test_layers() -> None:
-    """csrc -> ops -> nn -> hf -> latency -> jointnas -> benchmarks; the same by hand: `lint-imports`.
+    """Imports go one way, by the contracts of pyproject.toml; the same by hand: `lint-imports`.
 
     In a process of its own: import-linter silences the loggers it finds.
     """

@@ -184,6 +184,10 @@ def test_variants_are_methods_of_their_own(root: Path, every: Path) -> None:
     options["variants"]["no-latency"] = {"search.eta": 0.5}
     with pytest.raises(JointNASError, match=r"no-latency was {'search\.eta': 0\.0}, is {'search\.eta': 0\.5}"):
         compare(campaigns.config(root, out="variants", compare=options))
+    for folder in ("units", "shared"):  # of what is left, the rows say that it had begun
+        shutil.rmtree(root / "variants" / folder)
+    with pytest.raises(JointNASError, match=r"compare\.variants\.no-latency was"):
+        compare(campaigns.config(root, out="variants", compare=options))
 
 
 def test_infeasible_units_say_why(root: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from jointnas.compare_config import CompareOptions
 from jointnas.config import RunConfig
 from jointnas.data import Streams
+from jointnas.objective import Infeasible
 from jointnas.precision import Precision
 from jointnas.preparation import prepare
 from jointnas.run_folder import Run
+from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice
 
@@ -45,11 +47,6 @@ class Context:
             config, copy.deepcopy(self.model), self.streams, self.table, after=after, quantizers=self.quantizers
         )
 
-    def sharing(self) -> Context:
-        """What is done once for all targets and precisions of the method works with: no target, the shared folder."""
-        config = self.config.model_copy(update={"out": str(self.shared), "target_latency_ms": None})
-        return replace(self, config=config, precision=None)
-
 
 @dataclass
 class Picked:
@@ -63,3 +60,16 @@ class Picked:
     tokens: int = 0
     evaluated: int = 0
     about: dict[str, Any] = field(default_factory=dict)
+
+
+def given(run: Run, choice: Choice) -> Picked:
+    """A choice that nothing searched for.
+
+    Raises:
+        Infeasible: the device cannot run it.
+    """
+    try:
+        run.bound.predict(choice)
+    except JointNASError as error:
+        raise Infeasible(str(error)) from None
+    return Picked(run, choice)

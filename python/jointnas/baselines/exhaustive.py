@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jointnas.baselines.context import Context, Picked
-from jointnas.objective import Infeasible
-from jointnas_kernels.errors import JointNASError
+from jointnas.baselines.context import Context, Picked, given
 from jointnas_kernels.space import Choice, SearchSpace, kept_blocks
 
 
@@ -41,12 +39,7 @@ def numbered(space: SearchSpace, block_rank: Sequence[int], number: int) -> Choi
 def exhaustive(context: Context) -> Picked:
     """The model of the unit's number, where the device can run it."""
     run = context.run()
-    choice = numbered(run.space, run.supernet.block_rank, context.number)
-    try:
-        run.bound.predict(choice)
-    except JointNASError as error:
-        raise Infeasible(str(error)) from None
-    return Picked(run, choice)
+    return given(run, numbered(run.space, run.supernet.block_rank, context.number))
 
 
 def _models(space: SearchSpace, structure: Choice) -> int:

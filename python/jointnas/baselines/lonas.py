@@ -1,5 +1,5 @@
-"""LoNAS (Munoz et al., "LoNAS: elastic low-rank adapters for efficient large language models", 2024), as its papers'
-comparisons improve it: in order of importance, with sandwich training, and searched by strata.
+"""LoNAS (Munoz et al., "LoNAS: elastic low-rank adapters for efficient large language models", 2024), as
+arXiv 2606.04063 compares with it: in order of importance, with sandwich training, and searched by strata.
 
 Each step trains two random sub-networks, each of a random stratum of parameters, with LoRA of a random rank. A target
 takes, of random candidates of every stratum that are fast enough at the precision they get afterwards, the one of least
@@ -12,7 +12,7 @@ import torch
 
 from jointnas.baselines.context import Context, Picked
 from jointnas.baselines.sandwich import GRID, sandwich, trained
-from jointnas.baselines.strata import candidates, strata, structures
+from jointnas.baselines.strata import groups_of, strata, structures
 from jointnas.losses import Losses
 from jointnas.run_folder import write_json
 from jointnas_kernels.space import Choice
@@ -41,7 +41,7 @@ def train(context: Context) -> None:
 def lonas(context: Context) -> Picked:
     """The best candidate within the target."""
     run, facts = trained(context)
-    groups = candidates(strata(structures(run), context.options.strata), context.options.candidates, run.config.seed)
+    groups = groups_of(run, context.options)
     losses = Losses(run, run.folder / "losses.json", context.options.batches)
     found = [choice for group in groups for choice in group]
     choice = run.as_deployed(losses.best(found))

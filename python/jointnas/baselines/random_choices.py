@@ -61,7 +61,7 @@ def canonical(choice: Choice, bound: Bound) -> Choice:
 
 
 def random(context: Context) -> Picked:
-    """The next of the random choices that use nearly all of the target."""
+    """A random choice, the unit's number its seed, that uses nearly all of the target."""
     run = context.run()
     limits, generator = Limits.of(run.config, run.model_config), seeded(run.config.seed, RANDOM, context.number)
     check = Feasibility(run.model_config, run.bound, limits)

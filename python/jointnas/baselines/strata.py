@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from jointnas.compare_config import CompareOptions
 from jointnas.objective import Infeasible, Limits
 from jointnas.precision import Precision
 from jointnas.run_folder import Run
@@ -51,6 +52,11 @@ def strata(sizes: dict[Choice, float], count: int) -> list[list[Choice]]:
         place = 0 if high == low else int((size - low) / (high - low) * count)
         found[min(place, count - 1)].append(choice)
     return [stratum for stratum in found if stratum]
+
+
+def groups_of(run: Run, options: CompareOptions, precision: Precision | None = None) -> list[list[Choice]]:
+    """The candidates of all strata of the structures that satisfy the limits."""
+    return candidates(strata(structures(run, precision), options.strata), options.candidates, run.config.seed)
 
 
 def candidates(groups: Sequence[Sequence[Choice]], count: int, seed: int) -> list[list[Choice]]:

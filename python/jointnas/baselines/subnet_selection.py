@@ -1,8 +1,9 @@
 """Subnet selection (Sukthanker et al., "Large language model compression with neural architecture search", 2024).
 
-Channels, heads and blocks in order of their importance. A grid of K sub-networks, of K parameter strata the candidate
-of least loss each, is chosen before anything is trained; sandwich training sees the largest, the smallest, and two of
-the grid. A target takes the trained one of least loss that is fast enough at the precision it gets afterwards.
+Channels, heads and blocks in order of their importance. A grid of the smallest sub-network and, of each of K parameter
+strata (`compare.strata`), the candidate of least loss is chosen before anything is trained; sandwich training sees the
+largest, the smallest, and two of the grid. A target takes the trained one of least loss that is fast enough at the
+precision it gets afterwards.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from jointnas.baselines.context import Context, Picked
 from jointnas.baselines.sandwich import GRID, sandwich, trained
-from jointnas.baselines.strata import candidates, strata, structures
+from jointnas.baselines.strata import groups_of, structures
 from jointnas.losses import Losses
 from jointnas.objective import Infeasible
 from jointnas.run_folder import write_json
@@ -23,9 +24,8 @@ def train(context: Context) -> None:
     run = context.run(after=context.precision)
     sizes = structures(run)
     losses = Losses(run, run.folder / "losses.json", context.options.batches)
-    groups = candidates(strata(sizes, context.options.strata), context.options.candidates, run.config.seed)
     smallest = min(sizes, key=sizes.__getitem__)
-    grid = list(dict.fromkeys([smallest, *(losses.best(group) for group in groups)]))
+    grid = list(dict.fromkeys([smallest, *(losses.best(group) for group in groups_of(run, context.options))]))
 
     def draw(generator: torch.Generator) -> tuple[Choice, None]:
         return grid[int(torch.randint(len(grid), (1,), generator=generator))], None

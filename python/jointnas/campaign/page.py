@@ -69,7 +69,7 @@ class Campaign:
         """From its folder, finished or not."""
         config = build(CompareConfig, read_yaml(folder / "config.yaml", "configuration file"), where=str(folder))
         rows = records.read(folder)
-        plan = read_json(folder / PLAN)  # campaigns of older versions have none
+        plan = read_json(folder / PLAN)  # stored ones (benchmarks/results/campaigns) have none
         targets = plan["targets_ms"] if plan else {r["target_ms"] for r in rows if r["target_ms"] is not None}
         options = config.compare
         found = summary(rows, sorted(targets, reverse=True), reference_of(options.methods), options.confidence)
@@ -370,7 +370,7 @@ def endings(campaign: Campaign) -> Iterator[str]:
     if lines:
         yield f"<h2>How the searches ended</h2>{table(['model', 'search', 'steps', 'of target'], lines)}"
     if reasons:
-        yield f"<p>Most probable choices that were replaced:</p><ul>{''.join(reasons)}</ul>"
+        yield f"<p>Most probable choices that broke a limit and were replaced:</p><ul>{''.join(reasons)}</ul>"
 
 
 def infeasible(campaign: Campaign) -> Iterator[str]:

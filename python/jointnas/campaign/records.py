@@ -33,8 +33,8 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def restore(out: Path, units: Sequence[Unit]) -> None:
-    """Rows of results.jsonl as those of their units, where these are gone: a campaign goes on from config.yaml,
-    latency.jsonl and results.jsonl alone, on another machine, too."""
+    """Rows of results.jsonl as those of their units, where these are gone: a campaign goes on from a few files
+    (`jointnas.verbs.compare`)."""
     known = {row["unit"]: row for row in read(out)}
     for unit in units:
         file = folder_of(out, unit) / ROW

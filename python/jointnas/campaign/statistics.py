@@ -6,7 +6,7 @@ the method several times as much. Between the points of a front quality is read 
 bootstrapped over seeds, and there are none of a single seed; differences and ratios are taken between models of the
 same seed.
 
-Over the targets: a front of the best quality within each target, at the target. All have as many points there; among
+Over the targets: a front of the best quality within each target, at the target: a point per target at most. Among
 all models a method of several precisions has more, and steps between more points enclose more area.
 
 Fixed latencies are those of the reference's models for the targets, of the slowest seed: when measured, a model may be

@@ -9,7 +9,7 @@ trained tokens: what a variant's search takes more or less of these, its fine-tu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +76,15 @@ def starts_alike(config: RunConfig, other: RunConfig) -> bool:
     )
 
 
-def check_kept(config: CompareConfig) -> None:
-    """Raises if a variant that the campaign's folder holds something of was another one then."""
+def check_kept(config: CompareConfig, ended: Collection[str]) -> None:
+    """Raises if a variant that the campaign's folder holds something of was another one then. `ended`: those that its
+    rows are of."""
     out = Path(config.out)
     kept = read_json(out / KEPT) or {}
     for name, overrides in config.compare.variants.items():
         before, now = kept.get(name), changes(overrides)
-        begun = (out / "units" / name).exists() or (out / "shared" / f"quantizers-{name}").exists()
+        folders = out / "units" / name, out / "shared" / f"quantizers-{name}"
+        begun = name in ended or any(folder.exists() for folder in folders)
         if begun and before not in (None, now):
             raise JointNASError(f"compare.variants.{name} was {before}, is {now}: give it another name")
 

@@ -65,11 +65,11 @@ class Base:
         return Path(self.config.out)
 
     @classmethod
-    def load(cls, config: CompareConfig, table: LatencyTable | None = None) -> Base:
+    def load(cls, config: CompareConfig) -> Base:
         """Of a resolved configuration."""
         space, _ = feasible_space(loading.model_config(config.model), config.space.build())
         device = None if config.latency.force else loading.device_type(config.model)
-        table = table or LatencyTable.load(config.latency.table or Path(config.out) / TABLE, device)
+        table = LatencyTable.load(config.latency.table or Path(config.out) / TABLE, device)
         return cls(config, table.restrict(space)[0], table, ready_tasks(config))
 
 

@@ -40,7 +40,8 @@ def compare(config: CompareConfig) -> Path:
     (`compare.variants`) are methods, too: `examples/ablations`.
 
     It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, variants, targets or
-    seeds may be asked for. To go on elsewhere config.yaml, variants.json, latency.jsonl and results.jsonl are enough.
+    seeds may be asked for. To go on elsewhere config.yaml, variants.json (where there are variants), latency.jsonl and
+    results.jsonl are enough: on a machine of the same kind, or with the table given and `latency.force`.
 
     Args:
         config: of a search, and what is compared.
@@ -100,7 +101,7 @@ def _check_folder(config: CompareConfig) -> None:
     if config.resume == "never":
         raise JointNASError(f"{config.out} already holds a campaign; pass --resume to continue it, or another --out")
     old = build(CompareConfig, read_yaml(path, "configuration file"), where=str(path))
-    check_kept(config)
+    check_kept(config, {row["method"] for row in records.read(Path(config.out))})
     before, now = (dict(flat(loading.resolve(c).model_dump(mode="json", exclude=FREE))) for c in (old, config))
     for key in sorted(before):
         if before[key] != now[key]:
