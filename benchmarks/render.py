@@ -74,15 +74,15 @@ def devices() -> dict[str, dict[str, list[Row]]]:
 
 
 def summary() -> str:
-    """What README shows."""
-    parts = [campaigns.headline(RESULTS / "campaigns")]
-    for device, topics in devices().items():
-        rows = [r for topic in topics.values() for r in topic]
+    """What README shows: the comparisons, and the GPU and the CPU that most was measured on."""
+    parts, found = [campaigns.headline(RESULTS / "campaigns")], devices()
+    lines = {device: headline(topics) for device, topics in found.items()}
+    kinds = [[device for device in lines if (" cores" in device) == cpu and lines[device]] for cpu in (False, True)]
+    for device in (max(kind, key=lambda device: len(lines[device])) for kind in kinds if kind):
+        rows = [r for topic in found[device].values() for r in topic]
         dates, torches = sorted({r["date"][:10] for r in rows}), sorted({r["torch"] for r in rows})
-        lines = headline(topics)
-        if lines:
-            body = table(["what", "ours", "peer, same run", "ours / peer"], lines)
-            parts.append(f"### {device}\n\ntorch {', '.join(torches)}; {' to '.join(dates)}\n\n{body}")
+        body = table(["what", "ours", "peer, same run", "ours / peer"], lines[device])
+        parts.append(f"### {device}\n\ntorch {', '.join(torches)}; {' to '.join(dates)}\n\n{body}")
     return "\n\n".join(filter(None, parts))
 
 

@@ -324,7 +324,11 @@ def test_rows_of_processors_of_one_name_stay_apart(tmp_path: Path, monkeypatch: 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**r, "device": n}) + "\n" for n in names for r in rows))
     assert render.add([tmp_path / "rows.jsonl"]) == 3 * len(rows)
     assert render.add([tmp_path / "rows.jsonl"]) == 0
-    assert [line for line in render.summary().splitlines() if line.startswith("#")] == [f"### {n}" for n in names]
+    assert [line for line in render.sections().splitlines() if line.startswith("#")] == [f"## {n}" for n in names]
+    fewer = [r for r in render.newest(render.RESULTS / "amd-epyc-2-cores" / "step.jsonl") if "arch" not in r["name"]]
+    (render.RESULTS / "amd-epyc-2-cores" / "step.jsonl").write_text("".join(json.dumps(r) + "\n" for r in fewer))
+    shown = [line for line in render.summary().splitlines() if line.startswith("#")]
+    assert shown == [f"### {names[1]}"], "README shows the one of a kind with most lines"
     assert set(render.devices()) == set(names)
 
 
