@@ -15,9 +15,11 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedModel
 from jointnas import assets, catalogue, data, weights
 from jointnas.config import DataConfig, ModelConfig, RunConfig, SpaceConfig
 from jointnas_kernels.errors import JointNASError, panics
+from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.hf.families import family
 from jointnas_kernels.hf.gguf import read as gguf
 from jointnas_kernels.latency.timing import native_bf16
+from jointnas_kernels.space import SearchSpace
 
 # Sizes of models whose tables can be measured without having their weights.
 KNOWN: dict[str, dict[str, Any]] = {
@@ -103,6 +105,21 @@ def resolve_model(config: ModelConfig) -> ModelConfig:
         native = stored == torch.bfloat16 and (kind == "cuda" or native_bf16())
         dtype = "bfloat16" if native else "float32"
     return config.model_copy(update={"device": device, "dtype": dtype})
+
+
+def space_of(config: RunConfig, model_config: Any) -> tuple[SearchSpace, list[str]]:
+    """The configured space without what the model's class refuses, and what that is, a line each.
+
+    Raises:
+        JointNASError: a space that is not possible, or nothing of it is for this model.
+    """
+    try:
+        return feasible_space(model_config, config.space.build())
+    except JointNASError as error:
+        if config.space != SpaceConfig() or config.model.source == ModelConfig().source:
+            raise
+        hint = f"The space is {config.space.base}, that of the embedded model; give --space llama3, qllama3 or a file."
+        raise JointNASError(f"{error} {hint}") from None
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:

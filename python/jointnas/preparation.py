@@ -19,7 +19,7 @@ from jointnas.objective import Feasibility, Limits
 from jointnas.precision import Precision
 from jointnas.run_folder import Run, found_choice, load_supernet, read_config
 from jointnas_kernels.errors import JointNASError
-from jointnas_kernels.hf import Supernet, convert, feasible_space, importance_scores
+from jointnas_kernels.hf import Supernet, convert, importance_scores
 from jointnas_kernels.hf.conversion import check_model
 from jointnas_kernels.latency import LatencyTable, calibrate, profile
 from jointnas_kernels.space import WIDTHS, SearchSpace
@@ -44,7 +44,7 @@ def prepare(
         config = loading.resolve(config)
         known = loading.model_config(config.model) if model is None else model.config
         loading.check_lengths(known, data_seq_len=config.data.seq_len, eval_context=config.eval.context)
-        space, removed = feasible_space(known, config.space.build())
+        space, removed = loading.space_of(config, known)
         _warn(removed)
         if model is None:
             on_host = {"device": "cpu"} if config.parallel.prepare == "host" and sharding.sharding() else {}

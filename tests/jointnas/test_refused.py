@@ -154,6 +154,14 @@ def test_refused_spaces(name: str, here: Path, capsys: pytest.CaptureFixture[str
         assert message in refused(arguments, capsys)
 
 
+def test_the_space_of_another_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The default fits the embedded model."""
+    small = ["--data.source=t.txt", "--data.seq_len=16", "--data.batch_size=2", "--eval.tasks=[]"]
+    assert "The space is tiny, that of the embedded model; give --space" in refused(
+        ["search", "--model.source=m", "--out=o", *small], capsys
+    )
+
+
 # ---- damaged models and records -------------------------------------------------------------------------------------
 
 

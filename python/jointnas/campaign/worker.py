@@ -29,7 +29,6 @@ from jointnas.objective import Infeasible
 from jointnas.pipeline import quality, ready_tasks
 from jointnas.run_folder import read_json, write_json
 from jointnas.tasks import Tasks
-from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
 
@@ -67,7 +66,7 @@ class Base:
     @classmethod
     def load(cls, config: CompareConfig) -> Base:
         """Of a resolved configuration."""
-        space, _ = feasible_space(loading.model_config(config.model), config.space.build())
+        space, _ = loading.space_of(config, loading.model_config(config.model))
         device = None if config.latency.force else loading.device_type(config.model)
         table = LatencyTable.load(config.latency.table or Path(config.out) / TABLE, device)
         return cls(config, table.restrict(space)[0], table, ready_tasks(config))

@@ -21,7 +21,6 @@ from jointnas.preparation import measure_table
 from jointnas.results import aligned
 from jointnas.run_folder import read_json, write_json
 from jointnas_kernels.errors import JointNASError, writable
-from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import read_yaml
 
@@ -55,7 +54,7 @@ def compare(config: CompareConfig) -> Path:
     model_config = loading.model_config(config.model)
     loading.check_unquantized(model_config, config.model)
     ready_tasks(config)
-    space, _ = feasible_space(model_config, config.space.build())
+    space, _ = loading.space_of(config, model_config)
     check(config, space)
     if config.latency.table is None:
         measure_table(config, space, model_config, out / TABLE)

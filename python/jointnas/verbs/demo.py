@@ -28,7 +28,6 @@ from jointnas.results import text_table
 from jointnas.verbs.compare import compare
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError, writable
-from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.latency.bound import Bound
 
@@ -110,7 +109,7 @@ def with_target(config: CompareConfig) -> tuple[CompareConfig, LatencyTable]:
         JointNASError: the device runs the whole model at no precision of the space.
     """
     model_config = loading.model_config(config.model)
-    space, _ = feasible_space(model_config, config.space.build())
+    space, _ = loading.space_of(config, model_config)
     table = measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
     bound = table.bind(table.restrict(space)[0])
     fastest = single_precisions(bound)

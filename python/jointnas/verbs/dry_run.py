@@ -13,7 +13,6 @@ from jointnas.cluster import NODE, Sharding, Share, share
 from jointnas.config import RunConfig
 from jointnas.footprint import KINDS, PHASES, Phase, footprint
 from jointnas_kernels.errors import JointNASError, unknown
-from jointnas_kernels.hf import feasible_space
 from jointnas_kernels.space import count_params
 
 HERE = "here"  # the configuration's device on this machine
@@ -93,7 +92,7 @@ def dry_run(config: RunConfig, on: str = HERE, gpus: int = 1) -> Plan:
     if config.model.dtype == "auto":
         dtype = "bfloat16" if getattr(known, "dtype", None) == torch.bfloat16 else "float32"
         config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
-    space, _ = feasible_space(known, config.space.build())
+    space, _ = loading.space_of(config, known)
     device = here(config) if on == HERE else DEVICES[on]
     sharding = ONE if gpus == 1 else Sharding(gpus, config.parallel.mode, config.parallel.shard or NODE)
     parallel.check(config, gpus)
