@@ -212,16 +212,21 @@ class Code:
     lines: list[tuple[int, str, str]]  # address, instruction, operands
     registers: int
 
-    def loop(self, holding: str) -> list[str]:
-        """Instructions of the innermost loop with one that matches, of several such loops the densest in them: a cold
-        block at a kernel's end that jumps back into the loop looks like a loop around all in between."""
-        ends = []
+    @property
+    def loops(self) -> list[tuple[int, int]]:
+        """Addresses of the first and the last instruction of every loop, in the order in which they end."""
+        found = []
         for at, what, operands in self.lines:
             target = re.search(r"0x([0-9a-f]+)", operands)
             if what.startswith("BRA") and target and int(target[1], 16) < at:
-                ends.append((int(target[1], 16), at))
+                found.append((int(target[1], 16), at))
+        return found
+
+    def loop(self, holding: str) -> list[str]:
+        """Instructions of the innermost loop with one that matches, of several such loops the densest in them: a cold
+        block at a kernel's end that jumps back into the loop looks like a loop around all in between."""
         found = [at for at, what, _ in self.lines if re.match(holding, what)]
-        around = [(a, b) for a, b in ends if any(a <= at <= b for at in found)]
+        around = [(a, b) for a, b in self.loops if any(a <= at <= b for at in found)]
         innermost = [(a, b) for a, b in around if not any((a, b) != (c, d) and a <= c and d <= b for c, d in around)]
         density = {(a, b): sum(a <= at <= b for at in found) / (b - a) for a, b in innermost}
         first, last = max(density, key=lambda ends: density[ends])
