@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import pytest
 
-SAMPLE = 4
+SAMPLE = 2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -127,6 +127,7 @@ def test_stored_masks_are_counted_before_they_are_made() -> None:
         assert bench_masks.pair_bytes(config, space, item, shapes=True) == kept
 
 
+@pytest.mark.slow
 def test_masks_that_do_not_fit_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

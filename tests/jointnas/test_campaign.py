@@ -130,8 +130,13 @@ def test_a_campaign_goes_on_from_its_rows_alone(root: Path, every: Path) -> None
     before = rows_of(every)
     lines = [json.dumps({**row, "measured_ms": 9.0}) + "\n" for row in before]
     (root / "elsewhere" / "results.jsonl").write_text("".join(lines))
-    assert rows_of(compare(config)) == before
+    fewer = campaigns.config(root, out="elsewhere", compare={**options, "methods": METHODS[:1]})
+    assert len(rows_of(compare(fewer))) == 2, "the original and one"
+    assert rows_of(compare(config)) == before, "rows that were not asked for in between are kept"
     assert not list((root / "elsewhere").rglob("final"))
+    (root / "elsewhere" / "results.jsonl").write_text(json.dumps({**before[0], "unit": "../../x"}))
+    with pytest.raises(JointNASError, match=r"'\.\./\.\./x' is no name of a unit"):
+        compare(config)
 
 
 def test_another_configuration_is_refused(root: Path, every: Path) -> None:

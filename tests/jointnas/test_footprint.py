@@ -77,6 +77,7 @@ def _multiplied(space: SearchSpace) -> int:
     return full.blocks * (attention + 3 * full.hidden * full.intermediate) + full.hidden * of.vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", [SPACE, WITHOUT_BITS], ids=["bits", "sizes"])
 def test_operations_are_those_of_the_products(space: SearchSpace) -> None:
     """Forward and backward of a frozen model 4 per weight and token, of a trained one 6, of its teacher 2 more; and a

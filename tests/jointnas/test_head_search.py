@@ -102,6 +102,7 @@ def test_an_arch_step_moves_the_heads_logits(tmp_path: Path) -> None:
     assert logits[0] > logits[2] > logits[1]
 
 
+@pytest.mark.slow
 def test_resumed_is_uninterrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {name: tiny.config(tmp_path / name, VALUES, resume="auto") for name in ("whole", "killed")}
     torch.manual_seed(0)

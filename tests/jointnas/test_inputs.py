@@ -168,6 +168,7 @@ def test_out_inside_the_model_leaves_it_as_it_was(here: Path, capsys: pytest.Cap
 # ---- a whole search -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_of_nine_heads_in_half_precision(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

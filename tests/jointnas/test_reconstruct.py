@@ -104,6 +104,7 @@ def divergence(original: Any, made: Any, ids: Tensor) -> float:
     return float((target.exp() * (target - own)).sum(-1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "act"), [("llama", 16), ("phi3", 8), ("qwen2", 16)])
 def test_end_to_end_predicts_more_like_the_original_than_blocks(family: str, act: int) -> None:
     original, by_blocks, made = (tiny.model(family).requires_grad_(False) for _ in range(3))

@@ -30,7 +30,7 @@ from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import SearchSpace
 
 ORIGINAL, QUANTIZERS, JOINT = "original", "quantizers", "joint"
-PLAN = "plan.json"
+PLAN, UNITS = "plan.json", "units"
 PAPER = ("W4A4", "W4A16", "W8A8", "W8A16")  # precisions of the paper's sequential pipelines
 
 
@@ -195,4 +195,4 @@ def asked_precisions(config: CompareConfig, space: SearchSpace) -> list[Precisio
 
 def folder_of(out: Path, task: Unit | Shared) -> Path:
     """Where a task leaves its files."""
-    return out / ("units" if isinstance(task, Unit) else "shared") / task.name
+    return out / (UNITS if isinstance(task, Unit) else "shared") / task.name

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jointnas.campaign.plan import Unit, folder_of
+from jointnas.campaign.plan import UNITS, Unit, folder_of
 from jointnas.campaign.worker import ROW
 from jointnas.checkpoint import write_text
 from jointnas.run_folder import read_json, write_json
-from jointnas_kernels.errors import reading
+from jointnas_kernels.errors import JointNASError, reading
 
 log = logging.getLogger(__name__)
 RESULTS = "results.jsonl"
@@ -32,15 +32,17 @@ def read(out: Path) -> list[dict[str, Any]]:
         return [dict(json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def restore(out: Path, units: Sequence[Unit]) -> None:
+def restore(out: Path) -> None:
     """Rows of results.jsonl as those of their units, where these are gone: a campaign goes on from a few files
-    (`jointnas.verbs.compare`)."""
-    known = {row["unit"]: row for row in read(out)}
-    for unit in units:
-        file = folder_of(out, unit) / ROW
-        if unit.name in known and not file.is_file():
+    (`jointnas.verbs.compare`). Those, too, that are not asked for now: results.jsonl will have no row of them."""
+    units = out / UNITS
+    for row in read(out):
+        file = units / row["unit"] / ROW
+        if not file.resolve().is_relative_to(units.resolve()):
+            raise JointNASError(f"{out / RESULTS}: {row['unit']!r} is no name of a unit")
+        if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, {k: v for k, v in known[unit.name].items() if k not in MEASURED})
+            write_json(file, {k: v for k, v in row.items() if k not in MEASURED})
 
 
 def write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:

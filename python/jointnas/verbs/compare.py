@@ -64,7 +64,7 @@ def compare(config: CompareConfig) -> Path:
     write_text(out / "config.yaml", dump(config))
     keep(config)
     write_json(out / PLAN, {"targets_ms": targets, "units": [unit.name for unit in units]})
-    records.restore(out, units)
+    records.restore(out)
     tasks = schedule.ordered(units)
     left = [task for task in tasks if not ended(base, task)]
     log.info("%d models; %d of %d tasks to do, on %d processes", len(units), len(left), len(tasks), options.processes)
