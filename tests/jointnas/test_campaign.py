@@ -137,6 +137,9 @@ def test_a_campaign_goes_on_from_its_rows_alone(root: Path, every: Path) -> None
     (root / "elsewhere" / "results.jsonl").write_text(json.dumps({**before[0], "unit": "../../x"}))
     with pytest.raises(JointNASError, match=r"'\.\./\.\./x' is no name of a unit"):
         compare(config)
+    (root / "elsewhere" / "results.jsonl").write_text(json.dumps({"unit": "original"}))
+    with pytest.raises(JointNASError, match=r"results\.jsonl cannot be read: KeyError 'method'; it is damaged"):
+        compare(config)
 
 
 def test_another_configuration_is_refused(root: Path, every: Path) -> None:
