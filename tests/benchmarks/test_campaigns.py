@@ -33,7 +33,7 @@ def rows(tmp_path: Path) -> Campaign:
         row("original", 20.0, 1.0, target_ms=None), row("joint", 30.0, 0.59), row("joint", 40.0, 0.49),
         row("no-bits", 33.0, 0.58, precision="W4A8"), row("no-bits", 31.0, 0.57, precision="W2A8"),
         row("no-bits", 36.0, 0.58, 1, precision="W2A8"), row("no-bits", 45.0, 0.48, precision="W2A8"),
-        {"method": "ilp", "seed": 0, "status": "infeasible", "target_ms": 0.5},
+        {"method": "ilp", "seed": 0, "status": "infeasible", "target_ms": 0.5, "unit": "ilp/0.5/0"},
         row("uniform", 29.0, 0.55, precision="W2A8", target_ms=None),
     ]  # fmt: skip
     (tmp_path / "config.yaml").write_text(dump(CompareConfig()))
