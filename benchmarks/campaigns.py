@@ -110,7 +110,7 @@ def seeds(count: int) -> str:
 
 
 def opening(of: Campaign) -> str:
-    device, work = LatencyTable.load(of.folder / "latency.jsonl").header.device, of.config.latency
+    device, work = LatencyTable.load(of.folder / "latency.jsonl", device=None).header.device, of.config.latency
     (original,) = (row for row in of.done if row["method"] == ORIGINAL)
     return (
         f"{of.folder.name}, {work.workload} {work.batch} × {work.seq}, table of {device}; the original's "

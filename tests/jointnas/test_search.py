@@ -25,6 +25,9 @@ from tests.jointnas import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
+# of logits: a merged weight is rounded otherwise than W + s·BA in the supernet, by the processor, and one that
+# stands between two levels, as those on an 8-bit base grid may, gets the other one
+MERGED = 5e-3
 
 
 def run_in_process(out: Path, kill_at: int | None = None) -> None:
@@ -205,7 +208,7 @@ def test_a_shared_pair_is_searched_resumed_and_distilled(tmp_path: Path) -> None
     ids = resumed.streams.held_out[None, :16]
     for train in ("full", "lora"):
         student = student_of(resumed.supernet, found.choice, train)
-        torch.testing.assert_close(bake(student)(ids).logits, fixed(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bake(student)(ids).logits, fixed(ids).logits, rtol=0, atol=MERGED)
 
 
 def test_a_shared_pair_is_not_learned_per_precision(tmp_path: Path) -> None:
@@ -239,7 +242,7 @@ def test_packed_base_weights_are_searched_resumed_and_distilled(tmp_path: Path) 
     assert bake(student)(ids).logits.isfinite().all()
     for train in ("full", "lora"):
         start = student_of(resumed.supernet, found.choice, train)
-        torch.testing.assert_close(bake(start)(ids).logits, fixed(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(bake(start)(ids).logits, fixed(ids).logits, rtol=0, atol=MERGED)
 
 
 @pytest.mark.parametrize(("sections", "message"), [
