@@ -223,6 +223,7 @@ def test_tokens_of_whole_models(
     assert f"a token of {blocks.SHOWN} after 8, W4A8" in render.summary() or len(names) == 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_computes_what_torch_does() -> None:
     """Prompts that are only opened are read eagerly, tokens by the compiled code, in a cache that is used again."""
     model = models.LlamaForCausalLM(models.llama_tiny(1)).eval()

@@ -199,6 +199,7 @@ def test_measured_beside_interpolated() -> None:
     assert both.coverage(WIDE, CONFIG).interpolated == filled.coverage(WIDE, CONFIG).interpolated - 1
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_table_on_the_command_line(tmp_path: Path) -> None:
     """What was disturbed and what is new is measured, then the whole models."""
     path = tmp_path / "t.jsonl"
