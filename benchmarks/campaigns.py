@@ -17,6 +17,7 @@ from jointnas.campaign.page import Campaign, draw
 from jointnas.campaign.plan import ORIGINAL
 from jointnas.campaign.statistics import comparison
 from jointnas.results import hypervolume
+from jointnas.run_folder import TABLE
 from jointnas_kernels.latency import LatencyTable
 
 EXHAUSTIVE, BITS = "exhaustive", ("weight_bits", "act_bits")
@@ -110,7 +111,7 @@ def seeds(count: int) -> str:
 
 
 def opening(of: Campaign) -> str:
-    device, work = LatencyTable.load(of.folder / "latency.jsonl", device=None).header.device, of.config.latency
+    device, work = LatencyTable.load(of.folder / TABLE, device=None).header.device, of.config.latency
     (original,) = (row for row in of.done if row["method"] == ORIGINAL)
     return (
         f"{of.folder.name}, {work.workload} {work.batch} × {work.seq}, table of {device}; the original's "

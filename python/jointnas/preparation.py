@@ -17,7 +17,7 @@ from jointnas.data import Batches, Streams
 from jointnas.initialise import calibration_windows, initialise
 from jointnas.objective import Feasibility, Limits
 from jointnas.precision import Precision
-from jointnas.run_folder import Run, found_choice, load_supernet, read_config
+from jointnas.run_folder import TABLE, Run, found_choice, load_supernet, read_config
 from jointnas_kernels.errors import JointNASError
 from jointnas_kernels.hf import Supernet, convert, importance_scores
 from jointnas_kernels.hf.conversion import check_model
@@ -145,7 +145,7 @@ def load_table(config: RunConfig, space: SearchSpace, model_config: Any) -> Late
     """The configured table, or the run's own, measured (and calibrated) if it is not there yet."""
     options = config.latency
     if options.table is None:
-        own = Path(config.out) / "latency.jsonl"
+        own = Path(config.out) / TABLE
         if not parallel.is_main():  # of several ranks one measures
             return LatencyTable.load(own, loading.device_type(config.model))
         return measure_table(config, space, model_config, own)

@@ -5,6 +5,7 @@
     metrics.jsonl              one line per logged step
     choice.json                the found choice
     final/                     its fine-tuned model
+    latency.jsonl              the latency table that it measured, if none was given
 
 Whatever is known of the result is in eval.json, convergence.json, plots/ and report.html.
 """
@@ -38,6 +39,7 @@ from jointnas_kernels.latency.bound import Bound
 from jointnas_kernels.space import Choice, SearchSpace
 
 log = logging.getLogger(__name__)
+TABLE = "latency.jsonl"
 Optimizers = Mapping[str, torch.optim.Optimizer]
 
 

@@ -27,12 +27,12 @@ from jointnas.distillation import bake, distil, original_logits, student_of
 from jointnas.exporting import export_model, reload
 from jointnas.objective import Infeasible
 from jointnas.pipeline import quality, ready_tasks
-from jointnas.run_folder import read_json, write_json
+from jointnas.run_folder import TABLE, read_json, write_json
 from jointnas.tasks import Tasks
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace, count_params, model_bytes
 
-PICKED, ROW, DONE, FINAL, TABLE = "picked.json", "row.json", "done.json", "final", "latency.jsonl"
+PICKED, ROW, DONE, FINAL = "picked.json", "row.json", "done.json", "final"
 WORK = ("checkpoints", "checkpoints-finetune", "quantizers")  # of no use once a unit has ended
 LOCKED = 60.0  # seconds to wait for a process of a killed campaign to end
 

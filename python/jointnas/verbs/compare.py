@@ -11,7 +11,7 @@ from jointnas.campaign import measuring, page, records, schedule
 from jointnas.campaign.plan import PLAN, check, plan, reference_of, targets_of
 from jointnas.campaign.statistics import KINDS, comparison, summary
 from jointnas.campaign.variants import check_kept, keep
-from jointnas.campaign.worker import TABLE, Base, ended
+from jointnas.campaign.worker import Base, ended
 from jointnas.checkpoint import write_text
 from jointnas.compare_config import CompareConfig
 from jointnas.config import build, dump
@@ -19,7 +19,7 @@ from jointnas.metrics import flat
 from jointnas.pipeline import ready_tasks
 from jointnas.preparation import measure_table
 from jointnas.results import aligned
-from jointnas.run_folder import read_json, write_json
+from jointnas.run_folder import TABLE, read_json, write_json
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.progress import Progress
 from jointnas_kernels.space import read_yaml

@@ -25,6 +25,7 @@ from jointnas.config import build
 from jointnas.precision import Precision, precisions
 from jointnas.preparation import measure_table
 from jointnas.results import text_table
+from jointnas.run_folder import TABLE
 from jointnas.verbs.compare import compare
 from jointnas.verbs.report import report
 from jointnas_kernels.errors import JointNASError, writable
@@ -110,7 +111,7 @@ def with_target(config: CompareConfig) -> tuple[CompareConfig, LatencyTable]:
     """
     model_config = loading.model_config(config.model)
     space, _ = loading.space_of(config, model_config)
-    table = measure_table(config, space, model_config, Path(config.out) / "latency.jsonl")
+    table = measure_table(config, space, model_config, Path(config.out) / TABLE)
     bound = table.bind(table.restrict(space)[0])
     fastest = single_precisions(bound)
     if not fastest:

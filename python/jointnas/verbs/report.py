@@ -14,7 +14,7 @@ from jointnas.markup import document, image, preformatted
 from jointnas.metrics import read_metrics
 from jointnas.objective import absolute
 from jointnas.results import html_table
-from jointnas.run_folder import read_config, read_json
+from jointnas.run_folder import TABLE, read_config, read_json
 from jointnas_kernels.errors import JointNASError, writable
 from jointnas_kernels.latency import LatencyTable
 from jointnas_kernels.space import Choice, SearchSpace
@@ -62,7 +62,7 @@ def report(run: str) -> Path:
         if choice is not None and (choice.weight_bits or choice.act_bits):
             rank = environment.get("block_rank") or list(range(space.depth))
             sections.append(image(plots.bits_per_block(choice, rank, pictures / "bits.png")))
-    sections += latency_section(Path(config.latency.table or folder / "latency.jsonl"), pictures)
+    sections += latency_section(Path(config.latency.table or folder / TABLE), pictures)
     sections.append(f"<h2>Configuration</h2>{preformatted((folder / 'config.yaml').read_text())}")
     sections.append(f"<h2>Environment</h2>{preformatted(json.dumps(environment, indent=1))}")
     out = folder / "report.html"
