@@ -171,7 +171,7 @@ def measure_table(
     options = config.latency
     if out.is_file() and not renew:
         try:
-            table = LatencyTable.load(out, loading.device_type(config.model))
+            table = LatencyTable.load(out, None if options.force else loading.device_type(config.model))
             held = table.coverage(space, model_config)
             if not held.missing and not held.interpolated and (table.calibration or not options.calibrate):
                 return table

@@ -134,6 +134,16 @@ def test_a_campaign_goes_on_from_its_rows_alone(root: Path, every: Path) -> None
     assert len(rows_of(compare(fewer))) == 2, "the original and one"
     assert rows_of(compare(config)) == before, "rows that were not asked for in between are kept"
     assert not list((root / "elsewhere").rglob("final"))
+    # on a machine of another kind, whose table is that of the campaign
+    shutil.copy(root / "table.jsonl", root / "elsewhere" / "latency.jsonl")
+    latency = [config.latency.model_copy(update={"table": None, "calibrate": 0, "force": yes}) for yes in (False, True)]
+    own, forced = (config.model_copy(update={"latency": section}) for section in latency)
+    (root / "elsewhere" / "config.yaml").write_text(dump(own))
+    with pytest.raises(JointNASError, match=r"latency\.jsonl .* another device"):
+        compare(own)
+    assert rows_of(compare(forced)) == before
+    assert (root / "elsewhere" / "latency.jsonl").read_bytes() == (root / "table.jsonl").read_bytes()
+    (root / "elsewhere" / "config.yaml").write_text(dump(config))
     (root / "elsewhere" / "results.jsonl").write_text(json.dumps({**before[0], "unit": "../../x"}))
     with pytest.raises(JointNASError, match=r"'\.\./\.\./x' is no name of a unit"):
         compare(config)

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 GROWS = ("methods", "variants", "targets_ms", "target_shares", "target_levels", "seeds", "precisions", "randoms")
 FREE: Any = {
     "out": True, "resume": True, "progress": True, "tensorboard": True,
-    "compare": {*GROWS, "processes", "exhaustive_most", "confidence"}, "data": {"cache"},
+    "compare": {*GROWS, "processes", "exhaustive_most", "confidence"}, "data": {"cache"}, "latency": {"force"},
 }  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def compare(config: CompareConfig) -> Path:
 
     It may be killed at any moment; with `resume: auto` what is there is kept, and more methods, variants, targets or
     seeds may be asked for. To go on elsewhere config.yaml, variants.json (where there are variants), latency.jsonl and
-    results.jsonl are enough: on a machine of the same kind, or with the table given and `latency.force`.
+    results.jsonl are enough: on a machine of the same kind, or with `latency.force`.
 
     Args:
         config: of a search, and what is compared.
