@@ -139,9 +139,11 @@ def pipelines(of: Campaign) -> list[str]:
 
 
 def headline(folder: Path) -> str:
-    """What README shows: every comparison at its targets."""
+    """What README shows: every comparison at its targets; not those of the search with its own variants."""
     parts = []
     for of in campaigns(folder):
+        if of.config.compare.variants:
+            continue
         if among := among_all(of):
             parts.append(f"**{opening(of)}**; every model of a small space was trained. {among.splitlines()[-1]}")
             continue
